@@ -1,0 +1,124 @@
+// The one place that knows whether nvcc or the host compiler reads a kernel.
+//
+// Kernels use CUDA's own spelling (threadIdx, __syncthreads, __shfl_xor_sync, ...) plus the names below. On the
+// device these are PTX; on the host they are the SIMT emulator's twins (emu/simt.h), so the same text runs on a CPU.
+// What a kernel keeps to so that this holds: dynamic shared memory through dyn_smem() only, launches through
+// launch() only, PTX only here or inside cute/arch ops.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#else
+#include "emu/platform.h"  // CUDA's names on the host, and lsm::{dyn_smem, launch, ldmatrix_*, cp_async_*}
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cute/arch/mma_sm80.hpp>
+
+#define LSM_DEVICE __device__ __forceinline__
+
+namespace lsm {
+
+using u32 = uint32_t;
+using i64 = int64_t;
+using bf16 = __nv_bfloat16;
+using half = __half;
+
+#ifdef __CUDACC__
+
+// The block's dynamic shared memory, 1024-byte aligned.
+LSM_DEVICE char* dyn_smem() {
+    extern __shared__ __align__(1024) char lsm_dynamic_shared_memory[];
+    return lsm_dynamic_shared_memory;
+}
+
+LSM_DEVICE u32 smem_u32(void const* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8. Addresses are 32-bit shared-window
+// offsets: recomputing them from pointers costs registers in every inner loop.
+LSM_DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+LSM_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// 16 bytes global -> shared, past the registers; `valid == false` reads nothing and writes zeros.
+LSM_DEVICE void cp_async16(u32 destination, void const* source, bool valid) {
+    int const bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes)
+                 : "memory");
+}
+
+LSM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Blocks until at most `Pending` of this thread's groups are still in flight.
+template <int Pending>
+LSM_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Two floats to one 32-bit word of T2 (low half first).
+LSM_DEVICE u32 pack(float low, float high, bf16*) {
+    __nv_bfloat162 const r = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<u32 const&>(r);
+}
+
+LSM_DEVICE u32 pack(float low, float high, half*) {
+    __half2 const r = __floats2half2_rn(low, high);
+    return reinterpret_cast<u32 const&>(r);
+}
+
+// 2^x, flushing denormal results; at most 2 ulp.
+LSM_DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+template <class... P>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream, P... params) {
+    if (smem_bytes > 48 * 1024) {
+        cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(smem_bytes));
+    }
+    kernel<<<grid, block, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
+    if (cudaError_t const status = cudaGetLastError(); status != cudaSuccess) {
+        throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(status));
+    }
+}
+
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+#endif  // __CUDACC__
+
+// d += a · b on one 16x8x16 tile, fp32 accumulators. Fragment maps as in the PTX manual (m16n8k16).
+LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, bf16 const*) {
+    cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+}
+
+LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, half const*) {
+    cute::SM80_16x8x16_F32F16F16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+}
+
+}  // namespace lsm

@@ -1,0 +1,284 @@
+// The chunk engine's operators: check, allocate, fill the params, run. Compiled once per backend.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "backend.h"
+
+namespace lsm {
+namespace {
+
+constexpr int64_t kMaxDim = 256;  // of K and V on tensor cores
+
+void check_inputs(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, bool one_token) {
+    char const* const q_dims = one_token ? "[B, H, K]" : "[B, T, H, K]";
+    char const* const v_dims = one_token ? "[B, HV, V]" : "[B, T, HV, V]";
+    char const* const g_dims = one_token ? "[B, HV, K]" : "[B, T, HV, K]";
+    int64_t const rank = one_token ? 3 : 4;
+    c.rank(q, "q", q_dims, rank);
+    c.require(is_floating(q.scalar_type()), "q must be bfloat16, float16 or float32",
+              kTensorCores ? "" : " or float64", ", got ", name(q.scalar_type()));
+    c.require(!kTensorCores || q.scalar_type() != ScalarType::Double,
+              "q is float64, which the CUDA kernels do not take (supported: bfloat16, float16, float32); it runs on "
+              "CPU tensors");
+    c.rank(k, "k", q_dims, rank);
+    c.require(k.size(rank - 1) == q.size(rank - 1), "k must have K = ", q.size(rank - 1), " like q, got K = ",
+              k.size(rank - 1));
+    c.require(k.size(rank - 2) == q.size(rank - 2), "k must have H = ", q.size(rank - 2), " heads like q, got ",
+              k.size(rank - 2));
+    c.require(show(k.sizes()) == show(q.sizes()), "k must have shape ", q_dims, " = ", show(q.sizes()),
+              " (like q), got ", show(k.sizes()));
+    c.rank(v, "v", v_dims, rank);
+    c.require(v.size(0) == q.size(0) && (one_token || v.size(1) == q.size(1)), "v must have shape ", v_dims,
+              " with the batch and time of q = ", show(q.sizes()), ", got ", show(v.sizes()));
+    int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1), V = v.size(rank - 1);
+    c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H, " heads of q and k, got HV = ",
+              HV);
+    c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
+    if (one_token) {
+        c.shape(g, "g", g_dims, {q.size(0), HV, K});
+    } else {
+        c.shape(g, "g", g_dims, {q.size(0), q.size(1), HV, K});
+    }
+    c.dtype(k, "k", q.scalar_type(), " like q");
+    c.dtype(v, "v", q.scalar_type(), " like q");
+    c.require(g.scalar_type() == q.scalar_type() ||
+                  (g.scalar_type() == ScalarType::Float && q.scalar_type() != ScalarType::Double),
+              "g must have dtype ", name(q.scalar_type()), " like q",
+              q.scalar_type() == ScalarType::Double ? "" : ", or float32", ", got ", name(g.scalar_type()));
+    c.device(k, "k", q, "q");
+    c.device(v, "v", q, "q");
+    c.device(g, "g", q, "q");
+    if (kTensorCores) {
+        c.require(K <= kMaxDim, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", kMaxDim,
+                  "); it runs on CPU tensors, or split the heads");
+        c.require(V <= kMaxDim, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxDim,
+                  "); it runs on CPU tensors, or split the heads");
+    }
+}
+
+ScalarType state_type(Tensor const& q) {
+    return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_state(Checks const& c, OptionalTensor const& state, char const* arg, Tensor const& q, int64_t N, int64_t HV,
+                 int64_t K, int64_t V) {
+    if (!state) return;
+    c.shape(*state, arg, "[N, HV, K, V]", {N, HV, K, V});
+    c.dtype(*state, arg, state_type(q));
+    c.device(*state, arg, q, "q");
+}
+
+// Values of cu_seqlens are read here only where that costs no synchronisation; the CUDA kernels check them on the
+// device (kernels/chunk/segments.cuh).
+template <class Int>
+void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T) {
+    c.require(cu[0] == 0, "cu_seqlens must start at 0, got ", cu[0]);
+    for (int64_t n = 0; n < N; ++n) {
+        c.require(cu[n + 1] >= cu[n], "cu_seqlens must not decrease, got ", cu[n], " before ", cu[n + 1],
+                  " at position ", n + 1);
+    }
+    c.require(cu[N] == T, "cu_seqlens must end at T = ", T, ", got ", cu[N]);
+}
+
+void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& q) {
+    if (!cu) return;
+    c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ", show(cu->sizes()));
+    auto const type = cu->scalar_type();
+    c.require(type == ScalarType::Int || type == ScalarType::Long, "cu_seqlens must have dtype int32 or int64, got ",
+              name(type));
+    c.device(*cu, "cu_seqlens", q, "q");
+    c.require(q.size(0) == 1, "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));
+    if (!kTensorCores) {
+        Tensor const packed = as_contiguous(*cu);
+        int64_t const N = cu->size(0) - 1;
+        if (type == ScalarType::Long) {
+            check_boundaries(c, static_cast<int64_t const*>(packed.const_data_ptr()), N, q.size(1));
+        } else {
+            check_boundaries(c, static_cast<int32_t const*>(packed.const_data_ptr()), N, q.size(1));
+        }
+    }
+}
+
+// The tensors a call reads, in the layout the kernels want, kept alive beside the params that point into them.
+struct Inputs {
+    Tensor q, k, v, g;
+    OptionalTensor initial_state, cu_seqlens;
+    ChunkParams p{};
+};
+
+// Tensor-core kernels read rows in 16-byte pieces.
+bool rows_are_aligned(Tensor const& t) {
+    int64_t const unit = 16 / static_cast<int64_t>(t.element_size());
+    bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(3) == 1;
+    for (int64_t d = 0; d < 3; ++d) ok = ok && t.stride(d) % unit == 0;
+    return ok;
+}
+
+Tensor kernel_layout(Tensor const& t) {
+    if (!kTensorCores) return last_contiguous(t);
+    if (rows_are_aligned(t)) return t;
+    return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
+
+Inputs prepare(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
+               OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale) {
+    check_inputs(c, q, k, v, g, false);
+    check_cu_seqlens(c, cu_seqlens, q);
+    int64_t const N = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
+    check_state(c, initial_state, "initial_state", q, N, v.size(2), q.size(3), v.size(3));
+
+    Inputs in{kernel_layout(q), kernel_layout(k), kernel_layout(v), kernel_layout(g), {}, {}, {}};
+    if (initial_state) in.initial_state = as_contiguous(*initial_state);
+    if (cu_seqlens) in.cu_seqlens = as_contiguous(*cu_seqlens);
+    ChunkParams& p = in.p;
+    p.dtype = to_dtype(q.scalar_type());
+    p.gate_dtype = to_dtype(g.scalar_type());
+    p.state_dtype = to_dtype(state_type(q));
+    p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.K = q.size(3);
+    p.HV = v.size(2), p.V = v.size(3), p.N = N;
+    p.scale = scale;
+    p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v), p.g = rows(in.g);
+    if (in.initial_state) p.initial_state = in.initial_state->const_data_ptr();
+    if (in.cu_seqlens) {
+        p.cu_seqlens = in.cu_seqlens->const_data_ptr();
+        p.cu_seqlens_is_64bit = in.cu_seqlens->scalar_type() == ScalarType::Long;
+    }
+    return in;
+}
+
+Tensor workspace(int64_t bytes, Tensor const& like) { return empty({bytes}, ScalarType::Byte, like); }
+
+// Odd sizes on tensor cores: zero-filled up to whole 16-byte rows (zero keys, queries, values and gates change
+// nothing), then cut back. Rare enough to pay with a copy what would cost every kernel a second loader.
+int64_t padding(Tensor const& t) { return (8 - t.size(t.dim() - 1) % 8) % 8; }
+
+bool needs_padding(Tensor const& q, Tensor const& v) {
+    return kTensorCores && (padding(q) != 0 || padding(v) != 0);
+}
+
+Tensor pad_last(Tensor const& t, int64_t columns, int64_t rows_too = 0) {
+    return torch::stable::pad(t, rows_too != 0 ? std::vector<int64_t>{0, columns, 0, rows_too}
+                                               : std::vector<int64_t>{0, columns});
+}
+
+OptionalTensor pad_state(OptionalTensor const& s, int64_t dK, int64_t dV) {
+    return s ? OptionalTensor(torch::stable::pad(*s, std::vector<int64_t>{0, dV, 0, dK})) : s;
+}
+
+Tensor cut(Tensor t, int64_t columns) {
+    return as_contiguous(torch::stable::narrow(t, t.dim() - 1, 0, columns));
+}
+
+Tensor cut_state(Tensor t, int64_t K, int64_t V) {
+    if (t.dim() != 4) return t;
+    Tensor rows_cut = torch::stable::narrow(t, 2, 0, K);
+    return as_contiguous(torch::stable::narrow(rows_cut, 3, 0, V));
+}
+
+std::tuple<Tensor, Tensor> gla_fwd(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
+                                   OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
+                                   bool output_final_state) {
+    Checks const c("gla_fwd");
+    Inputs in = prepare(c, q, k, v, g, initial_state, cu_seqlens, scale);
+    if (needs_padding(q, v)) {
+        int64_t const dK = padding(q), dV = padding(v);
+        auto [o, state] = gla_fwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), pad_last(g, dK),
+                                  pad_state(initial_state, dK, dV), cu_seqlens, scale, output_final_state);
+        return {cut(o, v.size(3)), cut_state(state, q.size(3), v.size(3))};
+    }
+    ChunkParams& p = in.p;
+    DeviceScope const scope(q);
+    Tensor o = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
+    Tensor final_state = output_final_state ? empty({p.N, p.HV, p.K, p.V}, state_type(q), q)
+                                            : empty({0}, state_type(q), q);
+    p.o = rows(o);
+    if (output_final_state) p.final_state = final_state.mutable_data_ptr();
+    Tensor scratch = workspace(chunk_fwd_workspace(p), q);
+    chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {o, final_state};
+}
+
+// The launchers' gradients of q and k are per value head; value heads of one query head are added in order.
+Tensor sum_groups(Tensor const& per_value_head, int64_t H) {
+    int64_t const HV = per_value_head.size(2);
+    if (HV == H) return per_value_head;
+    auto const view = torch::stable::view(per_value_head, {per_value_head.size(0), per_value_head.size(1), H, HV / H,
+                                                           per_value_head.size(3)});
+    std::vector<int64_t> const over{3};
+    return torch::stable::sum(view, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()), false);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gla_bwd(Tensor const& q, Tensor const& k, Tensor const& v,
+                                                           Tensor const& g, OptionalTensor const& initial_state,
+                                                           OptionalTensor const& cu_seqlens, double scale,
+                                                           Tensor const& grad_o,
+                                                           OptionalTensor const& grad_final_state) {
+    Checks const c("gla_bwd");
+    Inputs in = prepare(c, q, k, v, g, initial_state, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    c.shape(grad_o, "grad_o", "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+    c.dtype(grad_o, "grad_o", q.scalar_type(), " like q");
+    c.device(grad_o, "grad_o", q, "q");
+    check_state(c, grad_final_state, "grad_final_state", q, p.N, p.HV, p.K, p.V);
+    if (needs_padding(q, v)) {
+        int64_t const dK = padding(q), dV = padding(v);
+        auto [dq, dk, dv, dg, dh0] =
+            gla_bwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), pad_last(g, dK),
+                    pad_state(initial_state, dK, dV), cu_seqlens, scale, pad_last(grad_o, dV),
+                    pad_state(grad_final_state, dK, dV));
+        return {cut(dq, p.K), cut(dk, p.K), cut(dv, p.V), cut(dg, p.K), cut_state(dh0, p.K, p.V)};
+    }
+    DeviceScope const scope(q);
+    Tensor const grad_o_rows = kernel_layout(grad_o);
+    OptionalTensor grad_final;
+    if (grad_final_state) grad_final = as_contiguous(*grad_final_state);
+    auto const type = q.scalar_type();
+    Tensor dq = empty({p.B, p.T, p.HV, p.K}, type, q);
+    Tensor dk = empty({p.B, p.T, p.HV, p.K}, type, q);
+    Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
+    Tensor dg = empty({p.B, p.T, p.HV, p.K}, g.scalar_type(), q);
+    Tensor dh0 = initial_state ? empty({p.N, p.HV, p.K, p.V}, state_type(q), q) : empty({0}, state_type(q), q);
+    p.grad_o = rows(grad_o_rows);
+    if (grad_final) p.grad_final_state = grad_final->const_data_ptr();
+    p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv), p.dg = rows(dg);
+    if (initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
+    Tensor scratch = workspace(chunk_bwd_workspace(p), q);
+    chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {sum_groups(dq, p.H), sum_groups(dk, p.H), dv, dg, dh0};
+}
+
+Tensor gla_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, Tensor const& state,
+                double scale) {
+    Checks const c("gla_step");
+    check_inputs(c, q, k, v, g, true);
+    int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
+    c.shape(state, "state", "[B, HV, K, V]", {B, HV, K, V});
+    c.dtype(state, "state", state_type(q));
+    c.device(state, "state", q, "q");
+    c.require(state.is_contiguous(), "state is updated in place and must be contiguous, got strides ",
+              show(state.strides()));
+    DeviceScope const scope(q);
+    Tensor const qr = last_contiguous(q), kr = last_contiguous(k), vr = last_contiguous(v), gr = last_contiguous(g);
+    Tensor o = empty({B, HV, V}, q.scalar_type(), q);
+    StepParams p{};
+    p.dtype = to_dtype(q.scalar_type());
+    p.gate_dtype = to_dtype(g.scalar_type());
+    p.state_dtype = to_dtype(state_type(q));
+    p.B = B, p.H = H, p.HV = HV, p.K = K, p.V = V;
+    p.scale = scale;
+    p.q = rows(qr), p.k = rows(kr), p.v = rows(vr), p.g = rows(gr), p.o = rows(o);
+    p.state = const_cast<void*>(state.const_data_ptr());
+    step(p, scope.stream());
+    return o;
+}
+
+}  // namespace
+}  // namespace lsm
+
+STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
+    m.impl("gla_fwd", TORCH_BOX(&lsm::gla_fwd));
+    m.impl("gla_bwd", TORCH_BOX(&lsm::gla_bwd));
+    m.impl("gla_step", TORCH_BOX(&lsm::gla_step));
+}

@@ -1,0 +1,34 @@
+"""What every operator module shares: argument rules that only Python can state, and autograd's fine print."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
+    """Forward-mode AD through a custom operator would silently give zero tangents; say so instead."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    for name, t in tensors.items():
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"lsm::{op}: forward-mode AD (jvp) is not supported, got a dual tensor for {name}; "
+                "use reverse mode, or lsm_cuda.reference for a definition any mode can differentiate"
+            )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this device, or None outside autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def no_double_backward(op: str) -> str:
+    return (
+        f"lsm::{op}: the backward pass is itself not differentiable (double backward is not supported); "
+        "use lsm_cuda.reference for higher derivatives"
+    )
+
