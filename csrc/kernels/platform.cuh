@@ -1,13 +1,14 @@
 // The one place that knows whether nvcc or the host compiler reads a kernel.
 //
 // Kernels use CUDA's own spelling (threadIdx, __syncthreads, __shfl_xor_sync, ...) plus the names below. On the
-// device these are PTX; on the host they are the SIMT emulator's twins (emu/simt.h), so the same text runs on a CPU.
+// device these are PTX; on the host they are the SIMT emulator's twins (emu/emu.h), so the same text runs on a CPU.
 // What a kernel keeps to so that this holds: dynamic shared memory through dyn_smem() only, launches through
 // launch() only, PTX only here or inside cute/arch ops.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -89,6 +90,20 @@ LSM_DEVICE float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// One thread's access to global memory, 2 to 16 bytes, aligned to its size. A plain load or store here; on the
+// emulator also counted, in bytes and in 32-byte sectors per warp, so that tests can hold a kernel to its roofline.
+template <class T>
+LSM_DEVICE T load_global(T const* p) {
+    static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0);
+    return *p;
+}
+
+template <class T>
+LSM_DEVICE void store_global(T* p, std::type_identity_t<T> value) {
+    static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0);
+    *p = value;
 }
 
 template <class... P>
