@@ -1,0 +1,162 @@
+"""The one acceptance rule.
+
+A result passes if its relative RMS error against the fp64 recurrence is at most
+
+    2 x the error of the same recurrence run by PyTorch in the promised dtypes  +  a few ulp.
+
+The promise: inputs and results in the dtype of q, state and accumulation in fp32 (fp64 for fp64).
+So the recurrence takes the same rounded inputs, runs in fp32 (fp64) and rounds what it returns;
+for half precision this is far stricter than a recurrence with a half-precision state would be.
+Factor 2: two orders of summation may each be unlucky. The few ulp are, in unit roundoffs u of the
+dtype in which an implementation multiplies:
+
+- fp32, fp64: 16 u (1e-6, 1.8e-15). A sum of n terms in another order differs by about
+  0.3 sqrt(n) u; n goes up to some thousand tokens or columns, which the recurrence's own error
+  covers only where it sums as many terms.
+- bf16, fp16: 4 u (1.6e-2, 2e-3). Tensor cores take products of operands rounded up to three times
+  (0.4 u RMS each), and gate gradients are sums of differences of such products; a CPU kernel stays
+  near the recurrence's 0.4 u.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from cases import Case, Op
+from inputs import Inputs, Tensors, make_inputs, state_dtype
+from torch import Tensor
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 4, torch.bfloat16: 4}
+
+
+def differentiate(forward: Callable[[Inputs], tuple[Tensor, Tensor | None]], x: Inputs) -> Tensors:
+    """Results of a forward function and the gradients of its arguments, by autograd."""
+    x = x.leaves()
+    o, final_state = forward(x)
+    results = {"o": o} if final_state is None else {"o": o, "final_state": final_state}
+    upstream = {"o": x.grad_o, "final_state": x.grad_final_state}
+    leaves = {f"d{name}": t for name, t in x.tensors.items()}
+    if x.initial_state is not None:
+        leaves["dinitial_state"] = x.initial_state
+    grads = torch.autograd.grad(
+        list(results.values()), list(leaves.values()), [upstream[n] for n in results],
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    detached = {name: t.detach() for name, t in results.items()}
+    return detached | dict(zip(leaves, grads, strict=True))
+
+
+def recurrence(op: Op, x: Inputs, dtype: torch.dtype) -> Tensors:
+    """The reference and its gradients, all in ``dtype``, from copies of the rounded inputs."""
+
+    def forward(y: Inputs) -> tuple[Tensor, Tensor | None]:
+        if y.grad_o.numel() == 0 and y.grad_o.shape[1] == 0 and y.initial_state is None:
+            # no token and no state: constants, of which autograd knows nothing
+            return anchored(op, y)
+        o, state = op.reference(
+            **y.tensors, scale=y.scale, initial_state=y.initial_state, cu_seqlens=y.cu_seqlens
+        )
+        o = o if o.requires_grad else o + 0 * y.tensors["v"]
+        return o, state if y.output_final_state else None
+
+    return differentiate(forward, x.map(lambda t: t.to(dtype)))
+
+
+def anchored(op: Op, y: Inputs) -> tuple[Tensor, Tensor | None]:
+    o, state = op.reference(**y.tensors, scale=y.scale, cu_seqlens=y.cu_seqlens)
+    zero = sum(t.sum() for t in y.tensors.values())
+    return o + zero, state + zero if y.output_final_state else None
+
+
+@functools.lru_cache(maxsize=2)
+def expected(case: Case) -> tuple[Inputs, Tensors, Tensors]:
+    """Inputs of a case, the truth, and the recurrence in the promised dtypes (unrounded)."""
+    x = make_inputs(case)
+    promised = state_dtype(case.torch_dtype)
+    truth = recurrence(case.op, x, torch.float64)
+    same = truth if promised == torch.float64 else recurrence(case.op, x, promised)
+    return x, truth, same
+
+
+def relative_rms(a: Tensor, truth: Tensor) -> float:
+    """RMS of a − truth over RMS of truth; 0 if both are zero, inf if only the truth is."""
+    a, truth = a.double(), truth.double()
+    size = truth.abs().max().item() if truth.numel() else 0.0
+    if size == 0.0:
+        return 0.0 if not a.any() else float("inf")
+    error, truth = (a - truth) / size, truth / size
+    return (error.square().mean() / truth.square().mean()).sqrt().item()
+
+
+def result_dtype(x: Inputs, name: str) -> torch.dtype:
+    if name in ("final_state", "dinitial_state"):
+        return x.state_dtype
+    return x.tensors.get(name.removeprefix("d"), x.tensors["q"]).dtype
+
+
+def verdicts(
+    actual: Tensors, truth: Tensors, same: Tensors, x: Inputs, products: torch.dtype | None = None
+) -> list[str]:
+    """One line per result that breaks the rule. ``products``: dtype of products, if not q's."""
+    broken = []
+    q_dtype = x.tensors["q"].dtype
+    if actual.keys() != truth.keys():
+        return [f"results {sorted(actual)}, expected {sorted(truth)}"]
+    unit = max(q_dtype, products or q_dtype, key=UNIT_ROUNDOFF.__getitem__)
+    slack = ULPS[unit] * UNIT_ROUNDOFF[unit]
+    for name, got in actual.items():
+        want, dtype = truth[name], result_dtype(x, name)
+        got, rounded = got.cpu(), same[name].to(dtype)
+        if got.shape != want.shape or got.dtype != dtype:
+            broken.append(f"{name}: {got.dtype} {[*got.shape]}, expected {dtype} {[*want.shape]}")
+            continue
+        if not torch.equal(got.isfinite(), rounded.isfinite()):
+            bad = (got.isfinite() != rounded.isfinite()).nonzero()
+            broken.append(f"{name}: {len(bad)} values not finite, first at {bad[0].tolist()}")
+            continue
+        ok = got.isfinite()
+        error, baseline = (relative_rms(t[ok], want[ok]) for t in (got, rounded))
+        if not error <= 2 * baseline + slack:
+            worst = (got.double() - want).abs().nan_to_num(0).argmax().item()
+            at = [int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)]
+            broken.append(
+                f"{name}: relative RMS error {error:.2e}, allowed {2 * baseline + slack:.2e} "
+                f"(2 x {baseline:.2e} of the recurrence + {slack:.1e}); worst at {at}: "
+                f"{got[tuple(at)].item():.6g} for {want[tuple(at)].item():.6g}"
+            )
+    return broken
+
+
+def assert_accepted(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs, **kwargs) -> None:
+    broken = verdicts(actual, truth, same, x, **kwargs)
+    assert not broken, "\n".join(["", *broken])
+
+
+def assert_same_bits(a: Tensors, b: Tensors) -> None:
+    """Equal to the last bit, NaN included."""
+    assert a.keys() == b.keys()
+    for name in a:
+        x, y = (t[name].contiguous().cpu() for t in (a, b))
+        assert x.dtype == y.dtype and x.shape == y.shape, name
+        same = torch.equal(x.view(torch.uint8), y.view(torch.uint8)) if x.numel() else True
+        assert same, f"{name}: {(x != y).sum().item()} of {x.numel()} values differ"
+
+
+def assert_close(actual: Tensors, other: Tensors, op: Op, x: Inputs, **kwargs) -> None:
+    """Two ways through an implementation agree: both pass the rule, against the same truth."""
+    promised = x.state_dtype
+    host = dataclasses.replace(x.to("cpu"))
+    truth = recurrence(op, host, torch.float64)
+    same = truth if promised == torch.float64 else recurrence(op, host, promised)
+    for results in (actual, other):
+        wanted = {name: truth[name] for name in results}
+        assert_accepted(results, wanted, {n: same[n] for n in results}, host, **kwargs)

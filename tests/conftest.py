@@ -1,0 +1,66 @@
+"""Parametrisation over implementations, and memory that starts as garbage."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+
+import pytest
+import torch
+from cases import OPS, cases
+from impls import IMPLS, Impl
+
+# Fresh and freed memory is filled with 0xFE and 0x01 (glibc's M_PERTURB): what a kernel forgets
+# to write, or reads after its life, is a huge number instead of the last call's right answer.
+if sys.platform == "linux":
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-6, 1)
+
+# One thread for PyTorch's small operations, which waste time on waking others; kernels get two
+# (impls.py), because their work is divided differently then.
+torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``impl`` in a test's arguments: run on each one; ``case`` too: on each of its cases."""
+    names = metafunc.fixturenames
+    if "impl" not in names:
+        return
+    wanted = getattr(metafunc.function, "only_impls", tuple(IMPLS))
+    rows = []
+    for impl in (IMPLS[name] for name in wanted):
+        marks = [pytest.mark.gpu] if impl.name == "cuda" else []
+        absent = impl.absent()
+        if absent:
+            marks.append(pytest.mark.skip(reason=absent))
+        for op in OPS:
+            own = cases(op, impl.name) if "case" in names else [None]
+            for case in own[:1] if absent else own:
+                values = {"impl": impl, "op": op, "case": case}
+                picked = [values[n] for n in ("impl", "op", "case") if n in names]
+                rows.append(pytest.param(*picked, marks=marks, id=f"{impl}-{case or op}"))
+    metafunc.parametrize([n for n in ("impl", "op", "case") if n in names], rows)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An absent implementation is one skip per test, not one per parameter."""
+    seen: set[tuple] = set()
+    kept, dropped = [], []
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        impl = spec.params.get("impl") if spec else None
+        first = item.nodeid.partition("[")[0], str(impl)
+        if isinstance(impl, Impl) and impl.absent() and first in seen:
+            dropped.append(item)
+        else:
+            seen.add(first)
+            kept.append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture
+def cpu() -> Impl:
+    return IMPLS["cpu"]

@@ -1,0 +1,93 @@
+"""Results and gradients of every operator on every case, and single tokens, by the rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import AXES, OPS, Case, Op, cases
+from checks import assert_accepted, expected, relative_rms, verdicts
+from impls import Impl
+from inputs import make_inputs
+
+
+def test_accepted(impl: Impl, case: Case) -> None:
+    x, truth, same = expected(case)
+    assert_accepted(impl.run(case.op, x), truth, same, x, products=impl.products(case.torch_dtype))
+
+
+def test_forward_without_gradients_is_the_same(impl: Impl, op: Op) -> None:
+    x = make_inputs(Case(op, T=65, dims=(7, 33), heads=(1, 2), state="both"))
+    with_grad = impl.run(op, x)
+    with torch.no_grad():
+        o, state = impl.forward(op, x.to(impl.device))
+    assert not o.requires_grad
+    assert torch.equal(o.cpu(), with_grad["o"])
+    assert torch.equal(state.cpu(), with_grad["final_state"])
+
+
+STEP_CASES = [
+    ("f32", "mixed", (16, 16), (1, 1)),
+    ("bf16", "-1", (64, 32), (2, 4)),
+    ("f16+f32", "-80", (7, 33), (1, 3)),
+    ("bf16+f32", "-inf", (1, 7), (2, 2)),
+    ("f32", "positive", (33, 1), (2, 2)),
+    ("f32", "0", (256, 256), (1, 2)),
+    ("f64", "mixed", (33, 7), (2, 4)),
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "offset"])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("dtype, gate, dims, heads", STEP_CASES)
+def test_step(
+    impl: Impl, op: Op, dtype: str, gate: str, dims: tuple, heads: tuple, batch: int, layout: str
+) -> None:
+    if dtype == "f64" and impl.tensor_cores:
+        pytest.skip("fp64 is for CPU kernels only")
+    case = Case(
+        op, T=1, dtype=dtype, gate=gate, dims=dims, heads=heads, batch=batch, layout=layout,
+        state="both",
+    )  # fmt: skip
+    x, truth, same = expected(case)
+    state = x.initial_state.clone().to(impl.device)
+    address = state.data_ptr()
+    o = impl.step(op, {name: t[:, 0] for name, t in x.tensors.items()}, state, case.scale)
+    assert state.data_ptr() == address
+    names = ("o", "final_state")
+    assert_accepted(
+        {"o": o[:, None], "final_state": state},
+        {n: truth[n] for n in names},
+        {n: same[n] for n in names},
+        x,
+        products=impl.products(case.torch_dtype),
+    )
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_cases_hold_every_pair(op: Op) -> None:
+    """The case table is what it says: every value of every axis, and every affordable pair."""
+    table = cases(op, "cpu")
+    for axis, values in AXES.items():
+        assert {getattr(case, axis) for case in table} >= set(values)
+    assert {(c.T, c.gate) for c in table} >= {(T, g) for T in AXES["T"] for g in AXES["gate"]}
+    assert {(c.dtype, c.dims) for c in table} >= {
+        (d, s) for d in AXES["dtype"] for s in AXES["dims"]
+    }
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16"])
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_rule_notices(op: Op, dtype: str) -> None:
+    """The rule accepts rounding, and rejects a lost token, a wrong scale and an infinity."""
+    case = Case(op, T=200, dtype=dtype, gate="-1")
+    x, truth, same = expected(case)
+    good = {name: t.to(case.torch_dtype) for name, t in same.items()}
+    assert not verdicts(good, truth, same, x)
+    for name, t in good.items():
+        lost = t.clone()
+        lost[:, 100] = 0
+        huge = t.clone()
+        huge[0, 0, 0, 0] = torch.inf
+        for bad in (lost, t * 1.03, huge, t.transpose(-1, -2)):
+            assert verdicts(good | {name: bad}, truth, same, x), name
+    assert relative_rms(truth["o"], truth["o"]) == 0
