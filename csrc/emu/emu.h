@@ -50,7 +50,7 @@ constexpr u32 kSharedWindow = 1024;
 char* shared_base();
 u32 shared_offset(void const* pointer);
 // The host address of [offset, offset + bytes), which must lie in the block's shared memory, aligned to `bytes`.
-char* shared_pointer(u32 offset, u32 bytes, char const* what);
+char* shared_pointer(u32 offset, u32 bytes, char const* what, void const* site);
 
 // ---- Threads and barriers ----
 
@@ -90,6 +90,7 @@ void mma(Mma kind, void* d, u32 const* a, u32 const* b);
 void cp_async(u32 destination, void const* source, u32 bytes, u32 source_bytes);
 void cp_async_commit();
 void cp_async_wait(u32 pending);
+void cp_async_wait_all();
 void cp_async_mbarrier_arrive(u32 barrier, bool no_increment);
 
 void mbarrier_init(u32 barrier, u32 count);
@@ -100,7 +101,6 @@ void mbarrier_expect_tx(u32 barrier, u32 bytes);
 bool mbarrier_test_parity(u32 barrier, u32 parity);
 void mbarrier_wait_parity(u32 barrier, u32 parity);
 
-struct TensorMap;
 void tma_load(void const* map, u32 barrier, u32 destination, int rank, int const* coordinate);
 void tma_store(void const* map, u32 source, int rank, int const* coordinate, bool add);
 void bulk_load(void const* source, u32 barrier, u32 destination, u32 bytes);

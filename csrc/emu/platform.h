@@ -32,6 +32,9 @@
 #undef __restrict__
 #define __restrict__ __restrict
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 // CuTe then asks us for shared addresses instead of printing an error.
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 inline std::size_t __cvta_generic_to_shared(void const* pointer) { return lsm::emu::shared_offset(pointer); }
@@ -58,11 +61,11 @@ namespace lsm::emu {
 
 template <class T>
 __forceinline__ T shuffle_value(Shuffle kind, unsigned mask, T value, int operand, int width) {
-    static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8));
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
     u64 bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
     bits = shuffle(kind, mask, bits, operand, width);
-    std::memcpy(&value, &bits, sizeof(T));
+    std::memcpy(static_cast<void*>(&value), &bits, sizeof(T));
     return value;
 }
 
@@ -136,6 +139,10 @@ constexpr Number number_of() {
         return Number::u64;
     } else if constexpr (std::is_same_v<T, float>) {
         return Number::f32;
+    } else if constexpr (std::is_same_v<T, __half2>) {
+        return Number::f16x2;
+    } else if constexpr (std::is_same_v<T, __nv_bfloat162>) {
+        return Number::bf16x2;
     } else {
         static_assert(std::is_same_v<T, double>, "no such atomic in CUDA");
         return Number::f64;
@@ -148,7 +155,7 @@ __forceinline__ T atomic_value(Atomic operation, T* address, T value, T compare 
     std::memcpy(&v, &value, sizeof(T));
     std::memcpy(&c, &compare, sizeof(T));
     v = atomic(operation, number_of<T>(), address, v, c);
-    std::memcpy(&value, &v, sizeof(T));
+    std::memcpy(static_cast<void*>(&value), &v, sizeof(T));
     return value;
 }
 
@@ -301,9 +308,6 @@ __forceinline__ void __stcg(T* p, T value) {
     __stcs(p, value);
 }
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 // ---- The host side of kernels/platform.cuh ----
 
 namespace lsm {
@@ -326,11 +330,15 @@ __forceinline__ void cp_async_wait() {
     emu::cp_async_wait(Pending);
 }
 
-inline uint32_t pack(float low, float high, __nv_bfloat16*) {
-    return std::bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+template <class T2>
+uint32_t bits_of(T2 const& pair) {
+    uint32_t bits;
+    std::memcpy(&bits, &pair, 4);
+    return bits;
 }
 
-inline uint32_t pack(float low, float high, __half*) { return std::bit_cast<uint32_t>(__floats2half2_rn(low, high)); }
+inline uint32_t pack(float low, float high, __nv_bfloat16*) { return bits_of(__floats2bfloat162_rn(low, high)); }
+inline uint32_t pack(float low, float high, __half*) { return bits_of(__floats2half2_rn(low, high)); }
 
 inline float exp2_approx(float x) {
     float const y = std::exp2(x);

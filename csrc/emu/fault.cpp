@@ -1,0 +1,74 @@
+// Turns a segmentation fault inside a kernel into a report: shared memory and stacks end at unmapped pages.
+#include <csignal>
+#include <ucontext.h>
+
+#include "emu/internal.h"
+
+namespace lsm::emu {
+namespace {
+
+#ifndef LSM_EMU_ASAN
+constexpr std::size_t kSignalStack = 64 * 1024;
+char signal_stack[kSignalStack];
+alignas(16) char report_stack[256 * 1024];
+
+struct sigaction previous_segv, previous_bus;
+stack_t previous_stack;
+char const* fault_address;
+void const* fault_site;
+
+[[noreturn]] void report_fault() {
+    Thread const& t = *world.current;
+    auto const from_shared = fault_address - world.shared;
+    std::string what = "invalid access to address " + hex(reinterpret_cast<u64>(fault_address));
+    if (from_shared >= -(1 << 20) && from_shared < (1 << 21)) {
+        what = "out of bounds: access to shared memory + " + std::to_string(from_shared) + ", which has " +
+               std::to_string(world.shared_bytes) + " bytes";
+    } else if (fault_address < t.stack_top && fault_address > t.stack_top - (2 << 20) - LSM_EMU_STACK_KIB * 1024) {
+        what = "a thread's stack is exhausted: too many local variables";
+    }
+    fail_at(what, static_cast<char const*>(fault_site) + 1);
+}
+
+// Runs on the signal's own stack: only redirects, so that the report is made outside the handler.
+void on_fault(int signal, siginfo_t* info, void* context) {
+    if (world.current == nullptr) {
+        sigaction(signal, signal == SIGSEGV ? &previous_segv : &previous_bus, nullptr);
+        return;
+    }
+    auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+    fault_address = static_cast<char const*>(info->si_addr);
+    fault_site = reinterpret_cast<void const*>(registers[REG_RIP]);
+    registers[REG_RIP] = reinterpret_cast<greg_t>(&report_fault);
+    registers[REG_RSP] = reinterpret_cast<greg_t>(report_stack + sizeof report_stack - 8);
+}
+
+#endif
+
+}  // namespace
+
+#ifdef LSM_EMU_ASAN
+void install_fault_handler() {}  // AddressSanitizer has its own
+void remove_fault_handler() {}
+#else
+void install_fault_handler() {
+    stack_t mine{};
+    mine.ss_sp = signal_stack;
+    mine.ss_size = kSignalStack;
+    sigaltstack(&mine, &previous_stack);
+    struct sigaction action {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGSEGV, &action, &previous_segv);
+    sigaction(SIGBUS, &action, &previous_bus);
+}
+
+void remove_fault_handler() {
+    sigaction(SIGSEGV, &previous_segv, nullptr);
+    sigaction(SIGBUS, &previous_bus, nullptr);
+    sigaltstack(&previous_stack, nullptr);
+}
+#endif
+
+}  // namespace lsm::emu

@@ -1,0 +1,118 @@
+// Words for reports: threads, addresses, and source lines out of the debug information by addr2line.
+#include <dlfcn.h>
+#include <elf.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <map>
+
+#include "emu/internal.h"
+
+namespace lsm::emu {
+namespace {
+
+// Every inline frame of one address, innermost first, as "function" and "file:line" in turns.
+std::vector<std::string> look_up(void const* address) {
+    Dl_info info{};
+    std::vector<std::string> lines;
+    if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return lines;
+    auto const* header = static_cast<Elf64_Ehdr const*>(info.dli_fbase);
+    u64 offset = reinterpret_cast<u64>(address);
+    if (header->e_type == ET_DYN) offset -= reinterpret_cast<u64>(info.dli_fbase);
+    std::string file = info.dli_fname;
+    if (file.find('\'') != std::string::npos) return lines;
+    if (file.find('/') == std::string::npos) file = "/proc/self/exe";
+    if (file == "/proc/self/exe") {
+        char target[4096];
+        ssize_t const n = readlink("/proc/self/exe", target, sizeof target - 1);
+        if (n > 0) file.assign(target, static_cast<std::size_t>(n));
+    }
+    std::string const command = "LC_ALL=C addr2line -i -f -C -e '" + file + "' " + hex(offset) + " 2>/dev/null";
+    FILE* pipe = popen(command.c_str(), "r");
+    if (pipe == nullptr) return lines;
+    char buffer[8192];
+    while (std::fgets(buffer, sizeof buffer, pipe) != nullptr) {
+        std::string line = buffer;
+        while (!line.empty() && (line.back() == '\n' || line.back() == '\r')) line.pop_back();
+        lines.push_back(line);
+    }
+    pclose(pipe);
+    return lines;
+}
+
+bool is_plumbing(std::string const& file) {
+    for (char const* part : {"csrc/emu/", "kernels/platform.cuh", "/cute/", "/cutlass/", "/usr/", "/cuda", "?"}) {
+        if (file.find(part) != std::string::npos) return true;
+    }
+    return false;
+}
+
+std::string shorten(std::string file) {
+    if (auto const at = file.rfind("csrc/"); at != std::string::npos) {
+        file = file.substr(at);
+    } else if (auto const slash = file.rfind('/'); slash != std::string::npos) {
+        file = file.substr(slash + 1);
+    }
+    if (auto const at = file.find(" (discriminator"); at != std::string::npos) file.resize(at);
+    return file;
+}
+
+// "lsm::chunk::load<128>(Params const&)" -> "load"
+std::string short_name(std::string name) {
+    int depth = 0;
+    std::string flat;
+    for (char const c : name) {
+        if (c == '<') ++depth;
+        if (depth == 0) flat += c;
+        if (c == '>') --depth;
+    }
+    if (auto const at = flat.find('('); at != std::string::npos) flat.resize(at);
+    if (auto const at = flat.rfind(' '); at != std::string::npos) flat = flat.substr(at + 1);
+    if (auto const at = flat.rfind("::"); at != std::string::npos) flat = flat.substr(at + 2);
+    return flat.empty() ? name : flat;
+}
+
+}  // namespace
+
+std::string hex(u64 value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+    return text;
+}
+
+std::string describe_thread(Thread const& t) {
+    return "thread (" + std::to_string(t.index.x) + "," + std::to_string(t.index.y) + "," + std::to_string(t.index.z) +
+           "), lane " + std::to_string(t.lane) + " of warp " + std::to_string(t.warp);
+}
+
+std::string describe_site(void const* site) {
+    static std::map<void const*, std::string> known;
+    if (auto const it = known.find(site); it != known.end()) return it->second;
+    // A return address: the call is the instruction before it.
+    auto const frames = look_up(static_cast<char const*>(site) - 1);
+    std::string text;
+    int shown = 0;
+    for (std::size_t i = 0; i + 1 < frames.size(); i += 2) {
+        if (is_plumbing(frames[i + 1])) continue;
+        if (++shown > 4) break;
+        text += (shown == 1 ? "" : "\n      from ") + shorten(frames[i + 1]) + " (" + short_name(frames[i]) + ")";
+    }
+    if (text.empty() && frames.size() >= 2) text = shorten(frames[1]) + " (" + short_name(frames[0]) + ")";
+    if (text.empty()) text = hex(reinterpret_cast<u64>(site));
+    known[site] = text;
+    return text;
+}
+
+std::string kernel_name(void const* function) {
+    static std::map<void const*, std::string> known;
+    if (auto const it = known.find(function); it != known.end()) return it->second;
+    auto const frames = look_up(function);
+    std::string name = frames.empty() || frames[0] == "??" ? hex(reinterpret_cast<u64>(function)) : frames.front();
+    if (auto const at = name.find('('); at != std::string::npos && name.compare(at, 11, "(anonymous ") != 0) {
+        name.resize(at);
+    }
+    known[function] = name;
+    return name;
+}
+
+}  // namespace lsm::emu
