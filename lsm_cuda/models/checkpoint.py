@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch import Tensor
 from .config import ModelConfig
 from .model import DecoderLM
 
-__all__ = ["CheckpointError", "load_model", "save_model", "write_atomically"]
+__all__ = [
+    "CheckpointError",
+    "load_model",
+    "model_files",
+    "read_weights",
+    "save_model",
+    "write_together",
+]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -22,13 +29,6 @@ WEIGHTS = "model.safetensors"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the text names the file and what is wrong with it."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then move it there: no reader sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 def save_model(
@@ -40,14 +40,38 @@ def save_model(
         model: what to save.
         folder: where to.
         metadata: strings kept in the weights file.
+
+    Raises:
+        ImportError: the safetensors package is missing.
     """
+    write_together(model_files(model, Path(folder), metadata))
+
+
+Writer = Callable[[Path], object]
+
+
+def model_files(
+    model: DecoderLM, folder: Path, metadata: dict[str, str] | None = None
+) -> dict[Path, Writer]:
+    """The files of a checkpoint, and what writes each."""
     save_file = _safetensors().torch.save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    write_atomically(folder / CONFIG, lambda p: p.write_text(config))
-    write_atomically(folder / WEIGHTS, lambda p: save_file(weights, str(p), metadata))
+    return {
+        folder / CONFIG: lambda path: path.write_text(config),
+        folder / WEIGHTS: lambda path: save_file(weights, str(path), metadata),
+    }
+
+
+def write_together(files: Mapping[Path, Writer]) -> None:
+    """Write all files under other names, then move them into place: no reader meets half a file,
+    and being cut off while writing leaves the old ones."""
+    partial = {path: path.with_name(path.name + ".partial") for path in files}
+    for path, write in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial[path])
+    for path, written in partial.items():
+        os.replace(written, path)
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> DecoderLM:
