@@ -42,6 +42,8 @@ struct LaunchRecord {
 
 extern Counters counters;  // of the running launch
 
+std::string kernel_name(void const* function);
+
 void reset_counters();
 std::vector<LaunchRecord> const& launch_records();
 void begin_counting();
