@@ -1,0 +1,108 @@
+// Vectors of one instruction set: the few operations the kernels speak in, over the compiler's vector types.
+// Compiled once per tier (tier_*.cpp), each in its own namespace, so that no two tiers share a symbol.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define LSM_INLINE inline __attribute__((always_inline))
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+
+inline constexpr int kVectorBytes = LSM_CPU_VECTOR_BYTES;
+inline constexpr int kRegisters = LSM_CPU_REGISTERS;
+
+template <class T>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+struct VectorTypes;
+
+template <>
+struct VectorTypes<float> {
+    typedef float Value __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+
+template <>
+struct VectorTypes<double> {
+    typedef double Value __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vector = typename VectorTypes<T>::Value;
+using Bits = VectorTypes<float>::Bits;
+using HalfBits = VectorTypes<float>::Half;
+
+template <class V>
+LSM_INLINE V load_bytes(void const* p) {
+    V x;
+    std::memcpy(&x, p, sizeof(V));
+    return x;
+}
+
+template <class T>
+LSM_INLINE Vector<T> load(T const* p) {
+    return load_bytes<Vector<T>>(p);
+}
+
+template <class T>
+LSM_INLINE void store(T* p, Vector<T> x) {
+    std::memcpy(p, &x, sizeof(x));
+}
+
+LSM_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+LSM_INLINE int64_t panels(int64_t columns, int lanes) { return (columns + lanes - 1) / lanes; }
+
+// Halves are added until one lane is left.
+template <class T, int kBytes, class V>
+LSM_INLINE T sum_lanes_of(V x) {
+    if constexpr (kBytes == sizeof(T)) {
+        return x[0];
+    } else {
+        typedef T Half __attribute__((vector_size(kBytes / 2)));
+        Half parts[2];
+        std::memcpy(parts, &x, sizeof(x));
+        return sum_lanes_of<T, kBytes / 2>(parts[0] + parts[1]);
+    }
+}
+
+template <class T>
+LSM_INLINE T sum_lanes(Vector<T> x) {
+    return sum_lanes_of<T, kVectorBytes>(x);
+}
+
+// e^x to 1 ulp: x = n ln 2 + r, a polynomial in r, and 2^n in two factors so that results below 2^-126 round as
+// they should and e^-inf is 0. NaN passes through: every comparison with it is false.
+LSM_INLINE Vector<float> exp(Vector<float> x) {
+    using V = Vector<float>;
+    x = x < -110.0f ? V{} - 110.0f : x;
+    x = x > 90.0f ? V{} + 90.0f : x;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    V const shifted = x * 1.44269504088896341f + kRound;
+    V const n = shifted - kRound;
+    V const r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    V y = V{} + 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+    Int const e = Int(shifted) - 0x4b400000;
+    Int const e0 = e >> 1, e1 = e - e0;
+    return y * V((e0 + 127) << 23) * V((e1 + 127) << 23);
+}
+
+LSM_INLINE Vector<double> exp(Vector<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+    return x;
+}
+
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu

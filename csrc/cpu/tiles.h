@@ -1,0 +1,228 @@
+// Products of small matrices in panels, register tile by register tile.
+//   block panels  X: [columns / W][kBlock][W]   tokens by channels
+//   state panels  S: [columns / W][rows][W]     S itself has its V columns in lanes, its transpose the K ones
+#pragma once
+
+#include "rows.h"
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+
+template <class T>
+inline constexpr int kTileRows =
+    kLanes<T> < (kRegisters == 32 ? 8 : 4) ? kLanes<T> : (kRegisters == 32 ? 8 : 4);
+inline constexpr int kTilePanels = 2;
+
+// acc[m][n] += Σ_k A[m][k] B[k][n]: A a block's tokens (contraction over its channels), B a state.
+template <int M, int N, class T>
+LSM_INLINE void add_rows_product(Vector<T> (&acc)[M][N], T const* A, T const* B, int64_t B_panel,
+                                 int64_t depth) {
+    constexpr int W = kLanes<T>;
+    for (; depth > 0; depth -= W, A += kBlock * W, B += W * W) {
+        int const steps = int(min_of(depth, W));
+#pragma GCC unroll 4
+        for (int k = 0; k < steps; ++k) {
+            Vector<T> b[N];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) b[n] = load(B + n * B_panel + k * W);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+                for (int n = 0; n < N; ++n) acc[m][n] += A[m * W + k] * b[n];
+            }
+        }
+    }
+}
+
+// acc[m][n] += Σ_j A[j][m] B[j][n] over the tokens j of a block: A's channels become the rows of a state.
+template <int M, int N, class T>
+LSM_INLINE void add_outer_products(Vector<T> (&acc)[M][N], T const* A, T const* B) {
+    constexpr int W = kLanes<T>;
+#pragma GCC unroll 8
+    for (int j = 0; j < kBlock; ++j) {
+        Vector<T> b[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) b[n] = load(B + (n * kBlock + j) * W);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[m][n] += A[j * W + m] * b[n];
+        }
+    }
+}
+
+enum class Triangle { past, future };
+
+// acc[m][n] += Σ_j P[first + m][j] X[j][n] over the past, j <= first + m, or Σ_j P[j][first + m] X[j][n] over the
+// future, j >= first + m. The other half is skipped, not multiplied by zero: what is not finite stays in its place.
+template <Triangle kTriangle, int M, int N, class T>
+LSM_INLINE void add_triangle(Vector<T> (&acc)[M][N], T const* P, T const* X, int first) {
+    constexpr int W = kLanes<T>;
+    constexpr bool kPast = kTriangle == Triangle::past;
+    int const full_begin = kPast ? 0 : first + M, full_end = kPast ? first : kBlock;
+    for (int j = full_begin; j < full_end; ++j) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            T const p = kPast ? P[(first + m) * kBlock + j] : P[j * kBlock + first + m];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[m][n] += p * load(X + (n * kBlock + j) * W);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+        int const j = first + i;
+        Vector<T> x[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) x[n] = load(X + (n * kBlock + j) * W);
+#pragma GCC unroll 8
+        for (int m = kPast ? i : 0; m < (kPast ? M : i + 1); ++m) {
+            T const p = kPast ? P[(first + m) * kBlock + j] : P[j * kBlock + first + m];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[m][n] += p * x[n];
+        }
+    }
+}
+
+// out = A B (+ a triangle): block panels times state panels.
+template <int N, class T, class Epilogue>
+LSM_INLINE void block_times_state_panels(T* out, T const* A, T const* B, int64_t B_panel,
+                                         int64_t depth, Epilogue const& epilogue, int64_t panel) {
+    constexpr int W = kLanes<T>, M = kTileRows<T>;
+    for (int first = 0; first < kBlock; first += M) {
+        Vector<T> acc[M][N] = {};
+        add_rows_product(acc, A + first * W, B, B_panel, depth);
+        epilogue.template add<M, N>(acc, first, panel);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) store(out + (n * kBlock + first + m) * W, acc[m][n]);
+        }
+    }
+}
+
+struct Nothing {
+    template <int M, int N, class V>
+    LSM_INLINE void add(V (&)[M][N], int, int64_t) const {}
+};
+
+template <Triangle kTriangle, class T>
+struct PlusTriangle {
+    T const* P;  // [kBlock][kBlock]
+    T const* X;  // block panels with the columns of the product
+
+    template <int M, int N, class V>
+    LSM_INLINE void add(V (&acc)[M][N], int first, int64_t panel) const {
+        add_triangle<kTriangle, M, N, T>(acc, P, X + panel * kBlock * kLanes<T>, first);
+    }
+};
+
+template <class T, class Epilogue = Nothing>
+LSM_INLINE void block_times_state(T* out, T const* A, T const* S, int64_t state_rows, int64_t depth,
+                                  int64_t column_panels, Epilogue const& epilogue = {}) {
+    constexpr int W = kLanes<T>;
+    int64_t const S_panel = state_rows * W;
+    int64_t p = 0;
+    for (; p + kTilePanels <= column_panels; p += kTilePanels) {
+        block_times_state_panels<kTilePanels>(out + p * kBlock * W, A, S + p * S_panel, S_panel,
+                                              depth, epilogue, p);
+    }
+    for (; p < column_panels; ++p) {
+        block_times_state_panels<1>(out + p * kBlock * W, A, S + p * S_panel, S_panel, depth,
+                                    epilogue, p);
+    }
+}
+
+enum class DecayOf { rows, lanes };
+
+template <DecayOf kDecayOf, int N, class T>
+LSM_INLINE void advance_panels(T* dst, T const* src, T const* A, T const* B, int64_t row_panels,
+                               T const* decay) {
+    constexpr int W = kLanes<T>, M = kTileRows<T>;
+    int64_t const panel = row_panels * W * W;
+    Vector<T> lane_decay[N];
+    if constexpr (kDecayOf == DecayOf::lanes) {
+        for (int n = 0; n < N; ++n) lane_decay[n] = load(decay + n * W);
+    }
+    for (int64_t row = 0; row < row_panels * W; row += M) {
+        Vector<T> acc[M][N];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                Vector<T> const s = load(src + n * panel + (row + m) * W);
+                if constexpr (kDecayOf == DecayOf::lanes) {
+                    acc[m][n] = lane_decay[n] * s;
+                } else {
+                    acc[m][n] = decay[row + m] * s;
+                }
+            }
+        }
+        add_outer_products(acc, A + row / W * (kBlock * W) + row % W, B);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) store(dst + n * panel + (row + m) * W, acc[m][n]);
+        }
+    }
+}
+
+// dst = decay * src + Aᵀ B: a state over one block of tokens. src may be dst.
+template <DecayOf kDecayOf, class T>
+LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_panels, T const* B,
+                              int64_t column_panels, T const* decay) {
+    constexpr int W = kLanes<T>;
+    int64_t const panel = row_panels * W * W;
+    int64_t const decay_step = kDecayOf == DecayOf::lanes ? W : 0;
+    int64_t p = 0;
+    for (; p + kTilePanels <= column_panels; p += kTilePanels) {
+        advance_panels<kDecayOf, kTilePanels>(dst + p * panel, src + p * panel, A,
+                                              B + p * kBlock * W, row_panels,
+                                              decay + p * decay_step);
+    }
+    for (; p < column_panels; ++p) {
+        advance_panels<kDecayOf, 1>(dst + p * panel, src + p * panel, A, B + p * kBlock * W,
+                                    row_panels, decay + p * decay_step);
+    }
+}
+
+// A [K, V] state in memory to panels and back. Lanes run over V, or over K for the transpose.
+template <class T>
+void read_state(T* dst, T const* src, int64_t src_stride, int64_t K, int64_t V) {
+    constexpr int W = kLanes<T>;
+    int64_t const rows = panels(K, W) * W;
+    std::memset(dst, 0, size_t(rows * panels(V, W) * W) * sizeof(T));
+    if (src == nullptr) return;
+    for (int64_t k = 0; k < K; ++k) {
+        for (int64_t v = 0; v < V; v += W) {
+            size_t const bytes = size_t(min_of(W, V - v)) * sizeof(T);
+            std::memcpy(dst + v * rows + k * W, src + k * src_stride + v, bytes);
+        }
+    }
+}
+
+template <class T>
+void write_state(T* dst, int64_t dst_stride, T const* src, int64_t K, int64_t V) {
+    constexpr int W = kLanes<T>;
+    int64_t const rows = panels(K, W) * W;
+    for (int64_t k = 0; k < K; ++k) {
+        for (int64_t v = 0; v < V; v += W) {
+            size_t const bytes = size_t(min_of(W, V - v)) * sizeof(T);
+            std::memcpy(dst + k * dst_stride + v, src + v * rows + k * W, bytes);
+        }
+    }
+}
+
+template <class T>
+void read_transposed_state(T* dst, T const* src, int64_t K, int64_t V) {
+    constexpr int W = kLanes<T>;
+    int64_t const rows = panels(V, W) * W;
+    std::memset(dst, 0, size_t(rows * panels(K, W) * W) * sizeof(T));
+    if (src == nullptr) return;
+    for (int64_t k = 0; k < K; ++k) {
+        T* column = dst + k / W * rows * W + k % W;
+        for (int64_t v = 0; v < V; ++v) column[v * W] = src[k * V + v];
+    }
+}
+
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu
