@@ -125,7 +125,7 @@ inline bool is_floating(ScalarType type) {
 
 // Allocates through the C shim: two thirds of the time of stable::empty, and it keeps libtorch's own words (the
 // size that did not fit) where the runtime offers them.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, Tensor const& device_of) {
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, Tensor const& device_of) {
     std::array<int64_t, 8> shape{}, strides{};
     int64_t rank = 0;
     for (int64_t const n : sizes) shape[rank++] = n;
@@ -149,13 +149,20 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, Tenso
     return Tensor(handle);
 }
 
+// Through empty(), so that a copy that does not fit says so.
+inline Tensor contiguous_copy(Tensor const& t) {
+    Tensor copy = empty(t.sizes(), t.scalar_type(), t);
+    torch::stable::copy_(copy, t);
+    return copy;
+}
+
 // The tensor itself if its last dimension is contiguous, else a contiguous copy.
 inline Tensor last_contiguous(Tensor const& t) {
     if (t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1) return t;
-    return torch::stable::contiguous(t);
+    return contiguous_copy(t);
 }
 
-inline Tensor as_contiguous(Tensor const& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(Tensor const& t) { return t.is_contiguous() ? t : contiguous_copy(t); }
 
 // [B, T, H, D] view for kernels; a [B, H, D] tensor (one token) reads as T = 1.
 inline Rows rows(Tensor const& t) {

@@ -17,8 +17,8 @@ void check_inputs(Checks const& c, Tensor const& q, Tensor const& k, Tensor cons
     char const* const g_dims = one_token ? "[B, HV, K]" : "[B, T, HV, K]";
     int64_t const rank = one_token ? 3 : 4;
     c.rank(q, "q", q_dims, rank);
-    c.require(is_floating(q.scalar_type()), "q must be bfloat16, float16 or float32",
-              kTensorCores ? "" : " or float64", ", got ", name(q.scalar_type()));
+    c.require(is_floating(q.scalar_type()), "q must be bfloat16, float16",
+              kTensorCores ? " or float32" : ", float32 or float64", ", got ", name(q.scalar_type()));
     c.require(!kTensorCores || q.scalar_type() != ScalarType::Double,
               "q is float64, which the CUDA kernels do not take (supported: bfloat16, float16, float32); it runs on "
               "CPU tensors");
@@ -118,8 +118,7 @@ bool rows_are_aligned(Tensor const& t) {
 
 Tensor kernel_layout(Tensor const& t) {
     if (!kTensorCores) return last_contiguous(t);
-    if (rows_are_aligned(t)) return t;
-    return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+    return rows_are_aligned(t) ? t : contiguous_copy(t);
 }
 
 Inputs prepare(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,

@@ -21,9 +21,16 @@ def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def check_same_device(op: str, q: Tensor, **tensors: Tensor | None) -> None:
+    """For fake kernels: a meta tensor among real ones is dispatched here, where kernels cannot object."""
+    for name, t in tensors.items():
+        if t is not None and t.device != q.device:
+            raise RuntimeError(f"lsm::{op}: {name} must be on {q.device} like q, got {t.device}")
 
 
 def no_double_backward(op: str) -> str:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import autocast_dtype, check_no_forward_ad, no_double_backward
+from ._common import (
+    autocast_dtype,
+    check_no_forward_ad,
+    check_same_device,
+    no_double_backward,
+)
 
 __all__ = ["chunk_gla", "fused_chunk_gla", "fused_recurrent_gla", "gla_step"]
 
@@ -15,6 +20,7 @@ __all__ = ["chunk_gla", "fused_chunk_gla", "fused_recurrent_gla", "gla_step"]
 
 @torch.library.register_fake("lsm::gla_fwd")
 def _gla_fwd_fake(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state):  # type: ignore[no-untyped-def]
+    check_same_device("gla_fwd", q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, v.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
     return v.new_empty(v.shape), q.new_empty(state, dtype=_state_dtype(q))
@@ -24,6 +30,7 @@ def _gla_fwd_fake(q, k, v, g, initial_state, cu_seqlens, scale, output_final_sta
 def _gla_bwd_fake(  # type: ignore[no-untyped-def]
     q, k, v, g, initial_state, cu_seqlens, scale, grad_o, grad_final_state
 ):
+    check_same_device("gla_bwd", q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     dh0 = (0,) if initial_state is None else initial_state.shape
     return (
         q.new_empty(q.shape),
@@ -36,6 +43,7 @@ def _gla_bwd_fake(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("lsm::gla_step")
 def _gla_step_fake(q, k, v, g, state, scale):  # type: ignore[no-untyped-def]
+    check_same_device("gla_step", q, k=k, v=v, g=g, state=state)
     return v.new_empty(v.shape)
 
 
