@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import OPS, cases
+from cases import GLA, OPS, Op, cases
 from impls import IMPLS, Impl
 
 # Fresh and freed memory is filled with 0xFE and 0x01 (glibc's M_PERTURB): what a kernel forgets
@@ -64,3 +64,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def cpu() -> Impl:
     return IMPLS["cpu"]
+
+
+@pytest.fixture
+def op_gla() -> Op:
+    """The operator for tests of what all operators share."""
+    return GLA
