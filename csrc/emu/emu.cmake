@@ -30,7 +30,7 @@ function(lsm_emulator_flags target flavour)
   elseif(flavour STREQUAL "asan")
     # Instrumented stack frames are larger than a fiber's stack.
     target_compile_definitions(${target} PRIVATE LSM_EMU_ASAN LSM_EMU_STACK_KIB=4096)
-    target_compile_options(${target} PRIVATE -fsanitize=address --param asan-stack=0)
+    target_compile_options(${target} PRIVATE -fsanitize=address "SHELL:--param asan-stack=0")
     target_link_options(${target} PRIVATE -fsanitize=address)
   endif()
 endfunction()
@@ -60,8 +60,8 @@ function(lsm_emulated_kernels target flavour)
   # -O1 compiles fastest and runs as fast; -O0 is a hundred times slower. The race hooks are the runtime's own, so
   # nothing is linked with -fsanitize=thread.
   target_compile_options(${target}_kernels PRIVATE -O1 -Wno-unknown-pragmas
-    $<$<STREQUAL:${flavour},race>:-fsanitize=thread> $<$<STREQUAL:${flavour},race>:--param>
-    $<$<STREQUAL:${flavour},race>:tsan-instrument-func-entry-exit=0>)
+    "$<$<STREQUAL:${flavour},race>:-fsanitize=thread;SHELL:--param tsan-instrument-func-entry-exit=0;\
+SHELL:--param tsan-distinguish-volatile=1>")
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_kernels> $<TARGET_OBJECTS:emulator_${flavour}>)
   target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
   if(flavour STREQUAL "asan")

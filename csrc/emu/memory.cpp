@@ -170,7 +170,7 @@ void land_copies(Thread& t, u32 end) {
         Copy const& c = t.copies[t.copies_landed];
         if (c.source_bytes > 0) std::memcpy(c.destination, c.source, c.source_bytes);
         std::memset(c.destination + c.source_bytes, 0, c.bytes - c.source_bytes);
-        if constexpr (kRace) race::async_land(t, c.destination, c.bytes, c.site);
+        if constexpr (kRace) race::async_land(t, c.destination, c.bytes, race::Kind::write, c.site);
     }
     if (t.copies_landed == t.copies.size()) {
         t.copies.clear();

@@ -17,7 +17,7 @@ struct Clock {
 
 namespace race {
 
-enum class Kind : u8 { read, write, atomic };
+enum class Kind : u8 { none, read, write, atomic, bulk };  // bulk: written by TMA, past the generic proxy
 
 void begin_launch();
 void begin_block();
@@ -35,10 +35,12 @@ void access(Thread const& thread, void const* address, u32 bytes, Kind kind, voi
 void async_proxy_read(Thread const& thread, void const* address, u32 bytes, void const* site);
 void proxy_fence(Thread const& thread);
 
-// cp.async and TMA destinations: reads between the two calls are errors.
+// cp.async and TMA destinations: accesses between the two calls are errors.
 void async_issue(Thread const& thread, void const* address, u32 bytes, void const* site);
-void async_land(Thread const& thread, void const* address, u32 bytes, void const* site);
+void async_land(Thread const& thread, void const* address, u32 bytes, Kind kind, void const* site);
 
+// Between blocks: what a thread did before its last fence is published by its next atomic, and known to whoever then
+// does an atomic on the same address.
 void global_fence(Thread const& thread);
 void global_atomic(Thread const& thread, void const* address);
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <map>
 
+#include "emu/counters.h"
 #include "emu/internal.h"
 
 namespace lsm::emu {
