@@ -205,6 +205,12 @@ class BackwardStretch {
 
     void advance_transposed(T* next, T const* state, int64_t b) {
         read_keys(b);
+        if (b + 1 < s_.blocks) {
+            int64_t const t = token(b + 1), count = tokens_of(b + 1);
+            k_.prefetch(t, count, K);
+            v_.prefetch(t, count, V);
+            decay_.prefetch(t, count);
+        }
         advance_state<DecayOf::lanes>(next, state, s_.v, VP, s_.keys, KP, s_.total);
     }
 
@@ -216,6 +222,14 @@ class BackwardStretch {
         }
     }
 
+    // Keys, values and gates of a piece are still at hand from its forward pass.
+    void prefetch_gradients(int64_t b) {
+        int64_t const t = token(b), count = tokens_of(b);
+        for (HeadRows<T> const* rows : keyed_) rows->prefetch(t, count, K);
+        for (HeadRows<T> const* rows : valued_) rows->prefetch(t, count, V);
+        decay_.prefetch_grad(t, count);
+    }
+
     void block_gradients(int64_t b, T const* state) {
         int64_t const t = token(b), count = tokens_of(b);
         read_keys(b);
@@ -224,6 +238,7 @@ class BackwardStretch {
         for (int64_t i = 0; i < KP; ++i) start_queries(i);
         scores(s_.P, s_.pairs, s_.q, s_.k, s_.a, KP);
         causal_dots(s_.D, s_.grad_o, s_.v, VP);
+        if (b > 0) prefetch_gradients(b - 1);
 
         block_times_state(s_.dv, s_.keys, s_.dS, KP * W, K, VP,
                           PlusTriangle<Triangle::future, T>{s_.P, s_.grad_o});
@@ -254,6 +269,8 @@ class BackwardStretch {
     BackwardScratch<T> s_;
     HeadRows<T> q_, k_, v_, grad_o_, dq_, dk_, dv_;
     Decay decay_;
+    HeadRows<T> const* const keyed_[3] = {&q_, &dq_, &dk_};
+    HeadRows<T> const* const valued_[2] = {&grad_o_, &dv_};
     int64_t const K = p_.K, V = p_.V, KP = panels(K, W), VP = panels(V, W);
 };
 

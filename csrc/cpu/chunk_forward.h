@@ -62,14 +62,20 @@ void forward_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
     StretchDecay<T> stretch_decay(task.decay, K);
     for (int64_t t = task.begin; t < task.end; t += kBlock) {
         int64_t const count = min_of(kBlock, task.end - t);
+        int64_t const next = t + kBlock, next_count = min_of(kBlock, task.end - next);
         k.read(s.k, t, count, K);
+        k.prefetch(next, next_count, K);
         v.read(s.v, t, count, V);
+        v.prefetch(next, next_count, V);
         decay.read(s.a, t, count);
+        decay.prefetch(next, next_count);
         for (int64_t i = 0; i < KP; ++i) {
             keys_to_end(s.keys + i * block, s.total + i * W, s.k + i * block, s.a + i * block);
         }
         if constexpr (kOutputs) {
             q.read(s.q, t, count, K, T(p.scale));
+            q.prefetch(next, next_count, K);
+            o.prefetch(next, next_count, V);
             for (int64_t i = 0; i < KP; ++i) {
                 queries_to_start(s.queries + i * block, s.total + i * W, s.q + i * block,
                                  s.a + i * block);

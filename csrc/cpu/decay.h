@@ -19,6 +19,8 @@ class VectorDecay {
         g_.read(a, t, count, K_);
         for (int64_t i = 0; i < panels(K_, W) * kBlock; ++i) store(a + i * W, exp(load(a + i * W)));
     }
+    void prefetch(int64_t t, int64_t count) const { g_.prefetch(t, count, K_); }
+    void prefetch_grad(int64_t t, int64_t count) const { dg_.prefetch(t, count, K_); }
     void write_grad(T const* dg, int64_t t, int64_t count) const { dg_.write(dg, t, count, K_); }
 
   private:

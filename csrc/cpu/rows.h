@@ -157,6 +157,14 @@ class HeadRows {
         unpack_(at(t * stride_), src, kBlockPanels, stride_, count, columns, scale);
     }
 
+    // Asks for tokens [t, t + count) ahead of their use: a head's rows lie H rows apart, too far for the hardware.
+    void prefetch(int64_t t, int64_t count, int64_t columns) const {
+        char const* row = at(t * stride_);
+        for (int64_t i = 0; i < count; ++i, row += stride_ * bytes_) {
+            for (int64_t line = 0; line < columns * bytes_; line += 64) __builtin_prefetch(row + line);
+        }
+    }
+
     // Columns [first, first + columns) of token 0 to and from a plain row.
     void read_row(T* dst, int64_t first, int64_t columns, T scale = 1) const {
         pack_(dst, kRowPanels, at(first), 0, 1, columns, scale);
