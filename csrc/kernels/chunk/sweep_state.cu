@@ -1,0 +1,9 @@
+#include "kernels/chunk/dispatch_sweep.cuh"
+
+namespace lsm {
+
+void sweep_state(SweepParams const& p, Segments const& segments, void* stream) {
+    dispatch_sweep<DecaySide::contraction, true>(p, segments, stream);
+}
+
+}  // namespace lsm
