@@ -481,13 +481,16 @@ void meet(WarpOp const& op, u32 mask, void* arguments, void const* site) {
 
     Meeting* meeting = nullptr;
     for (Meeting& open : warp.meetings) {
-        if ((open.mask & mask) == 0) continue;
-        if (open.op != &op || open.mask != mask) {
+        if (open.op == &op && open.mask == mask) {
+            meeting = &open;
+            continue;
+        }
+        // They wait for this lane and this lane waits for them, elsewhere.
+        if ((open.mask & bit) != 0 && (open.arrived & mask) != 0) {
             fail("divergent warp: lanes of one warp are at different operations\n  " + describe_thread(t) + " is in " +
                  op.name + ", mask " + hex(mask) + ", at " + describe_site(site) + "\n  lanes " + hex(open.arrived) +
                  " are in " + open.op->name + ", mask " + hex(open.mask) + ", at " + describe_site(open.site));
         }
-        meeting = &open;
     }
     if (meeting == nullptr) {
         meeting = &warp.meetings.emplace_back();

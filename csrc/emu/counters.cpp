@@ -101,28 +101,28 @@ void count_instruction(Access const& example, LaneAccess const* lanes, std::size
 // Lanes took different paths: match the k-th access of one source position with the k-th of the other lanes.
 void flush_diverged(Warp& warp) {
     struct Queued {
-        void const* site;
+        u64 key;
         u32 occurrence;
         LaneAccess access;
         Access const* full;
     };
     std::vector<Queued> all;
-    std::vector<std::pair<void const*, u32>> seen;
+    std::vector<std::pair<u64, u32>> seen;
     for (u32 lane = 0; lane < 32 && (warp.existing >> lane & 1); ++lane) {
         seen.clear();
         for (Access const& a : world.threads[warp.first_thread + lane].accesses) {
-            auto it = std::find_if(seen.begin(), seen.end(), [&](auto const& s) { return s.first == a.site; });
-            if (it == seen.end()) it = seen.insert(seen.end(), {a.site, 0});
-            all.push_back({a.site, it->second++, {a.address, a.bytes, lane}, &a});
+            auto it = std::find_if(seen.begin(), seen.end(), [&](auto const& s) { return s.first == a.key(); });
+            if (it == seen.end()) it = seen.insert(seen.end(), {a.key(), 0});
+            all.push_back({a.key(), it->second++, {a.address, a.bytes, lane}, &a});
         }
     }
     std::stable_sort(all.begin(), all.end(), [](Queued const& a, Queued const& b) {
-        return a.site != b.site ? a.site < b.site : a.occurrence < b.occurrence;
+        return a.key != b.key ? a.key < b.key : a.occurrence < b.occurrence;
     });
     for (std::size_t i = 0; i < all.size();) {
         LaneAccess lanes[32];
         std::size_t n = 0, j = i;
-        while (j < all.size() && all[j].site == all[i].site && all[j].occurrence == all[i].occurrence) {
+        while (j < all.size() && all[j].key == all[i].key && all[j].occurrence == all[i].occurrence) {
             lanes[n++] = all[j++].access;
         }
         count_instruction(*all[i].full, lanes, n);
@@ -138,7 +138,7 @@ bool flush_uniform(Warp& warp) {
         auto const& other = threads[lane].accesses;
         if (other.size() != first.size()) return false;
         for (std::size_t i = 0; i < first.size(); ++i) {
-            if (other[i].site != first[i].site) return false;
+            if (other[i].key() != first[i].key()) return false;
         }
     }
     for (std::size_t i = 0; i < first.size(); ++i) {

@@ -59,9 +59,12 @@ function(lsm_emulated_kernels target flavour)
   lsm_emulator_flags(${target}_kernels ${flavour})
   # -O1 compiles fastest and runs as fast; -O0 is a hundred times slower. The race hooks are the runtime's own, so
   # nothing is linked with -fsanitize=thread.
-  target_compile_options(${target}_kernels PRIVATE -O1 -Wno-unknown-pragmas
-    "$<$<STREQUAL:${flavour},race>:-fsanitize=thread;SHELL:--param tsan-instrument-func-entry-exit=0;\
-SHELL:--param tsan-distinguish-volatile=1>")
+  target_compile_options(${target}_kernels PRIVATE -O1 -Wno-unknown-pragmas)
+  if(flavour STREQUAL "race")
+    target_compile_options(${target}_kernels PRIVATE -fsanitize=thread
+      "SHELL:--param tsan-instrument-func-entry-exit=0" "SHELL:--param tsan-distinguish-volatile=1"
+      -fsanitize=alignment -fsanitize-undefined-trap-on-error)
+  endif()
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_kernels> $<TARGET_OBJECTS:emulator_${flavour}>)
   target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
   if(flavour STREQUAL "asan")

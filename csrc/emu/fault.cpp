@@ -1,4 +1,5 @@
-// Turns a segmentation fault inside a kernel into a report: shared memory and stacks end at unmapped pages.
+// Turns a signal inside a kernel into a report: shared memory and stacks end at unmapped pages, and the race build is
+// compiled to trap at a misaligned access.
 #include <csignal>
 #include <ucontext.h>
 
@@ -12,16 +13,20 @@ constexpr std::size_t kSignalStack = 64 * 1024;
 char signal_stack[kSignalStack];
 alignas(16) char report_stack[256 * 1024];
 
-struct sigaction previous_segv, previous_bus;
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL};
+struct sigaction previous[3];
 stack_t previous_stack;
 char const* fault_address;
 void const* fault_site;
+int fault_signal;
 
 [[noreturn]] void report_fault() {
     Thread const& t = *world.current;
     auto const from_shared = fault_address - world.shared;
     std::string what = "invalid access to address " + hex(reinterpret_cast<u64>(fault_address));
-    if (from_shared >= -(1 << 20) && from_shared < (1 << 21)) {
+    if (fault_signal == SIGILL) {
+        what = "misaligned: an access is not aligned to its type";
+    } else if (from_shared >= -(1 << 20) && from_shared < (1 << 21)) {
         what = "out of bounds: access to shared memory + " + std::to_string(from_shared) + ", which has " +
                std::to_string(world.shared_bytes) + " bytes";
     } else if (fault_address < t.stack_top && fault_address > t.stack_top - (2 << 20) - LSM_EMU_STACK_KIB * 1024) {
@@ -33,10 +38,13 @@ void const* fault_site;
 // Runs on the signal's own stack: only redirects, so that the report is made outside the handler.
 void on_fault(int signal, siginfo_t* info, void* context) {
     if (world.current == nullptr) {
-        sigaction(signal, signal == SIGSEGV ? &previous_segv : &previous_bus, nullptr);
+        for (int i = 0; i < 3; ++i) {
+            if (kSignals[i] == signal) sigaction(signal, &previous[i], nullptr);
+        }
         return;
     }
     auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+    fault_signal = signal;
     fault_address = static_cast<char const*>(info->si_addr);
     fault_site = reinterpret_cast<void const*>(registers[REG_RIP]);
     registers[REG_RIP] = reinterpret_cast<greg_t>(&report_fault);
@@ -60,13 +68,11 @@ void install_fault_handler() {
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
-    sigaction(SIGSEGV, &action, &previous_segv);
-    sigaction(SIGBUS, &action, &previous_bus);
+    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &previous[i]);
 }
 
 void remove_fault_handler() {
-    sigaction(SIGSEGV, &previous_segv, nullptr);
-    sigaction(SIGBUS, &previous_bus, nullptr);
+    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &previous[i], nullptr);
     sigaltstack(&previous_stack, nullptr);
 }
 #endif

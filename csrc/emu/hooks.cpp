@@ -51,6 +51,18 @@ inline void on_access(void* address, u32 bytes, race::Kind kind, bool aligned, v
     LSM_HOOK(__tsan_unaligned_volatile_read##bytes, bytes, atomic, false) \
     LSM_HOOK(__tsan_unaligned_volatile_write##bytes, bytes, atomic, false)
 
+// Of host code in the same files (initialisation guards, caches of launchers).
+#define LSM_ATOMIC_HOOKS(bits, T)                                                                                \
+    __attribute__((visibility("hidden"))) T __tsan_atomic##bits##_load(T const volatile* p, int) {               \
+        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                             \
+    }                                                                                                            \
+    __attribute__((visibility("hidden"))) void __tsan_atomic##bits##_store(T volatile* p, T v, int) {            \
+        __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                \
+    }                                                                                                            \
+    __attribute__((visibility("hidden"))) T __tsan_atomic##bits##_fetch_add(T volatile* p, T v, int) {           \
+        return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                       \
+    }
+
 extern "C" {
 LSM_HOOKS(1)
 LSM_HOOKS(2)
@@ -64,6 +76,9 @@ __attribute__((visibility("hidden"))) void __tsan_read_range(void* p, unsigned l
 __attribute__((visibility("hidden"))) void __tsan_write_range(void* p, unsigned long bytes) {
     lsm::emu::on_access(p, static_cast<lsm::emu::u32>(bytes), lsm::emu::race::Kind::write, false, LSM_EMU_SITE);
 }
+LSM_ATOMIC_HOOKS(8, unsigned char)
+LSM_ATOMIC_HOOKS(32, unsigned)
+LSM_ATOMIC_HOOKS(64, unsigned long)
 __attribute__((visibility("hidden"))) void __tsan_vptr_update(void**, void*) {}
 __attribute__((visibility("hidden"))) void __tsan_vptr_read(void**) {}
 __attribute__((visibility("hidden"))) void __tsan_func_entry(void*) {}

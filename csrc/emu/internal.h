@@ -44,6 +44,9 @@ struct Access {
     u16 bytes;
     bool write;
     bool shared;
+
+    // Of the instruction: a cp.async is a global read and a shared write at one site.
+    u64 key() const { return reinterpret_cast<u64>(site) << 2 | u64{write} << 1 | u64{shared}; }
 };
 
 // One wgmma instruction of a warpgroup, not yet executed.
@@ -97,7 +100,7 @@ struct Warp {
     u32 priority = 0;  // run-ahead
     bool has_accesses = false;
     u32 first_thread = 0;
-    std::vector<Meeting> meetings;  // open ones; their masks are disjoint
+    std::vector<Meeting> meetings;  // open ones
 };
 
 struct Barrier {

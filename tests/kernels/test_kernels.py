@@ -1,0 +1,32 @@
+"""The emulator's own cases, one test each: planted bugs, legal idioms, tile primitives, counters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("LSM_EMU_DIR", ROOT / "build" / "emulator"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    rows = []
+    for flavour in ("plain", "race", "asan"):
+        binary = BUILD / f"kernel_tests_{flavour}"
+        if not binary.is_file():
+            continue
+        listed = subprocess.run([binary, "--list"], capture_output=True, text=True, check=True)
+        rows += [pytest.param(binary, c, id=f"{flavour}-{c}") for c in listed.stdout.split()]
+    if not rows:
+        missing = pytest.mark.skip(reason=f"the emulator is not built (no kernel_tests in {BUILD})")
+        rows = [pytest.param(None, None, marks=missing, id="not-built")]
+    metafunc.parametrize(("binary", "case"), rows)
+
+
+def test_case(binary: Path, case: str) -> None:
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    done = subprocess.run([binary, case], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
