@@ -46,7 +46,7 @@ class DemoConfig:
     context: int = 256
     model: ModelConfig = field(default_factory=_demo_model)
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
-    timed_tokens: int = 48
+    timed_tokens: tuple[int, int] = (256, 32)  # GLA, attention; at every context
     sample_bytes: int = 300
 
 
@@ -79,8 +79,8 @@ def run_demo(config: DemoConfig, console: Console) -> bool:
     sampling = Sampling(0.7, generator=torch.Generator(device).manual_seed(config.seed))
     sample = "".join(stream_text(model, "def ", config.sample_bytes - 4, sampling))
     console.print("measuring decode steps …")
-    gla = measure_gla(model, corpus.held_out, config.contexts, config.timed_tokens)
-    attention = measure_attention(model.config, device, config.contexts, config.timed_tokens)
+    gla = measure_gla(model, corpus.held_out, config.contexts, config.timed_tokens[0])
+    attention = measure_attention(model.config, device, config.contexts, config.timed_tokens[1])
     plot = plot_demo(config.out / "demo.png", trainer.losses, (before, after), gla, attention)
 
     ratio = gla.seconds[-1] / gla.seconds[0]

@@ -63,8 +63,10 @@ def plot_demo(
 def _plot_loss(axes: Any, losses: Sequence[float], held_out: tuple[float, float]) -> None:
     bits = [loss / math.log(2) for loss in losses]
     smooth: list[float] = []
-    for value in bits:
-        smooth.append(value if not smooth else 0.97 * smooth[-1] + 0.03 * value)
+    average = 0.0
+    for step, value in enumerate(bits, 1):
+        average = 0.97 * average + 0.03 * value
+        smooth.append(average / (1 - 0.97**step))  # undoes the start from zero
     steps = range(1, len(bits) + 1)
     axes.plot(steps, bits, color=QUIET, linewidth=0.6, alpha=0.6)
     axes.plot(steps, smooth, color=GLA, linewidth=2, label="training, smoothed")
@@ -74,13 +76,13 @@ def _plot_loss(axes: Any, losses: Sequence[float], held_out: tuple[float, float]
     axes.annotate(
         f"{held_out[1]:.2f}",
         (len(bits), held_out[1]),
-        xytext=(-4, -14),
+        xytext=(0, -15),
         textcoords="offset points",
         ha="right",
         fontweight="bold",
     )
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.05 * max(*bits, *held_out))
+    axes.legend(frameon=False, loc="upper right")
     _dress(axes, "Byte-level GLA model", "step", "bits per byte")
 
 
@@ -92,12 +94,13 @@ def _plot_cost(
     label: str,
 ) -> None:
     names = (("GLA, recurrent state", GLA), ("softmax attention, KV cache", ATTENTION))
-    for (cost, values), (name, color) in zip(curves, names, strict=True):
+    below_and_above = (-14, 7)  # GLA's label goes under its curve, out of the way of the other
+    for (cost, values), (name, color), shift in zip(curves, names, below_and_above, strict=True):
         axes.plot(cost.contexts, values, "o-", color=color, linewidth=2, markersize=5, label=name)
         axes.annotate(
             label.format(values[-1]),
             (cost.contexts[-1], values[-1]),
-            xytext=(0, 7),
+            xytext=(0, shift),
             textcoords="offset points",
             ha="right",
             color=color,
