@@ -124,9 +124,8 @@ def test_forward_refuses(impl: Impl, op: Op, name: str) -> None:
 
 def test_integers_are_refused(impl: Impl, op: Op) -> None:
     x = on_device(impl, changed(inputs(op), "q", Tensor.long))
-    supported = "bfloat16, float16" + (
-        " or float32" if impl.tensor_cores else ", float32 or float64"
-    )
+    rest = " or float32" if impl.tensor_cores else ", float32 or float64"
+    supported = "bfloat16, float16" + rest
     assert_refused(f"lsm::{op}_fwd: q must be {supported}, got int64", impl.forward, op, x)
 
 
