@@ -55,21 +55,6 @@ struct BackwardScratch {
     T* checkpoints;   // Sᵀ before each piece
 };
 
-// Σ_v S dS per key channel, from the transposes: [column_panels][rows][W] to [column_panels][W].
-template <class T>
-void sum_products(T* out, T const* A, T const* B, int64_t column_panels, int64_t rows) {
-    constexpr int W = kLanes<T>;
-    for (int64_t p = 0; p < column_panels; ++p) {
-        Vector<T> sums[4] = {};
-        for (int64_t r = 0; r < rows; r += 2) {
-            sums[0] += load(A) * load(B);
-            sums[1] += load(A + W) * load(B + W);
-            A += 2 * W, B += 2 * W;
-        }
-        store(out + p * W, sums[0] + sums[1]);
-    }
-}
-
 // dq, dk and dg of one panel from X, Y, D and `both` = Σ_v S dS; see the head of this file.
 template <class T>
 struct PanelGrads {
@@ -81,17 +66,14 @@ template <class T>
 LSM_INLINE void panel_grads(PanelGrads<T> const& g) {
     constexpr int W = kLanes<T>;
     using V = Vector<T>;
-    V key[kBlock], dk[kBlock] = {}, dg[kBlock] = {};
+    V key[kBlock], dk[kBlock] = {}, dg[kBlock] = {}, from_state[kBlock], to_state[kBlock];
     V prefix = V{} + T(1);
 #pragma GCC unroll 8
     for (int t = 0; t < kBlock; ++t) {
         V const q = load(g.q + t * W), a = load(g.a + t * W);
         prefix *= a;
         V dq = prefix * load(g.X + t * W);
-        // From the state before the block: token t's query feels the gates of all tokens up to t.
-        V const from_state = q * dq;
-#pragma GCC unroll 8
-        for (int s = 0; s <= t; ++s) dg[s] += from_state;
+        from_state[t] = q * dq;
         key[t] = load(g.k + t * W);
         V past{};
 #pragma GCC unroll 8
@@ -110,18 +92,22 @@ LSM_INLINE void panel_grads(PanelGrads<T> const& g) {
             if (j > 0) query *= load(g.a + j * W);
         }
     }
-    V const both = prefix * load(g.both);
-    V past = both;
-    V suffix[kBlock];
-    suffix[kBlock - 1] = V{} + T(1);
+    // Token t's gate acts on what later queries read from the state before the block, ...
+    V future{}, suffix = V{} + T(1);
 #pragma GCC unroll 8
-    for (int j = kBlock - 1; j > 0; --j) suffix[j - 1] = suffix[j] * load(g.a + j * W);
+    for (int t = kBlock - 1; t >= 0; --t) {
+        future += from_state[t];
+        dg[t] += future;
+        to_state[t] = suffix * load(g.Y + t * W);
+        suffix *= load(g.a + t * W);
+    }
+    // ... and on what reaches the state after it: the state before and the keys up to t - 1.
+    V past = prefix * load(g.both);
 #pragma GCC unroll 8
     for (int t = 0; t < kBlock; ++t) {
-        V const to_state = suffix[t] * load(g.Y + t * W);
-        store(g.dk + t * W, dk[t] + to_state);
+        store(g.dk + t * W, dk[t] + to_state[t]);
         store(g.dg + t * W, dg[t] + past);
-        past += load(g.k + t * W) * to_state;
+        past += load(g.k + t * W) * to_state[t];
     }
 }
 
@@ -168,7 +154,7 @@ class BackwardStretch {
             decay_.read(s_.a, t, count);
             grad_o_.read(s_.grad_o, t, count, V);
             for (int64_t i = 0; i < KP; ++i) start_queries(i);
-            advance_state<DecayOf::rows>(s_.dS, s_.dS, s_.queries, KP, s_.grad_o, VP, s_.total);
+            for_each_tile(VP, [&](auto tile, int64_t i) { carry_grad<decltype(tile)::value>(i); });
             stretch_decay.multiply(s_.total);
         }
         write_grad_begin();
@@ -211,7 +197,10 @@ class BackwardStretch {
             v_.prefetch(t, count, V);
             decay_.prefetch(t, count);
         }
-        advance_state<DecayOf::lanes>(next, state, s_.v, VP, s_.keys, KP, s_.total);
+        for_each_tile(KP, [&](auto tile, int64_t i) {
+            constexpr int N = decltype(tile)::value;
+            advance_state<DecayOf::lanes, N>(next, state, s_.v, VP, s_.keys, s_.total, i);
+        });
     }
 
     void write_checkpoint(int64_t piece) {
@@ -240,24 +229,35 @@ class BackwardStretch {
         causal_dots(s_.D, s_.grad_o, s_.v, VP);
         if (b > 0) prefetch_gradients(b - 1);
 
-        block_times_state(s_.dv, s_.keys, s_.dS, KP * W, K, VP,
-                          PlusTriangle<Triangle::future, T>{s_.P, s_.grad_o});
-        dv_.write(s_.dv, t, count, V);
-        block_times_state(s_.X, s_.grad_o, state, VP * W, V, KP);
-        block_times_state(s_.Y, s_.v, s_.dS_transposed, VP * W, V, KP);
-        sum_products(s_.both, state, s_.dS_transposed, KP, VP * W);
+        for_each_tile(VP, [&](auto tile, int64_t i) {
+            constexpr int N = decltype(tile)::value;
+            block_times_state<N>(s_.dv, s_.keys, s_.dS, KP * W, K, i,
+                                 PlusTriangle<Triangle::future, T>{s_.P, s_.grad_o});
+            carry_grad<N>(i);
+        });
+        for_each_tile(KP, [&](auto tile, int64_t i) {
+            constexpr int N = decltype(tile)::value;
+            block_times_state<N>(s_.X, s_.grad_o, state, VP * W, V, i);
+            block_times_state<N>(s_.Y, s_.v, s_.dS_transposed, VP * W, V, i);
+            sum_products<N>(s_.both, state, s_.dS_transposed, VP * W, i);
+            advance_state<DecayOf::lanes, N>(s_.dS_transposed, s_.dS_transposed, s_.grad_o, VP,
+                                             s_.queries, s_.total, i);
+        });
         for (int64_t i = 0; i < KP; ++i) {
             int64_t const at = i * kPanel;
             panel_grads<T>({s_.q + at, s_.k + at, s_.a + at, s_.X + at, s_.Y + at,
                             s_.both + i * W, s_.D, s_.dq + at, s_.dk + at, s_.dg + at});
         }
+        dv_.write(s_.dv, t, count, V);
         dq_.write(s_.dq, t, count, K, T(p_.scale));
         dk_.write(s_.dk, t, count, K);
         decay_.write_grad(s_.dg, t, count);
+    }
 
-        advance_state<DecayOf::rows>(s_.dS, s_.dS, s_.queries, KP, s_.grad_o, VP, s_.total);
-        advance_state<DecayOf::lanes>(s_.dS_transposed, s_.dS_transposed, s_.grad_o, VP, s_.queries,
-                                      KP, s_.total);
+    // Panels [i, i + N) of dS, from the end of a block to its beginning.
+    template <int N>
+    LSM_INLINE void carry_grad(int64_t i) {
+        advance_state<DecayOf::rows, N>(s_.dS, s_.dS, s_.queries, KP, s_.grad_o, s_.total, i);
     }
 
     void write_grad_begin() {

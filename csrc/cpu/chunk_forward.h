@@ -81,11 +81,16 @@ void forward_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
                                  s.a + i * block);
             }
             scores(s.P, s.pairs, s.q, s.k, s.a, KP);
-            block_times_state(s.o, s.queries, s.S, KP * W, K, VP,
-                              PlusTriangle<Triangle::past, T>{s.P, s.v});
-            o.write(s.o, t, count, V);
         }
-        advance_state<DecayOf::rows>(s.S, s.S, s.keys, KP, s.v, VP, s.total);
+        for_each_tile(VP, [&](auto tile, int64_t i) {
+            constexpr int N = decltype(tile)::value;
+            if constexpr (kOutputs) {
+                block_times_state<N>(s.o, s.queries, s.S, KP * W, K, i,
+                                     PlusTriangle<Triangle::past, T>{s.P, s.v});
+            }
+            advance_state<DecayOf::rows, N>(s.S, s.S, s.keys, KP, s.v, s.total, i);
+        });
+        if constexpr (kOutputs) o.write(s.o, t, count, V);
         stretch_decay.multiply(s.total);
     }
     if (task.state_end != nullptr) {

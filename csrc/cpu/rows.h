@@ -5,10 +5,6 @@
 #include "params/chunk.h"
 #include "simd.h"
 
-#if LSM_CPU_HARDWARE_F16
-#include <immintrin.h>
-#endif
-
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 

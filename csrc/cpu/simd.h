@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define LSM_INLINE inline __attribute__((always_inline))
 
 namespace lsm::cpu {
@@ -76,15 +80,25 @@ LSM_INLINE T sum_lanes(Vector<T> x) {
     return sum_lanes_of<T, kVectorBytes>(x);
 }
 
-// e^x to 1 ulp: x = n ln 2 + r, a polynomial in r, and 2^n in two factors so that results below 2^-126 round as
-// they should and e^-inf is 0. NaN passes through: every comparison with it is false.
+// x 2^n for |n| < 256 and integer, rounded once where the result is subnormal.
+LSM_INLINE Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    return Vector<float>(_mm512_maskz_scalef_ps(0xffff, __m512(x), __m512(n)));
+#else
+    typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+    Int const e = __builtin_convertvector(n, Int), e0 = e >> 1, e1 = e - e0;
+    return x * Vector<float>((e0 + 127) << 23) * Vector<float>((e1 + 127) << 23);
+#endif
+}
+
+// e^x to 1 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. e^-inf is 0, and NaN passes through: every comparison
+// with it is false.
 LSM_INLINE Vector<float> exp(Vector<float> x) {
     using V = Vector<float>;
     x = x < -110.0f ? V{} - 110.0f : x;
     x = x > 90.0f ? V{} + 90.0f : x;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    V const shifted = x * 1.44269504088896341f + kRound;
-    V const n = shifted - kRound;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    V const n = (x * 1.44269504088896341f + kRound) - kRound;
     V const r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
     V y = V{} + 1.9875691500e-4f;
     y = y * r + 1.3981999507e-3f;
@@ -93,10 +107,7 @@ LSM_INLINE Vector<float> exp(Vector<float> x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-    Int const e = Int(shifted) - 0x4b400000;
-    Int const e0 = e >> 1, e1 = e - e0;
-    return y * V((e0 + 127) << 23) * V((e1 + 127) << 23);
+    return scale_by_power_of_two(y, n);
 }
 
 LSM_INLINE Vector<double> exp(Vector<double> x) {

@@ -83,23 +83,6 @@ LSM_INLINE void add_triangle(Vector<T> (&acc)[M][N], T const* P, T const* X, int
     }
 }
 
-// out = A B (+ a triangle): block panels times state panels.
-template <int N, class T, class Epilogue>
-LSM_INLINE void block_times_state_panels(T* out, T const* A, T const* B, int64_t B_panel,
-                                         int64_t depth, Epilogue const& epilogue, int64_t panel) {
-    constexpr int W = kLanes<T>, M = kTileRows<T>;
-    for (int first = 0; first < kBlock; first += M) {
-        Vector<T> acc[M][N] = {};
-        add_rows_product(acc, A + first * W, B, B_panel, depth);
-        epilogue.template add<M, N>(acc, first, panel);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) store(out + (n * kBlock + first + m) * W, acc[m][n]);
-        }
-    }
-}
-
 struct Nothing {
     template <int M, int N, class V>
     LSM_INLINE void add(V (&)[M][N], int, int64_t) const {}
@@ -116,32 +99,36 @@ struct PlusTriangle {
     }
 };
 
-template <class T, class Epilogue = Nothing>
+// Panels [p, p + N) of out = A S (+ a triangle): a block times a state of `depth` rows, padded to state_rows.
+template <int N, class T, class Plus = Nothing>
 LSM_INLINE void block_times_state(T* out, T const* A, T const* S, int64_t state_rows, int64_t depth,
-                                  int64_t column_panels, Epilogue const& epilogue = {}) {
-    constexpr int W = kLanes<T>;
+                                  int64_t p, Plus const& plus = {}) {
+    constexpr int W = kLanes<T>, M = kTileRows<T>;
     int64_t const S_panel = state_rows * W;
-    int64_t p = 0;
-    for (; p + kTilePanels <= column_panels; p += kTilePanels) {
-        block_times_state_panels<kTilePanels>(out + p * kBlock * W, A, S + p * S_panel, S_panel,
-                                              depth, epilogue, p);
-    }
-    for (; p < column_panels; ++p) {
-        block_times_state_panels<1>(out + p * kBlock * W, A, S + p * S_panel, S_panel, depth,
-                                    epilogue, p);
+    for (int first = 0; first < kBlock; first += M) {
+        Vector<T> acc[M][N] = {};
+        add_rows_product(acc, A + first * W, S + p * S_panel, S_panel, depth);
+        plus.template add<M, N>(acc, first, p);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) store(out + ((p + n) * kBlock + first + m) * W, acc[m][n]);
+        }
     }
 }
 
 enum class DecayOf { rows, lanes };
 
+// Panels [p, p + N) of dst = decay * src + Aᵀ B: a state over one block of tokens. src may be dst.
 template <DecayOf kDecayOf, int N, class T>
-LSM_INLINE void advance_panels(T* dst, T const* src, T const* A, T const* B, int64_t row_panels,
-                               T const* decay) {
+LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_panels, T const* B,
+                              T const* decay, int64_t p) {
     constexpr int W = kLanes<T>, M = kTileRows<T>;
     int64_t const panel = row_panels * W * W;
+    dst += p * panel, src += p * panel, B += p * kBlock * W;
     Vector<T> lane_decay[N];
     if constexpr (kDecayOf == DecayOf::lanes) {
-        for (int n = 0; n < N; ++n) lane_decay[n] = load(decay + n * W);
+        for (int n = 0; n < N; ++n) lane_decay[n] = load(decay + (p + n) * W);
     }
     for (int64_t row = 0; row < row_panels * W; row += M) {
         Vector<T> acc[M][N];
@@ -166,23 +153,32 @@ LSM_INLINE void advance_panels(T* dst, T const* src, T const* A, T const* B, int
     }
 }
 
-// dst = decay * src + Aᵀ B: a state over one block of tokens. src may be dst.
-template <DecayOf kDecayOf, class T>
-LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_panels, T const* B,
-                              int64_t column_panels, T const* decay) {
+// Panels [p, p + N) of the column sums of A * B, element by element: [panels][rows][W] to [panels][W].
+template <int N, class T>
+LSM_INLINE void sum_products(T* out, T const* A, T const* B, int64_t rows, int64_t p) {
     constexpr int W = kLanes<T>;
-    int64_t const panel = row_panels * W * W;
-    int64_t const decay_step = kDecayOf == DecayOf::lanes ? W : 0;
+    for (int n = 0; n < N; ++n) {
+        T const *a = A + (p + n) * rows * W, *b = B + (p + n) * rows * W;
+        Vector<T> even{}, odd{};
+        for (int64_t r = 0; r < rows; r += 2, a += 2 * W, b += 2 * W) {
+            even += load(a) * load(b);
+            odd += load(a + W) * load(b + W);
+        }
+        store(out + (p + n) * W, even + odd);
+    }
+}
+
+template <int kValue>
+struct Int {
+    static constexpr int value = kValue;
+};
+
+// f(Int<N>, p) for every tile of N panels from p on: what one tile needs stays in the first-level cache.
+template <class F>
+LSM_INLINE void for_each_tile(int64_t column_panels, F const& f) {
     int64_t p = 0;
-    for (; p + kTilePanels <= column_panels; p += kTilePanels) {
-        advance_panels<kDecayOf, kTilePanels>(dst + p * panel, src + p * panel, A,
-                                              B + p * kBlock * W, row_panels,
-                                              decay + p * decay_step);
-    }
-    for (; p < column_panels; ++p) {
-        advance_panels<kDecayOf, 1>(dst + p * panel, src + p * panel, A, B + p * kBlock * W,
-                                    row_panels, decay + p * decay_step);
-    }
+    for (; p + kTilePanels <= column_panels; p += kTilePanels) f(Int<kTilePanels>{}, p);
+    for (; p < column_panels; ++p) f(Int<1>{}, p);
 }
 
 // A [K, V] state in memory to panels and back. Lanes run over V, or over K for the transpose.
