@@ -61,6 +61,8 @@ struct Sweep {
         float shift[2][kGated];                 // log2 factor of the state where a block reopens its frame
         float frame[2][kGated];                 // a_c before even and odd stages
         float total[StateOnly ? kGated : 4];
+        Segment segment;
+        i64 record;
         alignas(16) char strip[StateOnly ? 16 : kWarps * kBlock * kStripPitch];
     };
 
@@ -68,32 +70,35 @@ struct Sweep {
 
     SweepParams const& p;
     SharedStorage& s;
-    Segment const& segment;
+    Segment const& segment;  // in shared memory: a dozen registers less in the loop
+    int const t0, t1;        // its tokens
     int const head, row0;  // value head, first row of the tile
     int const tid, lane, warp;
     int const origin, sign;  // token of position i is origin + sign * i
     int const stages;
     float S[kRowTiles][kColumnTiles][4];
 
-    LSM_DEVICE Sweep(SweepParams const& params, SharedStorage& storage, Segment const& seg, int value_head, int tile)
+    LSM_DEVICE Sweep(SweepParams const& params, SharedStorage& storage, int value_head, int tile)
         : p(params),
           s(storage),
-          segment(seg),
+          segment(storage.segment),
+          t0(static_cast<int>(storage.segment.t0)),
+          t1(static_cast<int>(storage.segment.t1)),
           head(value_head),
           row0(tile * kRows),
           tid(threadIdx.x),
           lane(threadIdx.x % 32),
           warp(threadIdx.x / 32),
-          origin(params.reverse ? seg.t0 + round_up(seg.t1 - seg.t0) - 1 : seg.t0),
+          origin(params.reverse ? t0 + round_up(t1 - t0) - 1 : t0),
           sign(params.reverse ? -1 : 1),
-          stages((seg.t1 - seg.t0 + kStageTokens - 1) / kStageTokens) {}
+          stages(round_up(t1 - t0) / kStageTokens) {}
 
     // The grid of 16-token blocks is laid from the segment's first token in both directions, so that a reverse sweep
     // passes the same chunk boundaries as the forward one; positions past the end read zeros.
     LSM_DEVICE static int round_up(int n) { return (n + kStageTokens - 1) / kStageTokens * kStageTokens; }
 
     LSM_DEVICE int token(int position) const { return origin + sign * position; }
-    LSM_DEVICE bool inside(int t) const { return t >= segment.t0 && t < segment.t1; }
+    LSM_DEVICE bool inside(int t) const { return t >= t0 && t < t1; }
 
     // --- loading ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +333,7 @@ struct Sweep {
         return (owner * p.heads + head) * static_cast<i64>(p.rows) * p.contraction;
     }
 
-    LSM_DEVICE void start_state(i64 record) {
+    LSM_DEVICE void start_state() {
         float const fill = segment.poison ? __int_as_float(0x7fc00000) : 0.f;
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
@@ -338,7 +343,7 @@ struct Sweep {
                 for (int e = 0; e < 4; ++e) S[m][n][e] = fill;
             }
         }
-        i64 const owner = p.start_per_record ? record : segment.sequence;
+        i64 const owner = p.start_per_record ? s.record : segment.sequence;
         if (p.start.data != nullptr && !segment.poison) {
             float const* const from = p.start.data + state_offset(owner);
             for_state(p.start, [&](float& value, int offset) { value = load_global(from + offset); });
@@ -353,24 +358,24 @@ struct Sweep {
     // The decay still owed when a reverse sweep leaves its first token (log2).
     LSM_DEVICE float trailing_gate(int c) const {
         int const channel = (kOnRows ? row0 : 0) + c;
-        if (!p.reverse || segment.t0 == segment.t1 || channel >= (kOnRows ? p.rows : p.contraction)) return 0.f;
-        i64 const at = row_offset(p.gate, segment.t0) + channel;
+        if (!p.reverse || t0 == t1 || channel >= (kOnRows ? p.rows : p.contraction)) return 0.f;
+        i64 const at = row_offset(p.gate, t0) + channel;
         float const g = p.gate_is_fp32 ? load_global(static_cast<float const*>(p.gate.rows.data) + at)
                                        : static_cast<float>(load_global(static_cast<bf16 const*>(p.gate.rows.data) + at));
         return g * kLog2e;
     }
 
-    LSM_DEVICE void end_state(i64 record) {
+    LSM_DEVICE void end_state() {
         bool const owns = StateOnly || (segment.sequence >= 0 && (p.reverse ? segment.index == 0 : segment.is_last));
         if (p.end.data == nullptr || !owns) return;
         LSM_UNROLL_BY(1)
         for (int c = tid; c < kGated; c += kThreads) s.shift[0][c] = s.frame[stages % 2][c] + trailing_gate(c);
         __syncthreads();
         scale_state(s.shift[0]);
-        float* const to = p.end.data + state_offset(StateOnly ? record : segment.sequence);
+        float* const to = p.end.data + state_offset(StateOnly ? s.record : segment.sequence);
         for_state(p.end, [&](float value, int offset) { store_global(to + offset, value); });
         if constexpr (StateOnly) {
-            float* const sums = p.gate_sum + (record * p.heads + head) * p.contraction;
+            float* const sums = p.gate_sum + (s.record * p.heads + head) * p.contraction;
             LSM_UNROLL_BY(1)
             for (int c = tid; row0 == 0 && c < p.contraction; c += kThreads) {
                 store_global(sums + c, s.total[c] + trailing_gate(c));
@@ -434,15 +439,31 @@ struct Sweep {
         }
     }
 
-    LSM_DEVICE void read_values(u32 const (&value)[kRowTiles][4], u32 const (&packed)[2][2], Output& o) {
+    // The diagonal alone: token tile n meets only token tile n.
+    LSM_DEVICE void pack_diagonal(float const (&scores)[2][4], u32 (&packed)[2]) const {
+        int const i = lane / 4, j = lane % 4 * 2;
         LSM_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-            mma(o[m][0], value[m], packed[0][0], packed[0][1]);
-            mma(o[m][1], value[m], packed[1][0], packed[1][1]);
+        for (int n = 0; n < 2; ++n) {
+            packed[n] = pack_bf16(i == j ? scores[n][2 * n] : 0.f, i == j + 1 ? scores[n][2 * n + 1] : 0.f);
         }
     }
 
-    LSM_DEVICE void write_state(Stage const& tiles, int b, u32 const (&value)[kRowTiles][4]) {
+    // out += value scores for one row tile.
+    LSM_DEVICE static void read_values(u32 const (&value)[4], u32 const (&packed)[2][2], float (&out)[2][4]) {
+        mma(out[0], value, packed[0][0], packed[0][1]);
+        mma(out[1], value, packed[1][0], packed[1][1]);
+    }
+
+    LSM_DEVICE void load_value(Stage const& tiles, int b, int m, u32 (&value)[4]) const {
+        int const column = warp * RowsPerWarp + 16 * m;
+        ldmatrix_x4_trans(value, smem_u32(tiles.value) + RowTile::columns_first(b * kBlock, column, lane));
+    }
+
+    // S += value key^T
+    LSM_DEVICE void write_state(Stage const& tiles, int b) {
+        u32 value[kRowTiles][4];
+        LSM_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) load_value(tiles, b, m, value[m]);
         WideAddress const key = rows_first(tiles.key, b);
         LSM_UNROLL
         for (int kk = 0; kk < Contraction / 16; ++kk) {
@@ -456,30 +477,34 @@ struct Sweep {
         }
     }
 
-    LSM_DEVICE void load_values(Stage const& tiles, int b, u32 (&value)[kRowTiles][4]) const {
-        u32 const tile = smem_u32(tiles.value);
-        LSM_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-            ldmatrix_x4_trans(value[m], tile + RowTile::columns_first(b * kBlock, warp * RowsPerWarp + 16 * m, lane));
-        }
-    }
-
-    // o += what the state holds for the block; local += what its own tokens add. Where the output without a token's own
-    // term is wanted, those terms are left as packed scores in `own`.
-    LSM_DEVICE void block(Stage const& tiles, int b, Output& o, Output& local, u32 (&own)[2][2]) {
-        u32 value[kRowTiles][4];
+    // out += what the block's tokens read, from the state and from each other; then the state takes them in. Where the
+    // output without a token's own term is wanted, that is stored on the way (of token `only`, or of all).
+    LSM_DEVICE void block(int stage, int b, int only, Output& o) {
+        Stage const& tiles = s.stage[stage % kStages];
         if constexpr (!StateOnly) {
             float scores[2][4] = {};
             read_state(tiles, b, scores, o);
-            u32 packed[2][2];
-            if constexpr (kStrict) pack_scores(scores, own, [](int i, int j) { return j == i; });
+            u32 packed[2][2], own[2];
             pack_scores(scores, packed, [](int i, int j) { return kStrict ? j < i : j <= i; });
-            load_values(tiles, b, value);
-            read_values(value, packed, kStrict ? local : o);
-        } else {
-            load_values(tiles, b, value);
+            if constexpr (kStrict) pack_diagonal(scores, own);
+            LSM_UNROLL
+            for (int m = 0; m < kRowTiles; ++m) {
+                u32 value[4];
+                load_value(tiles, b, m, value);
+                if constexpr (kStrict) {
+                    float local[2][4] = {};
+                    read_values(value, packed, local);
+                    store_strict(stage, b, m, only, o[m], local);
+                    u32 const diagonal[2][2] = {{own[0], 0}, {0, own[1]}};
+                    read_values(value, diagonal, local);
+                    LSM_UNROLL
+                    for (int i = 0; i < 8; ++i) o[m][i / 4][i % 4] += local[i / 4][i % 4];
+                } else {
+                    read_values(value, packed, o[m]);
+                }
+            }
         }
-        write_state(tiles, b, value);
+        write_state(tiles, b);
     }
 
     // --- output ----------------------------------------------------------------------------------------------------
@@ -489,21 +514,18 @@ struct Sweep {
         return exponent_row(b * kBlock + 8 * n + lane % 4 * 2 + e % 2)[state_row(m, e)];
     }
 
-    LSM_DEVICE void store_strict(int stage, int b, Output const& o, Output const& local) const {
+    LSM_DEVICE void store_strict(int stage, int b, int m, int only, float const (&o)[2][4], float const (&local)[2][4]) const {
         LSM_UNROLL
         for (int n = 0; n < 2; ++n) {
             LSM_UNROLL
             for (int odd = 0; odd < 2; ++odd) {
-                int const t = token(stage * kStageTokens + b * kBlock + 8 * n + lane % 4 * 2 + odd);
-                if (!inside(t)) continue;
+                int const i = 8 * n + lane % 4 * 2 + odd, t = token(stage * kStageTokens + b * kBlock + i);
+                if (!inside(t) || (only >= 0 && i != only)) continue;
                 i64 const at = row_offset(p.strict, t) + row0;
                 LSM_UNROLL
-                for (int m = 0; m < kRowTiles; ++m) {
-                    LSM_UNROLL
-                    for (int e = odd; e < 4; e += 2) {
-                        int const row = state_row(m, e);
-                        if (row0 + row < p.rows) store_strict_element(at + row, o[m][n][e], local[m][n][e], factor(b, m, n, e));
-                    }
+                for (int e = odd; e < 4; e += 2) {
+                    int const row = state_row(m, e);
+                    if (row0 + row < p.rows) store_strict_element(at + row, o[n][e], local[n][e], factor(b, m, n, e));
                 }
             }
         }
@@ -520,18 +542,6 @@ struct Sweep {
         }
     }
 
-    // o = (o + local) out of the frame.
-    LSM_DEVICE void merge(int b, Output& o, Output const& local) const {
-        LSM_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-            LSM_UNROLL
-            for (int n = 0; n < 2; ++n) {
-                LSM_UNROLL
-                for (int e = 0; e < 4; ++e) o[m][n][e] = (o[m][n][e] + local[m][n][e]) * factor(b, m, n, e);
-            }
-        }
-    }
-
     // Through a strip of shared memory private to the warp, so that global memory sees whole 16-byte pieces of rows.
     LSM_DEVICE void store_output(int stage, int b, Output const& o) {
         char* const strip = s.strip + warp * kBlock * kStripPitch;
@@ -543,7 +553,8 @@ struct Sweep {
                 LSM_UNROLL
                 for (int e = 0; e < 4; ++e) {
                     int const row = 8 * n + lane % 4 * 2 + e % 2, column = 16 * m + lane / 4 + e / 2 * 8;
-                    reinterpret_cast<bf16*>(strip + row * kStripPitch)[column] = bf16(o[m][n][e]);
+                    float const f = kOnRows ? factor(b, m, n, e) : 1.f;
+                    reinterpret_cast<bf16*>(strip + row * kStripPitch)[column] = bf16(o[m][n][e] * f);
                 }
             }
         }
@@ -562,16 +573,16 @@ struct Sweep {
 
     // --- anchors of the gate's gradient ----------------------------------------------------------------------------
 
-    LSM_DEVICE i64 chunk_index(i64 record, int chunk) const {
-        return first_chunk(segment, record, p.tokens_per_row) + chunk;
+    LSM_DEVICE i64 chunk_index(int chunk) const {
+        return first_chunk(segment, s.record, p.tokens_per_row) + chunk;
     }
-    LSM_DEVICE uint4* chunk_state(i64 record, int chunk) const {
-        i64 const tile = (chunk_index(record, chunk) * p.heads + head) * ((p.rows + kRows - 1) / kRows) + row0 / kRows;
+    LSM_DEVICE uint4* chunk_state(int chunk) const {
+        i64 const tile = (chunk_index(chunk) * p.heads + head) * ((p.rows + kRows - 1) / kRows) + row0 / kRows;
         return reinterpret_cast<uint4*>(p.chunk_states) + ((tile * kWarps + warp) * kRowTiles * kColumnTiles / 2) * 32 + lane;
     }
 
-    LSM_DEVICE void save_chunk_state(i64 record, int stage) const {
-        uint4* const to = chunk_state(record, stage / kStagesPerChunk);
+    LSM_DEVICE void save_chunk_state(int stage) const {
+        uint4* const to = chunk_state(stage / kStagesPerChunk);
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             float const upper = exp2_approx(s.frame[(stage + 1) % 2][state_row(m, 0)]);
@@ -588,9 +599,9 @@ struct Sweep {
     }
 
     // flux_c = sum_v S_cv dS_cv at a chunk's end: everything written before it and read after it.
-    LSM_DEVICE void contract_chunk_state(i64 record, int stage, Mode mode) const {
+    LSM_DEVICE void contract_chunk_state(int stage, Mode mode) const {
         int const chunk = (stages - stage - 1) / kStagesPerChunk;
-        uint4 const* const from = chunk_state(record, chunk);
+        uint4 const* const from = chunk_state(chunk);
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             float upper = 0.f, lower = 0.f;
@@ -614,7 +625,7 @@ struct Sweep {
                 if (lane % 4 == 0 && row0 + row < p.rows) {
                     float2 const gate = gate_pair(stage, 0, row & ~1);
                     float const decay = mode == kTokenwise ? exp2_approx(row % 2 == 0 ? gate.x : gate.y) : exponent_row(0)[row];
-                    store_global(p.chunk_flux + (chunk_index(record, chunk) * p.heads + head) * p.rows + row0 + row,
+                    store_global(p.chunk_flux + (chunk_index(chunk) * p.heads + head) * p.rows + row0 + row,
                                  flux * decay);
                 }
             }
@@ -623,60 +634,41 @@ struct Sweep {
 
     // --- the walk --------------------------------------------------------------------------------------------------
 
-    LSM_DEVICE void walk_block(i64 record, int stage, int b, Mode mode) {
-        Stage const& tiles = s.stage[stage % kStages];
-        Output o = {}, local = {};
-        u32 own[2][2];
+    LSM_DEVICE void walk_block(int stage, int b, Mode mode) {
+        Output o = {};
         if (mode != kKeep) scale_state(s.shift[b]);
         if constexpr (kStrict) {
-            if (p.chunk_flux != nullptr) note_anchors(record, stage, b, mode);
+            if (p.chunk_flux != nullptr) note_anchors(stage, b, mode);
         }
-        if (mode != kTokenwise) {
-            block(tiles, b, o, local, own);
-            if constexpr (kStrict) {
-                store_strict(stage, b, o, local);
-                add_own(tiles, b, own, local);
-            }
-        } else {
-            LSM_UNROLL_BY(1)
-            for (int i = 0; i < kBlock; ++i) {
+        bool const whole = mode != kTokenwise;
+        LSM_UNROLL_BY(1)
+        for (int i = 0; i < (whole ? 1 : kBlock); ++i) {
+            if (!whole) {
                 __syncthreads();
                 isolate_token(stage, b, i);
                 __syncthreads();
                 scale_state(s.shift[b]);
-                block(tiles, b, o, local, own);
-                if constexpr (kStrict) add_own(tiles, b, own, local);  // of token i alone; others are zero by now
             }
-            if constexpr (kStrict) {
-                Output const none = {};
-                store_strict(stage, b, o, none);  // one token at a time, all that came before is in the state
-            }
+            block(stage, b, whole ? -1 : i, o);
         }
-        if constexpr (kOnRows && !StateOnly) merge(b, o, local);
         if constexpr (!StateOnly) store_output(stage, b, o);
     }
 
-    LSM_DEVICE void add_own(Stage const& tiles, int b, u32 const (&own)[2][2], Output& local) {
-        u32 value[kRowTiles][4];
-        load_values(tiles, b, value);
-        read_values(value, own, local);
-    }
-
     // dk's sweep, before a block: its mode, and the flux through the end of a chunk.
-    LSM_DEVICE void note_anchors(i64 record, int stage, int b, Mode mode) const {
+    LSM_DEVICE void note_anchors(int stage, int b, Mode mode) const {
         int const stages_left = stages - stage;  // counted from the segment's first token
-        if (b == 0 && (stage == 0 || stages_left % kStagesPerChunk == 0)) contract_chunk_state(record, stage, mode);
+        if (b == 0 && (stage == 0 || stages_left % kStagesPerChunk == 0)) contract_chunk_state(stage, mode);
         if (tid == 0) {
             int const block = (stages_left - 1) * 2 + 1 - b;  // of the segment, in the order of time
-            i64 const at = (chunk_index(record, 0) * kBlocksPerChunk + block) * p.heads + head;
+            i64 const at = (chunk_index(0) * kBlocksPerChunk + block) * p.heads + head;
             store_global(p.tokenwise + at * ((p.rows + kRows - 1) / kRows) + row0 / kRows, static_cast<uint8_t>(mode == kTokenwise));
         }
     }
 
-    LSM_DEVICE void run(i64 record) {
+    LSM_DEVICE void run() {
         if (stages > 0) load_stage(0);
         cp_async_commit();
-        start_state(record);
+        start_state();
         LSM_UNROLL_BY(1)
         for (int stage = 0; stage < stages; ++stage) {
             cp_async_wait<0>();
@@ -688,15 +680,15 @@ struct Sweep {
             Mode const mode0 = choose_mode(stage, 0, kKeep), mode1 = choose_mode(stage, 1, mode0);
             apply_gates(stage, mode0, mode1);
             __syncthreads();
-            walk_block(record, stage, 0, mode0);
-            walk_block(record, stage, 1, mode1);
+            walk_block(stage, 0, mode0);
+            walk_block(stage, 1, mode1);
             if constexpr (kStrict) {
                 bool const at_chunk_end = stage + 1 == stages || (stage + 1) % kStagesPerChunk == 0;
-                if (at_chunk_end && p.chunk_states != nullptr && p.chunk_flux == nullptr) save_chunk_state(record, stage);
+                if (at_chunk_end && p.chunk_states != nullptr && p.chunk_flux == nullptr) save_chunk_state(stage);
             }
         }
         __syncthreads();
-        end_state(record);
+        end_state();
     }
 };
 
@@ -708,7 +700,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerMultiprocessor) swee
     Segment const segment = segments[record];
     if (segment.unused()) return;
     if (S::kStateOnly && (p.reverse ? segment.index == 0 : segment.is_last)) return;  // nothing starts from it
-    S(p, *reinterpret_cast<typename S::SharedStorage*>(dyn_smem()), segment, head, tile).run(record);
+    auto& shared = *reinterpret_cast<typename S::SharedStorage*>(dyn_smem());
+    if (threadIdx.x == 0) {
+        shared.segment = segment;
+        shared.record = record;
+    }
+    __syncthreads();
+    S(p, shared, head, tile).run();
 }
 
 template <class S>
