@@ -54,6 +54,7 @@ namespace {
 constexpr std::size_t kStackBytes = LSM_EMU_STACK_KIB * 1024;
 constexpr std::size_t kPoisonedStack = 8 * 1024;  // deep enough for the frames of kernels; the rest stays as it was
 constexpr std::size_t kPage = 4096;
+constexpr std::size_t kStackGuard = 64 * 1024;  // wider than any one frame, so that none steps over it
 constexpr char kCanary = static_cast<char>(0xfb);
 constexpr u32 kPollingLimit = 200000;
 
@@ -247,10 +248,10 @@ void allocate_threads(u32 count) {
         auto const i = world.threads.size();
         world.threads.reserve(kMaxThreads);
         Thread& t = world.threads.emplace_back();
-        char* const low = map(kStackBytes + kPage);
-        mprotect(low, kPage, PROT_NONE);
+        char* const low = map(kStackBytes + kStackGuard);
+        mprotect(low, kStackGuard, PROT_NONE);
         // Staggered: equal tops would put every thread's frames into the same cache sets.
-        t.stack_top = low + kPage + kStackBytes - (i * 7 % 61) * 64;
+        t.stack_top = low + kStackGuard + kStackBytes - (i * 7 % 61) * 64;
     }
 }
 

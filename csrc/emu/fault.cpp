@@ -24,13 +24,14 @@ int fault_signal;
     Thread const& t = *world.current;
     auto const from_shared = fault_address - world.shared;
     std::string what = "invalid access to address " + hex(reinterpret_cast<u64>(fault_address));
+    auto const below_stack = t.stack_top - LSM_EMU_STACK_KIB * 1024 - fault_address;
     if (fault_signal == SIGILL) {
         what = "misaligned: an access is not aligned to its type";
+    } else if (below_stack >= 0 && below_stack < 128 * 1024) {
+        what = "a thread's stack is exhausted: too many local variables";
     } else if (from_shared >= -(1 << 20) && from_shared < (1 << 21)) {
         what = "out of bounds: access to shared memory + " + std::to_string(from_shared) + ", which has " +
                std::to_string(world.shared_bytes) + " bytes";
-    } else if (fault_address < t.stack_top && fault_address > t.stack_top - (2 << 20) - LSM_EMU_STACK_KIB * 1024) {
-        what = "a thread's stack is exhausted: too many local variables";
     }
     fail_at(what, static_cast<char const*>(fault_site) + 1);
 }

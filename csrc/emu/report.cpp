@@ -55,11 +55,17 @@ std::string shorten(std::string file) {
         file = file.substr(slash + 1);
     }
     if (auto const at = file.find(" (discriminator"); at != std::string::npos) file.resize(at);
+    // The build wraps a .cu file into a .cpp that only includes it.
+    if (auto const at = file.find(".cu.cpp:"); at != std::string::npos) file.erase(at + 3, 4);
     return file;
 }
 
 // "lsm::chunk::load<128>(Params const&)" -> "load"
 std::string short_name(std::string name) {
+    std::string const anonymous = "(anonymous namespace)::";
+    for (auto at = name.find(anonymous); at != std::string::npos; at = name.find(anonymous)) {
+        name.erase(at, anonymous.size());
+    }
     int depth = 0;
     std::string flat;
     for (char const c : name) {
@@ -108,10 +114,8 @@ std::string kernel_name(void const* function) {
     static std::map<void const*, std::string> known;
     if (auto const it = known.find(function); it != known.end()) return it->second;
     auto const frames = look_up(function);
-    std::string name = frames.empty() || frames[0] == "??" ? hex(reinterpret_cast<u64>(function)) : frames.front();
-    if (auto const at = name.find('('); at != std::string::npos && name.compare(at, 11, "(anonymous ") != 0) {
-        name.resize(at);
-    }
+    bool const found = !frames.empty() && frames[0] != "??";
+    std::string const name = found ? short_name(frames.front()) : hex(reinterpret_cast<u64>(function));
     known[function] = name;
     return name;
 }

@@ -19,6 +19,12 @@ constexpr bool kRace = true;
 constexpr bool kRace = false;
 #endif
 
+#if defined(LSM_EMU_ASAN)
+constexpr bool kAsan = true;  // faults end the process with AddressSanitizer's own report
+#else
+constexpr bool kAsan = false;
+#endif
+
 struct Case {
     char const* name;
     void (*run)();
@@ -99,6 +105,12 @@ void expect_race(std::string const& expected, F&& f) {
 template <class F>
 void expect_only_race(std::string const& expected, F&& f) {
     if (kRace) expect_report(expected, f);
+}
+
+// An access to unmapped memory.
+template <class F>
+void expect_fault(std::string const& expected, F&& f) {
+    if (!kAsan) expect_report(expected, f);
 }
 
 inline emu::Counters const& last_counters() { return emu::launch_records().back().counters; }

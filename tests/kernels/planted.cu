@@ -106,7 +106,7 @@ Case const mask("planted/shuffle_from_outside_the_mask", [] {
 
 __global__ void write_shared(int index) { reinterpret_cast<float*>(dyn_smem())[index] = 1.0f; }
 void expect_write_outside(int index) {
-    expect_report("out of bounds", [=] { launch(write_shared, dim3(1), dim3(1), 256, nullptr, index); });
+    expect_fault("out of bounds", [=] { launch(write_shared, dim3(1), dim3(1), 256, nullptr, index); });
 }
 Case const shared_past_end("planted/shared_write_just_past_the_end", [] { expect_write_outside(64); });
 Case const shared_far("planted/shared_write_far_past_the_end", [] { expect_write_outside(5000); });
@@ -160,7 +160,7 @@ Case const shared_misaligned("planted/shared_vector_store_misaligned", [] {
 
 __global__ void null_store(float* p) { *p = 1.0f; }
 Case const null_pointer("planted/null_pointer", [] {
-    expect_report("invalid access", [] { launch(null_store, dim3(1), dim3(1), 0, nullptr, static_cast<float*>(nullptr)); });
+    expect_fault("invalid access", [] { launch(null_store, dim3(1), dim3(1), 0, nullptr, static_cast<float*>(nullptr)); });
 });
 
 __global__ void read_unwritten(float* y) {
@@ -231,6 +231,28 @@ Case const no_fence("planted/threadfence_missing_before_ticket",
                     [] { expect_only_race("race on global memory", [] { return run_add_last<false>(); }); });
 Case const ticket("legal/last_block_adds_up", [] { expect_silence([] { return run_add_last<true>(); }); });
 
+// ---- Global memory: only under AddressSanitizer, which ends the process (see test_kernels.py) ----
+
+template <bool kAsync>
+__global__ void read_past_end(float4 const* x, float4* y) {
+    float4* const s = reinterpret_cast<float4*>(dyn_smem());
+    if constexpr (kAsync) {
+        cp_async16(smem_u32(s + threadIdx.x), x + threadIdx.x, true);
+        cp_async_commit();
+        cp_async_wait<0>();
+    } else {
+        s[threadIdx.x] = load_global(x + threadIdx.x);
+    }
+    y[threadIdx.x] = s[threadIdx.x];
+}
+template <bool kAsync>
+void run_read_past_end() {
+    std::vector<float4> x(31), y(32);
+    launch(read_past_end<kAsync>, dim3(1), dim3(32), 512, nullptr, static_cast<float4 const*>(x.data()), y.data());
+}
+Case const past_end("asan_stops/global_read_past_the_end", [] { if (kAsan) run_read_past_end<false>(); });
+Case const async_past_end("asan_stops/cp_async_past_the_end", [] { if (kAsan) run_read_past_end<true>(); });
+
 // ---- Never ending ----
 
 __global__ void poll_forever(int volatile* flag) {
@@ -251,7 +273,7 @@ __attribute__((noinline)) int descend(int n, int volatile* p) {
 }
 __global__ void recurse(int* p) { *p = descend(100000, p); }
 Case const stack("planted/stack_exhausted", [] {
-    expect_report("stack is exhausted", [] {
+    expect_fault("stack is exhausted", [] {
         std::vector<int> y(1);
         launch(recurse, dim3(1), dim3(1), 0, nullptr, y.data());
     });
