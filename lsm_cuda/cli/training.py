@@ -50,8 +50,8 @@ def run_saving(trainer: Trainer, out: Path, save_every: int, console: Console) -
         if progress.step % save_every == 0:
             trainer.save(out)
 
-    trainer.save(out)  # before the first step: an unwritable folder shows now, not in an hour
     with interruptible() as stop:
+        trainer.save(out)  # before the first step: an unwritable folder shows now, not in an hour
         run_watched(trainer, console, save_now_and_then, stop)
         trainer.save(out)
     return not trainer.finished
