@@ -36,19 +36,32 @@ template <class... Parts>
 
 inline char const* name(ScalarType type) {
     switch (type) {
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Half: return "float16";
-        case ScalarType::Float: return "float32";
-        case ScalarType::Double: return "float64";
-        case ScalarType::Int: return "int32";
-        case ScalarType::Long: return "int64";
-        case ScalarType::Short: return "int16";
-        case ScalarType::Char: return "int8";
-        case ScalarType::Byte: return "uint8";
-        case ScalarType::Bool: return "bool";
-        case ScalarType::ComplexFloat: return "complex64";
-        case ScalarType::ComplexDouble: return "complex128";
-        default: return "another dtype";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Short:
+            return "int16";
+        case ScalarType::Char:
+            return "int8";
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Bool:
+            return "bool";
+        case ScalarType::ComplexFloat:
+            return "complex64";
+        case ScalarType::ComplexDouble:
+            return "complex128";
+        default:
+            return "another dtype";
     }
 }
 
@@ -65,7 +78,9 @@ std::string show(Sizes const& sizes) {
 }
 
 inline std::string show_device(Tensor const& t) {
-    return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another device";
+    return t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
+           : t.is_cpu() ? "cpu"
+                        : "another device";
 }
 
 // Checks against one operator's name, so that call sites read as the list of what is required.
@@ -89,18 +104,20 @@ class Checks {
             if (!same) break;
             same = t.size(i++) == n;
         }
-        require(same, arg, " must have shape ", dims, " = ", show(expected), like, ", got ", show(t.sizes()));
+        require(same, arg, " must have shape ", dims, " = ", show(expected), like, ", got ",
+                show(t.sizes()));
     }
 
     void dtype(Tensor const& t, char const* arg, ScalarType expected, char const* like = "") const {
-        require(t.scalar_type() == expected, arg, " must have dtype ", name(expected), like, ", got ",
-                name(t.scalar_type()));
+        require(t.scalar_type() == expected, arg, " must have dtype ", name(expected), like,
+                ", got ", name(t.scalar_type()));
     }
 
     void device(Tensor const& t, char const* arg, Tensor const& like, char const* like_arg) const {
         bool const same = t.is_cuda() == like.is_cuda() && t.is_cpu() == like.is_cpu() &&
                           t.get_device_index() == like.get_device_index();
-        require(same, arg, " must be on ", show_device(like), " like ", like_arg, ", got ", show_device(t));
+        require(same, arg, " must be on ", show_device(like), " like ", like_arg, ", got ",
+                show_device(t));
     }
 
     char const* op() const { return op_; }
@@ -111,10 +128,14 @@ class Checks {
 
 inline Dtype to_dtype(ScalarType type) {
     switch (type) {
-        case ScalarType::BFloat16: return Dtype::bf16;
-        case ScalarType::Half: return Dtype::f16;
-        case ScalarType::Float: return Dtype::f32;
-        default: return Dtype::f64;
+        case ScalarType::BFloat16:
+            return Dtype::bf16;
+        case ScalarType::Half:
+            return Dtype::f16;
+        case ScalarType::Float:
+            return Dtype::f32;
+        default:
+            return Dtype::f64;
     }
 }
 
@@ -125,7 +146,8 @@ inline bool is_floating(ScalarType type) {
 
 // Allocates through the C shim: two thirds of the time of stable::empty, and it keeps libtorch's own words (the
 // size that did not fit) where the runtime offers them.
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, Tensor const& device_of) {
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type,
+                    Tensor const& device_of) {
     std::array<int64_t, 8> shape{}, strides{};
     int64_t rank = 0;
     for (int64_t const n : sizes) shape[rank++] = n;
@@ -139,11 +161,13 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType t
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
     AtenTensorHandle handle = nullptr;
     auto const dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-    if (aoti_torch_empty_strided(rank, shape.data(), strides.data(), dtype, device_type, device_index, &handle) != 0) {
+    if (aoti_torch_empty_strided(rank, shape.data(), strides.data(), dtype, device_type,
+                                 device_index, &handle) != 0) {
         char const* reason = torch_exception_get_what_without_backtrace != nullptr
                                  ? torch_exception_get_what_without_backtrace()
                                  : nullptr;
-        fail("out of memory: lsm could not allocate ", show(sizes), " of ", name(type), " on ", show_device(device_of),
+        fail("out of memory: lsm could not allocate ", show(sizes), " of ", name(type), " on ",
+             show_device(device_of),
              reason != nullptr ? std::string(": ") + reason : std::string());
     }
     return Tensor(handle);
@@ -162,7 +186,9 @@ inline Tensor last_contiguous(Tensor const& t) {
     return contiguous_copy(t);
 }
 
-inline Tensor as_contiguous(Tensor const& t) { return t.is_contiguous() ? t : contiguous_copy(t); }
+inline Tensor as_contiguous(Tensor const& t) {
+    return t.is_contiguous() ? t : contiguous_copy(t);
+}
 
 // [B, T, H, D] view for kernels; a [B, H, D] tensor (one token) reads as T = 1.
 inline Rows rows(Tensor const& t) {

@@ -11,30 +11,35 @@ namespace {
 
 constexpr int64_t kMaxDim = 256;  // of K and V on tensor cores
 
-void check_inputs(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, bool one_token) {
+void check_inputs(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
+                  Tensor const& g, bool one_token) {
     char const* const q_dims = one_token ? "[B, H, K]" : "[B, T, H, K]";
     char const* const v_dims = one_token ? "[B, HV, V]" : "[B, T, HV, V]";
     char const* const g_dims = one_token ? "[B, HV, K]" : "[B, T, HV, K]";
     int64_t const rank = one_token ? 3 : 4;
     c.rank(q, "q", q_dims, rank);
     c.require(is_floating(q.scalar_type()), "q must be bfloat16, float16",
-              kTensorCores ? " or float32" : ", float32 or float64", ", got ", name(q.scalar_type()));
+              kTensorCores ? " or float32" : ", float32 or float64", ", got ",
+              name(q.scalar_type()));
     c.require(!kTensorCores || q.scalar_type() != ScalarType::Double,
-              "q is float64, which the CUDA kernels do not take (supported: bfloat16, float16, float32); it runs on "
+              "q is float64, which the CUDA kernels do not take (supported: bfloat16, float16, "
+              "float32); it runs on "
               "CPU tensors");
     c.rank(k, "k", q_dims, rank);
-    c.require(k.size(rank - 1) == q.size(rank - 1), "k must have K = ", q.size(rank - 1), " like q, got K = ",
-              k.size(rank - 1));
-    c.require(k.size(rank - 2) == q.size(rank - 2), "k must have H = ", q.size(rank - 2), " heads like q, got ",
-              k.size(rank - 2));
-    c.require(show(k.sizes()) == show(q.sizes()), "k must have shape ", q_dims, " = ", show(q.sizes()),
-              " (like q), got ", show(k.sizes()));
+    c.require(k.size(rank - 1) == q.size(rank - 1), "k must have K = ", q.size(rank - 1),
+              " like q, got K = ", k.size(rank - 1));
+    c.require(k.size(rank - 2) == q.size(rank - 2), "k must have H = ", q.size(rank - 2),
+              " heads like q, got ", k.size(rank - 2));
+    c.require(show(k.sizes()) == show(q.sizes()), "k must have shape ", q_dims, " = ",
+              show(q.sizes()), " (like q), got ", show(k.sizes()));
     c.rank(v, "v", v_dims, rank);
-    c.require(v.size(0) == q.size(0) && (one_token || v.size(1) == q.size(1)), "v must have shape ", v_dims,
-              " with the batch and time of q = ", show(q.sizes()), ", got ", show(v.sizes()));
-    int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1), V = v.size(rank - 1);
-    c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H, " heads of q and k, got HV = ",
-              HV);
+    c.require(v.size(0) == q.size(0) && (one_token || v.size(1) == q.size(1)), "v must have shape ",
+              v_dims, " with the batch and time of q = ", show(q.sizes()), ", got ",
+              show(v.sizes()));
+    int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1),
+                  V = v.size(rank - 1);
+    c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H,
+              " heads of q and k, got HV = ", HV);
     c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
     if (one_token) {
         c.shape(g, "g", g_dims, {q.size(0), HV, K});
@@ -46,7 +51,8 @@ void check_inputs(Checks const& c, Tensor const& q, Tensor const& k, Tensor cons
     c.require(g.scalar_type() == q.scalar_type() ||
                   (g.scalar_type() == ScalarType::Float && q.scalar_type() != ScalarType::Double),
               "g must have dtype ", name(q.scalar_type()), " like q",
-              q.scalar_type() == ScalarType::Double ? "" : ", or float32", ", got ", name(g.scalar_type()));
+              q.scalar_type() == ScalarType::Double ? "" : ", or float32", ", got ",
+              name(g.scalar_type()));
     c.device(k, "k", q, "q");
     c.device(v, "v", q, "q");
     c.device(g, "g", q, "q");
@@ -62,8 +68,8 @@ ScalarType state_type(Tensor const& q) {
     return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_state(Checks const& c, OptionalTensor const& state, char const* arg, Tensor const& q, int64_t N, int64_t HV,
-                 int64_t K, int64_t V) {
+void check_state(Checks const& c, OptionalTensor const& state, char const* arg, Tensor const& q,
+                 int64_t N, int64_t HV, int64_t K, int64_t V) {
     if (!state) return;
     c.shape(*state, arg, "[N, HV, K, V]", {N, HV, K, V});
     c.dtype(*state, arg, state_type(q));
@@ -76,20 +82,23 @@ template <class Int>
 void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T) {
     c.require(cu[0] == 0, "cu_seqlens must start at 0, got ", cu[0]);
     for (int64_t n = 0; n < N; ++n) {
-        c.require(cu[n + 1] >= cu[n], "cu_seqlens must not decrease, got ", cu[n], " before ", cu[n + 1],
-                  " at position ", n + 1);
+        c.require(cu[n + 1] >= cu[n], "cu_seqlens must not decrease, got ", cu[n], " before ",
+                  cu[n + 1], " at position ", n + 1);
     }
     c.require(cu[N] == T, "cu_seqlens must end at T = ", T, ", got ", cu[N]);
 }
 
 void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& q) {
     if (!cu) return;
-    c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ", show(cu->sizes()));
+    c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ",
+              show(cu->sizes()));
     auto const type = cu->scalar_type();
-    c.require(type == ScalarType::Int || type == ScalarType::Long, "cu_seqlens must have dtype int32 or int64, got ",
-              name(type));
+    c.require(type == ScalarType::Int || type == ScalarType::Long,
+              "cu_seqlens must have dtype int32 or int64, got ", name(type));
     c.device(*cu, "cu_seqlens", q, "q");
-    c.require(q.size(0) == 1, "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));
+    c.require(
+        q.size(0) == 1,
+        "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));
     if (!kTensorCores) {
         Tensor const packed = as_contiguous(*cu);
         int64_t const N = cu->size(0) - 1;
@@ -122,7 +131,8 @@ Tensor kernel_layout(Tensor const& t) {
 }
 
 Inputs prepare(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
-               OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale) {
+               OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
+               double scale) {
     check_inputs(c, q, k, v, g, false);
     check_cu_seqlens(c, cu_seqlens, q);
     int64_t const N = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
@@ -147,11 +157,15 @@ Inputs prepare(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& 
     return in;
 }
 
-Tensor workspace(int64_t bytes, Tensor const& like) { return empty({bytes}, ScalarType::Byte, like); }
+Tensor workspace(int64_t bytes, Tensor const& like) {
+    return empty({bytes}, ScalarType::Byte, like);
+}
 
 // Odd sizes on tensor cores: zero-filled up to whole 16-byte rows (zero keys, queries, values and gates change
 // nothing), then cut back. Rare enough to pay with a copy what would cost every kernel a second loader.
-int64_t padding(Tensor const& t) { return (8 - t.size(t.dim() - 1) % 8) % 8; }
+int64_t padding(Tensor const& t) {
+    return (8 - t.size(t.dim() - 1) % 8) % 8;
+}
 
 bool needs_padding(Tensor const& q, Tensor const& v) {
     return kTensorCores && (padding(q) != 0 || padding(v) != 0);
@@ -176,15 +190,17 @@ Tensor cut_state(Tensor t, int64_t K, int64_t V) {
     return as_contiguous(torch::stable::narrow(rows_cut, 3, 0, V));
 }
 
-std::tuple<Tensor, Tensor> gla_fwd(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
-                                   OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
+std::tuple<Tensor, Tensor> gla_fwd(Tensor const& q, Tensor const& k, Tensor const& v,
+                                   Tensor const& g, OptionalTensor const& initial_state,
+                                   OptionalTensor const& cu_seqlens, double scale,
                                    bool output_final_state) {
     Checks const c("gla_fwd");
     Inputs in = prepare(c, q, k, v, g, initial_state, cu_seqlens, scale);
     if (needs_padding(q, v)) {
         int64_t const dK = padding(q), dV = padding(v);
-        auto [o, state] = gla_fwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), pad_last(g, dK),
-                                  pad_state(initial_state, dK, dV), cu_seqlens, scale, output_final_state);
+        auto [o, state] =
+            gla_fwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), pad_last(g, dK),
+                    pad_state(initial_state, dK, dV), cu_seqlens, scale, output_final_state);
         return {cut(o, v.size(3)), cut_state(state, q.size(3), v.size(3))};
     }
     ChunkParams& p = in.p;
@@ -203,16 +219,19 @@ std::tuple<Tensor, Tensor> gla_fwd(Tensor const& q, Tensor const& k, Tensor cons
 Tensor sum_groups(Tensor const& per_value_head, int64_t H) {
     int64_t const HV = per_value_head.size(2);
     if (HV == H) return per_value_head;
-    auto const view = torch::stable::view(per_value_head, {per_value_head.size(0), per_value_head.size(1), H, HV / H,
-                                                           per_value_head.size(3)});
+    auto const view = torch::stable::view(
+        per_value_head,
+        {per_value_head.size(0), per_value_head.size(1), H, HV / H, per_value_head.size(3)});
     std::vector<int64_t> const over{3};
-    return torch::stable::sum(view, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()), false);
+    return torch::stable::sum(
+        view, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()), false);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gla_bwd(Tensor const& q, Tensor const& k, Tensor const& v,
-                                                           Tensor const& g, OptionalTensor const& initial_state,
-                                                           OptionalTensor const& cu_seqlens, double scale,
-                                                           Tensor const& grad_o,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gla_bwd(Tensor const& q, Tensor const& k,
+                                                           Tensor const& v, Tensor const& g,
+                                                           OptionalTensor const& initial_state,
+                                                           OptionalTensor const& cu_seqlens,
+                                                           double scale, Tensor const& grad_o,
                                                            OptionalTensor const& grad_final_state) {
     Checks const c("gla_bwd");
     Inputs in = prepare(c, q, k, v, g, initial_state, cu_seqlens, scale);
@@ -238,7 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gla_bwd(Tensor const& q, Tens
     Tensor dk = empty({p.B, p.T, p.HV, p.K}, type, q);
     Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
     Tensor dg = empty({p.B, p.T, p.HV, p.K}, g.scalar_type(), q);
-    Tensor dh0 = initial_state ? empty({p.N, p.HV, p.K, p.V}, state_type(q), q) : empty({0}, state_type(q), q);
+    Tensor dh0 = initial_state ? empty({p.N, p.HV, p.K, p.V}, state_type(q), q)
+                               : empty({0}, state_type(q), q);
     p.grad_o = rows(grad_o_rows);
     if (grad_final) p.grad_final_state = grad_final->const_data_ptr();
     p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv), p.dg = rows(dg);
@@ -248,18 +268,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gla_bwd(Tensor const& q, Tens
     return {sum_groups(dq, p.H), sum_groups(dk, p.H), dv, dg, dh0};
 }
 
-Tensor gla_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, Tensor const& state,
-                double scale) {
+Tensor gla_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
+                Tensor const& state, double scale) {
     Checks const c("gla_step");
     check_inputs(c, q, k, v, g, true);
     int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
     c.shape(state, "state", "[B, HV, K, V]", {B, HV, K, V});
     c.dtype(state, "state", state_type(q));
     c.device(state, "state", q, "q");
-    c.require(state.is_contiguous(), "state is updated in place and must be contiguous, got strides ",
+    c.require(state.is_contiguous(),
+              "state is updated in place and must be contiguous, got strides ",
               show(state.strides()));
     DeviceScope const scope(q);
-    Tensor const qr = last_contiguous(q), kr = last_contiguous(k), vr = last_contiguous(v), gr = last_contiguous(g);
+    Tensor const qr = last_contiguous(q), kr = last_contiguous(k), vr = last_contiguous(v),
+                 gr = last_contiguous(g);
     Tensor o = empty({B, HV, V}, q.scalar_type(), q);
     StepParams p{};
     p.dtype = to_dtype(q.scalar_type());

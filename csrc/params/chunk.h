@@ -20,25 +20,25 @@ struct ChunkParams {
     Dtype gate_dtype;   // of g and dg: dtype, or f32
     Dtype state_dtype;  // f64 when dtype is f64 (CPU only), else f32
     int64_t B, T, H, HV, K, V;
-    int64_t N;                             // sequences: B, or the length of cu_seqlens minus one
-    void const* cu_seqlens = nullptr;      // [N + 1], nullable; then B == 1
+    int64_t N;                         // sequences: B, or the length of cu_seqlens minus one
+    void const* cu_seqlens = nullptr;  // [N + 1], nullable; then B == 1
     bool cu_seqlens_is_64bit = false;
     double scale;
 
-    Rows q, k;          // [B, T, H, K]
-    Rows v;             // [B, T, HV, V]
-    Rows g;             // [B, T, HV, K], natural log
-    void const* initial_state = nullptr;   // [N, HV, K, V] contiguous, nullable (zeros)
+    Rows q, k;                            // [B, T, H, K]
+    Rows v;                               // [B, T, HV, V]
+    Rows g;                               // [B, T, HV, K], natural log
+    void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
 
     // Forward.
-    Rows o;                                // [B, T, HV, V]
-    void* final_state = nullptr;           // [N, HV, K, V], nullable
+    Rows o;                       // [B, T, HV, V]
+    void* final_state = nullptr;  // [N, HV, K, V], nullable
 
     // Backward. dq and dk are per value head here, [B, T, HV, K]; the launcher adds each group up.
-    Rows grad_o;                           // [B, T, HV, V]
+    Rows grad_o;                             // [B, T, HV, V]
     void const* grad_final_state = nullptr;  // [N, HV, K, V], nullable (zeros)
     Rows dq, dk, dv, dg;
-    void* grad_initial_state = nullptr;    // [N, HV, K, V], nullable
+    void* grad_initial_state = nullptr;  // [N, HV, K, V], nullable
 };
 
 // One token: the state is read once, decayed, written to, and read by the query.
@@ -46,10 +46,10 @@ struct StepParams {
     Dtype dtype, gate_dtype, state_dtype;
     int64_t B, H, HV, K, V;
     double scale;
-    Rows q, k;          // [B, 1, H, K]
-    Rows v, o;          // [B, 1, HV, V]
-    Rows g;             // [B, 1, HV, K]
-    void* state;        // [B, HV, K, V] contiguous, updated in place
+    Rows q, k;    // [B, 1, H, K]
+    Rows v, o;    // [B, 1, HV, V]
+    Rows g;       // [B, 1, HV, K]
+    void* state;  // [B, HV, K, V] contiguous, updated in place
 };
 
 // What a backend (cpu/, kernels/) provides to ops/chunk.cpp. Workspaces are uninitialised bytes, 256-byte aligned.

@@ -29,8 +29,9 @@ class Carver {
 struct Plan {
     int64_t L;
     Segments segments;
-    bool cut;              // some sequence may have several segments
-    float *forward, *forward_sums;  // [records, HV, K, V], [records, HV, K]: what each segment starts from
+    bool cut;  // some sequence may have several segments
+    float *forward,
+        *forward_sums;  // [records, HV, K, V], [records, HV, K]: what each segment starts from
     float *reverse, *reverse_sums;
     uint32_t* chunk_states;
     float* chunk_flux;
@@ -46,7 +47,8 @@ struct Plan {
         L = segment_length(p.T, chains, 2 * multiprocessors(), kChunk);
         cut = L < p.T;
         Carver carve(workspace);
-        Segment* const table = carve.take<Segment>(segments_bytes(p, L) / static_cast<int64_t>(sizeof(Segment)));
+        Segment* const table =
+            carve.take<Segment>(segments_bytes(p, L) / static_cast<int64_t>(sizeof(Segment)));
         segments = plan_segments(p, L, table);
         int64_t const owners = segments.count * p.HV;
         int64_t const states = cut ? owners * p.K * p.V : 0, sums = cut ? owners * p.K : 0;
@@ -58,7 +60,8 @@ struct Plan {
             int64_t const chunks = count_chunks(p, segments) * p.HV;
             row_tile = sweep_row_tile(static_cast<int>(p.V), static_cast<int>(p.K));
             row_tiles = (static_cast<int>(p.K) + row_tile - 1) / row_tile;
-            chunk_states = carve.take<uint32_t>(chunks * row_tiles * row_tile * sweep_contraction_bucket(p.V) / 2);
+            chunk_states = carve.take<uint32_t>(chunks * row_tiles * row_tile *
+                                                sweep_contraction_bucket(p.V) / 2);
             chunk_flux = carve.take<float>(chunks * p.K);
             tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
             split_dk = carve.take<uint32_t>(p.B * p.T * p.HV * p.K);
@@ -67,8 +70,12 @@ struct Plan {
     }
 };
 
-Operand per_head(ChunkParams const& p, Rows const& rows) { return {rows, static_cast<int>(p.HV / p.H)}; }
-Operand per_value_head(Rows const& rows) { return {rows, 1}; }
+Operand per_head(ChunkParams const& p, Rows const& rows) {
+    return {rows, static_cast<int>(p.HV / p.H)};
+}
+Operand per_value_head(Rows const& rows) {
+    return {rows, 1};
+}
 
 // The two ways a [K, V] state lies under a sweep.
 StateView contraction_over_k(ChunkParams const& p, void const* state) {
@@ -119,8 +126,10 @@ void join_boundaries(ChunkParams const& p, Plan const& plan, bool reverse, void*
     s.end = contraction_over_k(p, states);
     s.gate_sum = sums;
     sweep_state(s, plan.segments, stream);
-    auto const* const initial = static_cast<float const*>(reverse ? p.grad_final_state : p.initial_state);
-    run_join({states, sums, initial, static_cast<int>(p.HV), static_cast<int>(p.K), static_cast<int>(p.V), reverse},
+    auto const* const initial =
+        static_cast<float const*>(reverse ? p.grad_final_state : p.initial_state);
+    run_join({states, sums, initial, static_cast<int>(p.HV), static_cast<int>(p.K),
+              static_cast<int>(p.V), reverse},
              plan.segments, stream);
 }
 
@@ -131,19 +140,26 @@ void const* start_of(ChunkParams const& p, Plan const& plan, bool reverse) {
 }
 
 void gate_gradient_of(ChunkParams const& p, Plan const& plan, Rows const& split_dk, void* stream) {
-    GateGradientParams const gp{per_head(p, p.q), per_head(p, p.k), per_value_head(p.dg), per_value_head(split_dk),
-                                per_value_head(p.g), plan.chunk_flux, plan.tokenwise, plan.row_tile, plan.row_tiles,
-                                static_cast<int>(p.HV), static_cast<int>(p.K), p.T};
+    GateGradientParams const gp{
+        per_head(p, p.q),         per_head(p, p.k),      per_value_head(p.dg),
+        per_value_head(split_dk), per_value_head(p.g),   plan.chunk_flux,
+        plan.tokenwise,           plan.row_tile,         plan.row_tiles,
+        static_cast<int>(p.HV),   static_cast<int>(p.K), p.T};
     int64_t const blocks = count_chunks(p, plan.segments) * p.HV;
     if (plan.segments.count == 0) return;
-    dim3 const grid(static_cast<unsigned>(blocks)), threads(static_cast<unsigned>((p.K / 2 + 31) / 32 * 32));
-    auto const run = [&](auto kernel) { launch(kernel, grid, threads, 0, stream, gp, plan.segments); };
+    dim3 const grid(static_cast<unsigned>(blocks)),
+        threads(static_cast<unsigned>((p.K / 2 + 31) / 32 * 32));
+    auto const run = [&](auto kernel) {
+        launch(kernel, grid, threads, 0, stream, gp, plan.segments);
+    };
     p.gate_dtype == Dtype::f32 ? run(gate_gradient<float>) : run(gate_gradient<bf16>);
 }
 
 // Only bf16 goes to tensor cores: frames scale operands by powers of two far beyond fp16's range, and fp32 would lose
 // 16 bits. Both keep their precision on the recurrence.
-bool on_tensor_cores(ChunkParams const& p) { return p.dtype == Dtype::bf16; }
+bool on_tensor_cores(ChunkParams const& p) {
+    return p.dtype == Dtype::bf16;
+}
 
 }  // namespace
 

@@ -22,10 +22,10 @@ namespace lsm {
 struct GateGradientParams {
     Operand q, k;             // [B, T, H, K]
     Operand strict_dq_to_dg;  // [B, T, HV, K], dtype of the gate
-    Operand split_dk;         // [B, T, HV, K], two bf16: from what follows the block, from its tokens
-    Operand g;                // [B, T, HV, K], natural log
-    float const* flux;        // [chunks, heads, K]
-    uint8_t const* tokenwise; // [chunks, blocks, heads, row_tiles]: blocks of one token
+    Operand split_dk;   // [B, T, HV, K], two bf16: from what follows the block, from its tokens
+    Operand g;          // [B, T, HV, K], natural log
+    float const* flux;  // [chunks, heads, K]
+    uint8_t const* tokenwise;  // [chunks, blocks, heads, row_tiles]: blocks of one token
     int row_tile, row_tiles;
     int heads, K;
     int64_t tokens_per_row;
@@ -73,7 +73,8 @@ struct FluxBlock {
     LSM_DEVICE float solve(float flux, bool tokenwise) {
         if (tokenwise) {  // r_j holds all that follows j: every token is a block of its own
             LSM_UNROLL
-            for (int t = kTokens - 1; t >= 0; --t) u[t] = flux = u[t] + (g[t] < kForgotten ? 0.f : flux - r[t]);
+            for (int t = kTokens - 1; t >= 0; --t)
+                u[t] = flux = u[t] + (g[t] < kForgotten ? 0.f : flux - r[t]);
             return flux;
         }
         float all_r = 0.f, all_g = 0.f, suffix = 0.f;
@@ -95,25 +96,29 @@ struct FluxBlock {
 };
 
 template <class Gate>
-__global__ void __launch_bounds__(128) gate_gradient(GateGradientParams const p, Segments const segments) {
+__global__ void __launch_bounds__(128)
+    gate_gradient(GateGradientParams const p, Segments const segments) {
     int const head = static_cast<int>(blockIdx.x % p.heads);
     i64 const index = blockIdx.x / p.heads;
     i64 const record = record_of_chunk(segments, index, p.tokens_per_row);
     Segment const segment = segments[record];
-    i64 const begin = segment.t0 + (index - first_chunk(segment, record, p.tokens_per_row)) * kChunk;
+    i64 const begin =
+        segment.t0 + (index - first_chunk(segment, record, p.tokens_per_row)) * kChunk;
     i64 const end = begin + kChunk < segment.t1 ? begin + kChunk : segment.t1;
     int const c = threadIdx.x * 2;
     if (segment.unused() || begin >= end || c >= p.K) return;
 
     auto const at = [&](Operand const& x) {
-        return segment.batch * x.rows.batch + begin * x.rows.time + head / x.heads_per_group * x.rows.head + c;
+        return segment.batch * x.rows.batch + begin * x.rows.time +
+               head / x.heads_per_group * x.rows.head + c;
     };
     bf16 const* const q = static_cast<bf16 const*>(p.q.rows.data) + at(p.q);
     bf16 const* const k = static_cast<bf16 const*>(p.k.rows.data) + at(p.k);
     Gate const* const g = static_cast<Gate const*>(p.g.rows.data) + at(p.g);
     Gate* const dg = static_cast<Gate*>(p.strict_dq_to_dg.rows.data) + at(p.strict_dq_to_dg);
     u32 const* const dk = static_cast<u32 const*>(p.split_dk.rows.data) + at(p.split_dk);
-    float2 flux = load_global(reinterpret_cast<float2 const*>(p.flux + (index * p.heads + head) * p.K + c));
+    float2 flux =
+        load_global(reinterpret_cast<float2 const*>(p.flux + (index * p.heads + head) * p.K + c));
 
     constexpr int kTokens = FluxBlock::kTokens;
     int const tokens = static_cast<int>(end - begin);
@@ -129,11 +134,15 @@ __global__ void __launch_bounds__(128) gate_gradient(GateGradientParams const p,
             float2 const key = valid ? load_pair(k + t * p.k.rows.time) : none;
             float2 const gate = valid ? load_pair(g + t * p.g.rows.time) : none;
             float2 const read = valid ? load_pair(dg + t * p.strict_dq_to_dg.rows.time) : none;
-            uint2 const split = valid ? load_global(reinterpret_cast<uint2 const*>(dk + t * p.split_dk.rows.time)) : uint2{0, 0};
+            uint2 const split =
+                valid ? load_global(reinterpret_cast<uint2 const*>(dk + t * p.split_dk.rows.time))
+                      : uint2{0, 0};
             float2 const x = unpack(split.x);
             float2 const y = unpack(split.y);
-            even.u[i] = query.x * read.x, even.r[i] = key.x * x.x, even.a[i] = key.x * x.y, even.g[i] = gate.x;
-            odd.u[i] = query.y * read.y, odd.r[i] = key.y * y.x, odd.a[i] = key.y * y.y, odd.g[i] = gate.y;
+            even.u[i] = query.x * read.x, even.r[i] = key.x * x.x, even.a[i] = key.x * x.y,
+            even.g[i] = gate.x;
+            odd.u[i] = query.y * read.y, odd.r[i] = key.y * y.x, odd.a[i] = key.y * y.y,
+            odd.g[i] = gate.y;
         }
         i64 const block = (index * (kChunk / kTokens) + b) * p.heads + head;
         bool const tokenwise = load_global(p.tokenwise + block * p.row_tiles + c / p.row_tile) != 0;

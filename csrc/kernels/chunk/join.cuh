@@ -15,15 +15,15 @@ struct JoinParams {
     float const* gate_sum;  // [records, heads, K], log2
     float const* initial;   // [N, heads, K, V], nullable (zeros)
     int heads, K, V;
-    bool reverse;           // walk segments from the last to the first
+    bool reverse;  // walk segments from the last to the first
 };
 
 namespace join {
 constexpr int kThreads = 256;
 }
 
-static __global__ void __launch_bounds__(join::kThreads) join_segments(JoinParams const p, Segments const segments,
-                                                                       int pieces) {
+static __global__ void __launch_bounds__(join::kThreads)
+    join_segments(JoinParams const p, Segments const segments, int pieces) {
     i64 const unit = blockIdx.x / pieces;
     int const head = static_cast<int>(unit % p.heads);
     i64 record = unit / p.heads;
@@ -33,7 +33,9 @@ static __global__ void __launch_bounds__(join::kThreads) join_segments(JoinParam
     i64 const size = static_cast<i64>(p.K) * p.V;
     i64 const element = static_cast<i64>(blockIdx.x % pieces) * join::kThreads + threadIdx.x;
     if (element >= size) return;
-    float S = p.initial == nullptr ? 0.f : load_global(p.initial + (segment.sequence * p.heads + head) * size + element);
+    float S = p.initial == nullptr
+                  ? 0.f
+                  : load_global(p.initial + (segment.sequence * p.heads + head) * size + element);
     while (true) {
         float* const at = p.local + (record * p.heads + head) * size + element;
         bool const ends_here = p.reverse ? segment.index == 0 : segment.is_last;
@@ -54,8 +56,8 @@ inline void run_join(JoinParams const& p, Segments const& segments, void* stream
     i64 const pieces = (static_cast<i64>(p.K) * p.V + join::kThreads - 1) / join::kThreads;
     i64 const blocks = segments.count * p.heads * pieces;
     if (blocks == 0) return;
-    launch(join_segments, dim3(static_cast<unsigned>(blocks)), dim3(join::kThreads), 0, stream, p, segments,
-           static_cast<int>(pieces));
+    launch(join_segments, dim3(static_cast<unsigned>(blocks)), dim3(join::kThreads), 0, stream, p,
+           segments, static_cast<int>(pieces));
 }
 
 }  // namespace lsm

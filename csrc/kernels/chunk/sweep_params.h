@@ -24,13 +24,15 @@ struct SweepParams {
     Operand value;       // [.., rows]
     Operand gate;        // [.., contraction] or [.., rows], natural log
     Operand out;         // [.., rows]
-    Operand strict;      // [.., rows], the output without its own token's term, for the gate's gradient (decay on the
-                         // rows only): dtype of the gate (dq), or
-    bool strict_is_split;  // two bf16 per element (dk): from the state, and from the block's other tokens
+    Operand
+        strict;  // [.., rows], the output without its own token's term, for the gate's gradient (decay on the
+                 // rows only): dtype of the gate (dq), or
+    bool
+        strict_is_split;  // two bf16 per element (dk): from the state, and from the block's other tokens
     float query_scale, key_scale, value_scale, out_scale;
-    int contraction, rows;  // actual sizes, multiples of 8
-    int heads;              // value heads
-    int64_t tokens_per_row; // T
+    int contraction, rows;   // actual sizes, multiples of 8
+    int heads;               // value heads
+    int64_t tokens_per_row;  // T
     bool reverse, gate_is_fp32;
 
     // A sweep starts from start[record] where segments were joined, else from start[sequence], else from zeros, and
@@ -42,8 +44,9 @@ struct SweepParams {
     // Anchors of the gate's gradient (docs/math.md): dq's sweep leaves its state at the end of every chunk of kChunk
     // tokens, as bf16 in fragment order; dk's sweep, passing the same places backwards, contracts its own with it.
     uint32_t* chunk_states;
-    float* chunk_flux;   // [chunks, heads, K]; not null in dk's sweep only
-    uint8_t* tokenwise;  // [chunks, kChunk / 16, heads, row tiles]: dk's blocks that were walked token by token
+    float* chunk_flux;  // [chunks, heads, K]; not null in dk's sweep only
+    uint8_t*
+        tokenwise;  // [chunks, kChunk / 16, heads, row tiles]: dk's blocks that were walked token by token
 };
 
 inline constexpr int kChunk = 256;  // tokens between exact anchors of the gate's gradient

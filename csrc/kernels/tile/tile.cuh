@@ -31,9 +31,13 @@ struct Tile {
     }
 };
 
-LSM_DEVICE u32 pack_bf16(float low, float high) { return pack(low, high, static_cast<bf16*>(nullptr)); }
+LSM_DEVICE u32 pack_bf16(float low, float high) {
+    return pack(low, high, static_cast<bf16*>(nullptr));
+}
 
-LSM_DEVICE float2 unpack(u32 pair) { return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)}; }
+LSM_DEVICE float2 unpack(u32 pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
 
 LSM_DEVICE void mma(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1) {
     mma_16x8x16(d, a, b0, b1, static_cast<bf16 const*>(nullptr));

@@ -1,0 +1,119 @@
+// What dq's and dk's sweeps leave for the gate's gradient (gate_gradient.cuh): outputs without a token's own term, and
+// the flux <S, dS> through the end of every chunk. Chunks are counted from the segment's first token.
+#pragma once
+
+#include "kernels/chunk/sweep.cuh"
+
+namespace lsm {
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::store_strict(int stage, int b, int m, int only,
+                                            float const (&o)[2][4],
+                                            float const (&local)[2][4]) const {
+    LSM_UNROLL
+    for (int n = 0; n < 2; ++n) {
+        LSM_UNROLL
+        for (int odd = 0; odd < 2; ++odd) {
+            int const i = 8 * n + lane % 4 * 2 + odd,
+                      t = token(stage * kStageTokens + b * kBlock + i);
+            if (!inside(t) || (only >= 0 && i != only)) continue;
+            i64 const at = row_offset(p.strict, t) + row0;
+            LSM_UNROLL
+            for (int e = odd; e < 4; e += 2) {
+                int const row = state_row(m, e);
+                if (row0 + row < p.rows)
+                    store_strict_element(at + row, o[n][e], local[n][e], factor(b, m, n, e));
+            }
+        }
+    }
+}
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::store_strict_element(i64 at, float o, float local, float f) const {
+    void* const data = p.strict.rows.data;
+    if (p.strict_is_split) {
+        store_global(static_cast<u32*>(data) + at, pack_bf16(o * f, local * f));
+    } else if (p.gate_is_fp32) {
+        store_global(static_cast<float*>(data) + at, (o + local) * f);
+    } else {
+        store_global(static_cast<bf16*>(data) + at, bf16((o + local) * f));
+    }
+}
+
+template <class Config>
+LSM_DEVICE i64 Sweep<Config>::chunk_index(int chunk) const {
+    return first_chunk(segment, s.record, p.tokens_per_row) + chunk;
+}
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::save_chunk_state(int stage) const {
+    uint4* const to = chunk_state(stage / kStagesPerChunk);
+    LSM_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+        float const upper = exp2_approx(s.frame[(stage + 1) % 2][state_row(m, 0)]);
+        float const lower = exp2_approx(s.frame[(stage + 1) % 2][state_row(m, 2)]);
+        LSM_UNROLL
+        for (int n = 0; n < kColumnTiles; n += 2) {
+            float const(&a)[4] = S[m][n];
+            float const(&b)[4] = S[m][n + 1];
+            store_global(
+                to + (m * kColumnTiles + n) / 2 * 32,
+                uint4{pack_bf16(a[0] * upper, a[1] * upper), pack_bf16(a[2] * lower, a[3] * lower),
+                      pack_bf16(b[0] * upper, b[1] * upper),
+                      pack_bf16(b[2] * lower, b[3] * lower)});
+        }
+    }
+}
+
+// flux_c = sum_v S_cv dS_cv at a chunk's end: everything written before it and read after it.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::contract_chunk_state(int stage, Mode mode) const {
+    int const chunk = (stages - stage - 1) / kStagesPerChunk;
+    uint4 const* const from = chunk_state(chunk);
+    LSM_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+        float upper = 0.f, lower = 0.f;
+        LSM_UNROLL
+        for (int n = 0; n < kColumnTiles; n += 2) {
+            uint4 const saved = load_global(from + (m * kColumnTiles + n) / 2 * 32);
+            u32 const words[4] = {saved.x, saved.y, saved.z, saved.w};
+            LSM_UNROLL
+            for (int w = 0; w < 4; ++w) {
+                float2 const x = unpack(words[w]);
+                float const(&y)[4] = S[m][n + w / 2];
+                (w % 2 == 0 ? upper : lower) += x.x * y[w % 2 * 2] + x.y * y[w % 2 * 2 + 1];
+            }
+        }
+        LSM_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            float flux = h == 0 ? upper : lower;
+            flux += __shfl_xor_sync(0xffffffffu, flux, 1);
+            flux += __shfl_xor_sync(0xffffffffu, flux, 2);
+            int const row = state_row(m, 2 * h);
+            if (lane % 4 == 0 && row0 + row < p.rows) {
+                float2 const gate = gate_pair(stage, 0, row & ~1);
+                float const decay = mode == kTokenwise ? exp2_approx(row % 2 == 0 ? gate.x : gate.y)
+                                                       : exponent_row(0)[row];
+                store_global(
+                    p.chunk_flux + (chunk_index(chunk) * p.heads + head) * p.rows + row0 + row,
+                    flux * decay);
+            }
+        }
+    }
+}
+
+// dk's sweep, before a block: its mode, and the flux through the end of a chunk.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::note_anchors(int stage, int b, Mode mode) const {
+    int const stages_left = stages - stage;  // counted from the segment's first token
+    if (b == 0 && (stage == 0 || stages_left % kStagesPerChunk == 0))
+        contract_chunk_state(stage, mode);
+    if (tid == 0) {
+        int const block = (stages_left - 1) * 2 + 1 - b;  // of the segment, in the order of time
+        i64 const at = (chunk_index(0) * kBlocksPerChunk + block) * p.heads + head;
+        store_global(p.tokenwise + at * ((p.rows + kRows - 1) / kRows) + row0 / kRows,
+                     static_cast<uint8_t>(mode == kTokenwise));
+    }
+}
+
+}  // namespace lsm
