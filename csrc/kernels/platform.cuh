@@ -25,6 +25,9 @@
 #include <cute/arch/mma_sm80.hpp>
 
 #define LSM_DEVICE __device__ __forceinline__
+#define LSM_UNROLL _Pragma("unroll")
+#define LSM_UNROLL_BY(n) LSM_UNROLL_PRAGMA_(unroll n)  // 1: rolled, where registers matter more than a few cycles
+#define LSM_UNROLL_PRAGMA_(text) _Pragma(#text)
 
 namespace lsm {
 
