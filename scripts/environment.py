@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 OLDEST_TORCH = (2, 11)
-BUILD_TOOLS = ["setuptools>=77", "cmake>=3.25,<5", "ninja"]
+BUILD_TOOLS = ["setuptools>=77", "cmake>=3.25,<5", "ninja", "numpy"]
 # What a rebuild depends on; Python files are used in place.
 SOURCES = ["csrc", "third_party", "CMakeLists.txt", "setup.py", "pyproject.toml"]
 
@@ -30,11 +30,11 @@ def main() -> int:
     parser.add_argument("--torch", default="2.13.0", help="version to install into .venv")
     options = parser.parse_args()
     if sys.version_info < (3, 10):
-        return fail(f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}; "
-                    "set PYTHON=/path/to/another")  # fmt: skip
+        version = sys.version.split()[0]
+        return fail(f"Python >= 3.10 is needed, {sys.executable} is {version}; set PYTHON=/a/newer")
     try:
         python = choose_python(options.torch)
-        install(python, sorted(filter(None, options.extras.split(","))))
+        install(python, set(filter(None, options.extras.split(","))))
     except subprocess.CalledProcessError as error:
         return fail(f"failed: {' '.join(map(str, error.cmd))}")
     print(python)
@@ -52,7 +52,7 @@ def choose_python(torch_version: str) -> Path:
         say(f"the active environment {sys.prefix} {reason(found)}; making {VENV}")
         run([sys.executable, "-m", "venv", VENV])
     wanted = f"torch=={torch_version}"
-    if not stamp_is(python, "torch", wanted):
+    if read_stamp(python, "torch") != wanted:
         say(f"installing {wanted} into {VENV}")
         run([python, "-m", "pip", "install", "-q", "--upgrade", "pip"])
         run([python, "-m", "pip", "install", "-q", wanted])
@@ -86,16 +86,17 @@ def externally_managed() -> bool:
     return not in_venv and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
 
 
-def install(python: Path, extras: list[str]) -> None:
+def install(python: Path, extras: set[str]) -> None:
     """Build the package in place and install it with its extras, unless nothing changed."""
-    wanted = f"{','.join(extras)} {fingerprint(python)}"
-    if stamp_is(python, "package-" + "-".join(extras), wanted) and built():
+    state, *present = read_stamp(python, "package").split()
+    if built() and state == fingerprint(python) and extras <= set(present):
         return
-    say("building and installing the package (a few minutes with nvcc, seconds without)")
+    say("building and installing the package (minutes with nvcc, else seconds)")
     run([python, "-m", "pip", "install", "-q", *BUILD_TOOLS])
-    target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+    extras = extras | set(present)
+    target = f"{ROOT}[{','.join(sorted(extras))}]" if extras else ROOT
     run([python, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", target])
-    write_stamp(python, "package-" + "-".join(extras), f"{','.join(extras)} {fingerprint(python)}")
+    write_stamp(python, "package", " ".join([fingerprint(python), *sorted(extras)]))
 
 
 def built() -> bool:
@@ -121,9 +122,9 @@ def stamp_path(python: Path, name: str) -> Path:
     return ROOT / "build" / "stamps" / f"{name}-{where}"
 
 
-def stamp_is(python: Path, name: str, value: str) -> bool:
+def read_stamp(python: Path, name: str) -> str:
     path = stamp_path(python, name)
-    return path.is_file() and path.read_text() == value
+    return path.read_text() if path.is_file() else "nothing"
 
 
 def write_stamp(python: Path, name: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""GatedLinearAttention: FLA's names, an independent definition, and its modes against each other."""
+"""GatedLinearAttention: FLA's names, an independent definition, its modes against each other."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_errors():
         make()(x, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="construct the layer with layer_idx"):
         make(layer_idx=None)(x, past_key_values=Cache())
-    with pytest.raises(ValueError, match="mode must be one of chunk.*got 'parallel'"):
+    with pytest.raises(ValueError, match=r"mode must be one of chunk.*got 'parallel'"):
         make(mode="parallel")
     with pytest.raises(ValueError, match="multiple of num_kv_heads, got 4 and 3"):
         make(num_kv_heads=3)

@@ -126,7 +126,7 @@ def test_sampling_errors(options, text):
 def test_model_errors():
     with pytest.raises(ValueError, match="unknown mixer 'glaa', expected one of attention, gla"):
         make("glaa")
-    with pytest.raises(ValueError, match="mixer 'gla': .*use_sort_conv"):
+    with pytest.raises(ValueError, match=r"mixer 'gla': .*use_sort_conv"):
         make(use_sort_conv=True)
     with pytest.raises(ValueError, match="unknown config entries: depth"):
         ModelConfig.from_dict({"depth": 3})
