@@ -27,6 +27,7 @@ build:
 
 test:
 	@python=$$($(environment) --extras cli,test) && \
+		"$$python" scripts/emulator.py && \
 		"$$python" -m pytest -n $(JOBS) $(PYTEST)
 
 demo:

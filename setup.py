@@ -20,6 +20,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "third_party"))
+# cmake and ninja installed beside this Python count even if its environment is not activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def find_nvcc() -> str | None:
@@ -71,7 +73,7 @@ class CMakeBuild(build_ext):
         info = {"version": self.distribution.get_version(), "abi_target": "2.11", "cuda": None}
         info |= {"archs": [], "cutlass": None}
         if nvcc := find_nvcc():
-            from find_cutlass import find_cutlass
+            from headers import find_cutlass
 
             archs, (cutlass, cutlass_version) = cuda_archs(), find_cutlass(ROOT / "build")
             options |= {
