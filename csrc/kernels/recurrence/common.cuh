@@ -1,0 +1,118 @@
+// What the recurrence's kernels share: operands, where a segment's state comes from and goes to, and the copies from
+// global to shared memory.
+#pragma once
+
+#include "kernels/platform.cuh"
+#include "kernels/segments.cuh"
+#include "params/chunk.h"
+
+namespace lsm::recurrence {
+
+// A [B, T, heads, D] tensor read for value head h at head h / heads_per_group.
+struct Operand {
+    Rows rows;
+    int heads_per_group = 1;
+
+    template <class T>
+    LSM_DEVICE T* row(i64 batch, i64 time, i64 head) const {
+        return static_cast<T*>(rows.data) + batch * rows.batch + time * rows.time +
+               head / heads_per_group * rows.head;
+    }
+};
+
+// [records or N, HV, K, V] fp32.
+struct States {
+    float* data = nullptr;  // nullable: zeros
+    bool per_record = false;
+
+    LSM_DEVICE float* of(Segment const& segment, i64 record, i64 head, i64 HV, i64 size) const {
+        return data + ((per_record ? record : segment.sequence) * HV + head) * size;
+    }
+};
+
+// The work of one block: blockIdx.x = (record · HV + head) · tiles + tile. Tiles are neighbours, because they read
+// the same rows of everything that is not tiled.
+struct Work {
+    i64 record, head;
+    int tile;
+
+    LSM_DEVICE Work(int HV, int tiles) {
+        i64 const unit = blockIdx.x / tiles;
+        record = unit / HV;
+        head = unit % HV;
+        tile = static_cast<int>(blockIdx.x % tiles);
+    }
+};
+
+// Token of a segment that is visited at `step`.
+template <bool Reverse>
+LSM_DEVICE i64 token_at(Segment const& segment, i64 step) {
+    return Reverse ? segment.t1 - 1 - step : segment.t0 + step;
+}
+
+LSM_DEVICE float nan_value() { return __int_as_float(0x7fffffff); }
+
+// Four elements of a row in shared memory, as floats.
+LSM_DEVICE void load4(float const* row, float (&x)[4]) {
+    float4 const v = *reinterpret_cast<float4 const*>(row);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// Elements of 2 bytes are as good: 8 bytes, widened.
+template <class T>
+LSM_DEVICE void load4(T const* row, float (&x)[4]) {
+    struct alignas(8) Piece {
+        T element[4];
+    };
+    Piece const v = *reinterpret_cast<Piece const*>(row);
+    LSM_UNROLL
+    for (int j = 0; j < 4; ++j) x[j] = static_cast<float>(v.element[j]);
+}
+
+template <class T>
+LSM_DEVICE void store4_global(T* row, float const (&x)[4]) {
+    struct alignas(4 * sizeof(T)) Piece {
+        T element[4];
+    };
+    Piece v;
+    LSM_UNROLL
+    for (int j = 0; j < 4; ++j) v.element[j] = static_cast<T>(x[j]);
+    store_global(reinterpret_cast<Piece*>(row), v);
+}
+
+// Sums each of x[0 .. Left) over the lanes that differ in the bits Distance, Distance / 2, ..., Last, and scatters the
+// sums: at every bit the upper lanes go on with the upper half of what is left, until one number is. So with b the
+// value of those bits counted from Last, the lane ends with the sums from b · Left · Last / (2 Distance) on.
+template <int Distance, int Last, int Left, int N>
+LSM_DEVICE void scatter_sums(float (&x)[N], int lane) {
+    if constexpr (Left > 1) {
+        bool const upper = (lane & Distance) != 0;
+        LSM_UNROLL
+        for (int i = 0; i < Left / 2; ++i) {
+            float const keep = upper ? x[i + Left / 2] : x[i], give = upper ? x[i] : x[i + Left / 2];
+            x[i] = keep + __shfl_xor_sync(0xffffffffu, give, Distance);
+        }
+    } else {
+        x[0] += __shfl_xor_sync(0xffffffffu, x[0], Distance);
+    }
+    if constexpr (Distance > Last) scatter_sums<Distance / 2, Last, (Left > 1 ? Left / 2 : 1)>(x, lane);
+}
+
+// Starts copying a [Tokens, Columns] tile, row i being the token visited at step + i, column 0 being `column` of the
+// operand. Tokens from `steps` on and columns from `columns` on are zeros; columns is a multiple of 8.
+template <bool Reverse, int Tokens, int Columns, int Threads, class T>
+LSM_DEVICE void copy_rows(T (&tile)[Tokens][Columns], Operand const& x, Segment const& segment,
+                          i64 head, i64 step, i64 steps, int column, int columns) {
+    constexpr int kPiece = 16 / sizeof(T), kPieces = Columns / kPiece;
+    for (int i = threadIdx.x; i < Tokens * kPieces; i += Threads) {
+        int const token = i / kPieces, c = i % kPieces * kPiece;
+        bool const inside = step + token < steps && column + c < columns;
+        T const* source = static_cast<T const*>(x.rows.data);  // any valid address will do outside
+        if (inside) {
+            source = x.row<T const>(segment.batch, token_at<Reverse>(segment, step + token), head) + column + c;
+        }
+        cp_async16(smem_u32(&tile[token][c]), source, inside);
+    }
+}
+
+}  // namespace lsm::recurrence
