@@ -46,7 +46,7 @@ class Impl:
         return None
 
     def products(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that products round to: operands scaled by decays need bf16's range."""
+        """The dtype products round to: operands scaled by decays need bf16's range."""
         half = dtype in (torch.float16, torch.bfloat16)
         return torch.bfloat16 if self.tensor_cores and half else dtype
 
@@ -89,6 +89,7 @@ class Emulator(Impl):
     """torch.ops.lsm_emu on CPU tensors; without autograd, so backward is called by hand."""
 
     tensor_cores = True
+    broken: ImportError | None = None
 
     @functools.cache  # noqa: B019  (one object per process)
     def absent(self) -> str | None:
@@ -98,11 +99,17 @@ class Emulator(Impl):
             importlib.import_module("_emu")
         except ModuleNotFoundError:
             return "the emulator is not built (module _emu not found)"
+        except (
+            ImportError
+        ) as error:  # built, but not loadable: that fails every test, it skips none
+            self.broken = error
         finally:
             del sys.path[0]
         return None
 
     def raw(self, op: Op, kind: str):
+        if self.broken:
+            raise self.broken
         return op.raw(kind, "lsm_emu")
 
     def forward(self, op: Op, x: Inputs) -> tuple[Tensor, Tensor | None]:

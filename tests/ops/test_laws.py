@@ -167,11 +167,13 @@ def test_future_does_not_reach_the_past(impl: Impl, op: Op) -> None:
     assert o[:, -1].isnan().all()
 
 
-def test_division_over_time_is_exact(cpu: Impl, op_gla: Op) -> None:
-    """One head over a long sequence is divided among threads along time."""
-    x = make_inputs(Case(op_gla, T=3000, dims=(8, 8), state="both"))
+@pytest.mark.parametrize("gate", ["mixed", "resets", "-8", "-inf", "positive"])
+@pytest.mark.parametrize("batch", [1, "int64"])
+def test_division_over_time_is_exact(cpu: Impl, op_gla: Op, batch: int | str, gate: str) -> None:
+    """Few heads over a long sequence are divided among threads along time."""
+    x = make_inputs(Case(op_gla, T=1100, dims=(8, 8), state="both", batch=batch, gate=gate))
     truth, same = definition(op_gla, x)
-    for n in (1, 2, 3):
+    for n in (1, 2, 4):
         with threads(n):
             results = differentiate(lambda y: cpu.forward(op_gla, y), x)
         assert_accepted(results, truth, same, x)
