@@ -81,6 +81,7 @@ class CMakeBuild(build_ext):
                 "LSM_CUDA_ARCHS": ";".join(archs),
                 "LSM_CUTLASS_DIR": cutlass,
                 "CMAKE_CUDA_COMPILER": nvcc,
+                "LSM_PYTHON": sys.executable,
             }
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
             release = re.search(r"release ([\d.]+)", text.stdout)
