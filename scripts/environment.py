@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--extras", default="", help="comma-separated extras to install")
     parser.add_argument("--torch", default="2.13.0", help="version to install into .venv")
     options = parser.parse_args()
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this may have an older one
         version = sys.version.split()[0]
         return fail(f"Python >= 3.10 is needed, {sys.executable} is {version}; set PYTHON=/a/newer")
     try:

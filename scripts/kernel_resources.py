@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every kernel of the last CUDA build; fails if one spills.
 
-    python scripts/kernel_resources.py [build/cmake] [--markdown]
+python scripts/kernel_resources.py [build/cmake] [--markdown]
 """
 
 from __future__ import annotations
@@ -44,13 +44,19 @@ def read(log: Path) -> tuple[float, list[Kernel]]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    short = (re.sub(r"\(lsm::(\w+)\)", r"\1 ", n.split("(lsm::")[0]) for n in done.stdout.splitlines())
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    short = (
+        re.sub(r"\(lsm::(\w+)\)", r"\1 ", n.split("(lsm::")[0]) for n in done.stdout.splitlines()
+    )
     return [re.sub(r"^void |lsm::|\(.*?\)", "", name).strip() for name in short]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("build", nargs="?", default="build/cmake", type=Path)
     arguments = parser.parse_args()
     logs = sorted(arguments.build.rglob("*.ptxas"))
@@ -63,7 +69,9 @@ def main() -> int:
         print(f"{log.name.removesuffix('.o.ptxas'):32} {seconds:6.1f} s {len(found):4} kernels")
         kernels += found
     for kernel, name in zip(kernels, demangle([k.name for k in kernels]), strict=True):
-        print(f"{kernel.arch:7} {kernel.registers:4} registers {kernel.spills:5} B spilled  {kernel.file}  {name}")
+        print(
+            f"{kernel.arch:7} {kernel.registers:4} registers {kernel.spills:5} B spilled  {kernel.file}  {name}"
+        )
     spilling = sum(k.spills > 0 for k in kernels)
     print(f"{len(kernels)} kernels, {spilling} spilling")
     return 1 if spilling else 0

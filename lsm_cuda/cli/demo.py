@@ -24,6 +24,7 @@ __all__ = ["DemoConfig", "run_demo"]
 
 TARGET_BITS = 3.0  # held-out bits per byte to get below on the default corpus
 TARGET_RATIO = 1.15  # time per token, longest context over shortest
+PROMPT = "def "
 
 
 def _demo_model() -> ModelConfig:
@@ -47,7 +48,7 @@ class DemoConfig:
     model: ModelConfig = field(default_factory=_demo_model)
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
     timed_tokens: tuple[int, int] = (256, 32)  # GLA, attention; at every context
-    sample_bytes: int = 300
+    sample_length: int = 300
 
 
 def run_demo(config: DemoConfig, console: Console) -> bool:
@@ -76,8 +77,7 @@ def run_demo(config: DemoConfig, console: Console) -> bool:
     after = bits_per_byte(model, corpus.held_out, config.context)
     trainer.save(config.out / "checkpoint")
 
-    sampling = Sampling(0.7, generator=torch.Generator(device).manual_seed(config.seed))
-    sample = "".join(stream_text(model, "def ", config.sample_bytes - 4, sampling))
+    sample = _sample(model, config)
     console.print("measuring decode steps …")
     gla = measure_gla(model, corpus.held_out, config.contexts, config.timed_tokens[0])
     attention = measure_attention(model.config, device, config.contexts, config.timed_tokens[1])
@@ -85,7 +85,7 @@ def run_demo(config: DemoConfig, console: Console) -> bool:
 
     ratio = gla.seconds[-1] / gla.seconds[0]
     console.print(_table(gla, attention))
-    console.print(Panel(escape("def " + sample), title="sample, one recurrent step per byte"))
+    console.print(Panel(escape(sample), title="sample, one recurrent step per byte"))
     console.print(f"held-out bits per byte: {before:.3f} before, [bold]{after:.3f}[/] after")
     console.print(
         f"GLA time per token, {_k(config.contexts[-1])} over {_k(config.contexts[0])} of context: "
@@ -106,6 +106,18 @@ def _train_config(config: DemoConfig) -> TrainConfig:
         seed=config.seed,
         data=None if config.data is None else str(config.data.resolve()),
     )
+
+
+def _sample(model: DecoderLM, config: DemoConfig) -> str:
+    """``sample_length`` characters; those that would move a terminal's cursor are replaced."""
+    device = model.embeddings.weight.device
+    sampling = Sampling(0.7, generator=torch.Generator(device).manual_seed(config.seed))
+    text = PROMPT
+    for piece in stream_text(model, PROMPT, 4 * config.sample_length, sampling):
+        text += "".join(c if c.isprintable() or c == "\n" else "�" for c in piece)
+        if len(text) >= config.sample_length:
+            break
+    return text
 
 
 def _table(gla: DecodeCost, attention: DecodeCost) -> Table:

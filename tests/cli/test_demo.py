@@ -30,7 +30,7 @@ def test_demo(tmp_path):
         model=ModelConfig(hidden_size=32, num_layers=1, num_heads=2),
         contexts=(64, 128, 5000),
         timed_tokens=(2, 2),
-        sample_bytes=20,
+        sample_length=20,
     )
     run_demo(config, console)  # its verdict on speed means nothing at two tokens each
     output = console.export_text()
