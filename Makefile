@@ -40,7 +40,7 @@ demo:
 
 lint:
 	@python=$$($(environment) --extras cli,dev) && \
-		"$$python" -m pre_commit run --all-files --show-diff-on-failure
+		PATH="$$(dirname "$$python"):$$PATH" "$$python" -m pre_commit run --all-files
 
 clean:
 	rm -rf build dist *.egg-info lsm_cuda/*.so lsm_cuda/build_info.json
