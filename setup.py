@@ -93,6 +93,7 @@ class CMakeBuild(build_ext):
         define = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *define], check=True)
         subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
+        self.not_built = []
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             library = build / target.name
@@ -101,7 +102,17 @@ class CMakeBuild(build_ext):
                 shutil.copy2(library, target)
             else:
                 target.unlink(missing_ok=True)
-        (target.parent / "build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+                self.not_built.append(target.name)
+        self.info_path = target.parent / "build_info.json"
+        self.info_path.write_text(json.dumps(info, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place builds: the note on the build goes along, and a library that was not built goes away."""
+        super().copy_extensions_to_source()
+        package = ROOT / "lsm_cuda"
+        shutil.copy2(self.info_path, package)
+        for name in self.not_built:
+            (package / name).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
