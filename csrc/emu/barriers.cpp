@@ -94,7 +94,12 @@ void barrier_arrive(u32 barrier, u32 threads) {
     if (b.arrived == b.expected) complete(b, Reduce::none);
 }
 
+void fence_proxy_async() {
+    if constexpr (kRace) race::proxy_fence(*world.current);
+}
+
 void check_block_exit() {
+    check_mbarriers_at_exit();
     for (u32 i = 0; i < kBarriers; ++i) {
         Barrier const& b = world.barriers[i];
         if (b.arrived != 0) {

@@ -296,7 +296,6 @@ void begin_block(u64 block) {
         t.copies_landed = 0;
         t.bulk_stores.clear();
         t.bulk_groups.clear();
-        t.bulk_done = 0;
         t.accesses.clear();
         prepare_stack(t);
     }

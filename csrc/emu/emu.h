@@ -64,6 +64,7 @@ void barrier_arrive(u32 barrier, u32 threads);
 void require_warpgroup_uniform(char const* what, u32 value);
 void fence_proxy_async();
 u32 lane();
+bool elect_one();
 
 // ---- Warp operations ----
 
@@ -95,18 +96,20 @@ void cp_async_mbarrier_arrive(u32 barrier, bool no_increment);
 
 void mbarrier_init(u32 barrier, u32 count);
 void mbarrier_invalidate(u32 barrier);
-u64 mbarrier_arrive(u32 barrier, u32 count);
-u64 mbarrier_arrive_expect_tx(u32 barrier, u32 bytes);
+void mbarrier_arrive(u32 barrier, u32 count);
+void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes);
 void mbarrier_expect_tx(u32 barrier, u32 bytes);
+void mbarrier_complete_tx(u32 barrier, u32 bytes);
 bool mbarrier_test_parity(u32 barrier, u32 parity);
 void mbarrier_wait_parity(u32 barrier, u32 parity);
 
+// Coordinates of the innermost dimension first. The map is what cuTensorMapEncodeTiled wrote (tma.cpp).
 void tma_load(void const* map, u32 barrier, u32 destination, int rank, int const* coordinate);
 void tma_store(void const* map, u32 source, int rank, int const* coordinate, bool add);
 void bulk_load(void const* source, u32 barrier, u32 destination, u32 bytes);
 void bulk_store(void* destination, u32 source, u32 bytes);
 void bulk_commit();
-void bulk_wait(u32 pending, bool reads_only);
+void bulk_wait(u32 pending);
 
 // ---- Warpgroup matrix multiply ----
 

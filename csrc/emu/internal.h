@@ -37,6 +37,20 @@ struct Copy {
     void const* site;
 };
 
+enum class Element : u8 { bytes, f16, bf16, f32, i32 };
+
+// A contiguous piece, at most a row of the box, of a copy by TMA.
+struct BulkCopy {
+    char* destination;
+    char const* source;  // null: zeros
+    u32 bytes;
+    bool add;
+    Element element;
+    u32 thread;
+    void const* site;
+    std::shared_ptr<struct Clock> clock;  // race build: what the issuing thread knew
+};
+
 // One lane's access to memory, kept until its whole warp has passed the same point.
 struct Access {
     u64 address;
@@ -73,9 +87,8 @@ struct Thread {
     std::vector<u32> copy_groups;   // end of each committed group in `copies`
     u32 copies_landed = 0;
 
-    std::vector<Copy> bulk_stores;  // shared -> global, read at the wait
+    std::vector<BulkCopy> bulk_stores;  // shared -> global, carried out at the wait
     std::vector<u32> bulk_groups;
-    u32 bulk_done = 0;
 
     std::vector<Access> accesses;
 };
@@ -121,15 +134,22 @@ struct Warpgroup {
     std::vector<u32> groups;  // end of each committed group in `pending`
 };
 
+// Completion of the cp.async a thread had issued before it attached them to an mbarrier.
+struct AttachedCopies {
+    std::vector<Copy> copies;
+    u32 thread;
+    std::shared_ptr<struct Clock> clock;
+};
+
 struct Mbarrier {
     u32 offset = 0;
-    u32 count = 0, arrivals_left = 0;
-    int64_t bytes_left = 0;
+    u32 count = 0;
+    int64_t arrivals_left = 0, bytes_left = 0;
     u32 phase = 0;
-    std::vector<Copy> incoming;  // TMA bytes of this phase: they land when somebody waits for it
-    std::vector<Thread*> waiting;
-    std::vector<u32> waiting_parity;
-    std::shared_ptr<struct Clock> clock;
+    std::vector<BulkCopy> incoming;        // TMA bytes: they land when somebody waits
+    std::vector<AttachedCopies> attached;  // likewise
+    std::vector<Thread*> waiting;          // for the running phase
+    std::shared_ptr<struct Clock> arriving, completed;  // race build: of the running phase, of the one before
 };
 
 struct World {
@@ -198,6 +218,9 @@ void check_global_alignment(void const* address, u32 bytes, void const* site);
 void land_copies(Thread& thread, u32 end);
 void check_thread_exit(Thread& thread);
 void check_block_exit();
+void check_mbarriers_at_exit();
+// The bank pattern of TMA and wgmma: bits 4.. of a shared offset are flipped by bits 7.., as many as `bits`.
+inline u32 swizzle(u32 offset, u32 bits) { return offset ^ ((offset >> 3) & (((1u << bits) - 1) << 4)); }
 
 void install_fault_handler();
 void remove_fault_handler();

@@ -208,9 +208,9 @@ void check_thread_exit(Thread& t) {
         fail("a thread exited with a cp.async in flight\n  by " + describe_thread(t) + "\n  issued at " +
              describe_site(t.copies[t.copies_landed].site));
     }
-    if (t.bulk_done < t.bulk_stores.size()) {
-        fail("a thread exited with a bulk store in flight\n  by " + describe_thread(t) + "\n  issued at " +
-             describe_site(t.bulk_stores[t.bulk_done].site));
+    if (!t.bulk_stores.empty()) {
+        fail("a thread exited with a TMA store in flight\n  by " + describe_thread(t) + "\n  issued at " +
+             describe_site(t.bulk_stores.front().site));
     }
 }
 

@@ -35,6 +35,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+// CuTe fills tensor maps only for a compiler that says it is nvcc 12 or later, and then calls the driver's function,
+// which the emulator defines.
+#ifndef __CUDACC_VER_MAJOR__
+#define __CUDACC_VER_MAJOR__ 13
+#define __CUDACC_VER_MINOR__ 0
+#endif
+#define CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL 1
+
 // CuTe then asks us for shared addresses instead of printing an error.
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 inline std::size_t __cvta_generic_to_shared(void const* pointer) { return lsm::emu::shared_offset(pointer); }

@@ -391,6 +391,23 @@ void async_land(Thread const& t, void const* address, u32 bytes, Kind kind, void
     }
 }
 
+void bulk_issue(Thread const& t, void const* address, u32 bytes, void const* site) {
+    access(t, address, bytes, Kind::bulk, site);
+    u64 const begin = offset_of(address) - kSharedWindow;
+    for (u64 at = begin; at < begin + bytes; at += kSharedGranule) shared_cell(at).content = Content::in_flight;
+}
+
+void bulk_land(void const* address, u32 bytes) {
+    u64 const begin = offset_of(address) - kSharedWindow;
+    for (u64 at = begin; at < begin + bytes; at += kSharedGranule) shared_cell(at).content = Content::set;
+}
+
+void merge(std::shared_ptr<Clock>& into, std::shared_ptr<Clock> const& clock) {
+    if (clock == nullptr) return;
+    if (into == nullptr) into = empty_clock();
+    for (u32 i = 0; i < world.thread_count; ++i) into->epochs[i] = std::max(into->epochs[i], clock->epochs[i]);
+}
+
 void global_fence(Thread const& t) {
     auto clock = empty_clock();
     raise(*clock, t);

@@ -38,6 +38,10 @@ void proxy_fence(Thread const& thread);
 // cp.async and TMA destinations: accesses between the two calls are errors.
 void async_issue(Thread const& thread, void const* address, u32 bytes, void const* site);
 void async_land(Thread const& thread, void const* address, u32 bytes, Kind kind, void const* site);
+// The bytes stay those of the write that was issued, by a thread that may be far ahead by now.
+void bulk_issue(Thread const& thread, void const* address, u32 bytes, void const* site);
+void bulk_land(void const* address, u32 bytes);
+void merge(std::shared_ptr<Clock>& into, std::shared_ptr<Clock> const& clock);
 
 // Between blocks: what a thread did before its last fence is published by its next atomic, and known to whoever then
 // does an atomic on the same address.

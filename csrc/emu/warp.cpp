@@ -216,6 +216,11 @@ u32 warp_reduce(WarpReduce kind, bool is_signed, u32 mask, u32 value) {
     return arguments.result;
 }
 
+bool elect_one() {
+    u32 const lanes = vote(Vote::ballot, ~0u, true);
+    return lane() == static_cast<u32>(std::countr_zero(lanes));
+}
+
 void syncwarp(u32 mask) { meet(kSyncwarp, mask, nullptr, LSM_EMU_SITE); }
 
 void ldmatrix(u32* registers, int matrices, bool transposed, u32 offset) {

@@ -1,12 +1,12 @@
 // Instructions against plain loops, over CUTLASS's own fragment layouts where it has them.
+#include "harness.h"
+
 #include <cute/tensor.hpp>
 
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
-
-#include "harness.h"
 
 namespace lsm::test {
 namespace {
