@@ -21,7 +21,8 @@ def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # meta has no autocast and raises; is_autocast_available() would say so, but torch 2.11 cannot trace it
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

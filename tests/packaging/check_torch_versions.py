@@ -63,8 +63,9 @@ def check(wheel: Path, version: str, folder: Path, jobs: int, pytest_args: list[
         return f"FAILED: {torch} cannot be installed here"
     if run([*pip, "--force-reinstall", "--no-deps", wheel]).returncode:
         return "FAILED: the wheel cannot be installed"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LSM_EMU_DIR")}
     with tempfile.TemporaryDirectory() as elsewhere:
+        # away from the source tree and from an emulator built for another torch
+        environment = os.environ | {"LSM_EMU_DIR": elsewhere, "PYTHONPATH": ""}
         settings = {"cwd": elsewhere, "env": environment}
         probe = run([python, "-c", PROBE, ROOT, wheel], capture_output=True, text=True, **settings)
         if probe.returncode:

@@ -91,7 +91,7 @@ def test_cuda_library_reports_why_it_is_not_loaded(copy: Path) -> None:
     """A file that cannot be loaded is a line in build_info, not an import that fails."""
     if torch.version.cuda and torch.cuda.is_available():
         pytest.skip("kernels are loaded from elsewhere on this machine")
-    (copy / "lsm_cuda" / "_C_cuda.so").write_bytes(b"not a library")
+    (copy / "lsm_cuda" / "_C_cuda.so").write_bytes(b"not a library" * 1000)
     code = "import lsm_cuda; print(lsm_cuda.build_info()['libraries']['_C_cuda'])"
     done = python(code, copy)
     expected = "invalid ELF header" if torch.version.cuda else "this torch is built without CUDA"
