@@ -442,6 +442,7 @@ void fail(std::string const& what) {
 void fail_at(std::string const& what, void const* site) {
     std::string text = what;
     if (world.current != nullptr) text += "\n  by " + describe_thread(*world.current);
+    if (world.current != nullptr) site = nearest_in_kernel(site);
     if (site != nullptr) text += "\n  at " + describe_site(site);
     fail(text);
 }

@@ -212,6 +212,8 @@ std::string hex(u64 value);
 std::string describe_thread(Thread const& thread);  // "thread (3,0,0) of warp 0"
 std::string describe_shared(u64 address, u32 bytes);
 std::string describe_site(void const* site);        // source line, with the helpers it was inlined from
+// `site`, or, if that lies in CuTe's code, the first address of the running thread's callers that does not.
+void const* nearest_in_kernel(void const* site);
 [[noreturn]] void fail_at(std::string const& what, void const* site);
 
 void check_global_alignment(void const* address, u32 bytes, void const* site);

@@ -1,6 +1,7 @@
 // Words for reports: threads, addresses, and source lines out of the debug information by addr2line.
 #include <dlfcn.h>
 #include <elf.h>
+#include <execinfo.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -90,6 +91,26 @@ std::string hex(u64 value) {
 std::string describe_thread(Thread const& t) {
     return "thread (" + std::to_string(t.index.x) + "," + std::to_string(t.index.y) + "," + std::to_string(t.index.z) +
            "), lane " + std::to_string(t.lane) + " of warp " + std::to_string(t.warp);
+}
+
+bool is_in_kernel(void const* site) {
+    auto const frames = look_up(static_cast<char const*>(site) - 1);
+    for (std::size_t i = 1; i < frames.size(); i += 2) {
+        if (!is_plumbing(frames[i])) return true;
+    }
+    return false;
+}
+
+void const* nearest_in_kernel(void const* site) {
+    if (site != nullptr && is_in_kernel(site)) return site;
+    void* callers[24];
+    int const depth = backtrace(callers, 24);
+    bool reached = site == nullptr;
+    for (int i = 0; i < depth; ++i) {
+        reached = reached || callers[i] == site;
+        if (reached && is_in_kernel(callers[i])) return callers[i];
+    }
+    return site;
 }
 
 std::string describe_site(void const* site) {
