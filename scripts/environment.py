@@ -43,8 +43,9 @@ def main() -> int:
 
 def choose_python(torch_version: str) -> Path:
     """The active Python if torch in it is new enough and pip may install there, else .venv's."""
-    found = installed_torch()
-    if found is not None and release(found) >= OLDEST_TORCH and not externally_managed():
+    found = installed("torch")
+    usable = installed("pip") is not None and not externally_managed()
+    if found is not None and release(found) >= OLDEST_TORCH and usable:
         say(f"using the active environment {sys.prefix} (torch {found})")
         return Path(sys.executable)
     python = VENV / "bin" / "python"
@@ -66,12 +67,12 @@ def reason(found: str | None) -> str:
         return "has no torch"
     if release(found) < OLDEST_TORCH:
         return f"has torch {found}, older than {'.'.join(map(str, OLDEST_TORCH))}"
-    return "is managed by the system"
+    return "has no pip, or is managed by the system"
 
 
-def installed_torch() -> str | None:
+def installed(package: str) -> str | None:
     try:
-        return metadata.version("torch")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 

@@ -64,9 +64,10 @@ def _plot_loss(axes: Any, losses: Sequence[float], held_out: tuple[float, float]
     bits = [loss / math.log(2) for loss in losses]
     smooth: list[float] = []
     average = 0.0
+    keep = 0.5 ** (1 / max(1.0, len(bits) / 60))  # forgets half in a sixtieth of the run
     for step, value in enumerate(bits, 1):
-        average = 0.97 * average + 0.03 * value
-        smooth.append(average / (1 - 0.97**step))  # undoes the start from zero
+        average = keep * average + (1 - keep) * value
+        smooth.append(average / (1 - keep**step))  # undoes the start from zero
     steps = range(1, len(bits) + 1)
     axes.plot(steps, bits, color=QUIET, linewidth=0.6, alpha=0.6)
     axes.plot(steps, smooth, color=GLA, linewidth=2, label="training, smoothed")
