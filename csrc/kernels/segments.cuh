@@ -1,22 +1,24 @@
 // Time segments: the work items of kernels that walk sequences.
 //
-// Every sequence is cut into segments of at most L tokens that never cross into the next sequence; an empty sequence
-// has one empty segment, so that somebody owns its final state. The number of records is known on the host without
-// reading cu_seqlens (plan.count; for packed sequences an upper bound, ceil(T / L) + N), one group of blocks per
-// record. A dense batch needs no table: records are computed in closed form. For packed sequences one small kernel
-// checks cu_seqlens and writes the table, so nothing is read back to the host.
+// Every sequence is cut into segments of at most L tokens that never cross into the next sequence;
+// an empty sequence has one empty segment, so that somebody owns its final state. The number of
+// records is known on the host without reading cu_seqlens (plan.count; for packed sequences an
+// upper bound, ceil(T / L) + N), one group of blocks per record. A dense batch needs no table:
+// records are computed in closed form. For packed sequences one small kernel checks cu_seqlens and
+// writes the table, so nothing is read back to the host.
 //
-//     Segments const plan = plan_segments(p, L, workspace);     // workspace: segments_bytes(p, L) bytes
-//     build_segments(p, plan, stream);                          // launches only if p.cu_seqlens is given
-//     launch(kernel, dim3(plan.count * heads * tiles), ...);    // records on x: y and z end at 65535
+//     Segments const plan = plan_segments(p, L, workspace);   // of segments_bytes(p, L) bytes
+//     build_segments(p, plan, stream);                        // launches for packed sequences only
+//     launch(kernel, dim3(plan.count * heads * tiles), ...);  // on x: y and z end at 65535
 //     ...
 //     Segment const segment = plan[record];
 //     if (segment.unused()) return;
-//     if (segment.poison) { /* NaN to tokens [t0, t1) and, if sequence >= 0, to what belongs to the sequence */ }
+//     if (segment.poison) { /* NaN to tokens [t0, t1), and to the state of `sequence` if >= 0 */ }
 //
-// cu_seqlens that does not start at 0, decreases, or does not end at T poisons the whole call: records then partition
-// the T tokens (record y covers [yL, yL + L)) and the N sequences (record y is `sequence` y), so that writing NaN
-// everywhere takes no further care and no address outside the tensors is formed.
+// cu_seqlens that does not start at 0, decreases, or does not end at T poisons the whole call:
+// records then partition the T tokens (record y covers [yL, yL + L)) and the N sequences (record y
+// is `sequence` y), so that writing NaN everywhere takes no further care and no address outside the
+// tensors is formed.
 #pragma once
 
 #include "kernels/platform.cuh"
@@ -37,17 +39,18 @@ struct alignas(16) Segment {
 };
 
 struct Segments {
-    i64 T = 0, L = 1;         // tokens per row; tokens per segment, at least 1
-    i64 per_sequence = 1;     // dense only
-    i64 count = 0;            // records, used or not
-    Segment* table = nullptr; // packed only
+    i64 T = 0, L = 1;          // tokens per row; tokens per segment, at least 1
+    i64 per_sequence = 1;      // dense only
+    i64 count = 0;             // records, used or not
+    Segment* table = nullptr;  // packed only
 
     LSM_DEVICE Segment operator[](i64 record) const {
         if (table != nullptr) return table[record];
         int32_t const sequence = static_cast<int32_t>(record / per_sequence);
         int32_t const index = static_cast<int32_t>(record - sequence * per_sequence);
         i64 const t0 = index * L;
-        return {t0, t0 + L < T ? t0 + L : T, record - index, sequence, sequence, index, index == per_sequence - 1, false};
+        return {t0,    t0 + L < T ? t0 + L : T,   record - index, sequence, sequence,
+                index, index == per_sequence - 1, false};
     }
 };
 
@@ -57,7 +60,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 struct SharedStorage {
-    int offset[kThreads + 1];  // first record of each sequence of a tile, relative to the tile's first
+    int offset[kThreads +
+               1];  // first record of each sequence of a tile, relative to the tile's first
     int warp_total[kWarps];
 };
 
@@ -84,10 +88,11 @@ LSM_DEVICE void scan_counts(SharedStorage& shared, int count) {
     __syncthreads();
 }
 
-// One block. Sequences go by in tiles of kThreads; the records of a tile are spread over all threads, so that one
-// long sequence is as quick as many short ones.
+// One block. Sequences go by in tiles of kThreads; the records of a tile are spread over all
+// threads, so that one long sequence is as quick as many short ones.
 template <class Int>
-__global__ void __launch_bounds__(kThreads) write_table(Int const* cu_seqlens, i64 N, Segments plan) {
+__global__ void __launch_bounds__(kThreads)
+    write_table(Int const* cu_seqlens, i64 N, Segments plan) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dyn_smem());
     i64 const T = plan.T, L = plan.L;
 
@@ -116,13 +121,20 @@ __global__ void __launch_bounds__(kThreads) write_table(Int const* cu_seqlens, i
             i64 const begin = cu_seqlens[tile + low], end = cu_seqlens[tile + low + 1];
             int const index = y - shared.offset[low];
             i64 const t0 = begin + index * L;
-            plan.table[first + y] = {t0, t0 + L < end ? t0 + L : end, first + shared.offset[low], 0,
-                                     static_cast<int32_t>(tile + low), index, y + 1 == shared.offset[low + 1], false};
+            plan.table[first + y] = {t0,
+                                     t0 + L < end ? t0 + L : end,
+                                     first + shared.offset[low],
+                                     0,
+                                     static_cast<int32_t>(tile + low),
+                                     index,
+                                     y + 1 == shared.offset[low + 1],
+                                     false};
         }
         first += records;
         __syncthreads();  // offsets are read until here, and rewritten by the next tile
     }
-    for (i64 y = first + threadIdx.x; y < plan.count; y += kThreads) plan.table[y] = {0, 0, y, 0, -1, 0, false, false};
+    for (i64 y = first + threadIdx.x; y < plan.count; y += kThreads)
+        plan.table[y] = {0, 0, y, 0, -1, 0, false, false};
 }
 
 }  // namespace segments
@@ -143,14 +155,17 @@ inline Segments plan_segments(ChunkParams const& p, i64 L, void* workspace) {
 }
 
 inline i64 segments_bytes(ChunkParams const& p, i64 L) {
-    return p.cu_seqlens != nullptr ? plan_segments(p, L, nullptr).count * static_cast<i64>(sizeof(Segment)) : 0;
+    return p.cu_seqlens != nullptr
+               ? plan_segments(p, L, nullptr).count * static_cast<i64>(sizeof(Segment))
+               : 0;
 }
 
 inline void build_segments(ChunkParams const& p, Segments const& plan, void* stream) {
     if (p.cu_seqlens == nullptr || plan.count == 0) return;
     auto run = [&](auto const* cu_seqlens) {
-        launch(segments::write_table<std::remove_cv_t<std::remove_pointer_t<decltype(cu_seqlens)>>>, dim3(1),
-               dim3(segments::kThreads), sizeof(segments::SharedStorage), stream, cu_seqlens, p.N, plan);
+        launch(segments::write_table<std::remove_cv_t<std::remove_pointer_t<decltype(cu_seqlens)>>>,
+               dim3(1), dim3(segments::kThreads), sizeof(segments::SharedStorage), stream,
+               cu_seqlens, p.N, plan);
     };
     if (p.cu_seqlens_is_64bit) {
         run(static_cast<int64_t const*>(p.cu_seqlens));
@@ -159,8 +174,9 @@ inline void build_segments(ChunkParams const& p, Segments const& plan, void* str
     }
 }
 
-// Tokens per segment: whole sequences when `chains` (independent blocks without cutting) fill `slots` (blocks the
-// card holds at once) anyway, else as many cuts as fill them, of at least `least` tokens and a multiple of it.
+// Tokens per segment: whole sequences when `chains` (independent blocks without cutting) fill
+// `slots` (blocks the card holds at once) anyway, else as many cuts as fill them, of at least
+// `least` tokens and a multiple of it.
 inline i64 segment_length(i64 T, i64 chains, i64 slots, i64 least) {
     if (T <= least || chains == 0 || chains * 10 >= slots * 9) return T > 1 ? T : 1;
     i64 const pieces = slots / chains > 1 ? slots / chains : 1;

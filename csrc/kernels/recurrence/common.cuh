@@ -1,5 +1,5 @@
-// What the recurrence's kernels share: operands, where a segment's state comes from and goes to, and the copies from
-// global to shared memory.
+// What the recurrence's kernels share: operands, where a segment's state comes from and goes to,
+// and the copies from global to shared memory.
 #pragma once
 
 #include "kernels/platform.cuh"
@@ -8,17 +8,10 @@
 
 namespace lsm::recurrence {
 
-// A [B, T, heads, D] tensor read for value head h at head h / heads_per_group.
-struct Operand {
-    Rows rows;
-    int heads_per_group = 1;
-
-    template <class T>
-    LSM_DEVICE T* row(i64 batch, i64 time, i64 head) const {
-        return static_cast<T*>(rows.data) + batch * rows.batch + time * rows.time +
-               head / heads_per_group * rows.head;
-    }
-};
+template <class T>
+LSM_DEVICE T* row_at(Rows const& x, i64 batch, i64 time, int head) {
+    return static_cast<T*>(x.data) + batch * x.batch + time * x.time + head * x.head;
+}
 
 // [records or N, HV, K, V] fp32.
 struct States {
@@ -30,17 +23,19 @@ struct States {
     }
 };
 
-// The work of one block: blockIdx.x = (record · HV + head) · tiles + tile. Tiles are neighbours, because they read
-// the same rows of everything that is not tiled.
+// The work of one block: blockIdx.x = (record · HV + head) · tiles + tile. Tiles are neighbours,
+// because they read the same rows of everything that is not tiled.
 struct Work {
-    i64 record, head;
+    i64 record;
+    int head, group_head;  // of v, g and outputs; of q and k
     int tile;
 
-    LSM_DEVICE Work(int HV, int tiles) {
-        i64 const unit = blockIdx.x / tiles;
-        record = unit / HV;
-        head = unit % HV;
-        tile = static_cast<int>(blockIdx.x % tiles);
+    LSM_DEVICE Work(int HV, int heads_per_group, int tiles) {
+        unsigned const unit = blockIdx.x / static_cast<unsigned>(tiles);
+        record = unit / static_cast<unsigned>(HV);
+        head = static_cast<int>(unit % static_cast<unsigned>(HV));
+        group_head = head / heads_per_group;
+        tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiles));
     }
 };
 
@@ -50,7 +45,9 @@ LSM_DEVICE i64 token_at(Segment const& segment, i64 step) {
     return Reverse ? segment.t1 - 1 - step : segment.t0 + step;
 }
 
-LSM_DEVICE float nan_value() { return __int_as_float(0x7fffffff); }
+LSM_DEVICE float nan_value() {
+    return __int_as_float(0x7fffffff);
+}
 
 // Four elements of a row in shared memory, as floats.
 LSM_DEVICE void load4(float const* row, float (&x)[4]) {
@@ -80,36 +77,44 @@ LSM_DEVICE void store4_global(T* row, float const (&x)[4]) {
     store_global(reinterpret_cast<Piece*>(row), v);
 }
 
-// Sums each of x[0 .. Left) over the lanes that differ in the bits Distance, Distance / 2, ..., Last, and scatters the
-// sums: at every bit the upper lanes go on with the upper half of what is left, until one number is. So with b the
-// value of those bits counted from Last, the lane ends with the sums from b · Left · Last / (2 Distance) on.
+// Sums each of x[0 .. Left) over the lanes that differ in the bits Distance, Distance / 2, ...,
+// Last, and scatters the sums: at every bit the upper lanes go on with the upper half of what is
+// left, until one number is. So with b the value of those bits counted from Last, the lane ends
+// with the sums from b · Left · Last / (2 Distance) on.
 template <int Distance, int Last, int Left, int N>
 LSM_DEVICE void scatter_sums(float (&x)[N], int lane) {
     if constexpr (Left > 1) {
         bool const upper = (lane & Distance) != 0;
         LSM_UNROLL
         for (int i = 0; i < Left / 2; ++i) {
-            float const keep = upper ? x[i + Left / 2] : x[i], give = upper ? x[i] : x[i + Left / 2];
+            float const keep = upper ? x[i + Left / 2] : x[i],
+                        give = upper ? x[i] : x[i + Left / 2];
             x[i] = keep + __shfl_xor_sync(0xffffffffu, give, Distance);
         }
     } else {
         x[0] += __shfl_xor_sync(0xffffffffu, x[0], Distance);
     }
-    if constexpr (Distance > Last) scatter_sums<Distance / 2, Last, (Left > 1 ? Left / 2 : 1)>(x, lane);
+    if constexpr (Distance > Last)
+        scatter_sums<Distance / 2, Last, (Left > 1 ? Left / 2 : 1)>(x, lane);
 }
 
-// Starts copying a [Tokens, Columns] tile, row i being the token visited at step + i, column 0 being `column` of the
-// operand. Tokens from `steps` on and columns from `columns` on are zeros; columns is a multiple of 8.
-template <bool Reverse, int Tokens, int Columns, int Threads, class T>
-LSM_DEVICE void copy_rows(T (&tile)[Tokens][Columns], Operand const& x, Segment const& segment,
-                          i64 head, i64 step, i64 steps, int column, int columns) {
-    constexpr int kPiece = 16 / sizeof(T), kPieces = Columns / kPiece;
-    for (int i = threadIdx.x; i < Tokens * kPieces; i += Threads) {
+// Starts copying a [Tokens, Columns] tile, row i being the token visited at step + i, column 0
+// being `column` of x. Tokens from `steps` on and columns from `columns`, a multiple of 8, on are
+// zeros.
+template <bool Reverse, int Threads, class T, int Tokens, int Columns>
+LSM_DEVICE void copy_rows(T (&tile)[Tokens][Columns], Rows const& x, Segment const& segment,
+                          int head, i64 step, i64 steps, int column, int columns) {
+    constexpr int kPiece = 16 / sizeof(T), kPieces = Columns / kPiece, kAll = Tokens * kPieces;
+    LSM_UNROLL
+    for (int n = 0; n < (kAll + Threads - 1) / Threads; ++n) {
+        int const i = threadIdx.x + n * Threads;
+        if (kAll % Threads != 0 && i >= kAll) break;
         int const token = i / kPieces, c = i % kPieces * kPiece;
         bool const inside = step + token < steps && column + c < columns;
-        T const* source = static_cast<T const*>(x.rows.data);  // any valid address will do outside
+        T const* source = static_cast<T const*>(x.data);  // any valid address will do outside
         if (inside) {
-            source = x.row<T const>(segment.batch, token_at<Reverse>(segment, step + token), head) + column + c;
+            i64 const t = token_at<Reverse>(segment, step + token);
+            source = row_at<T const>(x, segment.batch, t, head) + column + c;
         }
         cp_async16(smem_u32(&tile[token][c]), source, inside);
     }

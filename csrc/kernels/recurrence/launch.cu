@@ -1,8 +1,10 @@
-// The recurrence's passes: how time is cut, the workspace, and which kernels make a forward and a backward.
+// The recurrence's passes: how time is cut, the workspace, and which kernels make a forward and a
+// backward.
 //
-// Forward: one sweep where whole sequences fill the card; else what each segment leaves from zero, the join of
-// segments, and the sweep of all segments at once. Backward: segments of at most kRowSegment tokens always, joined in
-// both directions, then dv and the gradient of the initial state by columns, dq, dk and dg by rows.
+// Forward: one sweep where whole sequences fill the card; else what each segment leaves from zero,
+// the join of segments, and the sweep of all segments at once. Backward: segments of at most
+// kRowSegment tokens always, joined in both directions, then dv and the gradient of the initial
+// state by columns, dq, dk and dg by rows.
 #include "kernels/recurrence/launch.h"
 
 #include <algorithm>
@@ -33,9 +35,10 @@ struct Plan {
     i64 bytes = 0;
 
     Plan(ChunkParams const& p, bool backward, void* workspace) {
-        // About eight warps of a sweep keep a multiprocessor busy; a sweep has K threads. Packed sequences: one row.
+        // About eight warps of a sweep keep a multiprocessor busy; a sweep has K threads. Packed
+        // sequences: one row.
         i64 const chains = (p.cu_seqlens != nullptr ? 1 : p.B) * p.HV * sweep_tiles(p.V);
-        i64 const slots = multiprocessors() * std::max<i64>(1, 256 / p.K);
+        i64 const slots = multiprocessors() * (256 / std::max<i64>(p.K, 32));
         i64 L = segment_length(p.T, chains, slots, kLeastSegment);
         if (backward) L = std::min<i64>(L, kRowSegment);
         cut = L < p.T;
@@ -55,22 +58,23 @@ struct Plan {
     }
 };
 
-Operand per_head(ChunkParams const& p, Rows const& rows) { return {rows, static_cast<int>(p.HV / p.H)}; }
-
-States per_sequence(void const* data) { return {static_cast<float*>(const_cast<void*>(data)), false}; }
+States per_sequence(void const* data) {
+    return {static_cast<float*>(const_cast<void*>(data)), false};
+}
 
 SweepParams forward_params(ChunkParams const& p) {
     SweepParams s{};
-    s.query = per_head(p, p.q), s.key = per_head(p, p.k), s.value = {p.v}, s.out = {p.o};
+    s.query = p.q, s.key = p.k, s.value = p.v, s.out = p.o;
     s.start = per_sequence(p.initial_state), s.end = per_sequence(p.final_state);
-    s.HV = static_cast<int>(p.HV), s.K = static_cast<int>(p.K), s.V = static_cast<int>(p.V);
+    s.HV = static_cast<int>(p.HV), s.heads_per_group = static_cast<int>(p.HV / p.H);
+    s.K = static_cast<int>(p.K), s.V = static_cast<int>(p.V);
     s.value_scale = 1.f, s.out_scale = static_cast<float>(p.scale);
     return s;
 }
 
 SweepParams reverse_params(ChunkParams const& p) {
     SweepParams s = forward_params(p);
-    s.query = per_head(p, p.k), s.key = per_head(p, p.q), s.value = {p.grad_o}, s.out = {p.dv};
+    s.query = p.k, s.key = p.q, s.value = p.grad_o, s.out = p.dv;
     s.start = per_sequence(p.grad_final_state), s.end = per_sequence(p.grad_initial_state);
     std::swap(s.value_scale, s.out_scale);
     return s;
@@ -82,17 +86,19 @@ void sweep_over_k(SweepParams const& s, Decay const& gate, Segments const& segme
              [&](auto K) { run_sweep<T, K, walk, Local>(s, gate, segments, stream); });
 }
 
-// Points s.start at what every segment starts from, computing it first if there is more than one per sequence.
+// Points s.start at what every segment starts from, computing it first if there is more than one
+// per sequence.
 template <class T, Walk walk, class Decay>
-void join_boundaries(SweepParams& s, Boundary const& boundary, Decay const& gate, Segments const& segments,
-                     void* stream) {
+void join_boundaries(SweepParams& s, Boundary const& boundary, Decay const& gate,
+                     Segments const& segments, void* stream) {
     if (boundary.states == nullptr) return;
     SweepParams local = s;
     local.end = {boundary.states, true};
     local.gate_sum = boundary.gate_sums;
     sweep_over_k<T, walk, true>(local, gate, segments, stream);
-    run_join({boundary.states, boundary.gate_sums, s.start.data, s.HV, s.K, s.V, walk == Walk::reverse}, segments,
-             stream);
+    run_join(
+        {boundary.states, boundary.gate_sums, s.start.data, s.HV, s.K, s.V, walk == Walk::reverse},
+        segments, stream);
     s.start = {boundary.states, true};
 }
 
@@ -109,16 +115,23 @@ void backward(ChunkParams const& p, Plan const& plan, Decay const& gate, void* s
     join_boundaries<T, Walk::forward>(s, plan.forward, gate, plan.segments, stream);
     join_boundaries<T, Walk::reverse>(d, plan.reverse, gate, plan.segments, stream);
     sweep_over_k<T, Walk::reverse, false>(d, gate, plan.segments, stream);
-    RowParams const r{per_head(p, p.q), per_head(p, p.k), {p.v}, {p.grad_o}, {p.dq}, {p.dk}, {p.dg},
-                      s.start,          d.start,          s.HV,  s.K,        s.V,    static_cast<float>(p.scale)};
+    RowParams r{};
+    r.q = p.q, r.k = p.k, r.v = p.v, r.grad_o = p.grad_o, r.dq = p.dq, r.dk = p.dk, r.dg = p.dg;
+    r.start = s.start, r.end = d.start;
+    r.HV = s.HV, r.heads_per_group = s.heads_per_group, r.K = s.K, r.V = s.V;
+    r.scale = static_cast<float>(p.scale);
     dispatch(Buckets<64, 128, 256>{}, p.V,
              [&](auto V) { run_row_gradients<T, V>(r, gate, plan.segments, stream); });
 }
 
 }  // namespace
 
-int64_t recurrence_fwd_workspace(ChunkParams const& p) { return Plan(p, false, nullptr).bytes; }
-int64_t recurrence_bwd_workspace(ChunkParams const& p) { return Plan(p, true, nullptr).bytes; }
+int64_t recurrence_fwd_workspace(ChunkParams const& p) {
+    return Plan(p, false, nullptr).bytes;
+}
+int64_t recurrence_bwd_workspace(ChunkParams const& p) {
+    return Plan(p, true, nullptr).bytes;
+}
 
 void recurrence_fwd(ChunkParams const& p, void* workspace, void* stream) {
     Plan const plan(p, false, workspace);

@@ -1,14 +1,15 @@
-// Gradients that belong to a row of the state: dq, dk and the gate's. They need a sum over all of V and one row only,
-// so a block owns a few rows [row tile, V] of one value head and one segment.
+// Gradients that belong to a row of the state: dq, dk and the gate's. They need a sum over all of V
+// and one row only, so a block owns a few rows [row tile, V] of one value head and one segment.
 //
-//     dq_t = scale · S_t dO_t,   dk_t = dS_t v_t,   dg_t = a_t (S_{t-1} · dS_t)      (row-wise dot products)
+//     dq_t = scale · S_t dO_t,   dk_t = dS_t v_t,   dg_t = a_t (S_{t-1} · dS_t)   (dots by row)
 //     with dS_t = a_{t+1} dS_{t+1} + scale · q_t dO_t^T
 //
-// dg is taken from S_{t-1} and dS_t of the same token, never from differences of long sums: it is as accurate for a
-// gate of -80 or -inf as for 0. Walking backwards therefore needs every S again. Dividing by the decay would lose
-// them; instead the segment is walked forwards first, leaving the state of every 16th token in shared memory, and each
-// run of 16 tokens, from the last to the first, is walked forwards once more with its 16 states kept in registers, and
-// then backwards. What a segment starts from, on either side, comes from joined boundary states.
+// dg is taken from S_{t-1} and dS_t of the same token, never from differences of long sums: it is as
+// accurate for a gate of -80 or -inf as for 0. Walking backwards therefore needs every S again, and
+// dividing by the decay would not give it back. Instead the segment is walked forwards first, leaving
+// the state before every short run of tokens in shared memory; then each run, from the last to the
+// first, is walked forwards once more with all its states kept in registers, and backwards. What a
+// segment starts from, on either side, comes from joined boundary states.
 #pragma once
 
 #include "kernels/recurrence/common.cuh"
@@ -21,36 +22,41 @@ constexpr int kRowSegment = 256;  // most tokens per segment here
 template <int V>
 struct RowConfig {
     static constexpr int kThreads = 128;
-    static constexpr int kLanes = V / 4 < 32 ? V / 4 : 32;   // threads along V
-    static constexpr int kPieces = V / (4 * kLanes);         // pieces of 4 columns per thread, 4 · kLanes apart
-    static constexpr int kRows = 2 / kPieces;                // rows per thread
-    static constexpr int kElements = kRows * kPieces * 4;    // of the state, per thread
+    static constexpr int kLanes = V / 4 < 32 ? V / 4 : 32;  // threads along V
+    static constexpr int kColumns = V / kLanes;             // per thread, in pieces of 4
+    static constexpr int kRows = 8 / kColumns;              // per thread
     static constexpr int kTileRows = kThreads / kLanes * kRows;
-    static constexpr int kRun = 16;                          // tokens whose states are held in registers
-    static constexpr int kStarts = kRowSegment / kRun - 1;   // the last run's is at hand when the walk turns
-    static constexpr int kPitch = kRun + 4;                  // floats; spreads the rows over the banks
-    static constexpr int kScalars = (kTileRows * kRun + kThreads - 1) / kThreads;  // of q, k, gate, per thread
-    static constexpr int kSums = kRows * kRun;                    // per thread, each a share of a dot product over V
-    static constexpr int kOwnSums = kSums > kLanes ? kSums / kLanes : 1;  // per thread once summed
+
+    static constexpr int kRun = V > 128 ? 8 : 16;  // tokens whose states are held in registers
+    // Starts kept in shared memory: not the first, which is the segment's, nor the last, which is at
+    // hand when the walk turns.
+    static constexpr int kStarts = kRowSegment / kRun - 2;
+    static constexpr int kPitch = kRun + 4;  // floats; spreads the rows over the banks
+
+    // Numbers per row and token: q, k, the gate, as each thread loads them;
+    static constexpr int kScalars = (kTileRows * kRun + kThreads - 1) / kThreads;
+    // dot products over V, as each thread has a share of them, and as it ends with whole ones.
+    static constexpr int kSums = kRows * kRun;
+    static constexpr int kOwnSums = kSums > kLanes ? kSums / kLanes : 1;
+    static constexpr int kLanesPerSum = kLanes > kSums ? kLanes / kSums : 1;
     static_assert(V % 64 == 0 && V <= 256);
 };
 
 template <class T, int V>
 struct RowStorage {
     using C = RowConfig<V>;
-    using Columns = float[C::kTileRows][C::kPitch];  // a number per row and token
-    float start[C::kStarts][C::kElements][C::kThreads];  // the state before each run; every thread reads its own
+    using Scalars = float[C::kTileRows][C::kPitch];
+    float start[C::kStarts][C::kRows * C::kColumns][C::kThreads];  // every thread reads its own
     struct Stage {
         alignas(16) T value[C::kRun][V], grad_out[C::kRun][V];
-        alignas(16) Columns q, k, decay;
-        alignas(16) Columns dq, dk, dg;
+        alignas(16) Scalars q, k, decay, dq, dk, dg;
     } stage[2];
 };
 
 struct RowParams {
-    Operand q, k, v, grad_o, dq, dk, dg;
+    Rows q, k, v, grad_o, dq, dk, dg;
     States start, end;  // the state before the segment; its gradient after the segment
-    int HV, K, V;
+    int HV, heads_per_group, K, V;
     float scale;
 };
 
@@ -59,39 +65,42 @@ struct RowGradients {
     using C = RowConfig<V>;
     using Storage = RowStorage<T, V>;
     using Stage = typename Storage::Stage;
-    using State = float[C::kRows][C::kPieces * 4];
+    using State = float[C::kRows][C::kColumns];
+    using Row = float[C::kColumns];
 
     RowParams const& p;
     Decay const& gate;
-    Storage& shared;
     Segment const segment;
     Work const work;
-    int const tid, lane, row;  // lane: along V; row: first of this thread in the block's tile
-    i64 const steps;
-    int const runs;
+    Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
+    int const tid = threadIdx.x, lane = tid % C::kLanes;  // lane: along V
+    int const row = tid / C::kLanes * C::kRows;           // first of this thread in the tile
+    i64 const steps = segment.t1 - segment.t0;
+    int const runs = static_cast<int>((steps + C::kRun - 1) / C::kRun);
     State S, dS;
     T raw_q[C::kScalars], raw_k[C::kScalars];
     typename Decay::Raw raw_gate[C::kScalars];
 
-    LSM_DEVICE RowGradients(RowParams const& params, Decay const& decay, Segment const& s, Work const& w)
-        : p(params), gate(decay), shared(*reinterpret_cast<Storage*>(dyn_smem())), segment(s), work(w),
-          tid(threadIdx.x), lane(threadIdx.x % C::kLanes), row(threadIdx.x / C::kLanes * C::kRows),
-          steps(s.t1 - s.t0), runs(static_cast<int>((steps + C::kRun - 1) / C::kRun)) {}
+    LSM_DEVICE RowGradients(RowParams const& p, Decay const& gate, Segment const& segment,
+                            Work const& work)
+        : p(p), gate(gate), segment(segment), work(work) {}
 
     LSM_DEVICE int first_row() const { return work.tile * C::kTileRows; }
-    LSM_DEVICE static int column(int piece, int lane) { return (piece * C::kLanes + lane) * 4; }
+    LSM_DEVICE int column(int j) const { return (j / 4 * C::kLanes + lane) * 4 + j % 4; }
 
     // States from outside are contiguous, but may start on any float.
     LSM_DEVICE void load_state(State& state, States const& from) {
         bool const zero = from.data == nullptr;
+        i64 const size = i64(p.K) * p.V;
         float const* const data =
-            zero ? nullptr : from.of(segment, work.record, work.head, p.HV, i64(p.K) * p.V);
+            zero ? nullptr : from.of(segment, work.record, work.head, p.HV, size);
         LSM_UNROLL
         for (int r = 0; r < C::kRows; ++r) {
             LSM_UNROLL
-            for (int j = 0; j < C::kPieces * 4; ++j) {
-                int const c = first_row() + row + r, v = column(j / 4, lane) + j % 4;
-                state[r][j] = !zero && c < p.K && v < p.V ? load_global(data + i64(c) * p.V + v) : 0.f;
+            for (int j = 0; j < C::kColumns; ++j) {
+                int const c = first_row() + row + r, v = column(j);
+                bool const inside = !zero && c < p.K && v < p.V;
+                state[r][j] = inside ? load_global(data + i64(c) * p.V + v) : 0.f;
             }
         }
     }
@@ -102,20 +111,23 @@ struct RowGradients {
 
     LSM_DEVICE void start_run(Stage& stage, int run, bool with_queries) {
         i64 const step = i64(run) * C::kRun;
-        copy_rows<false, C::kRun, V, C::kThreads>(stage.value, p.v, segment, work.head, step, steps, 0, p.V);
-        if (with_queries) {
-            copy_rows<false, C::kRun, V, C::kThreads>(stage.grad_out, p.grad_o, segment, work.head, step, steps, 0,
-                                                      p.V);
-        }
+        auto copy = [&](auto& tile, Rows const& x) {
+            copy_rows<false, C::kThreads>(tile, x, segment, work.head, step, steps, 0, p.V);
+        };
+        copy(stage.value, p.v);
+        if (with_queries) copy(stage.grad_out, p.grad_o);
         cp_async_commit();
         LSM_UNROLL
         for (int i = 0; i < C::kScalars; ++i) {
             int const c = first_row() + scalar_row(i);
             i64 const t = segment.t0 + step + scalar_token(i);
             bool const inside = scalar_token(i) < C::kRun && c < p.K && t < segment.t1;
-            raw_q[i] = static_cast<T>(0.f);
-            if (inside && with_queries) raw_q[i] = load_global(p.q.row<T const>(segment.batch, t, work.head) + c);
-            raw_k[i] = inside ? load_global(p.k.row<T const>(segment.batch, t, work.head) + c) : static_cast<T>(0.f);
+            auto load = [&](Rows const& x, bool wanted) {
+                if (!wanted) return static_cast<T>(0.f);
+                return load_global(row_at<T const>(x, segment.batch, t, work.group_head) + c);
+            };
+            raw_q[i] = load(p.q, inside && with_queries);
+            raw_k[i] = load(p.k, inside);
             raw_gate[i] = inside ? gate.load(segment.batch, t, work.head, c) : Decay::identity();
         }
     }
@@ -131,50 +143,53 @@ struct RowGradients {
         }
     }
 
-    LSM_DEVICE void load_row(T const (&tile)[V], float (&x)[C::kPieces * 4]) const {
+    LSM_DEVICE void load_row(T const (&tile)[V], Row& x) const {
         LSM_UNROLL
-        for (int piece = 0; piece < C::kPieces; ++piece) {
-            float x4[4];
-            load4(&tile[column(piece, lane)], x4);
+        for (int j = 0; j < C::kColumns; j += 4) {
+            float piece[4];
+            load4(&tile[column(j)], piece);
             LSM_UNROLL
-            for (int j = 0; j < 4; ++j) x[piece * 4 + j] = x4[j];
+            for (int i = 0; i < 4; ++i) x[j + i] = piece[i];
         }
     }
 
-    LSM_DEVICE void advance(Stage& stage, int t, float const (&value)[C::kPieces * 4]) {
+    LSM_DEVICE void advance(Stage& stage, int t, Row const& value) {
         LSM_UNROLL
         for (int r = 0; r < C::kRows; ++r) {
             float const decay = stage.decay[row + r][t], key = stage.k[row + r][t];
             LSM_UNROLL
-            for (int j = 0; j < C::kPieces * 4; ++j) S[r][j] = decay * S[r][j] + key * value[j];
+            for (int j = 0; j < C::kColumns; ++j) S[r][j] = decay * S[r][j] + key * value[j];
         }
     }
 
     LSM_DEVICE void walk_forwards(Stage& stage) {
         LSM_UNROLL_BY(4)
         for (int t = 0; t < C::kRun; ++t) {
-            float value[C::kPieces * 4];
+            Row value;
             load_row(stage.value[t], value);
             advance(stage, t, value);
         }
     }
 
     LSM_DEVICE void keep_start(int run) {
+        if (run == 0) return;
         LSM_UNROLL
-        for (int e = 0; e < C::kElements; ++e) {
-            shared.start[run][e][tid] = S[e / (C::kPieces * 4)][e % (C::kPieces * 4)];
+        for (int e = 0; e < C::kRows * C::kColumns; ++e) {
+            shared.start[run - 1][e][tid] = S[e / C::kColumns][e % C::kColumns];
         }
     }
 
     LSM_DEVICE void recall_start(int run) {
+        if (run == 0) return load_state(S, p.start);
         LSM_UNROLL
-        for (int e = 0; e < C::kElements; ++e) {
-            S[e / (C::kPieces * 4)][e % (C::kPieces * 4)] = shared.start[run][e][tid];
+        for (int e = 0; e < C::kRows * C::kColumns; ++e) {
+            S[e / C::kColumns][e % C::kColumns] = shared.start[run - 1][e][tid];
         }
     }
 
-    LSM_DEVICE void put(typename Storage::Columns& to, float (&sums)[C::kSums]) {
+    LSM_DEVICE void put(typename Storage::Scalars& to, float (&sums)[C::kSums]) {
         scatter_sums<C::kLanes / 2, 1, C::kSums>(sums, lane);
+        if (lane % C::kLanesPerSum != 0) return;
         LSM_UNROLL
         for (int i = 0; i < C::kOwnSums; ++i) {
             int const own = lane * C::kSums / C::kLanes + i;
@@ -188,20 +203,20 @@ struct RowGradients {
         float dq[C::kSums];
         LSM_UNROLL
         for (int t = 0; t < C::kRun; ++t) {
-            float value[C::kPieces * 4], grad_out[C::kPieces * 4];
+            Row value, grad_out;
             load_row(stage.value[t], value);
             load_row(stage.grad_out[t], grad_out);
             LSM_UNROLL
             for (int r = 0; r < C::kRows; ++r) {
                 LSM_UNROLL
-                for (int j = 0; j < C::kPieces * 4; ++j) before[t][r][j] = S[r][j];
+                for (int j = 0; j < C::kColumns; ++j) before[t][r][j] = S[r][j];
             }
             advance(stage, t, value);
             LSM_UNROLL
             for (int r = 0; r < C::kRows; ++r) {
                 float dot = 0.f;
                 LSM_UNROLL
-                for (int j = 0; j < C::kPieces * 4; ++j) dot += S[r][j] * grad_out[j];
+                for (int j = 0; j < C::kColumns; ++j) dot += S[r][j] * grad_out[j];
                 dq[r * C::kRun + t] = p.scale * dot;
             }
         }
@@ -210,7 +225,7 @@ struct RowGradients {
         float dk[C::kSums], dg[C::kSums];
         LSM_UNROLL
         for (int t = C::kRun - 1; t >= 0; --t) {
-            float value[C::kPieces * 4], grad_out[C::kPieces * 4];
+            Row value, grad_out;
             load_row(stage.value[t], value);
             load_row(stage.grad_out[t], grad_out);
             LSM_UNROLL
@@ -218,7 +233,7 @@ struct RowGradients {
                 float const query = stage.q[row + r][t], decay = stage.decay[row + r][t];
                 float with_value = 0.f, with_state = 0.f;
                 LSM_UNROLL
-                for (int j = 0; j < C::kPieces * 4; ++j) {
+                for (int j = 0; j < C::kColumns; ++j) {
                     dS[r][j] += query * grad_out[j];
                     with_value += dS[r][j] * value[j];
                     with_state += dS[r][j] * before[t][r][j];
@@ -244,9 +259,9 @@ struct RowGradients {
 
     LSM_DEVICE void store(i64 t, int c, float dq, float dk, float dg) {
         using Gate = typename Decay::Raw;
-        store_global(p.dq.row<T>(segment.batch, t, work.head) + c, static_cast<T>(dq));
-        store_global(p.dk.row<T>(segment.batch, t, work.head) + c, static_cast<T>(dk));
-        store_global(p.dg.row<Gate>(segment.batch, t, work.head) + c, static_cast<Gate>(dg));
+        store_global(row_at<T>(p.dq, segment.batch, t, work.head) + c, static_cast<T>(dq));
+        store_global(row_at<T>(p.dk, segment.batch, t, work.head) + c, static_cast<T>(dk));
+        store_global(row_at<Gate>(p.dg, segment.batch, t, work.head) + c, static_cast<Gate>(dg));
     }
 
     // Runs 0 .. runs - 2 forwards, then all of them backwards: 2 · runs - 1 visits of one pipeline.
@@ -260,7 +275,7 @@ struct RowGradients {
             int const run = run_of(visit);
             store_scalars(stage);
             cp_async_wait<0>();
-            __syncthreads();  // this run has arrived, and everybody is done computing with the other one
+            __syncthreads();  // this run has arrived, and nobody computes with the other any more
             if (visit >= runs) store_run(other, run_of(visit - 1));
             if (visit + 1 < visits) start_run(other, run_of(visit + 1), visit + 1 >= runs - 1);
             if (visit < runs - 1) {
@@ -278,7 +293,8 @@ struct RowGradients {
     LSM_DEVICE void poison() {
         for (i64 i = tid; i < steps * C::kTileRows; i += C::kThreads) {
             int const c = first_row() + static_cast<int>(i % C::kTileRows);
-            if (c < p.K) store(segment.t0 + i / C::kTileRows, c, nan_value(), nan_value(), nan_value());
+            i64 const t = segment.t0 + i / C::kTileRows;
+            if (c < p.K) store(t, c, nan_value(), nan_value(), nan_value());
         }
     }
 };
@@ -286,7 +302,7 @@ struct RowGradients {
 template <class T, int V, class Decay>
 __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
     row_gradients(RowParams const p, Decay const gate, Segments const segments, int tiles) {
-    Work const work(p.HV, tiles);
+    Work const work(p.HV, p.heads_per_group, tiles);
     Segment const segment = segments[work.record];
     if (segment.t0 == segment.t1) return;
     RowGradients<T, V, Decay> s(p, gate, segment, work);
@@ -297,7 +313,8 @@ __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
 }
 
 template <class T, int V, class Decay>
-void run_row_gradients(RowParams const& p, Decay const& gate, Segments const& segments, void* stream) {
+void run_row_gradients(RowParams const& p, Decay const& gate, Segments const& segments,
+                       void* stream) {
     i64 const tiles = (p.K + RowConfig<V>::kTileRows - 1) / RowConfig<V>::kTileRows;
     launch(row_gradients<T, V, Decay>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
            dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V>), stream, p, gate, segments,

@@ -1,14 +1,16 @@
-// The recurrence, token by token, with the state in registers, tiled over V: one block walks one segment of one value
-// head with a [K, 32] tile of the state.
+// The recurrence, token by token, with the state in registers, tiled over V: one block walks one
+// segment of one value head with a [K, 32] tile of the state.
 //
 //     forward:   S = Diag(a_t) S + key_t value_t^T;   out_t = S^T query_t
 //     reverse:   S = S + key_t value_t^T;   out_t = S^T query_t;   S = Diag(a_t) S
 //
-// Forward with (q, k, v) gives o and the final state. Reverse with (k, q, dO) gives dv and the gradient of the initial
-// state. Without output, from a zero state, either leaves what a segment adds to its neighbour, and its summed gates.
+// Forward with (q, k, v) gives o and the final state. Reverse with (k, q, dO) gives dv and the
+// gradient of the initial state. Without output, from a zero state, either leaves what a segment
+// adds to its neighbour, and its summed gates.
 //
-// A thread holds 8 rows and 4 columns; 8 threads lie along V and K / 8 along K, so the block has K threads. Stages of
-// 8 tokens go through shared memory, the next one on its way while this one is used.
+// A thread holds 8 rows and 4 columns; 8 threads lie along V and K / 8 along K, so the block has K
+// threads. Stages of 8 tokens go through shared memory, the next one on its way while this one is
+// used.
 #pragma once
 
 #include "kernels/recurrence/common.cuh"
@@ -17,12 +19,12 @@ namespace lsm::recurrence {
 
 template <int K>
 struct SweepConfig {
-    static constexpr int kRows = 8, kColumns = 32;             // of the state: per thread; per block
+    static constexpr int kRows = 8, kColumns = 32;  // of the state: per thread; per block
     static constexpr int kThreads = K, kWarps = kThreads / 32;
-    static constexpr int kTokens = 8;                          // per stage
-    static constexpr int kQuad = 4;                            // tokens whose sums over K are taken together
-    static constexpr int kBlocks = 384 / K;                    // per multiprocessor: 168 registers, no spills
-    static_assert(K % 32 == 0 && K / kRows * (kColumns / 4) == kThreads && kTokens % kQuad == 0);
+    static constexpr int kTokens = 8;        // per stage
+    static constexpr int kQuad = 4;          // tokens whose sums over K are taken together
+    static constexpr int kBlocks = 384 / K;  // per multiprocessor: 168 registers, no spills
+    static_assert(K % 32 == 0 && K / kRows * (kColumns / 4) == kThreads);
 };
 
 template <class T, int K>
@@ -31,15 +33,16 @@ struct SweepStorage {
     struct Stage {
         alignas(16) T query[C::kTokens][K], key[C::kTokens][K], value[C::kTokens][C::kColumns];
         alignas(16) float decay[C::kTokens][K];
-        alignas(16) float partial[C::kTokens][C::kWarps][C::kColumns];  // S^T query, a share per warp
+        alignas(
+            16) float partial[C::kTokens][C::kWarps][C::kColumns];  // S^T query, a share per warp
     } stage[2];
 };
 
 struct SweepParams {
-    Operand query, key, value, out;
+    Rows query, key, value, out;
     States start, end;  // end: of a local sweep per record, else per sequence and nullable
     float* gate_sum;    // [records, HV, K], log2; local sweeps
-    int HV, K, V;
+    int HV, heads_per_group, K, V;
     float value_scale, out_scale;
 };
 
@@ -53,26 +56,30 @@ struct Sweep {
 
     SweepParams const& p;
     Decay const& gate;
-    Storage& shared;
     Segment const segment;
     Work const work;
-    int const tid, lane, row, column;  // row, column: of the thread's first element in the block's tile
-    i64 const steps;
+    Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
+    int const tid = threadIdx.x, lane = tid % 32;
+    int const row = tid / 8 * C::kRows, column = tid % 8 * 4;  // first of this thread in the tile
+    i64 const steps = segment.t1 - segment.t0;
     float S[C::kRows][4];
     typename Decay::Raw raw[C::kTokens];  // gates of channel tid in the next stage
-    float gate_sum;
+    float gate_sum = 0.f;
 
-    LSM_DEVICE Sweep(SweepParams const& params, Decay const& decay, Segment const& s, Work const& w)
-        : p(params), gate(decay), shared(*reinterpret_cast<Storage*>(dyn_smem())), segment(s), work(w),
-          tid(threadIdx.x), lane(threadIdx.x % 32), row(threadIdx.x / 8 * C::kRows), column(threadIdx.x % 8 * 4),
-          steps(s.t1 - s.t0), gate_sum(0.f) {}
+    LSM_DEVICE Sweep(SweepParams const& p, Decay const& gate, Segment const& segment,
+                     Work const& work)
+        : p(p), gate(gate), segment(segment), work(work) {}
 
     LSM_DEVICE int first_column() const { return work.tile * C::kColumns; }
+
+    LSM_DEVICE float* state_of(States const& states) const {
+        return states.of(segment, work.record, work.head, p.HV, i64(p.K) * p.V);
+    }
 
     // States from outside are contiguous, but may start on any float.
     LSM_DEVICE void load_state() {
         bool const zero = Local || p.start.data == nullptr;
-        float const* const from = zero ? nullptr : p.start.of(segment, work.record, work.head, p.HV, i64(p.K) * p.V);
+        float const* const from = zero ? nullptr : state_of(p.start);
         LSM_UNROLL
         for (int i = 0; i < C::kRows; ++i) {
             LSM_UNROLL
@@ -84,7 +91,7 @@ struct Sweep {
     }
 
     LSM_DEVICE void store_state() {
-        float* const to = p.end.of(segment, work.record, work.head, p.HV, i64(p.K) * p.V);
+        float* const to = state_of(p.end);
         LSM_UNROLL
         for (int i = 0; i < C::kRows; ++i) {
             int const c = row + i, v = first_column() + column;
@@ -93,19 +100,19 @@ struct Sweep {
     }
 
     LSM_DEVICE void start_stage(typename Storage::Stage& stage, i64 step) {
-        auto rows = [&](auto& tile, Operand const& x, int first, int columns) {
-            copy_rows<kReverse, C::kTokens, sizeof(tile[0]) / sizeof(T), C::kThreads>(
-                tile, x, segment, work.head, step, steps, first, columns);
+        auto copy = [&](auto& tile, Rows const& x, int head, int first, int columns) {
+            copy_rows<kReverse, C::kThreads>(tile, x, segment, head, step, steps, first, columns);
         };
-        if constexpr (!Local) rows(stage.query, p.query, 0, p.K);
-        rows(stage.key, p.key, 0, p.K);
-        rows(stage.value, p.value, first_column(), p.V);
+        if constexpr (!Local) copy(stage.query, p.query, work.group_head, 0, p.K);
+        copy(stage.key, p.key, work.group_head, 0, p.K);
+        copy(stage.value, p.value, work.head, first_column(), p.V);
         cp_async_commit();
         LSM_UNROLL
         for (int i = 0; i < C::kTokens; ++i) {
-            bool const inside = step + i < steps && tid < p.K;
-            raw[i] = inside ? gate.load(segment.batch, token_at<kReverse>(segment, step + i), work.head, tid)
-                            : Decay::identity();
+            raw[i] = Decay::identity();
+            if (step + i >= steps || tid >= p.K) continue;
+            i64 const t = token_at<kReverse>(segment, step + i);
+            raw[i] = gate.load(segment.batch, t, work.head, tid);
         }
     }
 
@@ -157,9 +164,11 @@ struct Sweep {
 
     // Adds the warps' shares, in their order.
     LSM_DEVICE void store_out(typename Storage::Stage& stage, i64 step) {
-        for (int i = tid; i < C::kTokens * 8; i += C::kThreads) {
-            int const n = i / 8, c = i % 8 * 4;
-            if (step + n >= steps || first_column() + c >= p.V) continue;
+        constexpr int kPieces = C::kColumns / 4, kAll = C::kTokens * kPieces;
+        LSM_UNROLL
+        for (int round = 0; round < (kAll + C::kThreads - 1) / C::kThreads; ++round) {
+            int const i = tid + round * C::kThreads, n = i / kPieces, c = i % kPieces * 4;
+            if (i >= kAll || step + n >= steps || first_column() + c >= p.V) break;
             float sum[4];
             load4(&stage.partial[n][0][c], sum);
             for (int w = 1; w < C::kWarps; ++w) {
@@ -171,7 +180,7 @@ struct Sweep {
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) sum[j] *= p.out_scale;
             i64 const t = token_at<kReverse>(segment, step + n);
-            store4_global(p.out.row<T>(segment.batch, t, work.head) + first_column() + c, sum);
+            store4_global(row_at<T>(p.out, segment.batch, t, work.head) + first_column() + c, sum);
         }
     }
 
@@ -183,7 +192,7 @@ struct Sweep {
             auto& other = shared.stage[buffer ^ 1];
             store_decays(stage);
             cp_async_wait<0>();
-            __syncthreads();  // this stage has arrived, and everybody is done computing with the other one
+            __syncthreads();  // this stage has arrived, and nobody computes with the other any more
             if constexpr (!Local) {
                 if (step > 0) store_out(other, step - C::kTokens);
             }
@@ -192,15 +201,17 @@ struct Sweep {
         }
         if constexpr (!Local) {
             __syncthreads();
-            if (steps > 0) store_out(shared.stage[buffer ^ 1], (steps - 1) / C::kTokens * C::kTokens);
+            if (steps > 0)
+                store_out(shared.stage[buffer ^ 1], (steps - 1) / C::kTokens * C::kTokens);
         }
     }
 
     LSM_DEVICE void poison() {
         float const nan[4] = {nan_value(), nan_value(), nan_value(), nan_value()};
         for (i64 i = tid; i < steps * 8; i += C::kThreads) {
+            i64 const t = segment.t0 + i / 8;
             int const c = first_column() + static_cast<int>(i % 8) * 4;
-            if (c < p.V) store4_global(p.out.row<T>(segment.batch, segment.t0 + i / 8, work.head) + c, nan);
+            if (c < p.V) store4_global(row_at<T>(p.out, segment.batch, t, work.head) + c, nan);
         }
         LSM_UNROLL
         for (int i = 0; i < C::kRows; ++i) {
@@ -213,7 +224,7 @@ struct Sweep {
 template <class T, int K, Walk walk, bool Local, class Decay>
 __global__ void __launch_bounds__(SweepConfig<K>::kThreads, SweepConfig<K>::kBlocks)
     sweep(SweepParams const p, Decay const gate, Segments const segments, int tiles) {
-    Work const work(p.HV, tiles);
+    Work const work(p.HV, p.heads_per_group, tiles);
     Segment const segment = segments[work.record];
     bool const last_of_walk = walk == Walk::reverse ? segment.index == 0 : segment.is_last;
     if (segment.unused() || (Local && (last_of_walk || segment.poison))) return;
@@ -233,12 +244,15 @@ __global__ void __launch_bounds__(SweepConfig<K>::kThreads, SweepConfig<K>::kBlo
     }
 }
 
-constexpr i64 sweep_tiles(i64 V) { return (V + 31) / 32; }
+constexpr i64 sweep_tiles(i64 V) {
+    return (V + 31) / 32;
+}
 
 template <class T, int K, Walk walk, bool Local, class Decay>
 void run_sweep(SweepParams const& p, Decay const& gate, Segments const& segments, void* stream) {
     i64 const tiles = sweep_tiles(p.V);
-    launch(sweep<T, K, walk, Local, Decay>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
+    launch(sweep<T, K, walk, Local, Decay>,
+           dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
            dim3(SweepConfig<K>::kThreads), sizeof(SweepStorage<T, K>), stream, p, gate, segments,
            static_cast<int>(tiles));
 }

@@ -26,9 +26,11 @@ void step(StepParams const& p, void* stream) {
     bool const wide_gate = p.gate_dtype == Dtype::f32;
     switch (p.dtype) {
         case Dtype::bf16:
-            return wide_gate ? step_typed<bf16, float>(p, stream) : step_typed<bf16, bf16>(p, stream);
+            return wide_gate ? step_typed<bf16, float>(p, stream)
+                             : step_typed<bf16, bf16>(p, stream);
         case Dtype::f16:
-            return wide_gate ? step_typed<half, float>(p, stream) : step_typed<half, half>(p, stream);
+            return wide_gate ? step_typed<half, float>(p, stream)
+                             : step_typed<half, half>(p, stream);
         default:
             return step_typed<float, float>(p, stream);
     }

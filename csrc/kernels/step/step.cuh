@@ -1,9 +1,10 @@
-// One token of decoding: S = Diag(a) S + k v^T, o = scale · S^T q, with S [B, HV, K, V] fp32 updated in place.
+// One token of decoding: S = Diag(a) S + k v^T, o = scale · S^T q, with S [B, HV, K, V] fp32
+// updated in place.
 //
-// The state is read once and written once and everything else is noise, so a thread first issues all its loads of the
-// state, in 16-byte pieces, and only then touches q, k, v and the gate. A block owns Columns columns of one head's
-// state: Columns / 4 lanes side by side along V, the other threads along K. Narrow tiles make enough blocks of few
-// heads.
+// The state is read once and written once and everything else is noise, so a thread first issues
+// all its loads of the state, in 16-byte pieces, and only then touches q, k, v and the gate. A
+// block owns Columns columns of one head's state: Columns / 4 lanes side by side along V, the other
+// threads along K. Narrow tiles make enough blocks of few heads.
 #pragma once
 
 #include "kernels/platform.cuh"
@@ -15,9 +16,9 @@ namespace lsm::step_kernel {
 template <int K, int Columns>
 struct Config {
     static constexpr int kThreads = 128;
-    static constexpr int kLanes = Columns / 4;               // threads along V
-    static constexpr int kGroups = kThreads / kLanes;        // threads along K
-    static constexpr int kRows = K / kGroups;                // rows per thread: group, group + kGroups, ...
+    static constexpr int kLanes = Columns / 4;         // threads along V
+    static constexpr int kGroups = kThreads / kLanes;  // threads along K
+    static constexpr int kRows = K / kGroups;  // rows per thread: group, group + kGroups, ...
     static_assert(kLanes <= 32 && 32 % kLanes == 0 && K % kGroups == 0);
 };
 
@@ -30,7 +31,8 @@ struct SharedStorage {
 struct Operands {
     Rows q, k, v, o;
     float* state;
-    int HV, heads_per_group, K, V;
+    unsigned HV, heads_per_group;
+    int K, V;
     float scale;
     bool whole_vectors;  // every row of the state starts on 16 bytes and has whole pieces of 16
 };
@@ -46,11 +48,11 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
     using C = Config<K, Columns>;
     auto& shared = *reinterpret_cast<SharedStorage<K, Columns>*>(dyn_smem());
     int const tid = threadIdx.x, lane = tid % C::kLanes, group = tid / C::kLanes;
-    int const tiles = (p.V + Columns - 1) / Columns;
-    i64 const chain = blockIdx.x / tiles;  // batch · HV + head
+    unsigned const tiles = (p.V + Columns - 1) / Columns;
+    unsigned const chain = blockIdx.x / tiles;  // batch · HV + head
     int const column = static_cast<int>(blockIdx.x % tiles) * Columns + lane * 4;
-    i64 const batch = chain / p.HV, head = chain % p.HV, group_head = head / p.heads_per_group;
-    float* const state = p.state + chain * p.K * p.V + column;
+    unsigned const batch = chain / p.HV, head = chain % p.HV, group_head = head / p.heads_per_group;
+    float* const state = p.state + i64(chain) * p.K * p.V + column;
 
     // Load the state, [kRows][4] per thread; what lies outside is zero and stays out of every sum.
     float S[C::kRows][4];
@@ -59,8 +61,9 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
         for (int i = 0; i < C::kRows; ++i) {
             int const c = group + i * C::kGroups;
             bool const inside = c < p.K && column < p.V;
-            float4 const x = inside ? load_global(reinterpret_cast<float4 const*>(state + i64(c) * p.V))
-                                    : float4{0.f, 0.f, 0.f, 0.f};
+            float4 const x =
+                inside ? load_global(reinterpret_cast<float4 const*>(state + i64(c) * p.V))
+                       : float4{0.f, 0.f, 0.f, 0.f};
             S[i][0] = x.x, S[i][1] = x.y, S[i][2] = x.z, S[i][3] = x.w;
         }
     } else {
@@ -79,7 +82,10 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
     T const* const q = row_of<T const>(p.q, batch, group_head);
     T const* const k = row_of<T const>(p.k, batch, group_head);
     T const* const v = row_of<T const>(p.v, batch, head) + column;
-    for (int c = tid; c < K; c += C::kThreads) {
+    LSM_UNROLL
+    for (int i = 0; i < (K + C::kThreads - 1) / C::kThreads; ++i) {
+        int const c = tid + i * C::kThreads;
+        if (c >= K) break;
         bool const inside = c < p.K;
         shared.q[c] = inside ? p.scale * static_cast<float>(load_global(q + c)) : 0.f;
         shared.k[c] = inside ? static_cast<float>(load_global(k + c)) : 0.f;
@@ -106,15 +112,19 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
     }
 
     // Store the state.
-    LSM_UNROLL
-    for (int i = 0; i < C::kRows; ++i) {
-        int const c = group + i * C::kGroups;
-        if (p.whole_vectors) {
+    if (p.whole_vectors) {
+        LSM_UNROLL
+        for (int i = 0; i < C::kRows; ++i) {
+            int const c = group + i * C::kGroups;
             if (c < p.K && column < p.V) {
                 store_global(reinterpret_cast<float4*>(state + i64(c) * p.V),
                              float4{S[i][0], S[i][1], S[i][2], S[i][3]});
             }
-        } else {
+        }
+    } else {
+        LSM_UNROLL
+        for (int i = 0; i < C::kRows; ++i) {
+            int const c = group + i * C::kGroups;
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) {
                 if (c < p.K && column + j < p.V) store_global(state + i64(c) * p.V + j, S[i][j]);
@@ -148,8 +158,8 @@ void run_step(StepParams const& p, Decay const& gate, void* stream) {
                             p.v,
                             p.o,
                             static_cast<float*>(p.state),
-                            static_cast<int>(p.HV),
-                            static_cast<int>(p.HV / p.H),
+                            static_cast<unsigned>(p.HV),
+                            static_cast<unsigned>(p.HV / p.H),
                             static_cast<int>(p.K),
                             static_cast<int>(p.V),
                             static_cast<float>(p.scale),
