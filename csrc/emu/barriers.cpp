@@ -13,10 +13,17 @@ void complete(Barrier& b, Reduce reduce) {
     int result = 0;
     int const waiting = static_cast<int>(b.waiting.size());
     switch (reduce) {
-        case Reduce::none: break;
-        case Reduce::count: result = b.predicates; break;
-        case Reduce::all: result = b.predicates == waiting; break;
-        case Reduce::any: result = b.predicates > 0; break;
+        case Reduce::none:
+            break;
+        case Reduce::count:
+            result = b.predicates;
+            break;
+        case Reduce::all:
+            result = b.predicates == waiting;
+            break;
+        case Reduce::any:
+            result = b.predicates > 0;
+            break;
     }
     if constexpr (kRace) {
         if (b.clock == nullptr) {
@@ -46,21 +53,26 @@ void enter(Barrier& b, u32 index, u32 threads, char const* name, void const* sit
         b.expected = threads;
         b.site = site;
     } else if (b.expected != threads) {
-        fail("barrier mismatch: " + describe_thread(t) + " expects " + std::to_string(threads) + " threads at barrier " +
-             std::to_string(index) + " (" + name + " at " + describe_site(site) + "), others expect " +
-             std::to_string(b.expected) + " (at " + describe_site(b.site) + ")");
+        fail("barrier mismatch: " + describe_thread(t) + " expects " + std::to_string(threads) +
+             " threads at barrier " + std::to_string(index) + " (" + name + " at " +
+             describe_site(site) + "), others expect " + std::to_string(b.expected) + " (at " +
+             describe_site(b.site) + ")");
     }
     ++b.arrived;
 }
 
 void check_named(u32 index, u32 threads, char const* name, void const* site) {
-    if (index >= kBarriers) fail_at(std::string(name) + ": there is no barrier " + std::to_string(index), site);
+    if (index >= kBarriers)
+        fail_at(std::string(name) + ": there is no barrier " + std::to_string(index), site);
     if (threads == 0 || threads % 32 != 0 || threads > world.warp_count * 32) {
-        fail_at(std::string(name) + ": " + std::to_string(threads) + " threads cannot meet in this block", site);
+        fail_at(std::string(name) + ": " + std::to_string(threads) +
+                    " threads cannot meet in this block",
+                site);
     }
 }
 
-int synchronise(u32 index, u32 threads, Reduce reduce, int predicate, char const* name, void const* site) {
+int synchronise(u32 index, u32 threads, Reduce reduce, int predicate, char const* name,
+                void const* site) {
     Thread& t = *world.current;
     Barrier& b = world.barriers[index];
     enter(b, index, threads, name, site);
@@ -103,13 +115,15 @@ void check_block_exit() {
     for (u32 i = 0; i < kBarriers; ++i) {
         Barrier const& b = world.barriers[i];
         if (b.arrived != 0) {
-            fail("barrier " + std::to_string(i) + " was left with " + std::to_string(b.arrived) + " of " +
-                 std::to_string(b.expected) + " arrivals, first at " + describe_site(b.site));
+            fail("barrier " + std::to_string(i) + " was left with " + std::to_string(b.arrived) +
+                 " of " + std::to_string(b.expected) + " arrivals, first at " +
+                 describe_site(b.site));
         }
     }
     for (Warpgroup const& g : world.warpgroups) {
         if (!g.pending.empty()) {
-            fail("the block ended with a wgmma in flight, issued at " + describe_site(g.pending.front().site));
+            fail("the block ended with a wgmma in flight, issued at " +
+                 describe_site(g.pending.front().site));
         }
     }
 }

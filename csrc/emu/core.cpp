@@ -1,6 +1,7 @@
 // Fibers, schedules, rendezvous and the launch loop.
 //
-// Single-threaded with plain globals on purpose: a switch then costs some 20 ns and a seed always replays the same run.
+// Single-threaded with plain globals on purpose: a switch then costs some 20 ns and a seed always
+// replays the same run.
 #include <sys/mman.h>
 
 #include <bit>
@@ -19,7 +20,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Saves the callee-saved registers on the old stack, its pointer in *rdi, and continues on the stack rsi.
+// Saves the callee-saved registers on the old stack, its pointer in *rdi, and continues on the
+// stack rsi.
 asm(R"(
 .text
 .hidden lsm_emu_switch
@@ -52,9 +54,11 @@ World world;
 namespace {
 
 constexpr std::size_t kStackBytes = LSM_EMU_STACK_KIB * 1024;
-constexpr std::size_t kPoisonedStack = 8 * 1024;  // deep enough for the frames of kernels; the rest stays as it was
+constexpr std::size_t kPoisonedStack =
+    8 * 1024;  // deep enough for the frames of kernels; the rest stays as it was
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kStackGuard = 64 * 1024;  // wider than any one frame, so that none steps over it
+constexpr std::size_t kStackGuard =
+    64 * 1024;  // wider than any one frame, so that none steps over it
 constexpr char kCanary = static_cast<char>(0xfb);
 constexpr u32 kPollingLimit = 200000;
 
@@ -68,7 +72,8 @@ std::string failed_report;
 std::mutex launch_mutex;
 
 char* map(std::size_t bytes) {
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::runtime_error("the emulator could not map memory");
     return static_cast<char*>(p);
 }
@@ -86,7 +91,9 @@ char* shared_guard() {
     return guard;
 }
 
-u32 round_up(u32 n, u32 to) { return (n + to - 1) / to * to; }
+u32 round_up(u32 n, u32 to) {
+    return (n + to - 1) / to * to;
+}
 
 void switch_to(Thread& next) {
     Thread* const previous = world.current;
@@ -108,10 +115,13 @@ u32 nth_set_bit(u32 bits, u32 n) {
     return static_cast<u32>(std::countr_zero(bits));
 }
 
-u32 random_below(u32 n) { return static_cast<u32>(((draw() >> 32) * n) >> 32); }
+u32 random_below(u32 n) {
+    return static_cast<u32>(((draw() >> 32) * n) >> 32);
+}
 
 void redraw_priorities() {
-    for (u32 w = 0; w < world.warp_count; ++w) world.warps[w].priority = static_cast<u32>(draw() >> 33);
+    for (u32 w = 0; w < world.warp_count; ++w)
+        world.warps[w].priority = static_cast<u32>(draw() >> 33);
     world.lane_rotation = random_below(32);
 }
 
@@ -136,8 +146,9 @@ std::string list_threads(std::vector<u32> const& ids) {
         std::vector<u32> same;
         for (u32 j = i; j < world.thread_count; ++j) {
             Thread const& other = world.threads[j];
-            bool const alike = t.finished ? other.finished
-                                          : !other.finished && other.waiting == t.waiting && other.site == t.site;
+            bool const alike =
+                t.finished ? other.finished
+                           : !other.finished && other.waiting == t.waiting && other.site == t.site;
             if (alike && !told[j]) {
                 same.push_back(j);
                 told[j] = true;
@@ -147,7 +158,8 @@ std::string list_threads(std::vector<u32> const& ids) {
         if (t.finished) {
             text += " have exited";
         } else {
-            text += std::string(t.waiting ? " wait in " : " poll in ") + (t.waiting ? t.waiting : "a loop");
+            text += std::string(t.waiting ? " wait in " : " poll in ") +
+                    (t.waiting ? t.waiting : "a loop");
             if (t.site) text += " at " + describe_site(t.site);
         }
     }
@@ -160,7 +172,8 @@ void revive_polling() {
     static u32 rounds = 0;
     rounds = seen == world.progress ? rounds + 1 : 0;
     seen = world.progress;
-    if (rounds > kPollingLimit) report_deadlock("livelock: every thread left polls for something nobody will do");
+    if (rounds > kPollingLimit)
+        report_deadlock("livelock: every thread left polls for something nobody will do");
     for (u32 w = 0; w < world.warp_count; ++w) {
         Warp& warp = world.warps[w];
         if (warp.yielded == 0) continue;
@@ -182,10 +195,14 @@ Thread& pick() {
             break;
         case Schedule::uniform: {
             u64 const r = draw();
-            w = nth_set_bit(world.ready_warps,
-                            static_cast<u32>(((r >> 40) * static_cast<u32>(std::popcount(world.ready_warps))) >> 24));
+            w = nth_set_bit(
+                world.ready_warps,
+                static_cast<u32>(((r >> 40) * static_cast<u32>(std::popcount(world.ready_warps))) >>
+                                 24));
             u32 const ready = world.warps[w].ready;
-            lane = nth_set_bit(ready, static_cast<u32>(((r & 0xffffff) * static_cast<u32>(std::popcount(ready))) >> 24));
+            lane = nth_set_bit(
+                ready,
+                static_cast<u32>(((r & 0xffffff) * static_cast<u32>(std::popcount(ready))) >> 24));
             break;
         }
         case Schedule::run_ahead: {
@@ -196,7 +213,8 @@ Thread& pick() {
                 if (!found || world.warps[i].priority > world.warps[w].priority) w = i;
                 found = true;
             }
-            u32 const turned = std::rotr(world.warps[w].ready, static_cast<int>(world.lane_rotation));
+            u32 const turned =
+                std::rotr(world.warps[w].ready, static_cast<int>(world.lane_rotation));
             lane = (static_cast<u32>(std::countr_zero(turned)) + world.lane_rotation) & 31;
             break;
         }
@@ -317,7 +335,8 @@ void check_canary() {
     for (; p != shared_guard(); ++p) {
         if (*p != kCanary) {
             fail("out of bounds: something was written at shared memory + " +
-                 std::to_string(p - world.shared) + ", past its " + std::to_string(world.shared_bytes) + " bytes");
+                 std::to_string(p - world.shared) + ", past its " +
+                 std::to_string(world.shared_bytes) + " bytes");
         }
     }
 }
@@ -328,9 +347,12 @@ std::string show(dim3 d) {
 
 char const* show(Schedule s) {
     switch (s) {
-        case Schedule::uniform: return "uniform";
-        case Schedule::run_ahead: return "run_ahead";
-        default: return "in_order";
+        case Schedule::uniform:
+            return "uniform";
+        case Schedule::run_ahead:
+            return "run_ahead";
+        default:
+            return "in_order";
     }
 }
 
@@ -338,10 +360,13 @@ void configure(Launch const& config) {
     auto bad = [](dim3 d) { return d.x == 0 || d.y == 0 || d.z == 0; };
     u64 const threads = u64{config.block.x} * config.block.y * config.block.z;
     if (bad(config.block) || threads > kMaxThreads || config.block.z > 64) {
-        throw std::runtime_error("emulator: a block of " + show(config.block) + " threads cannot be launched");
+        throw std::runtime_error("emulator: a block of " + show(config.block) +
+                                 " threads cannot be launched");
     }
-    if (bad(config.grid) || config.grid.x > 0x7fffffffu || config.grid.y > 65535 || config.grid.z > 65535) {
-        throw std::runtime_error("emulator: a grid of " + show(config.grid) + " blocks cannot be launched");
+    if (bad(config.grid) || config.grid.x > 0x7fffffffu || config.grid.y > 65535 ||
+        config.grid.z > 65535) {
+        throw std::runtime_error("emulator: a grid of " + show(config.grid) +
+                                 " blocks cannot be launched");
     }
     if (config.smem_bytes > kMaxShared) {
         throw std::runtime_error("emulator: " + std::to_string(config.smem_bytes) +
@@ -383,20 +408,31 @@ struct Running {
 };
 
 [[noreturn]] void throw_report() {
-    failed_report = "emulator: " + world.report + "\n  kernel " + kernel_name(world.config.kernel) + ", grid " +
-                    show(world.config.grid) + ", block " + show(world.config.block) + ", in block (" +
-                    std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) +
-                    "), seed " + std::to_string(world.seed) + ", schedule " + show(world.schedule);
+    failed_report = "emulator: " + world.report + "\n  kernel " + kernel_name(world.config.kernel) +
+                    ", grid " + show(world.config.grid) + ", block " + show(world.config.block) +
+                    ", in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) +
+                    "," + std::to_string(blockIdx.z) + "), seed " + std::to_string(world.seed) +
+                    ", schedule " + show(world.schedule);
     throw std::runtime_error(failed_report);
 }
 
 }  // namespace
 
-void set_seed(u64 seed) { chosen_seed = seed; }
-void set_schedule(Schedule schedule) { chosen_schedule = schedule; }
-void set_multiprocessors(int count) { chosen_multiprocessors = count; }
-int multiprocessors() { return chosen_multiprocessors; }
-std::string last_report() { return failed_report; }
+void set_seed(u64 seed) {
+    chosen_seed = seed;
+}
+void set_schedule(Schedule schedule) {
+    chosen_schedule = schedule;
+}
+void set_multiprocessors(int count) {
+    chosen_multiprocessors = count;
+}
+int multiprocessors() {
+    return chosen_multiprocessors;
+}
+std::string last_report() {
+    return failed_report;
+}
 
 void launch(Launch const& config, void (*body)(void*), void* arguments) {
     std::lock_guard const lock(launch_mutex);
@@ -470,13 +506,16 @@ void yield() {
     switch_to(pick());
 }
 
-u32 lane() { return world.current->lane; }
+u32 lane() {
+    return world.current->lane;
+}
 
 void meet(WarpOp const& op, u32 mask, void* arguments, void const* site) {
     Thread& t = *world.current;
     Warp& warp = world.warps[t.warp];
     u32 const bit = 1u << t.lane;
-    if ((mask & bit) == 0) fail_at(std::string(op.name) + ": the calling lane is not in its mask " + hex(mask), site);
+    if ((mask & bit) == 0)
+        fail_at(std::string(op.name) + ": the calling lane is not in its mask " + hex(mask), site);
     mask &= warp.existing;
     ++counters.warp_operations;
 
@@ -488,9 +527,10 @@ void meet(WarpOp const& op, u32 mask, void* arguments, void const* site) {
         }
         // They wait for this lane and this lane waits for them, elsewhere.
         if ((open.mask & bit) != 0 && (open.arrived & mask) != 0) {
-            fail("divergent warp: lanes of one warp are at different operations\n  " + describe_thread(t) + " is in " +
-                 op.name + ", mask " + hex(mask) + ", at " + describe_site(site) + "\n  lanes " + hex(open.arrived) +
-                 " are in " + open.op->name + ", mask " + hex(open.mask) + ", at " + describe_site(open.site));
+            fail("divergent warp: lanes of one warp are at different operations\n  " +
+                 describe_thread(t) + " is in " + op.name + ", mask " + hex(mask) + ", at " +
+                 describe_site(site) + "\n  lanes " + hex(open.arrived) + " are in " +
+                 open.op->name + ", mask " + hex(open.mask) + ", at " + describe_site(open.site));
         }
     }
     if (meeting == nullptr) {
@@ -511,7 +551,8 @@ void meet(WarpOp const& op, u32 mask, void* arguments, void const* site) {
     warp.meetings.pop_back();
     op.compute(warp, complete);
     for (u32 others = mask & ~bit; others != 0; others &= others - 1) {
-        world.threads[warp.first_thread + static_cast<u32>(std::countr_zero(others))].waiting = nullptr;
+        world.threads[warp.first_thread + static_cast<u32>(std::countr_zero(others))].waiting =
+            nullptr;
     }
     warp.ready |= mask;
     world.ready_warps |= 1u << t.warp;

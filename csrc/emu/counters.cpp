@@ -1,5 +1,6 @@
-// Counting. A GPU's memory system sees warp instructions, the emulator sees one lane at a time: the accesses of each
-// lane are queued until the whole warp has come to one point, then matched by source position and occurrence.
+// Counting. A GPU's memory system sees warp instructions, the emulator sees one lane at a time: the
+// accesses of each lane are queued until the whole warp has come to one point, then matched by
+// source position and occurrence.
 #include "emu/counters.h"
 
 #include <algorithm>
@@ -49,7 +50,8 @@ struct LaneAccess {
     u32 bytes, lane;
 };
 
-// One bank holds every 32nd word; a word read by several lanes is read once. Wide accesses go in parts of 128 bytes.
+// One bank holds every 32nd word; a word read by several lanes is read once. Wide accesses go in
+// parts of 128 bytes.
 void count_shared(LaneAccess const* lanes, std::size_t count, u32 bytes) {
     u32 const per_part = bytes <= 4 ? 32 : 128 / bytes;
     ++counters.shared_accesses;
@@ -58,7 +60,8 @@ void count_shared(LaneAccess const* lanes, std::size_t count, u32 bytes) {
         u32 found = 0, in_bank[32] = {}, most = 0;
         for (std::size_t i = 0; i < count; ++i) {
             if (lanes[i].lane < part || lanes[i].lane >= part + per_part) continue;
-            for (u64 w = lanes[i].address / 4; w <= (lanes[i].address + bytes - 1) / 4 && found < 64; ++w) {
+            for (u64 w = lanes[i].address / 4;
+                 w <= (lanes[i].address + bytes - 1) / 4 && found < 64; ++w) {
                 if (std::find(words, words + found, w) == words + found) {
                     words[found++] = w;
                     most = std::max(most, ++in_bank[w % 32]);
@@ -98,7 +101,8 @@ void count_instruction(Access const& example, LaneAccess const* lanes, std::size
     }
 }
 
-// Lanes took different paths: match the k-th access of one source position with the k-th of the other lanes.
+// Lanes took different paths: match the k-th access of one source position with the k-th of the
+// other lanes.
 void flush_diverged(Warp& warp) {
     struct Queued {
         u64 key;
@@ -111,7 +115,8 @@ void flush_diverged(Warp& warp) {
     for (u32 lane = 0; lane < 32 && (warp.existing >> lane & 1); ++lane) {
         seen.clear();
         for (Access const& a : world.threads[warp.first_thread + lane].accesses) {
-            auto it = std::find_if(seen.begin(), seen.end(), [&](auto const& s) { return s.first == a.key(); });
+            auto it = std::find_if(seen.begin(), seen.end(),
+                                   [&](auto const& s) { return s.first == a.key(); });
             if (it == seen.end()) it = seen.insert(seen.end(), {a.key(), 0});
             all.push_back({a.key(), it->second++, {a.address, a.bytes, lane}, &a});
         }
@@ -122,7 +127,8 @@ void flush_diverged(Warp& warp) {
     for (std::size_t i = 0; i < all.size();) {
         LaneAccess lanes[32];
         std::size_t n = 0, j = i;
-        while (j < all.size() && all[j].key == all[i].key && all[j].occurrence == all[i].occurrence) {
+        while (j < all.size() && all[j].key == all[i].key &&
+               all[j].occurrence == all[i].occurrence) {
             lanes[n++] = all[j++].access;
         }
         count_instruction(*all[i].full, lanes, n);
@@ -154,19 +160,27 @@ bool flush_uniform(Warp& warp) {
 
 }  // namespace
 
-void reset_counters() { records.clear(); }
+void reset_counters() {
+    records.clear();
+}
 
-std::vector<LaunchRecord> const& launch_records() { return records; }
+std::vector<LaunchRecord> const& launch_records() {
+    return records;
+}
 
-void begin_counting() { counters = Counters{}; }
+void begin_counting() {
+    counters = Counters{};
+}
 
 void end_counting(Launch const& config) {
     counters.launches = 1;
-    if (records.size() >= kMostRecords) records.erase(records.begin(), records.begin() + kMostRecords / 2);
+    if (records.size() >= kMostRecords)
+        records.erase(records.begin(), records.begin() + kMostRecords / 2);
     records.push_back({config.kernel, config.grid, config.block, config.smem_bytes, counters});
 }
 
-void log_access(Thread& t, void const* address, u32 bytes, bool write, bool shared, void const* site) {
+void log_access(Thread& t, void const* address, u32 bytes, bool write, bool shared,
+                void const* site) {
     if (!shared) (write ? counters.global_write_bytes : counters.global_read_bytes) += bytes;
     u64 const at = shared ? offset_of(address) : reinterpret_cast<u64>(address);
     t.accesses.push_back({at, site, static_cast<u16>(bytes), write, shared});
@@ -178,7 +192,8 @@ void log_access(Thread& t, void const* address, u32 bytes, bool write, bool shar
 void flush_accesses(Warp& warp) {
     if (!flush_uniform(warp)) flush_diverged(warp);
     u32 const lanes = static_cast<u32>(__builtin_popcount(warp.existing));
-    for (u32 lane = 0; lane < lanes; ++lane) world.threads[warp.first_thread + lane].accesses.clear();
+    for (u32 lane = 0; lane < lanes; ++lane)
+        world.threads[warp.first_thread + lane].accesses.clear();
     warp.has_accesses = false;
 }
 

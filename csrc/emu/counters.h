@@ -1,4 +1,5 @@
-// What a launch did, counted: traffic by sector, bank conflicts, matrix FLOPs. Read by tests in place of a profiler.
+// What a launch did, counted: traffic by sector, bank conflicts, matrix FLOPs. Read by tests in
+// place of a profiler.
 #pragma once
 
 #include <string>
@@ -18,9 +19,10 @@ struct Counters {
     u64 global_read_bytes, global_write_bytes;      // asked for, by counted accesses
     u64 global_read_sectors, global_write_sectors;  // 32-byte sectors touched per warp instruction
     u64 global_reads, global_writes;                // warp instructions
-    u64 async_bytes;                                // the part of the reads that came by cp.async or TMA
+    u64 async_bytes;  // the part of the reads that came by cp.async or TMA
     u64 mma_flops, mma_instructions;
-    u64 ldmatrix, ldmatrix_wavefronts, ldmatrix_conflicts;     // stmatrix too; conflicts: wavefronts above the ideal
+    u64 ldmatrix, ldmatrix_wavefronts,
+        ldmatrix_conflicts;  // stmatrix too; conflicts: wavefronts above the ideal
     u64 shared_accesses, shared_wavefronts, shared_conflicts;  // plain accesses: race build only
     u64 atomics;
     u64 block_barriers, warp_operations;
@@ -28,7 +30,7 @@ struct Counters {
 
 struct CounterField {
     char const* name;
-    u64 Counters::*member;
+    u64 Counters::* member;
 };
 extern CounterField const kCounterFields[];
 extern std::size_t const kCounterFieldCount;
@@ -50,7 +52,8 @@ void begin_counting();
 void end_counting(Launch const& config);
 
 // Queues one lane's access; flush_accesses() then counts those of a warp as instructions.
-void log_access(Thread& thread, void const* address, u32 bytes, bool write, bool shared, void const* site);
+void log_access(Thread& thread, void const* address, u32 bytes, bool write, bool shared,
+                void const* site);
 void flush_accesses(Warp& warp);
 
 // Wavefronts of rows of 16 bytes read or written together, eight at a time.

@@ -60,7 +60,8 @@ function(lsm_emulated_kernels target flavour)
   # -O1 compiles fastest and runs as fast; -O0 is a hundred times slower. The race hooks are the runtime's own, so
   # nothing is linked with -fsanitize=thread.
   # platform.h goes first whatever a file includes first: CuTe must see its macros.
-  target_compile_options(${target}_kernels PRIVATE -O1 -Wno-unknown-pragmas -Wno-missing-field-initializers "SHELL:-include emu/platform.h")
+  target_compile_options(${target}_kernels PRIVATE -O1 "SHELL:-include emu/platform.h"
+    -Wno-unknown-pragmas -Wno-missing-field-initializers)
   if(flavour STREQUAL "race")
     target_compile_options(${target}_kernels PRIVATE -fsanitize=thread
       "SHELL:--param tsan-instrument-func-entry-exit=0" "SHELL:--param tsan-distinguish-volatile=1"

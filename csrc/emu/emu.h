@@ -1,8 +1,9 @@
 // The SIMT emulator's interface: what platform.h and the shadowed cute/arch headers call.
 //
-// A launch runs every CUDA thread as a fiber on the calling CPU thread. Warp-level operations are a rendezvous: each
-// lane posts its operands, the last to arrive computes for all of them. Anything a GPU would leave undefined ends the
-// launch with an exception that says what happened, where, and under which seed.
+// A launch runs every CUDA thread as a fiber on the calling CPU thread. Warp-level operations are a
+// rendezvous: each lane posts its operands, the last to arrive computes for all of them. Anything a
+// GPU would leave undefined ends the launch with an exception that says what happened, where, and
+// under which seed.
 #pragma once
 
 #include <vector_types.h>
@@ -36,7 +37,8 @@ struct Launch {
     void const* kernel;
 };
 
-// Runs body(arguments) once per thread of the grid; throws std::runtime_error with the report if anything was wrong.
+// Runs body(arguments) once per thread of the grid; throws std::runtime_error with the report if
+// anything was wrong.
 void launch(Launch const& config, void (*body)(void*), void* arguments);
 
 // Ends the launch (inside one) or throws (outside).
@@ -49,7 +51,8 @@ constexpr u32 kSharedWindow = 1024;
 
 char* shared_base();
 u32 shared_offset(void const* pointer);
-// The host address of [offset, offset + bytes), which must lie in the block's shared memory, aligned to `bytes`.
+// The host address of [offset, offset + bytes), which must lie in the block's shared memory,
+// aligned to `bytes`.
 char* shared_pointer(u32 offset, u32 bytes, char const* what, void const* site);
 
 // ---- Threads and barriers ----
@@ -103,7 +106,8 @@ void mbarrier_complete_tx(u32 barrier, u32 bytes);
 bool mbarrier_test_parity(u32 barrier, u32 parity);
 void mbarrier_wait_parity(u32 barrier, u32 parity);
 
-// Coordinates of the innermost dimension first. The map is what cuTensorMapEncodeTiled wrote (tma.cpp).
+// Coordinates of the innermost dimension first. The map is what cuTensorMapEncodeTiled wrote
+// (tma.cpp).
 void tma_load(void const* map, u32 barrier, u32 destination, int rank, int const* coordinate);
 void tma_store(void const* map, u32 source, int rank, int const* coordinate, bool add);
 void bulk_load(void const* source, u32 barrier, u32 destination, u32 bytes);
@@ -120,8 +124,10 @@ struct WgmmaShape {
     bool a_is_mn_major, b_is_mn_major;
     int a_scale, b_scale;
 };
-// Accumulators are captured by address and written at the wait. `a` is a descriptor, or four registers if `a_registers`.
-void wgmma(WgmmaShape const& shape, float* const* d, u64 a, u32 const* const* a_registers, u64 b, bool accumulate);
+// Accumulators are captured by address and written at the wait. `a` is a descriptor, or four
+// registers if `a_registers`.
+void wgmma(WgmmaShape const& shape, float* const* d, u64 a, u32 const* const* a_registers, u64 b,
+           bool accumulate);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(u32 pending);
@@ -131,7 +137,18 @@ void wgmma_wait(u32 pending);
 // Counts one lane's access; must precede the access itself.
 void note_global(void const* address, u32 bytes, bool write);
 
-enum class Atomic { add, minimum, maximum, bit_and, bit_or, bit_xor, exchange, compare_exchange, increment, decrement };
+enum class Atomic {
+    add,
+    minimum,
+    maximum,
+    bit_and,
+    bit_or,
+    bit_xor,
+    exchange,
+    compare_exchange,
+    increment,
+    decrement
+};
 enum class Number { i32, u32, u64, f32, f64, f16x2, bf16x2 };
 // One read-modify-write on shared or global memory; returns the old bits.
 u64 atomic(Atomic operation, Number type, void* address, u64 value, u64 compare = 0);
@@ -139,7 +156,8 @@ void threadfence();
 
 }  // namespace lsm::emu
 
-// CUDA's built-in variables: real objects, rewritten at every switch, because CuTe wants their exact types.
+// CUDA's built-in variables: real objects, rewritten at every switch, because CuTe wants their
+// exact types.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;

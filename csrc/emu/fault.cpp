@@ -1,7 +1,7 @@
-// Turns a signal inside a kernel into a report: shared memory and stacks end at unmapped pages, and the race build is
-// compiled to trap at a misaligned access.
-#include <csignal>
+// Turns a signal inside a kernel into a report: shared memory and stacks end at unmapped pages, and
+// the race build is compiled to trap at a misaligned access.
 #include <ucontext.h>
+#include <csignal>
 
 #include "emu/internal.h"
 
@@ -30,8 +30,8 @@ int fault_signal;
     } else if (below_stack >= 0 && below_stack < 128 * 1024) {
         what = "a thread's stack is exhausted: too many local variables";
     } else if (from_shared >= -(1 << 20) && from_shared < (1 << 21)) {
-        what = "out of bounds: access to shared memory + " + std::to_string(from_shared) + ", which has " +
-               std::to_string(world.shared_bytes) + " bytes";
+        what = "out of bounds: access to shared memory + " + std::to_string(from_shared) +
+               ", which has " + std::to_string(world.shared_bytes) + " bytes";
     }
     fail_at(what, static_cast<char const*>(fault_site) + 1);
 }
@@ -65,7 +65,7 @@ void install_fault_handler() {
     mine.ss_sp = signal_stack;
     mine.ss_size = kSignalStack;
     sigaltstack(&mine, &previous_stack);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);

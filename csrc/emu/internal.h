@@ -1,9 +1,9 @@
-// What the emulator's own files share: threads, warps, the running block, and the scheduler's entry points.
+// What the emulator's own files share: threads, warps, the running block, and the scheduler's entry
+// points.
 #pragma once
 
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -46,7 +46,6 @@ struct BulkCopy {
     u32 bytes;
     bool add;
     Element element;
-    u32 thread;
     void const* site;
     std::shared_ptr<struct Clock> clock;  // race build: what the issuing thread knew
 };
@@ -69,7 +68,7 @@ struct PendingWgmma {
     u64 a, b;
     bool accumulate, a_in_registers;
     void const* site;
-    std::vector<float*> d;              // n / 2 addresses for each of 128 threads
+    std::vector<float*> d;                // n / 2 addresses for each of 128 threads
     std::vector<u32 const*> a_registers;  // 4 for each of 128 threads
 };
 
@@ -83,8 +82,8 @@ struct Thread {
     void const* site = nullptr;     // where it waits, or was last seen
     int result = 0;                 // of a barrier with a predicate
 
-    std::vector<Copy> copies;       // cp.async, in issue order
-    std::vector<u32> copy_groups;   // end of each committed group in `copies`
+    std::vector<Copy> copies;      // cp.async, in issue order
+    std::vector<u32> copy_groups;  // end of each committed group in `copies`
     u32 copies_landed = 0;
 
     std::vector<BulkCopy> bulk_stores;  // shared -> global, carried out at the wait
@@ -137,7 +136,6 @@ struct Warpgroup {
 // Completion of the cp.async a thread had issued before it attached them to an mbarrier.
 struct AttachedCopies {
     std::vector<Copy> copies;
-    u32 thread;
     std::shared_ptr<struct Clock> clock;
 };
 
@@ -149,7 +147,8 @@ struct Mbarrier {
     std::vector<BulkCopy> incoming;        // TMA bytes: they land when somebody waits
     std::vector<AttachedCopies> attached;  // likewise
     std::vector<Thread*> waiting;          // for the running phase
-    std::shared_ptr<struct Clock> arriving, completed;  // race build: of the running phase, of the one before
+    std::shared_ptr<struct Clock> arriving,
+        completed;  // race build: of the running phase, of the one before
 };
 
 struct World {
@@ -164,7 +163,8 @@ struct World {
     u64 block = 0;  // linear index of the running block
     Thread* current = nullptr;
     u32 ready_warps = 0;
-    u64 progress = 0;  // changes whenever something happened that a polling thread may be waiting for
+    u64 progress =
+        0;  // changes whenever something happened that a polling thread may be waiting for
 
     char* shared = nullptr;
     u32 shared_bytes = 0;
@@ -211,8 +211,9 @@ void meet_full_warp(WarpOp const& op, void* arguments, void const* site);
 std::string hex(u64 value);
 std::string describe_thread(Thread const& thread);  // "thread (3,0,0) of warp 0"
 std::string describe_shared(u64 address, u32 bytes);
-std::string describe_site(void const* site);        // source line, with the helpers it was inlined from
-// `site`, or, if that lies in CuTe's code, the first address of the running thread's callers that does not.
+std::string describe_site(void const* site);  // source line, with the helpers it was inlined from
+// `site`, or, if that lies in CuTe's code, the first address of the running thread's callers that
+// does not.
 void const* nearest_in_kernel(void const* site);
 [[noreturn]] void fail_at(std::string const& what, void const* site);
 
@@ -221,8 +222,11 @@ void land_copies(Thread& thread, u32 end);
 void check_thread_exit(Thread& thread);
 void check_block_exit();
 void check_mbarriers_at_exit();
-// The bank pattern of TMA and wgmma: bits 4.. of a shared offset are flipped by bits 7.., as many as `bits`.
-inline u32 swizzle(u32 offset, u32 bits) { return offset ^ ((offset >> 3) & (((1u << bits) - 1) << 4)); }
+// The bank pattern of TMA and wgmma: bits 4.. of a shared offset are flipped by bits 7.., as many
+// as `bits`.
+inline u32 swizzle(u32 offset, u32 bits) {
+    return offset ^ ((offset >> 3) & (((1u << bits) - 1) << 4));
+}
 
 void install_fault_handler();
 void remove_fault_handler();

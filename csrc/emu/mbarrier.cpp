@@ -1,5 +1,6 @@
-// mbarriers. Their state is kept here; the 8 bytes in shared memory hold a mark that shows if they are overwritten.
-// Bytes on their way to a barrier land when a thread waits for it, so that nothing reads them early by luck.
+// mbarriers. Their state is kept here; the 8 bytes in shared memory hold a mark that shows if they
+// are overwritten. Bytes on their way to a barrier land when a thread waits for it, so that nothing
+// reads them early by luck.
 #include <algorithm>
 
 #include "emu/internal.h"
@@ -10,7 +11,9 @@ namespace {
 
 constexpr u64 kMark = 0x6d626172726965;
 
-char* bytes_of(u32 offset, void const* site) { return shared_pointer(offset, 8, "mbarrier", site); }
+char* bytes_of(u32 offset, void const* site) {
+    return shared_pointer(offset, 8, "mbarrier", site);
+}
 
 Mbarrier& find(u32 offset, char const* op, void const* site) {
     char const* const p = bytes_of(offset, site);
@@ -18,7 +21,8 @@ Mbarrier& find(u32 offset, char const* op, void const* site) {
         if (b.offset != offset) continue;
         u64 mark;
         std::memcpy(&mark, p, 8);
-        if (mark != kMark) fail_at(std::string(op) + ": the mbarrier's bytes were overwritten", site);
+        if (mark != kMark)
+            fail_at(std::string(op) + ": the mbarrier's bytes were overwritten", site);
         // Unordered use of a barrier is what it is for, but not before its initialisation is known.
         if constexpr (kRace) race::access(*world.current, p, 8, race::Kind::atomic, site);
         return b;
@@ -29,7 +33,8 @@ Mbarrier& find(u32 offset, char const* op, void const* site) {
 }
 
 void complete_if_due(Mbarrier& b, void const* site) {
-    if (b.arrivals_left < 0) fail_at("mbarrier: more arrivals than the " + std::to_string(b.count) + " expected", site);
+    if (b.arrivals_left < 0)
+        fail_at("mbarrier: more arrivals than the " + std::to_string(b.count) + " expected", site);
     if (b.arrivals_left != 0 || b.bytes_left != 0) return;
     ++b.phase;
     b.arrivals_left = b.count;
@@ -73,14 +78,17 @@ void land(Mbarrier& b, void const* site) {
     complete_if_due(b, site);
 }
 
-bool is_complete(Mbarrier const& b, u32 parity) { return (b.phase & 1) != (parity & 1); }
+bool is_complete(Mbarrier const& b, u32 parity) {
+    return (b.phase & 1) != (parity & 1);
+}
 
 }  // namespace
 
 void mbarrier_init(u32 offset, u32 count) {
     void const* const site = LSM_EMU_SITE;
     char* const p = bytes_of(offset, site);
-    if (count == 0 || count >= 1u << 20) fail_at("mbarrier.init: a count of " + std::to_string(count), site);
+    if (count == 0 || count >= 1u << 20)
+        fail_at("mbarrier.init: a count of " + std::to_string(count), site);
     if constexpr (kRace) race::access(*world.current, p, 8, race::Kind::write, site);
     std::memcpy(p, &kMark, 8);
     std::erase_if(world.mbarriers, [&](Mbarrier const& b) { return b.offset == offset; });
@@ -103,7 +111,9 @@ void mbarrier_arrive(u32 offset, u32 count) {
     complete_if_due(b, site);
 }
 
-void mbarrier_expect_tx(u32 offset, u32 bytes) { find(offset, "mbarrier.expect_tx", LSM_EMU_SITE).bytes_left += bytes; }
+void mbarrier_expect_tx(u32 offset, u32 bytes) {
+    find(offset, "mbarrier.expect_tx", LSM_EMU_SITE).bytes_left += bytes;
+}
 
 void mbarrier_complete_tx(u32 offset, u32 bytes) {
     void const* const site = LSM_EMU_SITE;
@@ -153,7 +163,6 @@ void cp_async_mbarrier_arrive(u32 offset, bool no_increment) {
     Thread& t = *world.current;
     if (!no_increment) ++b.arrivals_left;
     AttachedCopies a;
-    a.thread = t.id;
     a.copies.assign(t.copies.begin() + t.copies_landed, t.copies.end());
     if constexpr (kRace) race::release(t, a.clock);
     t.copies.clear();
@@ -166,9 +175,11 @@ void cp_async_mbarrier_arrive(u32 offset, bool no_increment) {
 void check_mbarriers_at_exit() {
     for (Mbarrier const& b : world.mbarriers) {
         if (!b.incoming.empty()) {
-            fail("the block ended with a TMA load in flight, issued at " + describe_site(b.incoming.front().site));
+            fail("the block ended with a TMA load in flight, issued at " +
+                 describe_site(b.incoming.front().site));
         }
-        if (!b.attached.empty()) fail("the block ended with a cp.async in flight that an mbarrier was to announce");
+        if (!b.attached.empty())
+            fail("the block ended with a cp.async in flight that an mbarrier was to announce");
     }
 }
 

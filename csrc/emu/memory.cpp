@@ -12,13 +12,16 @@
 
 namespace lsm::emu {
 
-char* shared_base() { return world.shared; }
+char* shared_base() {
+    return world.shared;
+}
 
 u32 shared_offset(void const* pointer) {
     auto const distance = static_cast<char const*>(pointer) - world.shared;
     // One past the end is an address too; what is read there is checked at the access.
     if (distance < 0 || distance > static_cast<std::ptrdiff_t>(world.shared_bytes)) {
-        fail_at("out of bounds: a pointer that is not in shared memory (" + std::to_string(world.shared_bytes) +
+        fail_at("out of bounds: a pointer that is not in shared memory (" +
+                    std::to_string(world.shared_bytes) +
                     " bytes) was converted to a shared address",
                 LSM_EMU_SITE);
     }
@@ -28,13 +31,14 @@ u32 shared_offset(void const* pointer) {
 char* shared_pointer(u32 offset, u32 bytes, char const* what, void const* site) {
     u32 const at = offset - kSharedWindow;
     if (offset < kSharedWindow || at + bytes > world.shared_bytes) {
-        fail_at("out of bounds: " + std::string(what) + " of " + std::to_string(bytes) + " bytes at shared memory + " +
-                    std::to_string(static_cast<int>(at)) + ", which has " + std::to_string(world.shared_bytes) + " bytes",
+        fail_at("out of bounds: " + std::string(what) + " of " + std::to_string(bytes) +
+                    " bytes at shared memory + " + std::to_string(static_cast<int>(at)) +
+                    ", which has " + std::to_string(world.shared_bytes) + " bytes",
                 site);
     }
     if (offset % bytes != 0) {
-        fail_at("misaligned: " + std::string(what) + " of " + std::to_string(bytes) + " bytes at shared memory + " +
-                    std::to_string(at),
+        fail_at("misaligned: " + std::string(what) + " of " + std::to_string(bytes) +
+                    " bytes at shared memory + " + std::to_string(at),
                 site);
     }
     return world.shared + at;
@@ -70,21 +74,33 @@ T take(u64 bits) {
 template <class T>
 T combine(Atomic operation, T old, T value, T compare) {
     switch (operation) {
-        case Atomic::add: return old + value;
-        case Atomic::minimum: return std::min(old, value);
-        case Atomic::maximum: return std::max(old, value);
-        case Atomic::exchange: return value;
-        default: break;
+        case Atomic::add:
+            return old + value;
+        case Atomic::minimum:
+            return std::min(old, value);
+        case Atomic::maximum:
+            return std::max(old, value);
+        case Atomic::exchange:
+            return value;
+        default:
+            break;
     }
     if constexpr (std::is_integral_v<T>) {
         switch (operation) {
-            case Atomic::bit_and: return old & value;
-            case Atomic::bit_or: return old | value;
-            case Atomic::bit_xor: return old ^ value;
-            case Atomic::compare_exchange: return old == compare ? value : old;
-            case Atomic::increment: return old >= value ? T{0} : old + 1;
-            case Atomic::decrement: return old == 0 || old > value ? value : old - 1;
-            default: break;
+            case Atomic::bit_and:
+                return old & value;
+            case Atomic::bit_or:
+                return old | value;
+            case Atomic::bit_xor:
+                return old ^ value;
+            case Atomic::compare_exchange:
+                return old == compare ? value : old;
+            case Atomic::increment:
+                return old >= value ? T{0} : old + 1;
+            case Atomic::decrement:
+                return old == 0 || old > value ? value : old - 1;
+            default:
+                break;
         }
     }
     fail("no such atomic in CUDA");
@@ -94,7 +110,8 @@ __half2 add(__half2 a, __half2 b) {
     return __floats2half2_rn(__low2float(a) + __low2float(b), __high2float(a) + __high2float(b));
 }
 __nv_bfloat162 add(__nv_bfloat162 a, __nv_bfloat162 b) {
-    return __floats2bfloat162_rn(__low2float(a) + __low2float(b), __high2float(a) + __high2float(b));
+    return __floats2bfloat162_rn(__low2float(a) + __low2float(b),
+                                 __high2float(a) + __high2float(b));
 }
 
 template <class T>
@@ -128,13 +145,20 @@ u64 atomic(Atomic operation, Number type, void* address, u64 value, u64 compare)
         }
     }
     switch (type) {
-        case Number::i32: return modify<int32_t>(operation, address, value, compare);
-        case Number::u32: return modify<u32>(operation, address, value, compare);
-        case Number::u64: return modify<u64>(operation, address, value, compare);
-        case Number::f32: return modify<float>(operation, address, value, compare);
-        case Number::f64: return modify<double>(operation, address, value, compare);
-        case Number::f16x2: return modify<__half2>(operation, address, value, compare);
-        case Number::bf16x2: return modify<__nv_bfloat162>(operation, address, value, compare);
+        case Number::i32:
+            return modify<int32_t>(operation, address, value, compare);
+        case Number::u32:
+            return modify<u32>(operation, address, value, compare);
+        case Number::u64:
+            return modify<u64>(operation, address, value, compare);
+        case Number::f32:
+            return modify<float>(operation, address, value, compare);
+        case Number::f64:
+            return modify<double>(operation, address, value, compare);
+        case Number::f16x2:
+            return modify<__half2>(operation, address, value, compare);
+        case Number::bf16x2:
+            return modify<__nv_bfloat162>(operation, address, value, compare);
     }
     __builtin_unreachable();
 }
@@ -149,7 +173,8 @@ void cp_async(u32 destination, void const* source, u32 bytes, u32 source_bytes) 
     Thread& t = *world.current;
     t.site = LSM_EMU_SITE;
     char* const to = shared_pointer(destination, bytes, "cp.async", t.site);
-    if (source_bytes > bytes) fail_at("cp.async: the source is longer than the destination", t.site);
+    if (source_bytes > bytes)
+        fail_at("cp.async: the source is longer than the destination", t.site);
     if (source_bytes > 0) {
         check_global_alignment(source, bytes, t.site);
         if (in_shared(source)) fail_at("cp.async: the source is in shared memory", t.site);
@@ -205,12 +230,12 @@ void cp_async_wait_all() {
 
 void check_thread_exit(Thread& t) {
     if (t.copies_landed < t.copies.size()) {
-        fail("a thread exited with a cp.async in flight\n  by " + describe_thread(t) + "\n  issued at " +
-             describe_site(t.copies[t.copies_landed].site));
+        fail("a thread exited with a cp.async in flight\n  by " + describe_thread(t) +
+             "\n  issued at " + describe_site(t.copies[t.copies_landed].site));
     }
     if (!t.bulk_stores.empty()) {
-        fail("a thread exited with a TMA store in flight\n  by " + describe_thread(t) + "\n  issued at " +
-             describe_site(t.bulk_stores.front().site));
+        fail("a thread exited with a TMA store in flight\n  by " + describe_thread(t) +
+             "\n  issued at " + describe_site(t.bulk_stores.front().site));
     }
 }
 

@@ -18,7 +18,8 @@ struct F16 {
     // The exponent is rebased by a multiplication, which also normalises denormals.
     static float decode(uint32_t bits) {
         uint32_t const sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
-        if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+        if (rest >= 0x7c00u)
+            return std::bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
         float const magnitude = std::bit_cast<float>(rest << 13) * 0x1p112f;
         return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
     }

@@ -1,4 +1,5 @@
-// The Python module of one flavour: seeds, schedules, counters and reports. Importing it also registers the operators.
+// The Python module of one flavour: seeds, schedules, counters and reports. Importing it also
+// registers the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,13 +16,15 @@ namespace emu = lsm::emu;
 namespace {
 
 emu::Schedule schedule_named(std::string const& name) {
-    static std::map<std::string, emu::Schedule> const names{{"by_seed", emu::Schedule::by_seed},
-                                                            {"in_order", emu::Schedule::in_order},
-                                                            {"uniform", emu::Schedule::uniform},
-                                                            {"run_ahead", emu::Schedule::run_ahead}};
+    static std::map<std::string, emu::Schedule> const names{
+        {"by_seed", emu::Schedule::by_seed},
+        {"in_order", emu::Schedule::in_order},
+        {"uniform", emu::Schedule::uniform},
+        {"run_ahead", emu::Schedule::run_ahead}};
     auto const it = names.find(name);
     if (it == names.end()) {
-        throw py::value_error("schedule must be by_seed, in_order, uniform or run_ahead, got '" + name + "'");
+        throw py::value_error("schedule must be by_seed, in_order, uniform or run_ahead, got '" +
+                              name + "'");
     }
     return it->second;
 }
@@ -61,10 +64,14 @@ PYBIND11_MODULE(LSM_EMU_MODULE, m) {
     m.doc() = "The CUDA kernels on a CPU: docs/emulator.md.";
     m.def("set_seed", &emu::set_seed, py::arg("seed"), "Seed of the following launches' schedule.");
     m.def(
-        "set_schedule", [](std::string const& name) { emu::set_schedule(schedule_named(name)); }, py::arg("schedule"),
-        "by_seed (default: 0 in order, odd uniform, even run-ahead), in_order, uniform or run_ahead.");
-    m.def("set_multiprocessors", &emu::set_multiprocessors, py::arg("count"), "What multiprocessors() tells launchers.");
+        "set_schedule", [](std::string const& name) { emu::set_schedule(schedule_named(name)); },
+        py::arg("schedule"),
+        "by_seed (default: 0 in order, odd uniform, even run-ahead), in_order, uniform or "
+        "run_ahead.");
+    m.def("set_multiprocessors", &emu::set_multiprocessors, py::arg("count"),
+          "What multiprocessors() tells launchers.");
     m.def("reset_counters", &emu::reset_counters, "Forget the launches counted so far.");
-    m.def("counters", &read_counters, "{'total': {name: count}, 'launches': [one dict per launch, in order]}.");
+    m.def("counters", &read_counters,
+          "{'total': {name: count}, 'launches': [one dict per launch, in order]}.");
     m.def("last_report", &emu::last_report, "Report of the last launch that failed, or ''.");
 }

@@ -1,5 +1,5 @@
-// CUDA's names for the host compiler, and the host side of kernels/platform.cuh. Included before any CUDA or CUTLASS
-// header. Everything here is a thin call into emu.h.
+// CUDA's names for the host compiler, and the host side of kernels/platform.cuh. Included before
+// any CUDA or CUTLASS header. Everything here is a thin call into emu.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,8 +35,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// CuTe fills tensor maps only for a compiler that says it is nvcc 12 or later, and then calls the driver's function,
-// which the emulator defines.
+// CuTe fills tensor maps only for a compiler that says it is nvcc 12 or later, and then calls the
+// driver's function, which the emulator defines.
 #ifndef __CUDACC_VER_MAJOR__
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
@@ -45,23 +45,45 @@
 
 // CuTe then asks us for shared addresses instead of printing an error.
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
-inline std::size_t __cvta_generic_to_shared(void const* pointer) { return lsm::emu::shared_offset(pointer); }
+inline std::size_t __cvta_generic_to_shared(void const* pointer) {
+    return lsm::emu::shared_offset(pointer);
+}
 inline void* __cvta_shared_to_generic(std::size_t offset) {
     return lsm::emu::shared_base() + (offset - lsm::emu::kSharedWindow);
 }
 
 // ---- Barriers, fences ----
 
-inline void __syncthreads() { lsm::emu::syncthreads(lsm::emu::Reduce::none, 0); }
-inline int __syncthreads_count(int p) { return lsm::emu::syncthreads(lsm::emu::Reduce::count, p); }
-inline int __syncthreads_and(int p) { return lsm::emu::syncthreads(lsm::emu::Reduce::all, p); }
-inline int __syncthreads_or(int p) { return lsm::emu::syncthreads(lsm::emu::Reduce::any, p); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { lsm::emu::syncwarp(mask); }
-inline void __threadfence() { lsm::emu::threadfence(); }
-inline void __threadfence_block() { lsm::emu::threadfence(); }
-inline void __threadfence_system() { lsm::emu::threadfence(); }
-inline void __nanosleep(unsigned) { lsm::emu::yield(); }
-[[noreturn]] inline void __trap() { lsm::emu::fail("__trap() was executed"); }
+inline void __syncthreads() {
+    lsm::emu::syncthreads(lsm::emu::Reduce::none, 0);
+}
+inline int __syncthreads_count(int p) {
+    return lsm::emu::syncthreads(lsm::emu::Reduce::count, p);
+}
+inline int __syncthreads_and(int p) {
+    return lsm::emu::syncthreads(lsm::emu::Reduce::all, p);
+}
+inline int __syncthreads_or(int p) {
+    return lsm::emu::syncthreads(lsm::emu::Reduce::any, p);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    lsm::emu::syncwarp(mask);
+}
+inline void __threadfence() {
+    lsm::emu::threadfence();
+}
+inline void __threadfence_block() {
+    lsm::emu::threadfence();
+}
+inline void __threadfence_system() {
+    lsm::emu::threadfence();
+}
+inline void __nanosleep(unsigned) {
+    lsm::emu::yield();
+}
+[[noreturn]] inline void __trap() {
+    lsm::emu::fail("__trap() was executed");
+}
 
 // ---- Shuffles, votes, reductions ----
 
@@ -91,20 +113,28 @@ __forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32
 }
 template <class T>
 __forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    return lsm::emu::shuffle_value(lsm::emu::Shuffle::up, mask, value, static_cast<int>(delta), width);
+    return lsm::emu::shuffle_value(lsm::emu::Shuffle::up, mask, value, static_cast<int>(delta),
+                                   width);
 }
 template <class T>
 __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    return lsm::emu::shuffle_value(lsm::emu::Shuffle::down, mask, value, static_cast<int>(delta), width);
+    return lsm::emu::shuffle_value(lsm::emu::Shuffle::down, mask, value, static_cast<int>(delta),
+                                   width);
 }
 template <class T>
 __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
     return lsm::emu::shuffle_value(lsm::emu::Shuffle::exclusive_or, mask, value, lanes, width);
 }
 
-inline int __any_sync(unsigned mask, int p) { return lsm::emu::vote(lsm::emu::Vote::any, mask, p != 0); }
-inline int __all_sync(unsigned mask, int p) { return lsm::emu::vote(lsm::emu::Vote::all, mask, p != 0); }
-inline unsigned __ballot_sync(unsigned mask, int p) { return lsm::emu::vote(lsm::emu::Vote::ballot, mask, p != 0); }
+inline int __any_sync(unsigned mask, int p) {
+    return lsm::emu::vote(lsm::emu::Vote::any, mask, p != 0);
+}
+inline int __all_sync(unsigned mask, int p) {
+    return lsm::emu::vote(lsm::emu::Vote::all, mask, p != 0);
+}
+inline unsigned __ballot_sync(unsigned mask, int p) {
+    return lsm::emu::vote(lsm::emu::Vote::ballot, mask, p != 0);
+}
 
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
@@ -210,44 +240,116 @@ inline unsigned atomicDec(unsigned* p, unsigned v) {
 
 // ---- Arithmetic ----
 
-inline float __expf(float x) { return std::exp(x); }
-inline float __exp10f(float x) { return std::pow(10.0f, x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __sinf(float x) { return std::sin(x); }
-inline float __cosf(float x) { return std::cos(x); }
-inline float __powf(float x, float y) { return std::pow(x, y); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline float __expf(float x) {
+    return std::exp(x);
+}
+inline float __exp10f(float x) {
+    return std::pow(10.0f, x);
+}
+inline float __logf(float x) {
+    return std::log(x);
+}
+inline float __log2f(float x) {
+    return std::log2(x);
+}
+inline float __sinf(float x) {
+    return std::sin(x);
+}
+inline float __cosf(float x) {
+    return std::cos(x);
+}
+inline float __powf(float x, float y) {
+    return std::pow(x, y);
+}
+inline float __fdividef(float x, float y) {
+    return x / y;
+}
+inline float __frcp_rn(float x) {
+    return 1.0f / x;
+}
+inline float __fsqrt_rn(float x) {
+    return std::sqrt(x);
+}
+inline float __frsqrt_rn(float x) {
+    return 1.0f / std::sqrt(x);
+}
+inline float __fmaf_rn(float a, float b, float c) {
+    return std::fma(a, b, c);
+}
+inline float __fadd_rn(float a, float b) {
+    return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+    return a - b;
+}
+inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
+inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+inline float __saturatef(float x) {
+    return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
+}
+inline float rsqrtf(float x) {
+    return 1.0f / std::sqrt(x);
+}
+inline double rsqrt(double x) {
+    return 1.0 / std::sqrt(x);
+}
 
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
-inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }
-inline int __float2int_ru(float x) { return static_cast<int>(std::ceil(x)); }
-inline float __int2float_rn(int x) { return static_cast<float>(x); }
+inline unsigned __float_as_uint(float x) {
+    return std::bit_cast<unsigned>(x);
+}
+inline int __float_as_int(float x) {
+    return std::bit_cast<int>(x);
+}
+inline float __uint_as_float(unsigned x) {
+    return std::bit_cast<float>(x);
+}
+inline float __int_as_float(int x) {
+    return std::bit_cast<float>(x);
+}
+inline long long __double_as_longlong(double x) {
+    return std::bit_cast<long long>(x);
+}
+inline double __longlong_as_double(long long x) {
+    return std::bit_cast<double>(x);
+}
+inline int __float2int_rn(float x) {
+    return static_cast<int>(std::nearbyint(x));
+}
+inline int __float2int_rz(float x) {
+    return static_cast<int>(x);
+}
+inline int __float2int_rd(float x) {
+    return static_cast<int>(std::floor(x));
+}
+inline int __float2int_ru(float x) {
+    return static_cast<int>(std::ceil(x));
+}
+inline float __int2float_rn(int x) {
+    return static_cast<float>(x);
+}
 
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
-inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __popc(unsigned x) {
+    return std::popcount(x);
+}
+inline int __popcll(unsigned long long x) {
+    return std::popcount(x);
+}
+inline int __clz(int x) {
+    return std::countl_zero(static_cast<unsigned>(x));
+}
+inline int __clzll(long long x) {
+    return std::countl_zero(static_cast<unsigned long long>(x));
+}
+inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+inline int __ffsll(long long x) {
+    return __builtin_ffsll(x);
+}
 inline unsigned __brev(unsigned x) {
     unsigned r = 0;
     for (int i = 0; i < 32; ++i) r |= ((x >> i) & 1u) << (31 - i);
@@ -270,12 +372,15 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned n) {
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) {
     return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32) | low) >> (n & 31));
 }
-inline int __mul24(int a, int b) { return a * b; }
+inline int __mul24(int a, int b) {
+    return a * b;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
 }
 inline int __dp4a(int a, int b, int c) {
-    for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
+    for (int i = 0; i < 4; ++i)
+        c += static_cast<int8_t>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
     return c;
 }
 
@@ -320,18 +425,28 @@ __forceinline__ void __stcg(T* p, T value) {
 
 namespace lsm {
 
-inline char* dyn_smem() { return emu::shared_base(); }
+inline char* dyn_smem() {
+    return emu::shared_base();
+}
 
-inline uint32_t smem_u32(void const* p) { return emu::shared_offset(p); }
+inline uint32_t smem_u32(void const* p) {
+    return emu::shared_offset(p);
+}
 
-__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { emu::ldmatrix(r, 4, false, address); }
-__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) { emu::ldmatrix(r, 4, true, address); }
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+    emu::ldmatrix(r, 4, false, address);
+}
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+    emu::ldmatrix(r, 4, true, address);
+}
 
 __forceinline__ void cp_async16(uint32_t destination, void const* source, bool valid) {
     emu::cp_async(destination, source, 16, valid ? 16 : 0);
 }
 
-__forceinline__ void cp_async_commit() { emu::cp_async_commit(); }
+__forceinline__ void cp_async_commit() {
+    emu::cp_async_commit();
+}
 
 template <int Pending>
 __forceinline__ void cp_async_wait() {
@@ -345,8 +460,12 @@ uint32_t bits_of(T2 const& pair) {
     return bits;
 }
 
-inline uint32_t pack(float low, float high, __nv_bfloat16*) { return bits_of(__floats2bfloat162_rn(low, high)); }
-inline uint32_t pack(float low, float high, __half*) { return bits_of(__floats2half2_rn(low, high)); }
+inline uint32_t pack(float low, float high, __nv_bfloat16*) {
+    return bits_of(__floats2bfloat162_rn(low, high));
+}
+inline uint32_t pack(float low, float high, __half*) {
+    return bits_of(__floats2half2_rn(low, high));
+}
 
 inline float exp2_approx(float x) {
     float const y = std::exp2(x);
@@ -366,12 +485,16 @@ __forceinline__ void store_global(T* p, std::type_identity_t<T> value) {
 }
 
 template <class... P>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void*, P... params) {
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void*,
+            P... params) {
     auto body = [&] { kernel(params...); };
-    emu::launch({grid, block, smem_bytes, reinterpret_cast<void const*>(kernel)},
-                [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body);
+    emu::launch(
+        {grid, block, smem_bytes, reinterpret_cast<void const*>(kernel)},
+        [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body);
 }
 
-inline int multiprocessors() { return emu::multiprocessors(); }
+inline int multiprocessors() {
+    return emu::multiprocessors();
+}
 
 }  // namespace lsm

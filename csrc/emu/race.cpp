@@ -1,9 +1,11 @@
-// The race detector: vector clocks over threads, shadow cells over memory (FastTrack with two read slots).
+// The race detector: vector clocks over threads, shadow cells over memory (FastTrack with two read
+// slots).
 //
-// A cell stands for 2 bytes of shared or 4 of global memory and remembers the last write and two reads, each as
-// (thread, epoch). An access is ordered after a remembered one if the accessing thread knows an epoch of the other at
-// least as new. Only barriers, __syncwarp, mbarriers and fenced atomics make a thread know more: shuffles, votes, mma
-// and ldmatrix do not, as on hardware. Blocks know nothing of each other but through fenced atomics.
+// A cell stands for 2 bytes of shared or 4 of global memory and remembers the last write and two
+// reads, each as (thread, epoch). An access is ordered after a remembered one if the accessing
+// thread knows an epoch of the other at least as new. Only barriers, __syncwarp, mbarriers and
+// fenced atomics make a thread know more: shuffles, votes, mma and ldmatrix do not, as on hardware.
+// Blocks know nothing of each other but through fenced atomics.
 #include "emu/race.h"
 
 #include <algorithm>
@@ -43,7 +45,8 @@ struct GlobalPage {
     Cell cells[kPageBytes / kGlobalGranule];
 };
 
-using Foreign = std::map<u32, std::shared_ptr<Clock const>>;  // block -> what is known of its threads
+using Foreign =
+    std::map<u32, std::shared_ptr<Clock const>>;  // block -> what is known of its threads
 
 struct Knowledge {
     u32 now = 1;                        // own epoch
@@ -65,17 +68,22 @@ std::vector<std::string> reports;
 std::set<std::tuple<int32_t, int32_t, int>> reported;
 
 int32_t encode(void const* site) {
-    return static_cast<int32_t>(static_cast<char const*>(site) - reinterpret_cast<char const*>(&begin_launch));
+    return static_cast<int32_t>(static_cast<char const*>(site) -
+                                reinterpret_cast<char const*>(&begin_launch));
 }
-void const* decode(int32_t site) { return reinterpret_cast<char const*>(&begin_launch) + site; }
+void const* decode(int32_t site) {
+    return reinterpret_cast<char const*>(&begin_launch) + site;
+}
 
 void raise(Clock& clock, Thread const& t) {
     Knowledge const& k = known[t.id];
     if (k.base != nullptr) {
-        for (u32 i = 0; i < world.thread_count; ++i) clock.epochs[i] = std::max(clock.epochs[i], k.base->epochs[i]);
+        for (u32 i = 0; i < world.thread_count; ++i)
+            clock.epochs[i] = std::max(clock.epochs[i], k.base->epochs[i]);
     }
     u32 const first = t.id - t.lane, lanes = std::min(32u, world.thread_count - first);
-    for (u32 l = 0; l < lanes; ++l) clock.epochs[first + l] = std::max(clock.epochs[first + l], k.warp[l]);
+    for (u32 l = 0; l < lanes; ++l)
+        clock.epochs[first + l] = std::max(clock.epochs[first + l], k.warp[l]);
     clock.epochs[t.id] = std::max(clock.epochs[t.id], k.now);
 }
 
@@ -92,7 +100,8 @@ void adopt(Thread const& t, std::shared_ptr<Clock const> const& clock) {
     for (u32 l = 0; l < lanes; ++l) k.warp[l] = std::max(k.warp[l], clock->epochs[first + l]);
 }
 
-std::shared_ptr<Foreign const> merge(std::shared_ptr<Foreign const> const& a, std::shared_ptr<Foreign const> const& b) {
+std::shared_ptr<Foreign const> merge(std::shared_ptr<Foreign const> const& a,
+                                     std::shared_ptr<Foreign const> const& b) {
     if (a == b || b == nullptr) return a;
     if (a == nullptr) return b;
     auto both = std::make_shared<Foreign>(*a);
@@ -134,10 +143,14 @@ bool ordered(Thread const& t, Record const& before) {
 
 char const* verb(Kind kind) {
     switch (kind) {
-        case Kind::read: return "read";
-        case Kind::atomic: return "atomic";
-        case Kind::bulk: return "TMA write";
-        default: return "write";
+        case Kind::read:
+            return "read";
+        case Kind::atomic:
+            return "atomic";
+        case Kind::bulk:
+            return "TMA write";
+        default:
+            return "write";
     }
 }
 
@@ -147,9 +160,10 @@ std::string place(void const* address, bool shared) {
 }
 
 std::string who(Record const& r) {
-    std::string text = r.block == static_cast<u32>(world.block) ? describe_thread(world.threads[r.thread])
-                                                                 : "thread " + std::to_string(r.thread) + " of block " +
-                                                                       std::to_string(r.block) + " (linear)";
+    std::string text = r.block == static_cast<u32>(world.block)
+                           ? describe_thread(world.threads[r.thread])
+                           : "thread " + std::to_string(r.thread) + " of block " +
+                                 std::to_string(r.block) + " (linear)";
     return text + "\n      " + describe_site(decode(r.site));
 }
 
@@ -161,8 +175,9 @@ void report(int kind, int32_t here, int32_t there, std::string const& text) {
 void report_race(Record const& mine, Record const& other, void const* address, bool shared) {
     if (reports.size() >= kMostReports || reported.count({mine.site, other.site, 0}) != 0) return;
     report(0, mine.site, other.site,
-           std::string("race on ") + place(address, shared) + ": " + verb(mine.kind) + " by " + who(mine) +
-               "\n    is not ordered after the " + verb(other.kind) + " by " + who(other));
+           std::string("race on ") + place(address, shared) + ": " + verb(mine.kind) + " by " +
+               who(mine) + "\n    is not ordered after the " + verb(other.kind) + " by " +
+               who(other));
 }
 
 Cell& shared_cell(u64 at) {
@@ -214,24 +229,27 @@ void check_content(Record const& mine, Cell const& cell, void const* address) {
         if (reported.count({mine.site, cell.write.site, 1}) != 0) return;
         report(1, mine.site, cell.write.site,
                std::string(verb(mine.kind)) + " of " + place(address, true) +
-                   " while an asynchronous copy into it is in flight: by " + who(mine) + "\n    the copy was issued by " +
-                   who(cell.write));
+                   " while an asynchronous copy into it is in flight: by " + who(mine) +
+                   "\n    the copy was issued by " + who(cell.write));
     } else if (cell.content == Content::uninitialised && reads) {
         if (reported.count({mine.site, 0, 2}) != 0) return;
-        report(2, mine.site, 0, "read of uninitialised " + place(address, true) + " by " + who(mine));
+        report(2, mine.site, 0,
+               "read of uninitialised " + place(address, true) + " by " + who(mine));
     }
 }
 
 template <bool Shared>
 void visit(Thread const& t, void const* address, u32 bytes, Record& mine) {
     constexpr u32 kGranule = Shared ? kSharedGranule : kGlobalGranule;
-    u64 const begin = Shared ? offset_of(address) - kSharedWindow : reinterpret_cast<u64>(address), end = begin + bytes;
+    u64 const begin = Shared ? offset_of(address) - kSharedWindow : reinterpret_cast<u64>(address),
+              end = begin + bytes;
     for (u64 at = begin / kGranule * kGranule; at < end; at += kGranule) {
         u32 const low = at < begin ? static_cast<u32>(begin - at) : 0;
         u32 const high = at + kGranule > end ? static_cast<u32>(end - at) : kGranule;
         mine.mask = static_cast<u8>((1u << high) - (1u << low));
         Cell& cell = Shared ? shared_cell(at) : global_cell(at);
-        void const* const here = Shared ? static_cast<void const*>(world.shared + at) : reinterpret_cast<void const*>(at);
+        void const* const here = Shared ? static_cast<void const*>(world.shared + at)
+                                        : reinterpret_cast<void const*>(at);
         if constexpr (Shared) check_content(mine, cell, here);
         auto conflicts = [&](Record const& other) {
             return other.kind != Kind::none && (other.mask & mine.mask) != 0 &&
@@ -313,7 +331,8 @@ void join_warp(Warp const& warp, u32 mask) {
         if ((mask >> l & 1) == 0) continue;
         for (u32 i = 0; i < 32; ++i) newest[i] = std::max(newest[i], lanes[l].warp[i]);
         newest[l] = std::max(newest[l], lanes[l].now);
-        same_base = same_base && lanes[l].base == lanes[first].base && lanes[l].foreign == lanes[first].foreign;
+        same_base = same_base && lanes[l].base == lanes[first].base &&
+                    lanes[l].foreign == lanes[first].foreign;
     }
     if (!same_base) {
         auto clock = empty_clock();
@@ -342,7 +361,8 @@ void acquire(Thread const& t, Clock const& clock) {
     auto both = std::make_shared<Clock>(clock);
     Knowledge const& k = known[t.id];
     if (k.base != nullptr) {
-        for (u32 i = 0; i < world.thread_count; ++i) both->epochs[i] = std::max(both->epochs[i], k.base->epochs[i]);
+        for (u32 i = 0; i < world.thread_count; ++i)
+            both->epochs[i] = std::max(both->epochs[i], k.base->epochs[i]);
     }
     adopt(t, both);
 }
@@ -359,24 +379,29 @@ void access(Thread const& t, void const* address, u32 bytes, Kind kind, void con
 void async_proxy_read(Thread const& t, void const* address, u32 bytes, void const* site) {
     access(t, address, bytes, Kind::read, site);
     u64 const begin = offset_of(address) - kSharedWindow;
-    for (u64 at = begin / kSharedGranule * kSharedGranule; at < begin + bytes; at += kSharedGranule) {
+    for (u64 at = begin / kSharedGranule * kSharedGranule; at < begin + bytes;
+         at += kSharedGranule) {
         Record const& w = shared_cell(at).write;
         if (w.kind != Kind::write && w.kind != Kind::atomic) continue;
         if (known[w.thread].fenced_for_proxy >= w.epoch) continue;
         Record const mine = record(t, Kind::read, site);
         if (reported.count({mine.site, w.site, 3}) != 0) continue;
         report(3, mine.site, w.site,
-               "read of " + place(world.shared + at, true) + " by the asynchronous proxy (wgmma, TMA) for " + who(mine) +
+               "read of " + place(world.shared + at, true) +
+                   " by the asynchronous proxy (wgmma, TMA) for " + who(mine) +
                    "\n    without fence.proxy.async after the write by " + who(w));
     }
 }
 
-void proxy_fence(Thread const& t) { known[t.id].fenced_for_proxy = known[t.id].now++; }
+void proxy_fence(Thread const& t) {
+    known[t.id].fenced_for_proxy = known[t.id].now++;
+}
 
 void async_issue(Thread const& t, void const* address, u32 bytes, void const* site) {
     access(t, address, bytes, Kind::write, site);
     u64 const begin = offset_of(address) - kSharedWindow;
-    for (u64 at = begin; at < begin + bytes; at += kSharedGranule) shared_cell(at).content = Content::in_flight;
+    for (u64 at = begin; at < begin + bytes; at += kSharedGranule)
+        shared_cell(at).content = Content::in_flight;
 }
 
 void async_land(Thread const& t, void const* address, u32 bytes, Kind kind, void const* site) {
@@ -394,18 +419,21 @@ void async_land(Thread const& t, void const* address, u32 bytes, Kind kind, void
 void bulk_issue(Thread const& t, void const* address, u32 bytes, void const* site) {
     access(t, address, bytes, Kind::bulk, site);
     u64 const begin = offset_of(address) - kSharedWindow;
-    for (u64 at = begin; at < begin + bytes; at += kSharedGranule) shared_cell(at).content = Content::in_flight;
+    for (u64 at = begin; at < begin + bytes; at += kSharedGranule)
+        shared_cell(at).content = Content::in_flight;
 }
 
 void bulk_land(void const* address, u32 bytes) {
     u64 const begin = offset_of(address) - kSharedWindow;
-    for (u64 at = begin; at < begin + bytes; at += kSharedGranule) shared_cell(at).content = Content::set;
+    for (u64 at = begin; at < begin + bytes; at += kSharedGranule)
+        shared_cell(at).content = Content::set;
 }
 
 void merge(std::shared_ptr<Clock>& into, std::shared_ptr<Clock> const& clock) {
     if (clock == nullptr) return;
     if (into == nullptr) into = empty_clock();
-    for (u32 i = 0; i < world.thread_count; ++i) into->epochs[i] = std::max(into->epochs[i], clock->epochs[i]);
+    for (u32 i = 0; i < world.thread_count; ++i)
+        into->epochs[i] = std::max(into->epochs[i], clock->epochs[i]);
 }
 
 void global_fence(Thread const& t) {

@@ -1,4 +1,5 @@
-// The race build: who accessed which bytes, and what orders the accesses. See race.cpp for the algorithm.
+// The race build: who accessed which bytes, and what orders the accesses. See race.cpp for the
+// algorithm.
 #pragma once
 
 #include <memory>
@@ -17,13 +18,20 @@ struct Clock {
 
 namespace race {
 
-enum class Kind : u8 { none, read, write, atomic, bulk };  // bulk: written by TMA, past the generic proxy
+enum class Kind : u8 {
+    none,
+    read,
+    write,
+    atomic,
+    bulk
+};  // bulk: written by TMA, past the generic proxy
 
 void begin_launch();
 void begin_block();
 void end_block();  // throws if the block raced
 
-// Everything before the call in any of the threads happens before everything after it in all of them.
+// Everything before the call in any of the threads happens before everything after it in all of
+// them.
 void join(std::vector<Thread*> const& threads);
 void join_warp(Warp const& warp, u32 mask);
 // One-sided: what `thread` did so far is published in `clock`; acquire makes it known.
@@ -31,7 +39,8 @@ void release(Thread const& thread, std::shared_ptr<Clock>& clock);
 void acquire(Thread const& thread, Clock const& clock);
 
 void access(Thread const& thread, void const* address, u32 bytes, Kind kind, void const* site);
-// The same by the asynchronous proxy (wgmma, TMA): shared bytes written by plain stores must have been fenced for it.
+// The same by the asynchronous proxy (wgmma, TMA): shared bytes written by plain stores must have
+// been fenced for it.
 void async_proxy_read(Thread const& thread, void const* address, u32 bytes, void const* site);
 void proxy_fence(Thread const& thread);
 
@@ -43,8 +52,8 @@ void bulk_issue(Thread const& thread, void const* address, u32 bytes, void const
 void bulk_land(void const* address, u32 bytes);
 void merge(std::shared_ptr<Clock>& into, std::shared_ptr<Clock> const& clock);
 
-// Between blocks: what a thread did before its last fence is published by its next atomic, and known to whoever then
-// does an atomic on the same address.
+// Between blocks: what a thread did before its last fence is published by its next atomic, and
+// known to whoever then does an atomic on the same address.
 void global_fence(Thread const& thread);
 void global_atomic(Thread const& thread, void const* address);
 

@@ -1,4 +1,5 @@
-// Words for reports: threads, addresses, and source lines out of the debug information by addr2line.
+// Words for reports: threads, addresses, and source lines out of the debug information by
+// addr2line.
 #include <dlfcn.h>
 #include <elf.h>
 #include <execinfo.h>
@@ -29,7 +30,8 @@ std::vector<std::string> look_up(void const* address) {
         ssize_t const n = readlink("/proc/self/exe", target, sizeof target - 1);
         if (n > 0) file.assign(target, static_cast<std::size_t>(n));
     }
-    std::string const command = "LC_ALL=C addr2line -i -f -C -e '" + file + "' " + hex(offset) + " 2>/dev/null";
+    std::string const command =
+        "LC_ALL=C addr2line -i -f -C -e '" + file + "' " + hex(offset) + " 2>/dev/null";
     FILE* pipe = popen(command.c_str(), "r");
     if (pipe == nullptr) return lines;
     char buffer[8192];
@@ -43,7 +45,8 @@ std::vector<std::string> look_up(void const* address) {
 }
 
 bool is_plumbing(std::string const& file) {
-    for (char const* part : {"csrc/emu/", "kernels/platform.cuh", "/cute/", "/cutlass/", "/usr/", "/cuda", "?"}) {
+    for (char const* part :
+         {"csrc/emu/", "kernels/platform.cuh", "/cute/", "/cutlass/", "/usr/", "/cuda", "?"}) {
         if (file.find(part) != std::string::npos) return true;
     }
     return false;
@@ -89,8 +92,9 @@ std::string hex(u64 value) {
 }
 
 std::string describe_thread(Thread const& t) {
-    return "thread (" + std::to_string(t.index.x) + "," + std::to_string(t.index.y) + "," + std::to_string(t.index.z) +
-           "), lane " + std::to_string(t.lane) + " of warp " + std::to_string(t.warp);
+    return "thread (" + std::to_string(t.index.x) + "," + std::to_string(t.index.y) + "," +
+           std::to_string(t.index.z) + "), lane " + std::to_string(t.lane) + " of warp " +
+           std::to_string(t.warp);
 }
 
 bool is_in_kernel(void const* site) {
@@ -123,9 +127,11 @@ std::string describe_site(void const* site) {
     for (std::size_t i = 0; i + 1 < frames.size(); i += 2) {
         if (is_plumbing(frames[i + 1])) continue;
         if (++shown > 4) break;
-        text += (shown == 1 ? "" : "\n      from ") + shorten(frames[i + 1]) + " (" + short_name(frames[i]) + ")";
+        text += (shown == 1 ? "" : "\n      from ") + shorten(frames[i + 1]) + " (" +
+                short_name(frames[i]) + ")";
     }
-    if (text.empty() && frames.size() >= 2) text = shorten(frames[1]) + " (" + short_name(frames[0]) + ")";
+    if (text.empty() && frames.size() >= 2)
+        text = shorten(frames[1]) + " (" + short_name(frames[0]) + ")";
     if (text.empty()) text = hex(reinterpret_cast<u64>(site));
     known[site] = text;
     return text;
@@ -136,7 +142,8 @@ std::string kernel_name(void const* function) {
     if (auto const it = known.find(function); it != known.end()) return it->second;
     auto const frames = look_up(function);
     bool const found = !frames.empty() && frames[0] != "??";
-    std::string const name = found ? short_name(frames.front()) : hex(reinterpret_cast<u64>(function));
+    std::string const name =
+        found ? short_name(frames.front()) : hex(reinterpret_cast<u64>(function));
     known[function] = name;
     return name;
 }

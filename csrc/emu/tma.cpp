@@ -1,4 +1,5 @@
-// The tensor memory accelerator: a tensor map encoded on the host, boxes of up to five dimensions, bulk copies.
+// The tensor memory accelerator: a tensor map encoded on the host, boxes of up to five dimensions,
+// bulk copies.
 #include <cuda.h>
 
 #include <algorithm>
@@ -32,22 +33,29 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
 Map const& decode(void const* map, int rank, char const* op, void const* site) {
     auto const& m = *static_cast<Map const*>(map);
-    if (reinterpret_cast<u64>(map) % 64 != 0) fail_at(std::string(op) + ": the tensor map is not 64-byte aligned", site);
+    if (reinterpret_cast<u64>(map) % 64 != 0)
+        fail_at(std::string(op) + ": the tensor map is not 64-byte aligned", site);
     if (m.magic != kMagic) fail_at(std::string(op) + ": not a tensor map", site);
     if (m.rank != rank) {
-        fail_at(std::string(op) + ": " + std::to_string(rank) + " coordinates for a map of rank " + std::to_string(m.rank), site);
+        fail_at(std::string(op) + ": " + std::to_string(rank) + " coordinates for a map of rank " +
+                    std::to_string(m.rank),
+                site);
     }
     return m;
 }
 
-// Calls f(global, shared, bytes) for each 16-byte piece of the box in shared memory; global is null outside the tensor.
-// Pieces may be cut by the tensor's edge: then a second call has the rest, with a null pointer.
+// Calls f(global, shared, bytes) for each 16-byte piece of the box in shared memory; global is null
+// outside the tensor. Pieces may be cut by the tensor's edge: then a second call has the rest, with
+// a null pointer.
 template <class F>
-void each_piece(Map const& m, u32 shared, int const* coordinate, char const* op, void const* site, F&& f) {
+void each_piece(Map const& m, u32 shared, int const* coordinate, char const* op, void const* site,
+                F&& f) {
     u32 const row_bytes = m.box[0] * m.element_bytes;
     u32 index[5] = {}, rows = 1;
     for (int d = 1; d < m.rank; ++d) rows *= m.box[d];
-    if (shared % 128 != 0) fail_at(std::string("misaligned: ") + op + ": shared memory must be 128-byte aligned", site);
+    if (shared % 128 != 0)
+        fail_at(std::string("misaligned: ") + op + ": shared memory must be 128-byte aligned",
+                site);
     shared_pointer(shared, 16, op, site);
     shared_pointer(shared + rows * row_bytes - 16, 16, op, site);
     for (u32 r = 0; r < rows; ++r) {
@@ -69,7 +77,8 @@ void each_piece(Map const& m, u32 shared, int const* coordinate, char const* op,
                 u32 n = bytes - done;
                 if (here) n = static_cast<u32>(std::min<int64_t>(n, end - x));
                 if (!here && inside && x < 0) n = static_cast<u32>(std::min<int64_t>(n, -x));
-                f(here ? reinterpret_cast<char*>(address + static_cast<u64>(x)) : nullptr, to + done, n);
+                f(here ? reinterpret_cast<char*>(address + static_cast<u64>(x)) : nullptr,
+                  to + done, n);
                 done += n;
             }
         }
@@ -84,7 +93,8 @@ void each_piece(Map const& m, u32 shared, int const* coordinate, char const* op,
 struct SectorCount {
     u64 last = ~0ull, sectors = 0, bytes = 0;
     void add(void const* p, u32 n) {
-        u64 const first = reinterpret_cast<u64>(p) / 32, end = (reinterpret_cast<u64>(p) + n - 1) / 32;
+        u64 const first = reinterpret_cast<u64>(p) / 32,
+                  end = (reinterpret_cast<u64>(p) + n - 1) / 32;
         for (u64 s = first; s <= end; ++s) {
             if (s != last) ++sectors;
             last = s;
@@ -134,7 +144,8 @@ void add_to(char* to, char const* from, u32 bytes, Load load, Make make) {
 void carry_out(Thread& t, BulkCopy const& c) {
     if constexpr (kRace) {
         race::access(t, c.source, c.bytes, race::Kind::read, c.site);
-        race::access(t, c.destination, c.bytes, c.add ? race::Kind::atomic : race::Kind::write, c.site);
+        race::access(t, c.destination, c.bytes, c.add ? race::Kind::atomic : race::Kind::write,
+                     c.site);
     }
     if (!c.add) {
         std::memcpy(c.destination, c.source, c.bytes);
@@ -142,18 +153,27 @@ void carry_out(Thread& t, BulkCopy const& c) {
     }
     auto same = [](auto x) { return x; };
     switch (c.element) {
-        case Element::f32: add_to<float>(c.destination, c.source, c.bytes, same, same); break;
-        case Element::i32: add_to<int32_t>(c.destination, c.source, c.bytes, same, same); break;
-        case Element::f16: add_to<__half>(c.destination, c.source, c.bytes, __half2float, __float2half_rn); break;
-        case Element::bf16:
-            add_to<__nv_bfloat16>(c.destination, c.source, c.bytes, __bfloat162float, __float2bfloat16_rn);
+        case Element::f32:
+            add_to<float>(c.destination, c.source, c.bytes, same, same);
             break;
-        case Element::bytes: fail_at("TMA reduction: no addition for this element type", c.site);
+        case Element::i32:
+            add_to<int32_t>(c.destination, c.source, c.bytes, same, same);
+            break;
+        case Element::f16:
+            add_to<__half>(c.destination, c.source, c.bytes, __half2float, __float2half_rn);
+            break;
+        case Element::bf16:
+            add_to<__nv_bfloat16>(c.destination, c.source, c.bytes, __bfloat162float,
+                                  __float2bfloat16_rn);
+            break;
+        case Element::bytes:
+            fail_at("TMA reduction: no addition for this element type", c.site);
     }
 }
 
 void check_bulk(u32 shared, void const* global, u32 bytes, char const* op, void const* site) {
-    if (bytes == 0 || bytes % 16 != 0) fail_at(std::string(op) + ": " + std::to_string(bytes) + " bytes are not whole 16s", site);
+    if (bytes == 0 || bytes % 16 != 0)
+        fail_at(std::string(op) + ": " + std::to_string(bytes) + " bytes are not whole 16s", site);
     check_global_alignment(global, 16, site);
     shared_pointer(shared, 16, op, site);
     shared_pointer(shared + bytes - 16, 16, op, site);
@@ -167,12 +187,13 @@ void tma_load(void const* map, u32 barrier, u32 destination, int rank, int const
     Map const& m = decode(map, rank, "TMA load", site);
     std::vector<BulkCopy> pieces;
     SectorCount count;
-    each_piece(m, destination, coordinate, "TMA load", site, [&](char* global, u32 shared, u32 bytes) {
-        char* const to = world.shared + (shared - kSharedWindow);
-        if (global != nullptr) count.add(global, bytes);
-        begin_load(t, to, global, bytes, site);
-        pieces.push_back({to, global, bytes, false, m.element, t.id, site, nullptr});
-    });
+    each_piece(m, destination, coordinate, "TMA load", site,
+               [&](char* global, u32 shared, u32 bytes) {
+                   char* const to = world.shared + (shared - kSharedWindow);
+                   if (global != nullptr) count.add(global, bytes);
+                   begin_load(t, to, global, bytes, site);
+                   pieces.push_back({to, global, bytes, false, m.element, site, nullptr});
+               });
     count_read(count);
     pieces.back().clock = publish(t);
     send_to_mbarrier(barrier, std::move(pieces), site);
@@ -188,7 +209,7 @@ void tma_store(void const* map, u32 source, int rank, int const* coordinate, boo
         char* const from = world.shared + (shared - kSharedWindow);
         if constexpr (kRace) race::async_proxy_read(t, from, bytes, site);
         count.add(global, bytes);
-        t.bulk_stores.push_back({global, from, bytes, add, m.element, t.id, site, nullptr});
+        t.bulk_stores.push_back({global, from, bytes, add, m.element, site, nullptr});
     });
     count_write(count);
 }
@@ -204,7 +225,7 @@ void bulk_load(void const* source, u32 barrier, u32 destination, u32 bytes) {
     count.add(from, bytes);
     count_read(count);
     std::vector<BulkCopy> pieces;
-    pieces.push_back({to, from, bytes, false, Element::bytes, t.id, site, publish(t)});
+    pieces.push_back({to, from, bytes, false, Element::bytes, site, publish(t)});
     send_to_mbarrier(barrier, std::move(pieces), site);
 }
 
@@ -217,7 +238,8 @@ void bulk_store(void* destination, u32 source, u32 bytes) {
     SectorCount count;
     count.add(destination, bytes);
     count_write(count);
-    t.bulk_stores.push_back({static_cast<char*>(destination), from, bytes, false, Element::bytes, t.id, site, nullptr});
+    t.bulk_stores.push_back(
+        {static_cast<char*>(destination), from, bytes, false, Element::bytes, site, nullptr});
 }
 
 void bulk_commit() {
@@ -240,13 +262,16 @@ void bulk_wait(u32 pending) {
 
 // The driver's function, for the host code of kernels: same checks, own encoding.
 extern "C" __attribute__((visibility("hidden"))) CUresult cuTensorMapEncodeTiled(
-    CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, cuuint64_t const* size,
-    cuuint64_t const* stride, cuuint32_t const* box, cuuint32_t const* element_stride, CUtensorMapInterleave interleave,
-    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+    CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+    cuuint64_t const* size, cuuint64_t const* stride, cuuint32_t const* box,
+    cuuint32_t const* element_stride, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
     using lsm::emu::Element;
     constexpr int kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
-    if (rank < 1 || rank > 5 || static_cast<std::size_t>(type) >= std::size(kBytes)) return CUDA_ERROR_INVALID_VALUE;
-    if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B) return CUDA_ERROR_NOT_SUPPORTED;
+    if (rank < 1 || rank > 5 || static_cast<std::size_t>(type) >= std::size(kBytes))
+        return CUDA_ERROR_INVALID_VALUE;
+    if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B)
+        return CUDA_ERROR_NOT_SUPPORTED;
     if (fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) return CUDA_ERROR_NOT_SUPPORTED;
     lsm::emu::Map m{};
     m.magic = lsm::emu::kMagic;
@@ -261,16 +286,19 @@ extern "C" __attribute__((visibility("hidden"))) CUresult cuTensorMapEncodeTiled
     m.address = reinterpret_cast<lsm::emu::u64>(address);
     if (m.address % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
     for (cuuint32_t d = 0; d < rank; ++d) {
-        if (size[d] == 0 || size[d] > 1ull << 32 || box[d] == 0 || box[d] > 256 || element_stride[d] != 1) {
+        if (size[d] == 0 || size[d] > 1ull << 32 || box[d] == 0 || box[d] > 256 ||
+            element_stride[d] != 1) {
             return CUDA_ERROR_INVALID_VALUE;
         }
         m.size[d] = size[d];
         m.box[d] = box[d];
         if (d > 0) m.stride[d - 1] = stride[d - 1];
-        if (d > 0 && (stride[d - 1] % 16 != 0 || stride[d - 1] >= 1ull << 40)) return CUDA_ERROR_INVALID_VALUE;
+        if (d > 0 && (stride[d - 1] % 16 != 0 || stride[d - 1] >= 1ull << 40))
+            return CUDA_ERROR_INVALID_VALUE;
     }
     cuuint32_t const row = box[0] * m.element_bytes;
-    if (row % 16 != 0 || (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && row > 16u << swizzle)) return CUDA_ERROR_INVALID_VALUE;
+    if (row % 16 != 0 || (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && row > 16u << swizzle))
+        return CUDA_ERROR_INVALID_VALUE;
     std::memset(static_cast<void*>(map), 0, sizeof *map);
     std::memcpy(static_cast<void*>(map), &m, sizeof m);
     return CUDA_SUCCESS;

@@ -1,4 +1,5 @@
-// Shuffles, votes, warp reductions, ldmatrix, stmatrix, movmatrix: everything 32 lanes do together but multiply.
+// Shuffles, votes, warp reductions, ldmatrix, stmatrix, movmatrix: everything 32 lanes do together
+// but multiply.
 #include <algorithm>
 #include <bit>
 
@@ -26,16 +27,22 @@ void compute_shuffle(Warp& warp, Meeting& meeting) {
         int const width = mine.width, self = static_cast<int>(lane), segment = self & ~(width - 1);
         int source = self;
         switch (mine.kind) {
-            case Shuffle::index: source = segment + (mine.operand & (width - 1)); break;
-            case Shuffle::up: source = self - mine.operand < segment ? self : self - mine.operand; break;
-            case Shuffle::down: source = self + mine.operand >= segment + width ? self : self + mine.operand; break;
+            case Shuffle::index:
+                source = segment + (mine.operand & (width - 1));
+                break;
+            case Shuffle::up:
+                source = self - mine.operand < segment ? self : self - mine.operand;
+                break;
+            case Shuffle::down:
+                source = self + mine.operand >= segment + width ? self : self + mine.operand;
+                break;
             case Shuffle::exclusive_or:
                 source = (self ^ mine.operand) >= segment + width ? self : self ^ mine.operand;
                 break;
         }
         if ((meeting.mask >> source & 1) == 0) {
-            fail_at("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(source) +
-                        ", which is not in the mask " + hex(meeting.mask),
+            fail_at("shuffle: lane " + std::to_string(lane) + " reads lane " +
+                        std::to_string(source) + ", which is not in the mask " + hex(meeting.mask),
                     meeting.site);
         }
         mine.result = static_cast<ShuffleArguments*>(meeting.arguments[source])->value;
@@ -61,7 +68,9 @@ u32 ballot(Meeting const& meeting) {
 }
 
 void give_all(Meeting const& meeting, u32 result) {
-    each_lane(meeting.mask, [&](u32 lane) { static_cast<VoteArguments*>(meeting.arguments[lane])->result = result; });
+    each_lane(meeting.mask, [&](u32 lane) {
+        static_cast<VoteArguments*>(meeting.arguments[lane])->result = result;
+    });
 }
 
 constexpr WarpOp kVote[] = {
@@ -75,7 +84,8 @@ constexpr WarpOp kMatchAny = {"__match_any_sync", [](Warp&, Meeting& m) {
                                       auto& mine = *static_cast<VoteArguments*>(m.arguments[lane]);
                                       mine.result = 0;
                                       each_lane(m.mask, [&](u32 other) {
-                                          auto const& its = *static_cast<VoteArguments*>(m.arguments[other]);
+                                          auto const& its =
+                                              *static_cast<VoteArguments*>(m.arguments[other]);
                                           if (its.value == mine.value) mine.result |= 1u << other;
                                       });
                                   });
@@ -84,7 +94,8 @@ constexpr WarpOp kMatchAny = {"__match_any_sync", [](Warp&, Meeting& m) {
 template <class T, class F>
 void fold(Meeting const& m, F&& f) {
     auto value = [&](u32 lane) {
-        return static_cast<T>(static_cast<u32>(static_cast<VoteArguments*>(m.arguments[lane])->value));
+        return static_cast<T>(
+            static_cast<u32>(static_cast<VoteArguments*>(m.arguments[lane])->value));
     };
     u32 const first = static_cast<u32>(std::countr_zero(m.mask));
     T total = value(first);
@@ -93,12 +104,18 @@ void fold(Meeting const& m, F&& f) {
 }
 
 constexpr WarpOp kReduceUnsigned[] = {
-    {"__reduce_add_sync", [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a + b; }); }},
-    {"__reduce_min_sync", [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return std::min(a, b); }); }},
-    {"__reduce_max_sync", [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return std::max(a, b); }); }},
-    {"__reduce_and_sync", [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a & b; }); }},
-    {"__reduce_or_sync", [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a | b; }); }},
-    {"__reduce_xor_sync", [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a ^ b; }); }},
+    {"__reduce_add_sync",
+     [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a + b; }); }},
+    {"__reduce_min_sync",
+     [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return std::min(a, b); }); }},
+    {"__reduce_max_sync",
+     [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return std::max(a, b); }); }},
+    {"__reduce_and_sync",
+     [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a & b; }); }},
+    {"__reduce_or_sync",
+     [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a | b; }); }},
+    {"__reduce_xor_sync",
+     [](Warp&, Meeting& m) { fold<u32>(m, [](u32 a, u32 b) { return a ^ b; }); }},
 };
 constexpr WarpOp kReduceMin = {"__reduce_min_sync", [](Warp&, Meeting& m) {
                                    fold<int>(m, [](int a, int b) { return std::min(a, b); });
@@ -118,8 +135,8 @@ struct MatrixArguments {
     u32 offset;
 };
 
-// Lane l addresses row l % 8 of matrix l / 8; every register pair of values comes from row l / 4, columns 2 (l % 4).
-// Transposed, lane l gets rows 2 (l % 4) and the next of column l / 4.
+// Lane l addresses row l % 8 of matrix l / 8; every register pair of values comes from row l / 4,
+// columns 2 (l % 4). Transposed, lane l gets rows 2 (l % 4) and the next of column l / 4.
 template <int Matrices, bool Transposed, bool Store>
 void compute_matrix(Warp& warp, Meeting& meeting) {
     char const* const name = Store ? "stmatrix" : "ldmatrix";
@@ -142,7 +159,8 @@ void compute_matrix(Warp& warp, Meeting& meeting) {
             u16 pair[2];
             if constexpr (Store) std::memcpy(pair, registers + i, 4);
             for (u32 e = 0; e < 2; ++e) {
-                char* const element = Transposed ? matrix[minor + e] + 2 * major : matrix[major] + 2 * (minor + e);
+                char* const element =
+                    Transposed ? matrix[minor + e] + 2 * major : matrix[major] + 2 * (minor + e);
                 if constexpr (Store) {
                     std::memcpy(element, &pair[e], 2);
                 } else {
@@ -168,27 +186,31 @@ constexpr WarpOp kStmatrix[2][3] = {{{"stmatrix.x1", compute_matrix<1, false, tr
                                      {"stmatrix.x4.trans", compute_matrix<4, true, true>}}};
 
 // The 8x8 matrix of 16-bit elements held two to a lane, transposed.
-constexpr WarpOp kMovmatrix = {"movmatrix", [](Warp&, Meeting& m) {
-                                   u16 matrix[8][8];
-                                   for (u32 lane = 0; lane < 32; ++lane) {
-                                       u32 const v = static_cast<u32>(static_cast<VoteArguments*>(m.arguments[lane])->value);
-                                       matrix[lane / 4][2 * (lane % 4)] = static_cast<u16>(v);
-                                       matrix[lane / 4][2 * (lane % 4) + 1] = static_cast<u16>(v >> 16);
-                                   }
-                                   for (u32 lane = 0; lane < 32; ++lane) {
-                                       u32 const column = lane / 4, row = 2 * (lane % 4);
-                                       static_cast<VoteArguments*>(m.arguments[lane])->result =
-                                           matrix[row][column] | static_cast<u32>(matrix[row + 1][column]) << 16;
-                                   }
-                               }};
+constexpr WarpOp kMovmatrix = {
+    "movmatrix", [](Warp&, Meeting& m) {
+        u16 matrix[8][8];
+        for (u32 lane = 0; lane < 32; ++lane) {
+            u32 const v = static_cast<u32>(static_cast<VoteArguments*>(m.arguments[lane])->value);
+            matrix[lane / 4][2 * (lane % 4)] = static_cast<u16>(v);
+            matrix[lane / 4][2 * (lane % 4) + 1] = static_cast<u16>(v >> 16);
+        }
+        for (u32 lane = 0; lane < 32; ++lane) {
+            u32 const column = lane / 4, row = 2 * (lane % 4);
+            static_cast<VoteArguments*>(m.arguments[lane])->result =
+                matrix[row][column] | static_cast<u32>(matrix[row + 1][column]) << 16;
+        }
+    }};
 
-int log2_matrices(int matrices) { return matrices == 1 ? 0 : matrices == 2 ? 1 : 2; }
+int log2_matrices(int matrices) {
+    return matrices == 1 ? 0 : matrices == 2 ? 1 : 2;
+}
 
 }  // namespace
 
 u64 shuffle(Shuffle kind, u32 mask, u64 value, int operand, int width) {
     if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-        fail_at("shuffle: width " + std::to_string(width) + " is not a power of two up to 32", LSM_EMU_SITE);
+        fail_at("shuffle: width " + std::to_string(width) + " is not a power of two up to 32",
+                LSM_EMU_SITE);
     }
     ShuffleArguments arguments{kind, value, 0, operand, width};
     meet(kShuffle[static_cast<int>(kind)], mask, &arguments, LSM_EMU_SITE);
@@ -209,9 +231,10 @@ u32 match_any(u32 mask, u64 value) {
 
 u32 warp_reduce(WarpReduce kind, bool is_signed, u32 mask, u32 value) {
     VoteArguments arguments{value, 0};
-    WarpOp const& op = is_signed && kind == WarpReduce::minimum   ? kReduceMin
-                       : is_signed && kind == WarpReduce::maximum ? kReduceMax
-                                                                  : kReduceUnsigned[static_cast<int>(kind)];
+    WarpOp const& op = is_signed && kind == WarpReduce::minimum ? kReduceMin
+                       : is_signed && kind == WarpReduce::maximum
+                           ? kReduceMax
+                           : kReduceUnsigned[static_cast<int>(kind)];
     meet(op, mask, &arguments, LSM_EMU_SITE);
     return arguments.result;
 }
@@ -221,7 +244,9 @@ bool elect_one() {
     return lane() == static_cast<u32>(std::countr_zero(lanes));
 }
 
-void syncwarp(u32 mask) { meet(kSyncwarp, mask, nullptr, LSM_EMU_SITE); }
+void syncwarp(u32 mask) {
+    meet(kSyncwarp, mask, nullptr, LSM_EMU_SITE);
+}
 
 void ldmatrix(u32* registers, int matrices, bool transposed, u32 offset) {
     MatrixArguments arguments{registers, offset};

@@ -1,9 +1,11 @@
-// wgmma: 128 threads multiply a 64-row tile of A by a tile of B in shared memory, at the wait and no sooner.
+// wgmma: 128 threads multiply a 64-row tile of A by a tile of B in shared memory, at the wait and
+// no sooner.
 //
-// Shared operands are read as CuTe's canonical layouts say (cute/atom/mma_traits_sm90_gmma.hpp), in units of 16 bytes:
-// K-major, unit c of row r lies at (r % 8) w + (r / 8) SBO + c (c LBO without swizzle); MN-major, unit u of line k at
-// u % w + (u / w) LBO + (k % 8) w + (k / 8) SBO, with LBO and SBO swapped when w = 1. Here w = 1, 2, 4, 8 units for no
-// swizzle, 32, 64, 128 bytes; the address so found is then swizzled.
+// Shared operands are read as CuTe's canonical layouts say (cute/atom/mma_traits_sm90_gmma.hpp), in
+// units of 16 bytes: K-major, unit c of row r lies at (r % 8) w + (r / 8) SBO + c (c LBO without
+// swizzle); MN-major, unit u of line k at u % w + (u / w) LBO + (k % 8) w + (k / 8) SBO, with LBO
+// and SBO swapped when w = 1. Here w = 1, 2, 4, 8 units for no swizzle, 32, 64, 128 bytes; the
+// address so found is then swizzled.
 #include <algorithm>
 #include <bit>
 
@@ -27,7 +29,8 @@ struct Descriptor {
         swizzle_bits = kBits[d >> 62];
     }
 
-    // Shared offset of 16-byte unit `unit` of line `line`: lines are rows if K-major, values of k if MN-major.
+    // Shared offset of 16-byte unit `unit` of line `line`: lines are rows if K-major, values of k
+    // if MN-major.
     u32 unit(bool mn_major, u32 line, u32 unit) const {
         u32 const w = 1u << swizzle_bits;
         u32 offset;
@@ -43,7 +46,8 @@ struct Descriptor {
 };
 
 template <class F>
-void each_unit(Descriptor const& d, bool mn_major, u32 rows, u32 k, u32 element_bytes, u32 first_row, F&& f) {
+void each_unit(Descriptor const& d, bool mn_major, u32 rows, u32 k, u32 element_bytes,
+               u32 first_row, F&& f) {
     if (!mn_major) {
         for (u32 r = first_row; r < first_row + rows; ++r) {
             for (u32 c = 0; c < 2; ++c) f(d.unit(false, r, c), r, c * 16 / element_bytes);
@@ -51,12 +55,15 @@ void each_unit(Descriptor const& d, bool mn_major, u32 rows, u32 k, u32 element_
     } else {
         u32 const per = 16 / element_bytes;
         for (u32 line = 0; line < k; ++line) {
-            for (u32 u = first_row / per; u < (first_row + rows) / per; ++u) f(d.unit(true, line, u), u * per, line);
+            for (u32 u = first_row / per; u < (first_row + rows) / per; ++u)
+                f(d.unit(true, line, u), u * per, line);
         }
     }
 }
 
-u32 k_of(Wgmma kind) { return kind == Wgmma::tf32 ? 8 : kind == Wgmma::s8 ? 32 : 16; }
+u32 k_of(Wgmma kind) {
+    return kind == Wgmma::tf32 ? 8 : kind == Wgmma::s8 ? 32 : 16;
+}
 
 // Every warp reads its 16 rows of A and all of B: one lane answers for it.
 void check_reads(Warpgroup const& g, PendingWgmma const& p, bool at_issue) {
@@ -73,22 +80,26 @@ void check_reads(Warpgroup const& g, PendingWgmma const& p, bool at_issue) {
                 race::access(t, address, 16, race::Kind::read, p.site);
             }
         };
-        if (!p.a_in_registers) each_unit(Descriptor(p.a), p.shape.a_is_mn_major, 16, k, element_bytes, 16 * warp, read);
-        each_unit(Descriptor(p.b), p.shape.b_is_mn_major, static_cast<u32>(p.shape.n), k, element_bytes, 0, read);
+        if (!p.a_in_registers)
+            each_unit(Descriptor(p.a), p.shape.a_is_mn_major, 16, k, element_bytes, 16 * warp,
+                      read);
+        each_unit(Descriptor(p.b), p.shape.b_is_mn_major, static_cast<u32>(p.shape.n), k,
+                  element_bytes, 0, read);
     }
 }
 
 template <class Type, class Out>
 void load_operand(u64 descriptor, bool mn_major, u32 rows, u32 k, void const* site, Out&& out) {
     constexpr u32 kBytes = Type::kBits / 8;
-    each_unit(Descriptor(descriptor), mn_major, rows, k, kBytes, 0, [&](u32 offset, u32 row, u32 column) {
-        char const* const p = shared_pointer(offset, 16, "wgmma operand", site);
-        for (u32 e = 0; e < 16 / kBytes; ++e) {
-            u32 bits = 0;
-            std::memcpy(&bits, p + e * kBytes, kBytes);
-            out(mn_major ? row + e : row, mn_major ? column : column + e) = Type::decode(bits);
-        }
-    });
+    each_unit(
+        Descriptor(descriptor), mn_major, rows, k, kBytes, 0, [&](u32 offset, u32 row, u32 column) {
+            char const* const p = shared_pointer(offset, 16, "wgmma operand", site);
+            for (u32 e = 0; e < 16 / kBytes; ++e) {
+                u32 bits = 0;
+                std::memcpy(&bits, p + e * kBytes, kBytes);
+                out(mn_major ? row + e : row, mn_major ? column : column + e) = Type::decode(bits);
+            }
+        });
 }
 
 template <class Type>
@@ -100,20 +111,25 @@ void execute(PendingWgmma const& p) {
     if (p.a_in_registers) {
         for (u32 t = 0; t < 128; ++t) {
             for (u32 r = 0; r < 4; ++r) {
-                u32 const row = 16 * (t / 32) + t % 32 / 4 + 8 * (r % 2), column = (4 * (r / 2) + t % 4) * kPer;
+                u32 const row = 16 * (t / 32) + t % 32 / 4 + 8 * (r % 2),
+                          column = (4 * (r / 2) + t % 4) * kPer;
                 u32 const bits = *p.a_registers[4 * t + r];
-                for (u32 e = 0; e < kPer; ++e) a[row][column + e] = Type::decode(bits >> (Type::kBits * e));
+                for (u32 e = 0; e < kPer; ++e)
+                    a[row][column + e] = Type::decode(bits >> (Type::kBits * e));
             }
         }
     } else {
-        load_operand<Type>(p.a, p.shape.a_is_mn_major, 64, K, p.site, [](u32 r, u32 k) -> Value& { return a[r][k]; });
+        load_operand<Type>(p.a, p.shape.a_is_mn_major, 64, K, p.site,
+                           [](u32 r, u32 k) -> Value& { return a[r][k]; });
     }
-    load_operand<Type>(p.b, p.shape.b_is_mn_major, n, K, p.site, [](u32 r, u32 k) -> Value& { return b[k][r]; });
+    load_operand<Type>(p.b, p.shape.b_is_mn_major, n, K, p.site,
+                       [](u32 r, u32 k) -> Value& { return b[k][r]; });
     auto each_accumulator = [&](auto&& f) {
         for (u32 t = 0; t < 128; ++t) {
             for (u32 i = 0; i < n / 2; ++i) {
                 f(*reinterpret_cast<Value*>(p.d[t * (n / 2) + i]),
-                  d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2]);
+                  d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)]
+                   [8 * (i / 4) + 2 * (t % 4) + i % 2]);
             }
         }
     };
@@ -135,10 +151,18 @@ void execute_pending(Warpgroup& g, u32 end) {
         PendingWgmma const& p = g.pending[i];
         check_reads(g, p, false);
         switch (p.shape.kind) {
-            case Wgmma::bf16: execute<Bf16>(p); break;
-            case Wgmma::f16: execute<F16>(p); break;
-            case Wgmma::tf32: execute<Tf32>(p); break;
-            case Wgmma::s8: execute<Int8>(p); break;
+            case Wgmma::bf16:
+                execute<Bf16>(p);
+                break;
+            case Wgmma::f16:
+                execute<F16>(p);
+                break;
+            case Wgmma::tf32:
+                execute<Tf32>(p);
+                break;
+            case Wgmma::s8:
+                execute<Int8>(p);
+                break;
         }
     }
     g.pending.erase(g.pending.begin(), g.pending.begin() + end);
@@ -151,10 +175,11 @@ void meet_warpgroup(char const* op, void* arguments, void const* site, F&& last)
     Thread& t = *world.current;
     Warpgroup& g = world.warpgroups[t.id / 128];
     u32 const first = t.id / 128 * 128;
-    if (first + 128 > world.thread_count) fail_at(std::string(op) + " needs a warpgroup of 128 threads", site);
+    if (first + 128 > world.thread_count)
+        fail_at(std::string(op) + " needs a warpgroup of 128 threads", site);
     if (g.arrived != 0 && std::strcmp(g.op, op) != 0) {
-        fail("divergent warpgroup: " + describe_thread(t) + " is in " + op + " at " + describe_site(site) +
-             ", others are in " + g.op + " at " + describe_site(g.site));
+        fail("divergent warpgroup: " + describe_thread(t) + " is in " + op + " at " +
+             describe_site(site) + ", others are in " + g.op + " at " + describe_site(g.site));
     }
     g.op = op;
     g.site = site;
@@ -181,7 +206,8 @@ struct WgmmaArguments {
 
 void issue(Warpgroup& g) {
     auto const& first = *static_cast<WgmmaArguments*>(g.arguments[0]);
-    if (!g.fenced) fail_at("wgmma without wgmma.fence (warpgroup_arrive) since the last wait", g.site);
+    if (!g.fenced)
+        fail_at("wgmma without wgmma.fence (warpgroup_arrive) since the last wait", g.site);
     PendingWgmma p;
     p.shape = *first.shape;
     p.a = first.a;
@@ -196,7 +222,8 @@ void issue(Warpgroup& g) {
             fail_at("wgmma: the threads of a warpgroup gave different descriptors", g.site);
         }
         p.d.insert(p.d.end(), mine.d, mine.d + registers);
-        if (p.a_in_registers) p.a_registers.insert(p.a_registers.end(), mine.a_registers, mine.a_registers + 4);
+        if (p.a_in_registers)
+            p.a_registers.insert(p.a_registers.end(), mine.a_registers, mine.a_registers + 4);
     }
     check_reads(g, p, true);
     g.pending.push_back(std::move(p));
@@ -204,7 +231,8 @@ void issue(Warpgroup& g) {
 
 }  // namespace
 
-void wgmma(WgmmaShape const& shape, float* const* d, u64 a, u32 const* const* a_registers, u64 b, bool accumulate) {
+void wgmma(WgmmaShape const& shape, float* const* d, u64 a, u32 const* const* a_registers, u64 b,
+           bool accumulate) {
     WgmmaArguments arguments{&shape, d, a, b, a_registers, accumulate};
     meet_warpgroup("wgmma", &arguments, LSM_EMU_SITE, issue);
 }

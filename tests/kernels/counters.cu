@@ -9,7 +9,9 @@ __global__ void copy_vectors(float4 const* x, float4* y, int stride) {
     store_global(y + i, load_global(x + i * stride));
 }
 
-std::vector<float4> aligned_floats(std::size_t n) { return std::vector<float4>(n + 2); }
+std::vector<float4> aligned_floats(std::size_t n) {
+    return std::vector<float4>(n + 2);
+}
 float4* align(std::vector<float4>& v) {
     return reinterpret_cast<float4*>((reinterpret_cast<uintptr_t>(v.data()) + 31) / 32 * 32);
 }
@@ -18,7 +20,8 @@ void check_copy(int stride, uint64_t sectors) {
     auto x = aligned_floats(static_cast<std::size_t>(256 * stride)), y = aligned_floats(256);
     for (uint64_t seed : {0, 1, 2}) {
         emu::set_seed(seed);
-        launch(copy_vectors, dim3(4), dim3(64), 0, nullptr, static_cast<float4 const*>(align(x)), align(y), stride);
+        launch(copy_vectors, dim3(4), dim3(64), 0, nullptr, static_cast<float4 const*>(align(x)),
+               align(y), stride);
         auto const& c = last_counters();
         require(c.global_read_bytes == 4096 && c.global_write_bytes == 4096, "bytes");
         require(c.global_read_sectors == sectors, "read sectors ", c.global_read_sectors);
@@ -44,13 +47,15 @@ Case const diverged("counters/diverged_lanes_are_matched_by_occurrence", [] {
     auto const& c = last_counters();
     require(c.global_read_bytes == 200 && c.global_reads == 2, "reads ", c.global_reads);
     require(c.global_read_sectors == 4 + 3, "sectors ", c.global_read_sectors);
-    require(c.global_writes == 1 && c.global_write_sectors == 4 && c.global_write_bytes == 64, "writes");
+    require(c.global_writes == 1 && c.global_write_sectors == 4 && c.global_write_bytes == 64,
+            "writes");
 });
 
 __global__ void load_rows(int pitch) {
     u32 r[4];
     for (int i = 0; i < pitch; i += 16) {
-        *reinterpret_cast<uint4*>(dyn_smem() + static_cast<int>(threadIdx.x) * pitch + i) = uint4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(dyn_smem() + static_cast<int>(threadIdx.x) * pitch + i) =
+            uint4{0, 0, 0, 0};
     }
     __syncwarp();
     ldmatrix_x4(r, smem_u32(dyn_smem()) + static_cast<u32>(threadIdx.x) * static_cast<u32>(pitch));
@@ -58,7 +63,8 @@ __global__ void load_rows(int pitch) {
 void check_rows(int pitch, uint64_t wavefronts) {
     launch(load_rows, dim3(1), dim3(32), static_cast<std::size_t>(32 * pitch), nullptr, pitch);
     auto const& c = last_counters();
-    require(c.ldmatrix == 4 && c.ldmatrix_wavefronts == wavefronts, "wavefronts ", c.ldmatrix_wavefronts);
+    require(c.ldmatrix == 4 && c.ldmatrix_wavefronts == wavefronts, "wavefronts ",
+            c.ldmatrix_wavefronts);
     require(c.ldmatrix_conflicts == wavefronts - 4, "conflicts ", c.ldmatrix_conflicts);
 }
 Case const padded("counters/ldmatrix_padded_rows", [] { check_rows(144, 4); });
@@ -71,12 +77,13 @@ __global__ void store_pitch(int pitch) {
 }
 template <class T>
 void check_banks(int pitch, uint64_t wavefronts, uint64_t conflicts) {
-    launch(store_pitch<T>, dim3(1), dim3(32), sizeof(T) * 32 * static_cast<std::size_t>(pitch), nullptr, pitch);
+    launch(store_pitch<T>, dim3(1), dim3(32), sizeof(T) * 32 * static_cast<std::size_t>(pitch),
+           nullptr, pitch);
     if (!kRace) return;
     auto const& c = last_counters();
     require(c.shared_accesses == 1, "accesses ", c.shared_accesses);
-    require(c.shared_wavefronts == wavefronts && c.shared_conflicts == conflicts, "wavefronts ", c.shared_wavefronts,
-            " conflicts ", c.shared_conflicts);
+    require(c.shared_wavefronts == wavefronts && c.shared_conflicts == conflicts, "wavefronts ",
+            c.shared_wavefronts, " conflicts ", c.shared_conflicts);
 }
 Case const banks("counters/plain_shared_accesses", [] {
     check_banks<float>(1, 1, 0);
@@ -87,13 +94,15 @@ Case const banks("counters/plain_shared_accesses", [] {
 });
 
 __global__ void copy_async(char const* x, int valid) {
-    cp_async16(smem_u32(dyn_smem()) + 16 * threadIdx.x, x + 16 * threadIdx.x, static_cast<int>(threadIdx.x) < valid);
+    cp_async16(smem_u32(dyn_smem()) + 16 * threadIdx.x, x + 16 * threadIdx.x,
+               static_cast<int>(threadIdx.x) < valid);
     cp_async_commit();
     cp_async_wait<0>();
 }
 Case const async("counters/cp_async_counts_what_it_reads", [] {
     auto x = aligned_floats(64);
-    launch(copy_async, dim3(2), dim3(64), 1024, nullptr, reinterpret_cast<char const*>(align(x)), 40);
+    launch(copy_async, dim3(2), dim3(64), 1024, nullptr, reinterpret_cast<char const*>(align(x)),
+           40);
     auto const& c = last_counters();
     require(c.async_bytes == 2 * 640 && c.global_read_bytes == 2 * 640, "bytes ", c.async_bytes);
     require(c.global_read_sectors == 2 * 20, "sectors ", c.global_read_sectors);

@@ -32,7 +32,9 @@ struct Case {
 };
 
 std::vector<Case const*>& all_cases();
-inline Case::Case(char const* name, void (*run)()) : name(name), run(run) { all_cases().push_back(this); }
+inline Case::Case(char const* name, void (*run)()) : name(name), run(run) {
+    all_cases().push_back(this);
+}
 
 template <class... Parts>
 [[noreturn]] void fail(Parts const&... parts) {
@@ -65,8 +67,8 @@ template <class F>
 void expect_report(std::string const& expected, F&& f) {
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
         std::string const report = report_of(seed, f);
-        require(report.find(expected) != std::string::npos, "seed ", seed, ": expected a report with '", expected,
-                "', got '", report, "'");
+        require(report.find(expected) != std::string::npos, "seed ", seed,
+                ": expected a report with '", expected, "', got '", report, "'");
     }
 }
 
@@ -113,6 +115,8 @@ void expect_fault(std::string const& expected, F&& f) {
     if (!kAsan) expect_report(expected, f);
 }
 
-inline emu::Counters const& last_counters() { return emu::launch_records().back().counters; }
+inline emu::Counters const& last_counters() {
+    return emu::launch_records().back().counters;
+}
 
 }  // namespace lsm::test

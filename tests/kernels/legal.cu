@@ -4,7 +4,8 @@
 namespace lsm::test {
 namespace {
 
-Case const two_barriers("legal/double_buffer", [] { expect_silence([] { return run_add_tiles<Bug::none>(); }); });
+Case const two_barriers("legal/double_buffer",
+                        [] { expect_silence([] { return run_add_tiles<Bug::none>(); }); });
 
 // One barrier per round is enough when the copies are issued behind it.
 __global__ void add_tiles_one_barrier(u32 const* x, u32* y, int steps) {
@@ -20,7 +21,8 @@ __global__ void add_tiles_one_barrier(u32 const* x, u32* y, int steps) {
         cp_async_wait<1>();
         __syncthreads();
         bool const valid = s + 2 < steps;
-        cp_async16(smem_u32(buffer + 512 * ((s + 2) % 3) + 4 * t), valid ? x + 512 * (s + 2) + 4 * t : x, valid);
+        cp_async16(smem_u32(buffer + 512 * ((s + 2) % 3) + 4 * t),
+                   valid ? x + 512 * (s + 2) + 4 * t : x, valid);
         cp_async_commit();
         u32 const* const tile = buffer + 512 * (s % 3);
         for (int i = 0; i < 4; ++i) total += tile[4 * (127 - t) + i];
@@ -33,7 +35,8 @@ Case const one_barrier("legal/triple_buffer_with_one_barrier", [] {
         int const steps = 7;
         std::vector<u32> x(512 * steps), y(128);
         for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<u32>(i * i);
-        launch(add_tiles_one_barrier, dim3(1), dim3(128), 6144, nullptr, static_cast<u32 const*>(x.data()), y.data(), steps);
+        launch(add_tiles_one_barrier, dim3(1), dim3(128), 6144, nullptr,
+               static_cast<u32 const*>(x.data()), y.data(), steps);
         u32 expected = 0;
         for (std::size_t s = 0; s < steps; ++s) {
             for (std::size_t i = 0; i < 4; ++i) expected += x[512 * s + i];
@@ -55,7 +58,8 @@ Case const scan("legal/warp_scan", [] {
     expect_silence([] {
         std::vector<int> x(96), y(96);
         for (int i = 0; i < 96; ++i) x[static_cast<std::size_t>(i)] = i;
-        launch(warp_scan, dim3(1), dim3(96), 0, nullptr, static_cast<int const*>(x.data()), y.data());
+        launch(warp_scan, dim3(1), dim3(96), 0, nullptr, static_cast<int const*>(x.data()),
+               y.data());
         return y[31] == 31 * 32 / 2 && y[32] == 32 && y[95] == (64 + 95) * 16;
     });
 });
@@ -83,7 +87,8 @@ __global__ void histogram(int const* x, u32* y, int n) {
     u32* const bins = reinterpret_cast<u32*>(dyn_smem());
     if (threadIdx.x < 8) bins[threadIdx.x] = 0;
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) atomicAdd(&bins[x[i] % 8], 1u);
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x))
+        atomicAdd(&bins[x[i] % 8], 1u);
     __syncthreads();
     if (threadIdx.x < 8) atomicAdd(&y[threadIdx.x], bins[threadIdx.x]);
 }
@@ -92,7 +97,8 @@ Case const atomics("legal/shared_and_global_atomics", [] {
         std::vector<int> x(333);
         std::vector<u32> y(8);
         for (int i = 0; i < 333; ++i) x[static_cast<std::size_t>(i)] = i;
-        launch(histogram, dim3(3), dim3(64), 32, nullptr, static_cast<int const*>(x.data()), y.data(), 333);
+        launch(histogram, dim3(3), dim3(64), 32, nullptr, static_cast<int const*>(x.data()),
+               y.data(), 333);
         return y[0] == 3 * 42 && y[7] == 3 * 41;
     });
 });
@@ -101,8 +107,8 @@ __global__ void partial_warp(int* y) {
     int* const s = reinterpret_cast<int*>(dyn_smem());
     s[threadIdx.x] = static_cast<int>(threadIdx.x);
     __syncwarp();
-    int const sum = s[threadIdx.x ^ 1] + __syncthreads_count(threadIdx.x % 3 == 0) + __syncthreads_or(threadIdx.x == 47) +
-                    __syncthreads_and(threadIdx.x < 47);
+    int const sum = s[threadIdx.x ^ 1] + __syncthreads_count(threadIdx.x % 3 == 0) +
+                    __syncthreads_or(threadIdx.x == 47) + __syncthreads_and(threadIdx.x < 47);
     y[threadIdx.x] = sum;
 }
 Case const partial("legal/partial_warp_and_counting_barriers", [] {
@@ -160,24 +166,29 @@ __global__ void private_strip(bf16 const* x, bf16* y, int rounds) {
     int const lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     bf16* const strip = reinterpret_cast<bf16*>(dyn_smem()) + warp * 256;  // [16][16]
     for (int i = 0; i < rounds; ++i) {
-        *reinterpret_cast<uint4*>(strip + 8 * lane) = load_global(reinterpret_cast<uint4 const*>(x + 256 * warp + 8 * lane));
+        *reinterpret_cast<uint4*>(strip + 8 * lane) =
+            load_global(reinterpret_cast<uint4 const*>(x + 256 * warp + 8 * lane));
         __syncwarp();
         u32 r[4];
         ldmatrix_x4_trans(r, smem_u32(strip + lane % 16 * 16 + lane / 16 * 8));
         __syncwarp();
         for (int j = 0; j < 4; ++j) {
-            reinterpret_cast<u32*>(strip)[(lane / 4 + 8 * (j / 2)) * 8 + lane % 4 + 4 * (j % 2)] = r[j];
+            reinterpret_cast<u32*>(strip)[(lane / 4 + 8 * (j / 2)) * 8 + lane % 4 + 4 * (j % 2)] =
+                r[j];
         }
         __syncwarp();
-        store_global(reinterpret_cast<uint4*>(y + 256 * warp + 8 * lane), *reinterpret_cast<uint4*>(strip + 8 * lane));
+        store_global(reinterpret_cast<uint4*>(y + 256 * warp + 8 * lane),
+                     *reinterpret_cast<uint4*>(strip + 8 * lane));
         __syncwarp();
     }
 }
 Case const strip("legal/warp_private_strip", [] {
     expect_silence([] {
         std::vector<bf16> x(512), y(512);
-        for (int i = 0; i < 512; ++i) x[static_cast<std::size_t>(i)] = __float2bfloat16(static_cast<float>(i % 256));
-        launch(private_strip, dim3(1), dim3(64), 1024, nullptr, static_cast<bf16 const*>(x.data()), y.data(), 3);
+        for (int i = 0; i < 512; ++i)
+            x[static_cast<std::size_t>(i)] = __float2bfloat16(static_cast<float>(i % 256));
+        launch(private_strip, dim3(1), dim3(64), 1024, nullptr, static_cast<bf16 const*>(x.data()),
+               y.data(), 3);
         for (std::size_t r = 0; r < 16; ++r) {
             for (std::size_t c = 0; c < 16; ++c) {
                 if (__bfloat162float(y[16 * r + c]) != static_cast<float>(16 * c + r)) return false;

@@ -6,13 +6,15 @@ namespace {
 
 Case const no_wait("planted/cp_async_wait_missing",
                    [] { expect_race("in flight", [] { return run_add_tiles<Bug::no_wait>(); }); });
-Case const no_barrier_before("planted/barrier_before_reading_missing",
-                             [] { expect_race("", [] { return run_add_tiles<Bug::no_barrier_before>(); }); });
+Case const no_barrier_before("planted/barrier_before_reading_missing", [] {
+    expect_race("", [] { return run_add_tiles<Bug::no_barrier_before>(); });
+});
 Case const no_barrier_before_race("planted/barrier_before_reading_missing_is_named", [] {
     expect_only_race("shared memory", [] { return run_add_tiles<Bug::no_barrier_before>(); });
 });
 Case const no_barrier_after("planted/barrier_after_reading_missing", [] {
-    expect_race("is not ordered after the read by", [] { return run_add_tiles<Bug::no_barrier_after>(); });
+    expect_race("is not ordered after the read by",
+                [] { return run_add_tiles<Bug::no_barrier_after>(); });
 });
 
 // Lanes exchange through shared memory. kFence: 0 nothing, 1 a shuffle, 2 __syncwarp.
@@ -38,10 +40,13 @@ bool run_exchange() {
     return true;
 }
 
-Case const no_syncwarp("planted/syncwarp_missing", [] { expect_race("", [] { return run_exchange<0>(); }); });
-Case const shuffle_as_fence("planted/shuffle_used_as_fence",
-                            [] { expect_only_race("race on shared memory", [] { return run_exchange<1>(); }); });
-Case const syncwarp_is_enough("legal/syncwarp_exchange", [] { expect_silence([] { return run_exchange<2>(); }); });
+Case const no_syncwarp("planted/syncwarp_missing",
+                       [] { expect_race("", [] { return run_exchange<0>(); }); });
+Case const shuffle_as_fence("planted/shuffle_used_as_fence", [] {
+    expect_only_race("race on shared memory", [] { return run_exchange<1>(); });
+});
+Case const syncwarp_is_enough("legal/syncwarp_exchange",
+                              [] { expect_silence([] { return run_exchange<2>(); }); });
 
 __global__ void divergent_collective(u32* y) {
     u32 v = threadIdx.x;
@@ -87,7 +92,8 @@ __global__ void mismatched_barrier() {
     emu::barrier_sync(1, threadIdx.x < 32 ? 64 : 96);
 }
 Case const mismatch("planted/barrier_count_mismatch", [] {
-    expect_report("barrier mismatch", [] { launch(mismatched_barrier, dim3(1), dim3(96), 0, nullptr); });
+    expect_report("barrier mismatch",
+                  [] { launch(mismatched_barrier, dim3(1), dim3(96), 0, nullptr); });
 });
 
 __global__ void outside_mask(u32* y) {
@@ -104,13 +110,18 @@ Case const mask("planted/shuffle_from_outside_the_mask", [] {
 
 // ---- Addresses ----
 
-__global__ void write_shared(int index) { reinterpret_cast<float*>(dyn_smem())[index] = 1.0f; }
-void expect_write_outside(int index) {
-    expect_fault("out of bounds", [=] { launch(write_shared, dim3(1), dim3(1), 256, nullptr, index); });
+__global__ void write_shared(int index) {
+    reinterpret_cast<float*>(dyn_smem())[index] = 1.0f;
 }
-Case const shared_past_end("planted/shared_write_just_past_the_end", [] { expect_write_outside(64); });
+void expect_write_outside(int index) {
+    expect_fault("out of bounds",
+                 [=] { launch(write_shared, dim3(1), dim3(1), 256, nullptr, index); });
+}
+Case const shared_past_end("planted/shared_write_just_past_the_end",
+                           [] { expect_write_outside(64); });
 Case const shared_far("planted/shared_write_far_past_the_end", [] { expect_write_outside(5000); });
-Case const shared_before("planted/shared_write_far_before_the_start", [] { expect_write_outside(-100000); });
+Case const shared_before("planted/shared_write_far_before_the_start",
+                         [] { expect_write_outside(-100000); });
 
 __global__ void load_tile(int offset) {
     u32 r[4];
@@ -119,10 +130,12 @@ __global__ void load_tile(int offset) {
     ldmatrix_x4(r, smem_u32(dyn_smem()) + 16 * threadIdx.x + static_cast<u32>(offset));
 }
 Case const tile_outside("planted/ldmatrix_out_of_bounds", [] {
-    expect_report("out of bounds: ldmatrix", [] { launch(load_tile, dim3(1), dim3(32), 512, nullptr, 16); });
+    expect_report("out of bounds: ldmatrix",
+                  [] { launch(load_tile, dim3(1), dim3(32), 512, nullptr, 16); });
 });
 Case const tile_misaligned("planted/ldmatrix_misaligned", [] {
-    expect_report("misaligned: ldmatrix", [] { launch(load_tile, dim3(1), dim3(32), 1024, nullptr, 8); });
+    expect_report("misaligned: ldmatrix",
+                  [] { launch(load_tile, dim3(1), dim3(32), 1024, nullptr, 8); });
 });
 
 __global__ void copy_at(char const* x, int to, int from) {
@@ -135,17 +148,23 @@ void expect_bad_copy(char const* expected, int to, int from) {
         launch(copy_at, dim3(1), dim3(1), 64, nullptr, static_cast<char const*>(x), to, from);
     });
 }
-Case const copy_outside("planted/cp_async_out_of_bounds", [] { expect_bad_copy("out of bounds", 64, 0); });
-Case const copy_misaligned("planted/cp_async_misaligned_destination", [] { expect_bad_copy("misaligned", 8, 0); });
-Case const copy_source("planted/cp_async_misaligned_source", [] { expect_bad_copy("misaligned", 0, 4); });
+Case const copy_outside("planted/cp_async_out_of_bounds",
+                        [] { expect_bad_copy("out of bounds", 64, 0); });
+Case const copy_misaligned("planted/cp_async_misaligned_destination",
+                           [] { expect_bad_copy("misaligned", 8, 0); });
+Case const copy_source("planted/cp_async_misaligned_source",
+                       [] { expect_bad_copy("misaligned", 0, 4); });
 Case const copy_in_flight("planted/exit_with_cp_async_in_flight",
                           [] { expect_bad_copy("exited with a cp.async in flight", 0, 0); });
 
-__global__ void load_wide(float const* x, float* y) { y[threadIdx.x] = load_global(reinterpret_cast<float4 const*>(x)).x; }
+__global__ void load_wide(float const* x, float* y) {
+    y[threadIdx.x] = load_global(reinterpret_cast<float4 const*>(x)).x;
+}
 Case const wide_misaligned("planted/global_load_misaligned", [] {
     expect_report("misaligned: a 16-byte global access", [] {
         alignas(16) static float x[8], y[1];
-        launch(load_wide, dim3(1), dim3(1), 0, nullptr, static_cast<float const*>(x + 1), static_cast<float*>(y));
+        launch(load_wide, dim3(1), dim3(1), 0, nullptr, static_cast<float const*>(x + 1),
+               static_cast<float*>(y));
     });
 });
 
@@ -154,13 +173,18 @@ __global__ void store_shared_pair(int offset) {
 }
 Case const shared_misaligned("planted/shared_vector_store_misaligned", [] {
     if (kRace) {
-        expect_report("misaligned", [] { launch(store_shared_pair, dim3(1), dim3(1), 64, nullptr, 4); });
+        expect_report("misaligned",
+                      [] { launch(store_shared_pair, dim3(1), dim3(1), 64, nullptr, 4); });
     }
 });
 
-__global__ void null_store(float* p) { *p = 1.0f; }
+__global__ void null_store(float* p) {
+    *p = 1.0f;
+}
 Case const null_pointer("planted/null_pointer", [] {
-    expect_fault("invalid access", [] { launch(null_store, dim3(1), dim3(1), 0, nullptr, static_cast<float*>(nullptr)); });
+    expect_fault("invalid access", [] {
+        launch(null_store, dim3(1), dim3(1), 0, nullptr, static_cast<float*>(nullptr));
+    });
 });
 
 __global__ void read_unwritten(float* y) {
@@ -177,12 +201,17 @@ Case const unwritten("planted/uninitialised_shared_read", [] {
 
 // ---- Races whose values look right ----
 
-__global__ void same_value() { reinterpret_cast<int*>(dyn_smem())[0] = 7; }
+__global__ void same_value() {
+    reinterpret_cast<int*>(dyn_smem())[0] = 7;
+}
 Case const same_write("planted/same_value_written_by_two_threads", [] {
-    expect_only_race("race on shared memory", [] { launch(same_value, dim3(1), dim3(2), 16, nullptr); });
+    expect_only_race("race on shared memory",
+                     [] { launch(same_value, dim3(1), dim3(2), 16, nullptr); });
 });
 
-__global__ void write_same_global(int* y) { *y = 7; }
+__global__ void write_same_global(int* y) {
+    *y = 7;
+}
 Case const global_write("planted/two_blocks_write_one_location", [] {
     expect_only_race("race on global memory", [] {
         std::vector<int> y(1);
@@ -221,17 +250,21 @@ __global__ void add_last(u32* parts, u32* ticket, u32* total) {
 template <bool kFenced>
 bool run_add_last() {
     std::vector<u32> parts(5 * 64), ticket(1), total(64);
-    launch(add_last<kFenced>, dim3(5), dim3(64), 16, nullptr, parts.data(), ticket.data(), total.data());
+    launch(add_last<kFenced>, dim3(5), dim3(64), 16, nullptr, parts.data(), ticket.data(),
+           total.data());
     for (u32 t = 0; t < 64; ++t) {
         if (total[t] != 5 * t) return false;
     }
     return true;
 }
-Case const no_fence("planted/threadfence_missing_before_ticket",
-                    [] { expect_only_race("race on global memory", [] { return run_add_last<false>(); }); });
-Case const ticket("legal/last_block_adds_up", [] { expect_silence([] { return run_add_last<true>(); }); });
+Case const no_fence("planted/threadfence_missing_before_ticket", [] {
+    expect_only_race("race on global memory", [] { return run_add_last<false>(); });
+});
+Case const ticket("legal/last_block_adds_up",
+                  [] { expect_silence([] { return run_add_last<true>(); }); });
 
-// ---- Global memory: only under AddressSanitizer, which ends the process (see test_kernels.py) ----
+// ---- Global memory: only under AddressSanitizer, which ends the process (see test_kernels.py)
+// ----
 
 template <bool kAsync>
 __global__ void read_past_end(float4 const* x, float4* y) {
@@ -248,10 +281,15 @@ __global__ void read_past_end(float4 const* x, float4* y) {
 template <bool kAsync>
 void run_read_past_end() {
     std::vector<float4> x(31), y(32);
-    launch(read_past_end<kAsync>, dim3(1), dim3(32), 512, nullptr, static_cast<float4 const*>(x.data()), y.data());
+    launch(read_past_end<kAsync>, dim3(1), dim3(32), 512, nullptr,
+           static_cast<float4 const*>(x.data()), y.data());
 }
-Case const past_end("asan_stops/global_read_past_the_end", [] { if (kAsan) run_read_past_end<false>(); });
-Case const async_past_end("asan_stops/cp_async_past_the_end", [] { if (kAsan) run_read_past_end<true>(); });
+Case const past_end("asan_stops/global_read_past_the_end", [] {
+    if (kAsan) run_read_past_end<false>();
+});
+Case const async_past_end("asan_stops/cp_async_past_the_end", [] {
+    if (kAsan) run_read_past_end<true>();
+});
 
 // ---- Never ending ----
 
@@ -271,7 +309,9 @@ __attribute__((noinline)) int descend(int n, int volatile* p) {
     frame[n % 1024] = *p;
     return n == 0 ? frame[0] : descend(n - 1, p) + frame[n % 1024];
 }
-__global__ void recurse(int* p) { *p = descend(100000, p); }
+__global__ void recurse(int* p) {
+    *p = descend(100000, p);
+}
 Case const stack("planted/stack_exhausted", [] {
     expect_fault("stack is exhausted", [] {
         std::vector<int> y(1);
@@ -286,7 +326,9 @@ Case const names_lines("report/names_both_source_lines", [] {
     std::string const report = report_of(0, [] { run_add_tiles<Bug::no_barrier_after>(); });
     auto const first = report.find("pipeline.cuh:"), second = report.rfind("pipeline.cuh:");
     require(first != std::string::npos && first != second, report);
-    require(report.find("kernel ") != std::string::npos && report.find("add_tiles") != std::string::npos, report);
+    require(report.find("kernel ") != std::string::npos &&
+                report.find("add_tiles") != std::string::npos,
+            report);
     require(emu::last_report() == report, emu::last_report());
 });
 Case const goes_on("report/next_launch_is_unharmed", [] {

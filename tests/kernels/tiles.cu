@@ -22,7 +22,8 @@ template <class Op, class Element, class Accumulator>
 __global__ void multiply(Element const* a, Element const* b, Accumulator* d) {
     using Traits = cute::MMA_Traits<Op>;
     using Shape = typename Traits::Shape_MNK;
-    constexpr int M = cute::size<0>(Shape{}), N = cute::size<1>(Shape{}), K = cute::size<2>(Shape{});
+    constexpr int M = cute::size<0>(Shape{}), N = cute::size<1>(Shape{}),
+                  K = cute::size<2>(Shape{});
     constexpr int kA = M * K / 32, kB = N * K / 32;
     int const lane = static_cast<int>(threadIdx.x);
     alignas(16) Element fa[kA], fb[kB];
@@ -44,7 +45,8 @@ __global__ void multiply(Element const* a, Element const* b, Accumulator* d) {
     memcpy(ra, fa, sizeof fa);
     memcpy(rb, fb, sizeof fb);
     if constexpr (sizeof fa == 16) {
-        Op::fma(fd[0], fd[1], fd[2], fd[3], ra[0], ra[1], ra[2], ra[3], rb[0], rb[1], fd[0], fd[1], fd[2], fd[3]);
+        Op::fma(fd[0], fd[1], fd[2], fd[3], ra[0], ra[1], ra[2], ra[3], rb[0], rb[1], fd[0], fd[1],
+                fd[2], fd[3]);
     } else {
         Op::fma(fd[0], fd[1], fd[2], fd[3], ra[0], ra[1], rb[0], fd[0], fd[1], fd[2], fd[3]);
     }
@@ -57,7 +59,8 @@ __global__ void multiply(Element const* a, Element const* b, Accumulator* d) {
 template <class Op, class Element, class Accumulator, class Make, class Value>
 void check_mma(Make make, Value value) {
     using Shape = typename cute::MMA_Traits<Op>::Shape_MNK;
-    constexpr int M = cute::size<0>(Shape{}), N = cute::size<1>(Shape{}), K = cute::size<2>(Shape{});
+    constexpr int M = cute::size<0>(Shape{}), N = cute::size<1>(Shape{}),
+                  K = cute::size<2>(Shape{});
     std::vector<Element> a(M * K), b(N * K);
     std::vector<Accumulator> d(M * N), expected(M * N);
     uint32_t state = 1;
@@ -67,18 +70,23 @@ void check_mma(Make make, Value value) {
         for (int n = 0; n < N; ++n) {
             auto& e = expected[m * N + n];
             e = d[m * N + n] = static_cast<Accumulator>(m - n);
-            for (int k = 0; k < K; ++k) e += static_cast<Accumulator>(value(a[m * K + k]) * value(b[n * K + k]));
+            for (int k = 0; k < K; ++k)
+                e += static_cast<Accumulator>(value(a[m * K + k]) * value(b[n * K + k]));
         }
     }
     emu::set_seed(2);
-    launch(multiply<Op, Element, Accumulator>, dim3(1), dim3(32), 0, nullptr, static_cast<Element const*>(a.data()),
-           static_cast<Element const*>(b.data()), d.data());
+    launch(multiply<Op, Element, Accumulator>, dim3(1), dim3(32), 0, nullptr,
+           static_cast<Element const*>(a.data()), static_cast<Element const*>(b.data()), d.data());
     // Small integers: exact in every format and in any order of summation.
-    for (int i = 0; i < M * N; ++i) require(d[i] == expected[i], "element ", i, ": ", d[i], " != ", expected[i]);
-    require(last_counters().mma_flops == uint64_t{2} * M * N * K, "flops ", last_counters().mma_flops);
+    for (int i = 0; i < M * N; ++i)
+        require(d[i] == expected[i], "element ", i, ": ", d[i], " != ", expected[i]);
+    require(last_counters().mma_flops == uint64_t{2} * M * N * K, "flops ",
+            last_counters().mma_flops);
 }
 
-float small(uint32_t r) { return static_cast<float>(static_cast<int>(r % 17) - 8); }
+float small(uint32_t r) {
+    return static_cast<float>(static_cast<int>(r % 17) - 8);
+}
 template <class T>
 T make_float(uint32_t r) {
     return T(small(r));
@@ -88,9 +96,10 @@ float to_float(T x) {
     return static_cast<float>(x);
 }
 
-#define LSM_MMA_CASE(name, op, Element)                                                                          \
-    Case const mma_##name("mma/" #name, [] {                                                                     \
-        check_mma<cute::op, cute::Element, float>(make_float<cute::Element>, to_float<cute::Element>);           \
+#define LSM_MMA_CASE(name, op, Element)                                      \
+    Case const mma_##name("mma/" #name, [] {                                 \
+        check_mma<cute::op, cute::Element, float>(make_float<cute::Element>, \
+                                                  to_float<cute::Element>);  \
     });
 LSM_MMA_CASE(m16n8k8_bf16, SM80_16x8x8_F32BF16BF16F32_TN, bfloat16_t)
 LSM_MMA_CASE(m16n8k16_bf16, SM80_16x8x16_F32BF16BF16F32_TN, bfloat16_t)
@@ -99,8 +108,12 @@ LSM_MMA_CASE(m16n8k16_f16, SM80_16x8x16_F32F16F16F32_TN, half_t)
 LSM_MMA_CASE(m16n8k4_tf32, SM80_16x8x4_F32TF32TF32F32_TN, tfloat32_t)
 LSM_MMA_CASE(m16n8k8_tf32, SM80_16x8x8_F32TF32TF32F32_TN, tfloat32_t)
 #undef LSM_MMA_CASE
-int8_t make_int8(uint32_t r) { return static_cast<int8_t>(r); }
-uint32_t int8_value(int8_t x) { return static_cast<uint32_t>(static_cast<int>(x)); }
+int8_t make_int8(uint32_t r) {
+    return static_cast<int8_t>(r);
+}
+uint32_t int8_value(int8_t x) {
+    return static_cast<uint32_t>(static_cast<int>(x));
+}
 Case const mma_s8_k16("mma/m16n8k16_s8", [] {
     check_mma<cute::SM80_16x8x16_S32S8S8S32_TN, int8_t, uint32_t>(make_int8, int8_value);
 });
@@ -111,7 +124,8 @@ Case const mma_s8_k32("mma/m16n8k32_s8", [] {
 __global__ void multiply_halves(u32 const* a, float* d) {
     float fd[4] = {};
     u32 const fa[4] = {a[0], a[0], a[0], a[0]};
-    mma_16x8x16(fd, fa, 0x3c00u, 0, static_cast<half const*>(nullptr));  // b: 1 at the even k of the first half
+    mma_16x8x16(fd, fa, 0x3c00u, 0,
+                static_cast<half const*>(nullptr));  // b: 1 at the even k of the first half
     d[threadIdx.x] = fd[0];
 }
 Case const all_halves("mma/every_f16_value", [] {
@@ -119,7 +133,8 @@ Case const all_halves("mma/every_f16_value", [] {
     for (u32 bits = 0; bits < 0x10000; bits += bits < 0x800 || bits > 0x7b00 ? 1 : 37) {
         std::vector<float> d(32);
         std::vector<u32> a{bits};
-        launch(multiply_halves, dim3(1), dim3(32), 0, nullptr, static_cast<u32 const*>(a.data()), d.data());
+        launch(multiply_halves, dim3(1), dim3(32), 0, nullptr, static_cast<u32 const*>(a.data()),
+               d.data());
         float const x = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
         // An infinity meets the zeros of b.
         bool const same = std::isfinite(x) ? d[0] == 4 * x : std::isnan(d[0]);
@@ -129,27 +144,35 @@ Case const all_halves("mma/every_f16_value", [] {
 
 // ---- ldmatrix, stmatrix, movmatrix ----
 
-constexpr int kPitch = 24;  // elements; 48 bytes, so rows are 16-byte aligned and in different banks
+constexpr int kPitch =
+    24;  // elements; 48 bytes, so rows are 16-byte aligned and in different banks
 
 template <int kMatrices, bool kTransposed>
 __global__ void load_store(uint16_t const* x, uint16_t* loaded, uint16_t* stored) {
     uint16_t* const tile = reinterpret_cast<uint16_t*>(dyn_smem());
     uint16_t* const copy = tile + 32 * kPitch;
     int const lane = static_cast<int>(threadIdx.x);
-    for (int i = 0; i < kPitch; ++i) tile[lane * kPitch + i] = x[lane * kPitch + i], copy[lane * kPitch + i] = 0;
+    for (int i = 0; i < kPitch; ++i)
+        tile[lane * kPitch + i] = x[lane * kPitch + i], copy[lane * kPitch + i] = 0;
     __syncwarp();
     auto const& source = *reinterpret_cast<cute::uint128_t const*>(tile + lane * kPitch + 8);
     auto& target = *reinterpret_cast<cute::uint128_t*>(copy + lane * kPitch + 8);
     u32 r[kMatrices];
     if constexpr (kMatrices == 1) {
-        std::conditional_t<kTransposed, cute::SM75_U16x2_LDSM_T, cute::SM75_U32x1_LDSM_N>::copy(source, r[0]);
-        std::conditional_t<kTransposed, cute::SM90_U16x2_STSM_T, cute::SM90_U32x1_STSM_N>::copy(r[0], target);
+        std::conditional_t<kTransposed, cute::SM75_U16x2_LDSM_T, cute::SM75_U32x1_LDSM_N>::copy(
+            source, r[0]);
+        std::conditional_t<kTransposed, cute::SM90_U16x2_STSM_T, cute::SM90_U32x1_STSM_N>::copy(
+            r[0], target);
     } else if constexpr (kMatrices == 2) {
-        std::conditional_t<kTransposed, cute::SM75_U16x4_LDSM_T, cute::SM75_U32x2_LDSM_N>::copy(source, r[0], r[1]);
-        std::conditional_t<kTransposed, cute::SM90_U16x4_STSM_T, cute::SM90_U32x2_STSM_N>::copy(r[0], r[1], target);
+        std::conditional_t<kTransposed, cute::SM75_U16x4_LDSM_T, cute::SM75_U32x2_LDSM_N>::copy(
+            source, r[0], r[1]);
+        std::conditional_t<kTransposed, cute::SM90_U16x4_STSM_T, cute::SM90_U32x2_STSM_N>::copy(
+            r[0], r[1], target);
     } else {
-        std::conditional_t<kTransposed, cute::SM75_U16x8_LDSM_T, cute::SM75_U32x4_LDSM_N>::copy(source, r[0], r[1], r[2], r[3]);
-        std::conditional_t<kTransposed, cute::SM90_U16x8_STSM_T, cute::SM90_U32x4_STSM_N>::copy(r[0], r[1], r[2], r[3], target);
+        std::conditional_t<kTransposed, cute::SM75_U16x8_LDSM_T, cute::SM75_U32x4_LDSM_N>::copy(
+            source, r[0], r[1], r[2], r[3]);
+        std::conditional_t<kTransposed, cute::SM90_U16x8_STSM_T, cute::SM90_U32x4_STSM_N>::copy(
+            r[0], r[1], r[2], r[3], target);
     }
     __syncwarp();
     for (int i = 0; i < kMatrices; ++i) {
@@ -223,14 +246,18 @@ __global__ void copy_words(Word const* x, Word* y) {
 template <class Word>
 void check_copy() {
     std::vector<Word> x(32), y(64);
-    for (std::size_t i = 0; i < 32 * sizeof(Word); ++i) reinterpret_cast<unsigned char*>(x.data())[i] = static_cast<unsigned char>(i + 1);
-    launch(copy_words<Word>, dim3(1), dim3(32), 64 * sizeof(Word), nullptr, static_cast<Word const*>(x.data()), y.data());
+    for (std::size_t i = 0; i < 32 * sizeof(Word); ++i)
+        reinterpret_cast<unsigned char*>(x.data())[i] = static_cast<unsigned char>(i + 1);
+    launch(copy_words<Word>, dim3(1), dim3(32), 64 * sizeof(Word), nullptr,
+           static_cast<Word const*>(x.data()), y.data());
     Word const zero{};
     for (std::size_t t = 0; t < 32; ++t) {
         require(std::memcmp(&y[t], &x[t], sizeof(Word)) == 0, "word ", t);
-        require(std::memcmp(&y[32 + t], t % 2 == 0 ? &x[t] : &zero, sizeof(Word)) == 0, "filled word ", t);
+        require(std::memcmp(&y[32 + t], t % 2 == 0 ? &x[t] : &zero, sizeof(Word)) == 0,
+                "filled word ", t);
     }
-    require(last_counters().async_bytes == 48 * sizeof(Word), "bytes ", last_counters().async_bytes);
+    require(last_counters().async_bytes == 48 * sizeof(Word), "bytes ",
+            last_counters().async_bytes);
 }
 Case const copy4("cp_async/4_bytes", check_copy<uint32_t>);
 Case const copy8("cp_async/8_bytes", check_copy<uint64_t>);
@@ -250,7 +277,8 @@ __global__ void early_read(uint32_t const* x, uint32_t* y) {
 }
 Case const groups("cp_async/groups_land_in_order", [] {
     std::vector<uint32_t> x{1, 2, 3}, y(4);
-    launch(early_read, dim3(1), dim3(1), 16, nullptr, static_cast<uint32_t const*>(x.data()), y.data());
+    launch(early_read, dim3(1), dim3(1), 16, nullptr, static_cast<uint32_t const*>(x.data()),
+           y.data());
     require(y[0] == 1 && y[1] == 2 && y[3] == 3, "landed wrongly");
     require(kRace || y[2] == 0xffffffffu, "landed before its wait");
 });
@@ -270,11 +298,16 @@ Case const shuffles("warp/shuffles_and_reductions", [] {
     std::vector<int> y(192);
     launch(shuffle_all, dim3(1), dim3(32), 0, nullptr, y.data());
     for (int t = 0; t < 32; ++t) {
-        int const expected[6] = {t / 8 * 8 + (t + 3) % 8, t % 8 < 3 ? t : t - 3, t % 16 >= 13 ? t : t + 3,
-                                 t / 8 * 8 + ((t % 8) ^ 5), -9, t < 16 ? 0xffff : static_cast<int>(0xffff0000u)};
+        int const expected[6] = {t / 8 * 8 + (t + 3) % 8,
+                                 t % 8 < 3 ? t : t - 3,
+                                 t % 16 >= 13 ? t : t + 3,
+                                 t / 8 * 8 + ((t % 8) ^ 5),
+                                 -9,
+                                 t < 16 ? 0xffff : static_cast<int>(0xffff0000u)};
         for (int i = 0; i < 6; ++i) {
             int const got = y[static_cast<std::size_t>(32 * i + t)];
-            require(got == expected[i], "operation ", i, " lane ", t, ": ", got, " != ", expected[i]);
+            require(got == expected[i], "operation ", i, " lane ", t, ": ", got,
+                    " != ", expected[i]);
         }
     }
 });
@@ -294,7 +327,8 @@ Case const atomic_types("warp/atomics", [] {
     std::vector<float> f(1);
     std::vector<unsigned long long> l(1);
     std::vector<int> i(2);
-    launch(atomics_of_each_type, dim3(1), dim3(32), 0, nullptr, u.data(), f.data(), l.data(), i.data());
+    launch(atomics_of_each_type, dim3(1), dim3(32), 0, nullptr, u.data(), f.data(), l.data(),
+           i.data());
     require(u[0] == ~0u && u[1] == 7 && u[2] == 9 && u[3] == 2, "unsigned");
     require(f[0] == 16.0f && l[0] == 96000000000ull && i[0] == 21 && i[1] == -31, "others");
     require(last_counters().atomics == 32 * 8, "count");

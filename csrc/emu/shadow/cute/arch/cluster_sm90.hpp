@@ -9,6 +9,8 @@
 
 namespace cute {
 
-[[gnu::always_inline]] inline uint32_t elect_one_sync() { return lsm::emu::elect_one(); }
+[[gnu::always_inline]] inline uint32_t elect_one_sync() {
+    return lsm::emu::elect_one();
+}
 
 }  // namespace cute

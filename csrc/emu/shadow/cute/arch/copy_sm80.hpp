@@ -33,7 +33,8 @@ struct CpAsync {
 
 template <class Source, class Destination>
 struct CpAsyncZeroFill : CpAsync<Source, Destination> {
-    [[gnu::always_inline]] static inline void copy(Source const& source, Destination& destination, bool valid) {
+    [[gnu::always_inline]] static inline void copy(Source const& source, Destination& destination,
+                                                   bool valid) {
         cp_async(shared_offset(&destination), &source, sizeof(Source), valid ? sizeof(Source) : 0);
     }
 };
@@ -51,7 +52,9 @@ struct SM80_CP_ASYNC_CACHEALWAYS_ZFILL : lsm::emu::CpAsyncZeroFill<TS, TD> {};
 template <class TS, class TD = TS>
 struct SM80_CP_ASYNC_CACHEGLOBAL_ZFILL : lsm::emu::CpAsyncZeroFill<TS, TD> {};
 
-[[gnu::always_inline]] inline void cp_async_fence() { lsm::emu::cp_async_commit(); }
+[[gnu::always_inline]] inline void cp_async_fence() {
+    lsm::emu::cp_async_commit();
+}
 
 template <int N>
 [[gnu::always_inline]] inline void cp_async_wait() {

@@ -31,7 +31,8 @@ struct Stmatrix<Original, Transposed, 1> : Original {
 
 template <class Original, bool Transposed>
 struct Stmatrix<Original, Transposed, 2> : Original {
-    [[gnu::always_inline]] static inline void copy(u32 const& r0, u32 const& r1, cute::uint128_t& destination) {
+    [[gnu::always_inline]] static inline void copy(u32 const& r0, u32 const& r1,
+                                                   cute::uint128_t& destination) {
         u32 const r[2] = {r0, r1};
         stmatrix(r, 2, Transposed, shared_offset(&destination));
     }
@@ -39,8 +40,8 @@ struct Stmatrix<Original, Transposed, 2> : Original {
 
 template <class Original, bool Transposed>
 struct Stmatrix<Original, Transposed, 4> : Original {
-    [[gnu::always_inline]] static inline void copy(u32 const& r0, u32 const& r1, u32 const& r2, u32 const& r3,
-                                                   cute::uint128_t& destination) {
+    [[gnu::always_inline]] static inline void copy(u32 const& r0, u32 const& r1, u32 const& r2,
+                                                   u32 const& r3, cute::uint128_t& destination) {
         u32 const r[4] = {r0, r1, r2, r3};
         stmatrix(r, 4, Transposed, shared_offset(&destination));
     }

@@ -21,12 +21,14 @@ namespace cute {
     lsm::emu::mbarrier_init(lsm::emu::shared_offset(&barrier), static_cast<uint32_t>(thread_count));
 }
 
-[[gnu::always_inline]] inline void set_barrier_transaction_bytes(uint64_t& barrier, uint32_t bytes) {
+[[gnu::always_inline]] inline void set_barrier_transaction_bytes(uint64_t& barrier,
+                                                                 uint32_t bytes) {
     lsm::emu::mbarrier_arrive_expect_tx(lsm::emu::shared_offset(&barrier), bytes);
 }
 
 [[gnu::always_inline]] inline void wait_barrier(uint64_t& barrier, int phase_bit) {
-    lsm::emu::mbarrier_wait_parity(lsm::emu::shared_offset(&barrier), static_cast<uint32_t>(phase_bit));
+    lsm::emu::mbarrier_wait_parity(lsm::emu::shared_offset(&barrier),
+                                   static_cast<uint32_t>(phase_bit));
 }
 
 [[gnu::always_inline]] inline void arrive_barrier(uint64_t& barrier) {

@@ -1,4 +1,5 @@
-// TMA loads, stores, reductions and bulk copies on the emulator. Multicast and im2col are not emulated.
+// TMA loads, stores, reductions and bulk copies on the emulator. Multicast and im2col are not
+// emulated.
 #pragma once
 
 #include "emu/emu.h"
@@ -61,7 +62,8 @@ struct TmaPrefetch {
 
 struct TmaLoad {
     template <class... C>
-    [[gnu::always_inline]] static inline void copy(void const* map, u64* barrier, u64, void* destination, C const&... coordinate) {
+    [[gnu::always_inline]] static inline void copy(void const* map, u64* barrier, u64,
+                                                   void* destination, C const&... coordinate) {
         int const c[] = {static_cast<int>(coordinate)...};
         tma_load(map, shared_offset(barrier), shared_offset(destination), sizeof...(C), c);
     }
@@ -70,7 +72,8 @@ struct TmaLoad {
 template <bool Add>
 struct TmaStore {
     template <class... C>
-    [[gnu::always_inline]] static inline void copy(void const* map, void const* source, C const&... coordinate) {
+    [[gnu::always_inline]] static inline void copy(void const* map, void const* source,
+                                                   C const&... coordinate) {
         int const c[] = {static_cast<int>(coordinate)...};
         tma_store(map, shared_offset(source), sizeof...(C), c, Add);
     }
@@ -114,21 +117,28 @@ struct SM90_TMA_REDUCE_ADD_5D : lsm::emu::TmaStore<true> {};
 struct SM90_TMA_REDUCE_ADD : lsm::emu::TmaStore<true> {};
 
 struct SM90_BULK_COPY_G2S {
-    [[gnu::always_inline]] static inline void copy(void const* source, uint64_t* barrier, void* destination, int32_t bytes) {
-        lsm::emu::bulk_load(source, lsm::emu::shared_offset(barrier), lsm::emu::shared_offset(destination),
-                            static_cast<uint32_t>(bytes));
+    [[gnu::always_inline]] static inline void copy(void const* source, uint64_t* barrier,
+                                                   void* destination, int32_t bytes) {
+        lsm::emu::bulk_load(source, lsm::emu::shared_offset(barrier),
+                            lsm::emu::shared_offset(destination), static_cast<uint32_t>(bytes));
     }
     struct PREFETCH : lsm::emu::TmaPrefetch {};
 };
 
 struct SM90_BULK_COPY_S2G {
-    [[gnu::always_inline]] static inline void copy(void const* source, void* destination, int32_t bytes) {
-        lsm::emu::bulk_store(destination, lsm::emu::shared_offset(source), static_cast<uint32_t>(bytes));
+    [[gnu::always_inline]] static inline void copy(void const* source, void* destination,
+                                                   int32_t bytes) {
+        lsm::emu::bulk_store(destination, lsm::emu::shared_offset(source),
+                             static_cast<uint32_t>(bytes));
     }
 };
 
-[[gnu::always_inline]] inline void tma_store_fence() { lsm::emu::fence_proxy_async(); }
-[[gnu::always_inline]] inline void tma_store_arrive() { lsm::emu::bulk_commit(); }
+[[gnu::always_inline]] inline void tma_store_fence() {
+    lsm::emu::fence_proxy_async();
+}
+[[gnu::always_inline]] inline void tma_store_arrive() {
+    lsm::emu::bulk_commit();
+}
 
 template <int Count>
 [[gnu::always_inline]] inline void tma_store_wait() {

@@ -26,8 +26,9 @@ namespace lsm::emu {
 // D is float or uint32_t; two registers of A and one of B, or four and two.
 template <Mma Kind, class Original, class D>
 struct MmaHalf : Original {
-    [[gnu::always_inline]] static inline void fma(D& d0, D& d1, D& d2, D& d3, u32 const& a0, u32 const& a1, u32 const& b0,
-                                           D const& c0, D const& c1, D const& c2, D const& c3) {
+    [[gnu::always_inline]] static inline void fma(D& d0, D& d1, D& d2, D& d3, u32 const& a0,
+                                                  u32 const& a1, u32 const& b0, D const& c0,
+                                                  D const& c1, D const& c2, D const& c3) {
         D d[4] = {c0, c1, c2, c3};
         u32 const a[2] = {a0, a1}, b[1] = {b0};
         mma(Kind, d, a, b);
@@ -37,9 +38,10 @@ struct MmaHalf : Original {
 
 template <Mma Kind, class Original, class D>
 struct MmaFull : Original {
-    [[gnu::always_inline]] static inline void fma(D& d0, D& d1, D& d2, D& d3, u32 const& a0, u32 const& a1, u32 const& a2,
-                                           u32 const& a3, u32 const& b0, u32 const& b1, D const& c0, D const& c1,
-                                           D const& c2, D const& c3) {
+    [[gnu::always_inline]] static inline void fma(D& d0, D& d1, D& d2, D& d3, u32 const& a0,
+                                                  u32 const& a1, u32 const& a2, u32 const& a3,
+                                                  u32 const& b0, u32 const& b1, D const& c0,
+                                                  D const& c1, D const& c2, D const& c3) {
         D d[4] = {c0, c1, c2, c3};
         u32 const a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
         mma(Kind, d, a, b);

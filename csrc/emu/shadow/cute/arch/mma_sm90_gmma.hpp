@@ -109,14 +109,18 @@
 
 namespace cute {
 
-[[gnu::always_inline]] inline void warpgroup_arrive() { lsm::emu::wgmma_fence(); }
+[[gnu::always_inline]] inline void warpgroup_arrive() {
+    lsm::emu::wgmma_fence();
+}
 
 template <int N>
 [[gnu::always_inline]] inline void warpgroup_wait() {
     lsm::emu::wgmma_wait(N);
 }
 
-[[gnu::always_inline]] inline void warpgroup_commit_batch() { lsm::emu::wgmma_commit(); }
+[[gnu::always_inline]] inline void warpgroup_commit_batch() {
+    lsm::emu::wgmma_commit();
+}
 
 }  // namespace cute
 
@@ -127,34 +131,46 @@ namespace gmma = cute::SM90::GMMA;
 template <std::size_t>
 using FloatAt = float;
 
-template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA, gmma::ScaleIn ScaleB, class Indices>
+template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA,
+          gmma::ScaleIn ScaleB, class Indices>
 struct WgmmaShared;
-template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA, gmma::ScaleIn ScaleB, class Indices>
+template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA,
+          gmma::ScaleIn ScaleB, class Indices>
 struct WgmmaRegisters;
 
 template <Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA, gmma::ScaleIn ScaleB>
 constexpr WgmmaShape wgmma_shape(int n) {
-    return {Kind, n, A == gmma::Major::MN, B == gmma::Major::MN, static_cast<int>(ScaleA), static_cast<int>(ScaleB)};
+    return {Kind,
+            n,
+            A == gmma::Major::MN,
+            B == gmma::Major::MN,
+            static_cast<int>(ScaleA),
+            static_cast<int>(ScaleB)};
 }
 
-// CuTe takes the address of fma: a plain function with one reference per accumulator, N / 2 of them.
-template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA, gmma::ScaleIn ScaleB,
-          std::size_t... I>
+// CuTe takes the address of fma: a plain function with one reference per accumulator, N / 2 of
+// them.
+template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA,
+          gmma::ScaleIn ScaleB, std::size_t... I>
 struct WgmmaShared<Original, Kind, A, B, ScaleA, ScaleB, std::index_sequence<I...>> : Original {
-    [[gnu::always_inline]] static inline void fma(u64 const& a, u64 const& b, FloatAt<I>&... d,
-                                           gmma::ScaleOut const scale_d = gmma::ScaleOut::One) {
-        static constexpr WgmmaShape kShape = wgmma_shape<Kind, A, B, ScaleA, ScaleB>(2 * sizeof...(I));
+    [[gnu::always_inline]] static inline void fma(
+        u64 const& a, u64 const& b, FloatAt<I>&... d,
+        gmma::ScaleOut const scale_d = gmma::ScaleOut::One) {
+        static constexpr WgmmaShape kShape =
+            wgmma_shape<Kind, A, B, ScaleA, ScaleB>(2 * sizeof...(I));
         float* const accumulators[] = {&d...};
         wgmma(kShape, accumulators, a, nullptr, b, scale_d == gmma::ScaleOut::One);
     }
 };
 
-template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA, gmma::ScaleIn ScaleB,
-          std::size_t... I>
+template <class Original, Wgmma Kind, gmma::Major A, gmma::Major B, gmma::ScaleIn ScaleA,
+          gmma::ScaleIn ScaleB, std::size_t... I>
 struct WgmmaRegisters<Original, Kind, A, B, ScaleA, ScaleB, std::index_sequence<I...>> : Original {
-    [[gnu::always_inline]] static inline void fma(u32 const& a0, u32 const& a1, u32 const& a2, u32 const& a3, u64 const& b,
-                                           FloatAt<I>&... d, gmma::ScaleOut const scale_d = gmma::ScaleOut::One) {
-        static constexpr WgmmaShape kShape = wgmma_shape<Kind, A, B, ScaleA, ScaleB>(2 * sizeof...(I));
+    [[gnu::always_inline]] static inline void fma(
+        u32 const& a0, u32 const& a1, u32 const& a2, u32 const& a3, u64 const& b, FloatAt<I>&... d,
+        gmma::ScaleOut const scale_d = gmma::ScaleOut::One) {
+        static constexpr WgmmaShape kShape =
+            wgmma_shape<Kind, A, B, ScaleA, ScaleB>(2 * sizeof...(I));
         float* const accumulators[] = {&d...};
         u32 const* const a[] = {&a0, &a1, &a2, &a3};
         wgmma(kShape, accumulators, 0, a, b, scale_d == gmma::ScaleOut::One);
@@ -165,14 +181,14 @@ struct WgmmaRegisters<Original, Kind, A, B, ScaleA, ScaleB, std::index_sequence<
 
 namespace cute::SM90::GMMA {
 
-#define LSM_WGMMA(name, base, kind, n)                                                                           \
-    template <Major A, Major B, ScaleIn ScaleA = ScaleIn::One, ScaleIn ScaleB = ScaleIn::One>                     \
-    struct name : lsm::emu::base<cutlass_##name<A, B, ScaleA, ScaleB>, lsm::emu::Wgmma::kind, A, B, ScaleA, ScaleB, \
-                                 std::make_index_sequence<n / 2>> {};
-#define LSM_WGMMA_TN(name, base, kind, n)                                                                        \
-    template <ScaleIn ScaleA = ScaleIn::One, ScaleIn ScaleB = ScaleIn::One>                                       \
-    struct name : lsm::emu::base<cutlass_##name<ScaleA, ScaleB>, lsm::emu::Wgmma::kind, Major::K, Major::K, ScaleA, \
-                                 ScaleB, std::make_index_sequence<n / 2>> {};
+#define LSM_WGMMA(name, base, kind, n)                                                           \
+    template <Major A, Major B, ScaleIn ScaleA = ScaleIn::One, ScaleIn ScaleB = ScaleIn::One>    \
+    struct name : lsm::emu::base<cutlass_##name<A, B, ScaleA, ScaleB>, lsm::emu::Wgmma::kind, A, \
+                                 B, ScaleA, ScaleB, std::make_index_sequence<n / 2>> {};
+#define LSM_WGMMA_TN(name, base, kind, n)                                                         \
+    template <ScaleIn ScaleA = ScaleIn::One, ScaleIn ScaleB = ScaleIn::One>                       \
+    struct name : lsm::emu::base<cutlass_##name<ScaleA, ScaleB>, lsm::emu::Wgmma::kind, Major::K, \
+                                 Major::K, ScaleA, ScaleB, std::make_index_sequence<n / 2>> {};
 
 LSM_WGMMA(MMA_64x8x16_F32BF16BF16_SS, WgmmaShared, bf16, 8)
 LSM_WGMMA(MMA_64x8x16_F32BF16BF16_RS, WgmmaRegisters, bf16, 8)

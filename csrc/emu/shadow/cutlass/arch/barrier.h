@@ -24,7 +24,8 @@ namespace cutlass::arch {
 class NamedBarrier {
   public:
     NamedBarrier(uint32_t threads, uint32_t id) : threads_(threads), id_(id + kReserved) {}
-    NamedBarrier(uint32_t threads, ReservedNamedBarriers id) : threads_(threads), id_(static_cast<uint32_t>(id)) {}
+    NamedBarrier(uint32_t threads, ReservedNamedBarriers id)
+        : threads_(threads), id_(static_cast<uint32_t>(id)) {}
 
     [[gnu::always_inline]] void arrive_and_wait() const { lsm::emu::barrier_sync(id_, threads_); }
     [[gnu::always_inline]] void arrive() const { lsm::emu::barrier_arrive(id_, threads_); }
@@ -42,8 +43,12 @@ class NamedBarrier {
     [[gnu::always_inline]] static void arrive(uint32_t threads, ReservedNamedBarriers id) {
         lsm::emu::barrier_arrive(static_cast<uint32_t>(id), threads);
     }
-    [[gnu::always_inline]] static void sync(uint32_t threads, uint32_t id) { arrive_and_wait(threads, id); }
-    [[gnu::always_inline]] static void sync(uint32_t threads, ReservedNamedBarriers id) { arrive_and_wait(threads, id); }
+    [[gnu::always_inline]] static void sync(uint32_t threads, uint32_t id) {
+        arrive_and_wait(threads, id);
+    }
+    [[gnu::always_inline]] static void sync(uint32_t threads, ReservedNamedBarriers id) {
+        arrive_and_wait(threads, id);
+    }
 
   private:
     static constexpr uint32_t kReserved = cutlass_NamedBarrier::ReservedNamedBarrierCount;
@@ -57,7 +62,9 @@ struct ClusterBarrier {
     [[gnu::always_inline]] bool test_wait(uint32_t phase, uint32_t wanted = true) const {
         return test_wait(&barrier_, phase, wanted);
     }
-    [[gnu::always_inline]] bool try_wait(uint32_t phase) const { return try_wait(&barrier_, phase); }
+    [[gnu::always_inline]] bool try_wait(uint32_t phase) const {
+        return try_wait(&barrier_, phase);
+    }
     [[gnu::always_inline]] void wait(uint32_t phase) const { wait(&barrier_, phase); }
     [[gnu::always_inline]] void arrive() const { arrive(&barrier_); }
 
@@ -67,7 +74,8 @@ struct ClusterBarrier {
     [[gnu::always_inline]] static void wait(ValueType const* p, uint32_t phase) {
         lsm::emu::mbarrier_wait_parity(lsm::emu::shared_offset(p), phase);
     }
-    [[gnu::always_inline]] static bool test_wait(ValueType const* p, uint32_t phase, uint32_t wanted) {
+    [[gnu::always_inline]] static bool test_wait(ValueType const* p, uint32_t phase,
+                                                 uint32_t wanted) {
         return wanted != 0 && lsm::emu::mbarrier_test_parity(lsm::emu::shared_offset(p), phase);
     }
     [[gnu::always_inline]] static bool try_wait(ValueType const* p, uint32_t phase) {
@@ -85,8 +93,12 @@ struct ClusterBarrier {
 };
 
 struct ClusterTransactionBarrier : ClusterBarrier {
-    [[gnu::always_inline]] void arrive_and_expect_tx(uint32_t bytes) const { arrive_and_expect_tx(&barrier_, bytes); }
-    [[gnu::always_inline]] void expect_transaction(uint32_t bytes) const { expect_transaction(&barrier_, bytes); }
+    [[gnu::always_inline]] void arrive_and_expect_tx(uint32_t bytes) const {
+        arrive_and_expect_tx(&barrier_, bytes);
+    }
+    [[gnu::always_inline]] void expect_transaction(uint32_t bytes) const {
+        expect_transaction(&barrier_, bytes);
+    }
     [[gnu::always_inline]] void complete_transaction(uint32_t bytes, uint32_t wanted = 1) const {
         if (wanted != 0) lsm::emu::mbarrier_complete_tx(lsm::emu::shared_offset(&barrier_), bytes);
     }
@@ -102,7 +114,9 @@ struct ClusterTransactionBarrier : ClusterBarrier {
 // The barrier that has to follow it orders the initialisation.
 inline void fence_barrier_init() {}
 
-[[gnu::always_inline]] inline void fence_view_async_shared() { lsm::emu::fence_proxy_async(); }
+[[gnu::always_inline]] inline void fence_view_async_shared() {
+    lsm::emu::fence_proxy_async();
+}
 
 [[gnu::always_inline]] inline void cpasync_barrier_arrive(uint64_t const* p) {
     lsm::emu::cp_async_mbarrier_arrive(lsm::emu::shared_offset(p), false);
