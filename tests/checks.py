@@ -9,7 +9,7 @@ So the recurrence takes the same rounded inputs, runs in fp32 (fp64) and rounds 
 for half precision this is far stricter than a recurrence with a half-precision state would be.
 For fp64 the truth itself is such a recurrence; how far off it may be, the fp32 run tells, scaled.
 Factor 2: two orders of summation may each be unlucky. The few ulp are, in unit roundoffs u of the
-dtype in which an implementation multiplies:
+dtype of q:
 
 - fp32, fp64: 16 u (1e-6, 1.8e-15). A sum of n terms in another order differs by about
   0.3 sqrt(n) u; n goes up to some thousand tokens or columns, which the recurrence's own error
@@ -98,16 +98,13 @@ def result_dtype(x: Inputs, name: str) -> torch.dtype:
     return x.tensors.get(name.removeprefix("d"), x.tensors["q"]).dtype
 
 
-def verdicts(
-    actual: Tensors, truth: Tensors, same: Tensors, x: Inputs, products: torch.dtype | None = None
-) -> list[str]:
-    """One line per result that breaks the rule. ``products``: dtype of products, if not q's."""
+def verdicts(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs) -> list[str]:
+    """One line per result that breaks the rule."""
     broken = []
-    q_dtype = x.tensors["q"].dtype
     if actual.keys() != truth.keys():
         return [f"results {sorted(actual)}, expected {sorted(truth)}"]
-    unit = max(q_dtype, products or q_dtype, key=UNIT_ROUNDOFF.__getitem__)
-    slack = ULPS[unit] * UNIT_ROUNDOFF[unit]
+    q_dtype = x.tensors["q"].dtype
+    slack = ULPS[q_dtype] * UNIT_ROUNDOFF[q_dtype]
     for name, got in actual.items():
         want, dtype = truth[name], result_dtype(x, name)
         got, rounded = got.cpu(), same[name].to(dtype)
@@ -133,8 +130,8 @@ def verdicts(
     return broken
 
 
-def assert_accepted(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs, **kwargs) -> None:
-    broken = verdicts(actual, truth, same, x, **kwargs)
+def assert_accepted(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs) -> None:
+    broken = verdicts(actual, truth, same, x)
     assert not broken, "\n".join(["", *broken])
 
 

@@ -33,7 +33,7 @@ class Impl:
     """An implementation behind one interface: forward, forward with gradients, and one token."""
 
     device = "cpu"
-    tensor_cores = False  # K, V <= 256, no fp64, products in half precision
+    tensor_cores = False  # K, V <= 256, no fp64
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -44,11 +44,6 @@ class Impl:
     def absent(self) -> str | None:
         """Why this implementation cannot run here, or None if it can."""
         return None
-
-    def products(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype products round to: operands scaled by decays need bf16's range."""
-        half = dtype in (torch.float16, torch.bfloat16)
-        return torch.bfloat16 if self.tensor_cores and half else dtype
 
     def forward(self, op: Op, x: Inputs) -> tuple[Tensor, Tensor | None]:
         return op.chunk(

@@ -38,8 +38,7 @@ def chunk_cases(draw: st.DrawFn, impl: str) -> Case:
 def check(impl: str, case: Case) -> None:
     x = make_inputs(case)
     implementation = IMPLS[impl]
-    products = implementation.products(case.torch_dtype)
-    assert_accepted(implementation.run(GLA, x), *definition(GLA, x), x, products=products)
+    assert_accepted(implementation.run(GLA, x), *definition(GLA, x), x)
 
 
 def examples(n: int):
