@@ -13,10 +13,9 @@
 #pragma once
 
 #include "kernels/recurrence/common.cuh"
+#include "kernels/recurrence/plan.h"
 
 namespace lsm::recurrence {
-
-constexpr int kRowSegment = 256;  // most tokens per segment here
 
 // V: smallest supported number of columns that holds the actual one.
 template <int V>

@@ -14,12 +14,14 @@
 #pragma once
 
 #include "kernels/recurrence/common.cuh"
+#include "kernels/recurrence/plan.h"
 
 namespace lsm::recurrence {
 
 template <int K>
 struct SweepConfig {
-    static constexpr int kRows = 8, kColumns = 32;  // of the state: per thread; per block
+    static constexpr int kRows = 8,
+                         kColumns = kSweepColumns;  // of the state: per thread; per block
     static constexpr int kThreads = K, kWarps = kThreads / 32;
     static constexpr int kTokens = 8;        // per stage
     static constexpr int kQuad = 4;          // tokens whose sums over K are taken together
@@ -33,8 +35,8 @@ struct SweepStorage {
     struct Stage {
         alignas(16) T query[C::kTokens][K], key[C::kTokens][K], value[C::kTokens][C::kColumns];
         alignas(16) float decay[C::kTokens][K];
-        alignas(
-            16) float partial[C::kTokens][C::kWarps][C::kColumns];  // S^T query, a share per warp
+        // S^T query, a share per warp.
+        alignas(16) float partial[C::kTokens][C::kWarps][C::kColumns];
     } stage[2];
 };
 
@@ -250,7 +252,7 @@ constexpr i64 sweep_tiles(i64 V) {
 
 template <class T, int K, Walk walk, bool Local, class Decay>
 void run_sweep(SweepParams const& p, Decay const& gate, Segments const& segments, void* stream) {
-    i64 const tiles = sweep_tiles(p.V);
+    i64 const tiles = (p.V + kSweepColumns - 1) / kSweepColumns;
     launch(sweep<T, K, walk, Local, Decay>,
            dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
            dim3(SweepConfig<K>::kThreads), sizeof(SweepStorage<T, K>), stream, p, gate, segments,
