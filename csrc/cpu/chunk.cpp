@@ -1,7 +1,8 @@
-// The chunk engine on the CPU: which kernels, which stretches, which threads.
-// Work is dealt out by value head and sequence; the forward also by value columns. When that is too little for the
-// threads, sequences are cut into segments, joined exactly: every segment's state from zero and its total decay, then
-// the states at the boundaries in order, then all segments at once. The backward does the same from the end.
+// The chunk engine on the CPU: which kernels, which stretches, which threads. Work is dealt out by
+// value head and sequence; the forward also by value columns. When that is too little for the
+// threads, sequences are cut into segments, joined exactly: every segment's state from zero and its
+// total decay, then the states at the boundaries in order, then all segments at once. The backward
+// does the same from the end.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -17,17 +18,18 @@ using cpu::ChunkKernels;
 using cpu::ChunkTask;
 
 constexpr int64_t kAlign = 256;
-constexpr int64_t kMinSegment = 256;           // tokens; shorter ones do not pay for the additional pass
-constexpr int64_t kColumnTile = 32;            // of V, two vectors at most
+constexpr int64_t kMinSegment = 256;  // tokens; shorter ones do not pay for the additional pass
+constexpr int64_t kColumnTile = 32;   // of V, two vectors at most
 constexpr int64_t kStepGrain = int64_t(1) << 16;  // state elements worth waking a thread for
 
 ChunkKernels const& kernels() {
-#if defined(__x86_64__)
+#if LSM_CPU_X86_TIERS
     static ChunkKernels const& chosen = [&]() -> ChunkKernels const& {
         auto const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                               __builtin_cpu_supports("f16c");
-        auto const has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+        auto const has_avx512 =
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         if (has_avx2 && has_avx512) return cpu::avx512::chunk_kernels;
         return has_avx2 ? cpu::avx2::chunk_kernels : cpu::baseline::chunk_kernels;
     }();
@@ -37,9 +39,13 @@ ChunkKernels const& kernels() {
 #endif
 }
 
-int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+int64_t round_up(int64_t x, int64_t unit) {
+    return (x + unit - 1) / unit * unit;
+}
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 int64_t boundary(ChunkParams const& p, int64_t i) {
     return p.cu_seqlens_is_64bit ? static_cast<int64_t const*>(p.cu_seqlens)[i]
@@ -57,27 +63,33 @@ struct Chain {
 struct Plan {
     std::vector<Chain> chains;
     int64_t column_tiles = 1;
-    int64_t columns = 0;         // per tile
+    int64_t columns = 0;  // per tile
     int64_t boundary_states = 0;
-    int64_t longest = 0;         // tokens of the longest segment
+    int64_t longest = 0;  // tokens of the longest segment
     int64_t threads = 1;
-    int64_t scratch = 0;         // bytes per thread
+    int64_t scratch = 0;  // bytes per thread
     bool backward = false;
 
     bool segmented() const { return boundary_states > 0; }
 };
 
-int64_t accumulator_bytes(ChunkParams const& p) { return p.dtype == Dtype::f64 ? 8 : 4; }
+int64_t accumulator_bytes(ChunkParams const& p) {
+    return p.dtype == Dtype::f64 ? 8 : 4;
+}
 
-int64_t state_bytes(ChunkParams const& p) { return p.K * p.V * accumulator_bytes(p); }
+int64_t state_bytes(ChunkParams const& p) {
+    return p.K * p.V * accumulator_bytes(p);
+}
 
 Plan make_plan(ChunkParams const& p, bool backward) {
     Plan plan;
     plan.backward = backward;
     int64_t const threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     int64_t const units = std::max<int64_t>(1, p.N * p.HV);
-    if (!backward) plan.column_tiles = std::min(ceil_div(p.V, kColumnTile), ceil_div(threads, units));
-    plan.columns = round_up(ceil_div(p.V, plan.column_tiles), plan.column_tiles > 1 ? kColumnTile : 1);
+    if (!backward)
+        plan.column_tiles = std::min(ceil_div(p.V, kColumnTile), ceil_div(threads, units));
+    plan.columns =
+        round_up(ceil_div(p.V, plan.column_tiles), plan.column_tiles > 1 ? kColumnTile : 1);
     plan.column_tiles = ceil_div(p.V, plan.columns);
     int64_t const want = ceil_div(threads, units * plan.column_tiles);
     plan.chains.reserve(size_t(p.N * p.HV));
@@ -85,11 +97,13 @@ Plan make_plan(ChunkParams const& p, bool backward) {
     for (int64_t n = 0; n < p.N; ++n) {
         bool const packed = p.cu_seqlens != nullptr;
         int64_t const begin = packed ? boundary(p, n) : 0, end = packed ? boundary(p, n + 1) : p.T;
-        int64_t const segments = std::clamp<int64_t>(std::min(want, (end - begin) / kMinSegment), 1, want);
+        int64_t const segments =
+            std::clamp<int64_t>(std::min(want, (end - begin) / kMinSegment), 1, want);
         int64_t const length = std::max<int64_t>(1, ceil_div(end - begin, segments));
         plan.longest = std::max(plan.longest, std::min(length, end - begin));
         for (int64_t h = 0; h < p.HV; ++h) {
-            plan.chains.push_back({n, packed ? 0 : n, h, begin, end, segments, length, plan.boundary_states});
+            plan.chains.push_back(
+                {n, packed ? 0 : n, h, begin, end, segments, length, plan.boundary_states});
             if (segments > 1) plan.boundary_states += segments;
         }
         segments_in_all += segments * p.HV;
@@ -102,7 +116,8 @@ Plan make_plan(ChunkParams const& p, bool backward) {
     return plan;
 }
 
-// Boundary states, their decays (twice for the backward: S forwards, dS backwards), then each thread's scratch.
+// Boundary states, their decays (twice for the backward: S forwards, dS backwards), then each
+// thread's scratch.
 class Workspace {
   public:
     Workspace(ChunkParams const& p, Plan const& plan, void* base)
@@ -115,7 +130,9 @@ class Workspace {
           directions_(plan.backward ? 2 : 1) {}
 
     int64_t bytes() const { return scratch_begin() + threads_ * scratch_; }
-    void* state(int64_t direction, int64_t i) const { return base_ + (direction * states_ + i) * state_; }
+    void* state(int64_t direction, int64_t i) const {
+        return base_ + (direction * states_ + i) * state_;
+    }
     void* decay(int64_t i) const { return base_ + directions_ * states_ * state_ + i * decay_; }
     void* scratch(int64_t thread) const { return base_ + scratch_begin() + thread * scratch_; }
 
@@ -130,7 +147,8 @@ class Workspace {
 
 // Tasks are fetched one by one: which thread runs which has no influence on the result.
 template <class Run>
-void run_tasks(std::vector<ChunkTask> const& tasks, Plan const& plan, Workspace const& workspace, Run run) {
+void run_tasks(std::vector<ChunkTask> const& tasks, Plan const& plan, Workspace const& workspace,
+               Run run) {
     std::atomic<size_t> next{0};
     auto const worker = [&](int64_t first, int64_t) {
         void* const scratch = workspace.scratch(first);
@@ -144,7 +162,8 @@ void run_tasks(std::vector<ChunkTask> const& tasks, Plan const& plan, Workspace 
     }
 }
 
-ChunkTask segment_task(Plan const& plan, Chain const& chain, int64_t segment, int64_t tile, int64_t V) {
+ChunkTask segment_task(Plan const& plan, Chain const& chain, int64_t segment, int64_t tile,
+                       int64_t V) {
     ChunkTask task{};
     task.batch = chain.batch, task.head = chain.head;
     task.begin = chain.segment_begin(segment), task.end = chain.segment_begin(segment + 1);
@@ -159,7 +178,8 @@ State* state_of(State* states, ChunkParams const& p, Chain const& chain) {
     return reinterpret_cast<Byte*>(states) + (chain.sequence * p.HV + chain.head) * state_bytes(p);
 }
 
-// Segment-local states become the states at the segments' far boundaries, in the order of the recurrence.
+// Segment-local states become the states at the segments' far boundaries, in the order of the
+// recurrence.
 template <class T>
 void join(ChunkParams const& p, T const* decay, T const* before, T* state) {
     for (int64_t k = 0; k < p.K; ++k) {
@@ -170,9 +190,11 @@ void join(ChunkParams const& p, T const* decay, T const* before, T* state) {
 void join_states(ChunkParams const& p, void const* decay, void const* before, void* state) {
     if (before == nullptr) return;
     if (p.dtype == Dtype::f64) {
-        join(p, static_cast<double const*>(decay), static_cast<double const*>(before), static_cast<double*>(state));
+        join(p, static_cast<double const*>(decay), static_cast<double const*>(before),
+             static_cast<double*>(state));
     } else {
-        join(p, static_cast<float const*>(decay), static_cast<float const*>(before), static_cast<float*>(state));
+        join(p, static_cast<float const*>(decay), static_cast<float const*>(before),
+             static_cast<float*>(state));
     }
 }
 
@@ -188,7 +210,8 @@ void boundary_states(ChunkParams const& p, Plan const& plan, Workspace const& w)
             tasks.push_back(task);
         }
     }
-    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) { kernels().end_state(p, task, scratch); });
+    run_tasks(tasks, plan, w,
+              [&](ChunkTask const& task, void* scratch) { kernels().end_state(p, task, scratch); });
     for (Chain const& chain : plan.chains) {
         void const* before = state_of(p.initial_state, p, chain);
         for (int64_t i = 0; i + 1 < chain.segments; ++i) {
@@ -210,7 +233,9 @@ void boundary_grads(ChunkParams const& p, Plan const& plan, Workspace const& w) 
             tasks.push_back(task);
         }
     }
-    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) { kernels().begin_grad(p, task, scratch); });
+    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) {
+        kernels().begin_grad(p, task, scratch);
+    });
     for (Chain const& chain : plan.chains) {
         void const* after = state_of(p.grad_final_state, p, chain);
         for (int64_t i = chain.segments - 1; i > 0; --i) {
@@ -221,20 +246,27 @@ void boundary_grads(ChunkParams const& p, Plan const& plan, Workspace const& w) 
     }
 }
 
-void const* state_before(ChunkParams const& p, Workspace const& w, Chain const& chain, int64_t segment) {
-    return segment == 0 ? state_of(p.initial_state, p, chain) : w.state(0, chain.first_state + segment - 1);
+void const* state_before(ChunkParams const& p, Workspace const& w, Chain const& chain,
+                         int64_t segment) {
+    return segment == 0 ? state_of(p.initial_state, p, chain)
+                        : w.state(0, chain.first_state + segment - 1);
 }
 
-void const* grad_after(ChunkParams const& p, Workspace const& w, Chain const& chain, int64_t segment) {
+void const* grad_after(ChunkParams const& p, Workspace const& w, Chain const& chain,
+                       int64_t segment) {
     return segment + 1 == chain.segments ? state_of(p.grad_final_state, p, chain)
                                          : w.state(1, chain.first_state + segment + 1);
 }
 
 }  // namespace
 
-int64_t chunk_fwd_workspace(ChunkParams const& p) { return Workspace(p, make_plan(p, false), nullptr).bytes(); }
+int64_t chunk_fwd_workspace(ChunkParams const& p) {
+    return Workspace(p, make_plan(p, false), nullptr).bytes();
+}
 
-int64_t chunk_bwd_workspace(ChunkParams const& p) { return Workspace(p, make_plan(p, true), nullptr).bytes(); }
+int64_t chunk_bwd_workspace(ChunkParams const& p) {
+    return Workspace(p, make_plan(p, true), nullptr).bytes();
+}
 
 void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
     Plan const plan = make_plan(p, false);
@@ -251,7 +283,8 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
             }
         }
     }
-    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) { kernels().forward(p, task, scratch); });
+    run_tasks(tasks, plan, w,
+              [&](ChunkTask const& task, void* scratch) { kernels().forward(p, task, scratch); });
 }
 
 void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
@@ -271,7 +304,8 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
             tasks.push_back(task);
         }
     }
-    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) { kernels().backward(p, task, scratch); });
+    run_tasks(tasks, plan, w,
+              [&](ChunkTask const& task, void* scratch) { kernels().backward(p, task, scratch); });
 }
 
 void step(StepParams const& p, void*) {

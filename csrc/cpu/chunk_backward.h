@@ -1,12 +1,15 @@
-// Backward over one stretch of one value head, blocks of tokens last to first. With S the state before a block and
-// dS the gradient of the state after it, X_t = S do_t, Y_j = dS v_j, D[t][j] = do_t · v_j, and the scale inside q:
+// Backward over one stretch of one value head, blocks of tokens last to first. With S the state
+// before a block, dS the gradient of the state after it, the scale inside q, and
+// X_t = S do_t, Y_j = dS v_j, D[t][j] = do_t · v_j (A and P as in chunk_block.h):
 //   dq_t = scale (A(-1, t) X_t + Σ_{j <= t} D[t][j] k_j A(j, t))
 //   dk_j = A(j, last) Y_j + Σ_{t >= j} D[t][j] q_t A(j, t)
 //   dv_j = dSᵀ (k_j A(j, last)) + Σ_{t >= j} P[t][j] do_t
 //   dg_t = A(-1, last) Σ_v S dS + Σ_{s >= t} q_s A(-1, s) X_s + Σ_{j < t} k_j A(j, last) Y_j
-//        + Σ_{j < t <= s} D[s][j] q_s k_j A(j, s)            (= Σ_v exp(g_t) S_{t-1} dS_t, expanded: nothing cancels)
+//        + Σ_{j < t <= s} D[s][j] q_s k_j A(j, s)
 //   dS  <- A(-1, last) dS + Σ_t (q_t A(-1, t)) do_tᵀ
-// S comes from a forward pass that keeps its transpose at every kth token, then at every block of the piece at hand.
+// dg_t is Σ_v exp(g_t) S_{t-1} dS_t written out: every term has passed gate t, none is subtracted.
+// S comes from a forward pass that keeps Sᵀ before every piece of blocks, then before every block
+// of the piece at hand.
 #pragma once
 
 #include "chunk_forward.h"
@@ -41,7 +44,7 @@ struct BackwardScratch {
         D = arena.take(kBlock * kBlock);
         dS = arena.take(state);
         dS_transposed = arena.take(state);
-        piece_states = arena.take(state * (pieces > 1 || blocks > 1 ? min_of(piece_blocks, blocks) : 0));
+        piece_states = arena.take(state * min_of(piece_blocks, blocks));
         checkpoints = arena.take(state * (pieces > 0 ? pieces : 1));
     }
 
@@ -245,8 +248,8 @@ class BackwardStretch {
         });
         for (int64_t i = 0; i < KP; ++i) {
             int64_t const at = i * kPanel;
-            panel_grads<T>({s_.q + at, s_.k + at, s_.a + at, s_.X + at, s_.Y + at,
-                            s_.both + i * W, s_.D, s_.dq + at, s_.dk + at, s_.dg + at});
+            panel_grads<T>({s_.q + at, s_.k + at, s_.a + at, s_.X + at, s_.Y + at, s_.both + i * W,
+                            s_.D, s_.dq + at, s_.dk + at, s_.dg + at});
         }
         dv_.write(s_.dv, t, count, V);
         dq_.write(s_.dq, t, count, K, T(p_.scale));
@@ -261,7 +264,8 @@ class BackwardStretch {
     }
 
     void write_grad_begin() {
-        if (task_.grad_begin != nullptr) write_state(static_cast<T*>(task_.grad_begin), V, s_.dS, K, V);
+        if (task_.grad_begin != nullptr)
+            write_state(static_cast<T*>(task_.grad_begin), V, s_.dS, K, V);
     }
 
     ChunkParams const& p_;

@@ -1,6 +1,6 @@
-// Inside one block of tokens: the products of decays that join its tokens to each other and to the state before and
-// after it. Every decay factor is a product of the block's own exp(g), never a quotient, so resets (a = 0) and
-// strong gates are exact. With A(j, t) = a_{j+1} ... a_t:
+// Inside one block of tokens: the products of decays that join its tokens to each other and to the
+// state before and after it. Every decay factor is a product of the block's own exp(g), never a
+// quotient, so resets (a = 0) and strong gates are exact. With A(j, t) = a_{j+1} ... a_t:
 //   queries to the block's start  q_t A(-1, t)      keys to its end  k_j A(j, last)
 //   scores  P[t][j] = Σ_c q_t k_j A(j, t),  j <= t
 #pragma once
@@ -59,7 +59,8 @@ LSM_INLINE void queries_to_start(T* queries, T* total, T const* q, T const* a) {
     store(total, prefix);
 }
 
-// Adds one panel's share of the scores, lanes not yet summed, pairs (t, j) in the order of t, then j.
+// Adds one panel's share of the scores, lanes not yet summed, pairs (t, j) in the order of t, then
+// j.
 template <class T>
 LSM_INLINE void add_scores(T* pairs, T const* q, T const* k, T const* a) {
     constexpr int W = kLanes<T>;

@@ -1,6 +1,8 @@
 // Forward over one stretch of one value head, a block of tokens at a time:
-//   o_t = (q_t A(-1, t))ᵀ S + Σ_{j <= t} P[t][j] v_j,    S <- A(-1, last) S + Σ_j (k_j A(j, last)) v_jᵀ
-// The scale is folded into q. Single-threaded: the scheduler deals out stretches, heads and value columns.
+//   o_t = (q_t A(-1, t))ᵀ S + Σ_{j <= t} P[t][j] v_j
+//   S  <- A(-1, last) S + Σ_j (k_j A(j, last)) v_jᵀ
+// The scale is folded into q. Single-threaded: the scheduler deals out stretches, heads and value
+// columns.
 #pragma once
 
 #include "chunk_block.h"
@@ -27,14 +29,15 @@ struct ForwardScratch {
     T *q, *k, *a, *queries, *keys;  // [K] block panels
     T *v, *o;                       // [V] block panels
     T *total, *pairs, *P;
-    T* S;                           // [K, V], V in lanes
+    T* S;  // [K, V], V in lanes
 };
 
 // The product of a stretch's decays, for the scheduler that joins stretches.
 template <class T>
 class StretchDecay {
   public:
-    StretchDecay(void* decay, int64_t K) : decay_(static_cast<T*>(decay)), K_(decay_ == nullptr ? 0 : K) {
+    StretchDecay(void* decay, int64_t K)
+        : decay_(static_cast<T*>(decay)), K_(decay_ == nullptr ? 0 : K) {
         for (int64_t i = 0; i < K_; ++i) decay_[i] = 1;
     }
     void multiply(T const* total) {
@@ -52,7 +55,8 @@ void forward_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
     int64_t const K = p.K, V = task.v_end - task.v_begin, KP = panels(K, W), VP = panels(V, W);
     int64_t const query_head = task.head / (p.HV / p.H);
     ForwardScratch<T> s(scratch, K, V);
-    HeadRows<T> const q(p.q, p.dtype, task.batch, query_head), k(p.k, p.dtype, task.batch, query_head);
+    HeadRows<T> const q(p.q, p.dtype, task.batch, query_head),
+        k(p.k, p.dtype, task.batch, query_head);
     HeadRows<T> const v(p.v, p.dtype, task.batch, task.head, task.v_begin);
     HeadRows<T> const o(p.o, p.dtype, task.batch, task.head, task.v_begin);
     Decay const decay(p, task.batch, task.head);

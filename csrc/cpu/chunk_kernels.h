@@ -1,36 +1,52 @@
-// What the scheduler (chunk.cpp) asks of one instruction set's kernels (chunk_tier.h). Plain C++, no vectors.
+// What the scheduler (chunk.cpp) asks of one instruction set's kernels (chunk_tier.h). Plain C++,
+// no vectors.
 #pragma once
 
 #include "params/chunk.h"
 
+// The x86 tiers choose their instruction set by a pragma that only g++ honours; elsewhere the
+// baseline serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LSM_CPU_X86_TIERS 1
+#else
+#define LSM_CPU_X86_TIERS 0
+#endif
+
 namespace lsm::cpu {
 
-// A stretch [begin, end) of one sequence of one value head. States are in the accumulation type, [K, V].
+// A stretch [begin, end) of one sequence of one value head. States are in the accumulation type,
+// [K, V].
 struct ChunkTask {
     int64_t batch, head, begin, end;
     void const* state_begin = nullptr;  // S before the stretch; null: zeros
     void* state_end = nullptr;          // S after it, nullable
     void* decay = nullptr;              // [K], the product of the stretch's decays, nullable
 
-    int64_t v_begin = 0, v_end = 0;     // forward: the value columns to work on, out of V
+    int64_t v_begin = 0, v_end = 0;  // forward: the value columns to work on, out of V
 
-    void const* grad_end = nullptr;     // backward: gradient of S after the stretch; null: zeros
-    void* grad_begin = nullptr;         // gradient of S before it, nullable
+    void const* grad_end = nullptr;  // backward: gradient of S after the stretch; null: zeros
+    void* grad_begin = nullptr;      // gradient of S before it, nullable
 };
 
 struct ChunkKernels {
     int64_t (*scratch_bytes)(ChunkParams const& p, int64_t tokens, bool backward);
     void (*forward)(ChunkParams const& p, ChunkTask const& task, void* scratch);
-    void (*end_state)(ChunkParams const& p, ChunkTask const& task, void* scratch);   // S only
+    void (*end_state)(ChunkParams const& p, ChunkTask const& task, void* scratch);  // S only
     void (*backward)(ChunkParams const& p, ChunkTask const& task, void* scratch);
     void (*begin_grad)(ChunkParams const& p, ChunkTask const& task, void* scratch);  // dS only
     void (*step)(StepParams const& p, int64_t first, int64_t last);  // of the B * HV states
 };
 
-namespace baseline { extern ChunkKernels const chunk_kernels; }
-#if defined(__x86_64__)
-namespace avx2 { extern ChunkKernels const chunk_kernels; }
-namespace avx512 { extern ChunkKernels const chunk_kernels; }
+namespace baseline {
+extern ChunkKernels const chunk_kernels;
+}
+#if LSM_CPU_X86_TIERS
+namespace avx2 {
+extern ChunkKernels const chunk_kernels;
+}
+namespace avx512 {
+extern ChunkKernels const chunk_kernels;
+}
 #endif
 
 }  // namespace lsm::cpu

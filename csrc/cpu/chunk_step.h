@@ -1,4 +1,5 @@
-// One token of one value head: each row of the state is decayed, written to and read in a single pass.
+// One token of one value head: each row of the state is decayed, written to and read in a single
+// pass.
 #pragma once
 
 #include "rows.h"

@@ -1,7 +1,8 @@
 // One instruction set's kernel table. The including file has chosen the set:
 //   LSM_CPU_TIER            namespace            LSM_CPU_VECTOR_BYTES   width of a vector
-//   LSM_CPU_REGISTERS       vector registers     LSM_CPU_HARDWARE_F16   half conversions in hardware
-// and has included the system's headers before it did, so that only the kernels are compiled for it.
+//   LSM_CPU_REGISTERS       vector registers     LSM_CPU_HARDWARE_F16   converts halves
+// and has included the system's headers before it did, so that only the kernels are compiled for
+// it.
 #pragma once
 
 #include "chunk_backward.h"

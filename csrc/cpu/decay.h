@@ -1,5 +1,5 @@
-// Decay policies: how a block's decays a = exp(g) come out of memory, and where their gradients go. Padding decays
-// by exp(0) = 1, which leaves a state as it is.
+// Decay policies: how a block's decays a = exp(g) come out of memory, and where their gradients go.
+// Padding decays by exp(0) = 1, which leaves a state as it is.
 #pragma once
 
 #include "rows.h"

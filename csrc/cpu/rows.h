@@ -1,5 +1,6 @@
-// Rows of tokens in and out: from any dtype and stride to zero-filled panels of the accumulation type, and back.
-// A panel holds one vector's worth of channels of every token of a block: [channels / lanes][kBlock][lanes].
+// Rows of tokens in and out: from any dtype and stride to zero-filled panels of the accumulation
+// type, and back. A panel holds one vector's worth of channels of every token of a block: [channels
+// / lanes][kBlock][lanes].
 #pragma once
 
 #include "params/chunk.h"
@@ -17,10 +18,18 @@ struct F16 {
     uint16_t bits;
 };
 
-LSM_INLINE Vector<float> widen(float const* p) { return load(p); }
-LSM_INLINE Vector<double> widen(double const* p) { return load(p); }
-LSM_INLINE void narrow(float* p, Vector<float> x) { store(p, x); }
-LSM_INLINE void narrow(double* p, Vector<double> x) { store(p, x); }
+LSM_INLINE Vector<float> widen(float const* p) {
+    return load(p);
+}
+LSM_INLINE Vector<double> widen(double const* p) {
+    return load(p);
+}
+LSM_INLINE void narrow(float* p, Vector<float> x) {
+    store(p, x);
+}
+LSM_INLINE void narrow(double* p, Vector<double> x) {
+    store(p, x);
+}
 
 LSM_INLINE Vector<float> widen(Bf16 const* p) {
     return Vector<float>(__builtin_convertvector(load_bytes<HalfBits>(p), Bits) << 16);
@@ -53,7 +62,8 @@ LSM_INLINE void narrow(F16* p, Vector<float> x) {
     std::memcpy(p, &half, sizeof(half));
 }
 #else
-// The exponent is rebased by a multiplication, which is exact and turns subnormal halves into normal floats.
+// The exponent is rebased by a multiplication, which is exact and turns subnormal halves into
+// normal floats.
 LSM_INLINE Vector<float> widen(F16 const* p) {
     Bits const h = __builtin_convertvector(load_bytes<HalfBits>(p), Bits);
     Bits const magnitude = h & 0x7fff;
@@ -94,7 +104,8 @@ struct PanelLayout {
 };
 inline constexpr PanelLayout kBlockPanels{kBlock, kBlock}, kRowPanels{1, 1};
 
-// `count` rows of `columns` values, times scale, into panels; rows from `count` on and odd lanes are zero.
+// `count` rows of `columns` values, times scale, into panels; rows from `count` on and odd lanes
+// are zero.
 template <class T, class In>
 void pack(T* dst, PanelLayout layout, void const* src, int64_t stride, int64_t count,
           int64_t columns, T scale) {
@@ -108,7 +119,8 @@ void pack(T* dst, PanelLayout layout, void const* src, int64_t stride, int64_t c
         if (c < columns) store(out, widen_first<T>(row + c, columns - c) * scale);
     }
     for (int64_t t = count; t < layout.rows; ++t) {
-        for (int64_t c = 0; c < columns; c += W) store(dst + c * layout.panel_step + t * W, Vector<T>{});
+        for (int64_t c = 0; c < columns; c += W)
+            store(dst + c * layout.panel_step + t * W, Vector<T>{});
     }
 }
 
@@ -126,12 +138,16 @@ void unpack(void* dst, T const* src, PanelLayout layout, int64_t stride, int64_t
     }
 }
 
-// One head's rows of a [B, T, H, D] tensor, from column `first` on; the dtype is settled here, once per task.
+// One head's rows of a [B, T, H, D] tensor, from column `first` on; the dtype is settled here, once
+// per task.
 template <class T>
 class HeadRows {
   public:
     HeadRows(Rows const& rows, Dtype dtype, int64_t batch, int64_t head, int64_t first = 0)
-        : stride_(rows.time), bytes_(dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2) {
+        : stride_(rows.time),
+          bytes_(dtype == Dtype::f64   ? 8
+                 : dtype == Dtype::f32 ? 4
+                                       : 2) {
         data_ = static_cast<char*>(rows.data) +
                 (batch * rows.batch + head * rows.head + first) * bytes_;
         if constexpr (sizeof(T) == 8) {
@@ -153,11 +169,13 @@ class HeadRows {
         unpack_(at(t * stride_), src, kBlockPanels, stride_, count, columns, scale);
     }
 
-    // Asks for tokens [t, t + count) ahead of their use: a head's rows lie H rows apart, too far for the hardware.
+    // Asks for tokens [t, t + count) ahead of their use: a head's rows lie H rows apart, too far
+    // for the hardware.
     void prefetch(int64_t t, int64_t count, int64_t columns) const {
         char const* row = at(t * stride_);
         for (int64_t i = 0; i < count; ++i, row += stride_ * bytes_) {
-            for (int64_t line = 0; line < columns * bytes_; line += 64) __builtin_prefetch(row + line);
+            for (int64_t line = 0; line < columns * bytes_; line += 64)
+                __builtin_prefetch(row + line);
         }
     }
 

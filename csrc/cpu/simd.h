@@ -1,14 +1,9 @@
-// Vectors of one instruction set: the few operations the kernels speak in, over the compiler's vector types.
-// Compiled once per tier (tier_*.cpp), each in its own namespace, so that no two tiers share a symbol.
+// Vectors of one instruction set: the few operations the kernels speak in, over the compiler's
+// vector types. Compiled once per tier (tier_*.cpp), each in its own namespace, so that no two
+// tiers share a symbol.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "tier_headers.h"
 
 #define LSM_INLINE inline __attribute__((always_inline))
 
@@ -58,9 +53,13 @@ LSM_INLINE void store(T* p, Vector<T> x) {
     std::memcpy(p, &x, sizeof(x));
 }
 
-LSM_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+LSM_INLINE int64_t min_of(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
 
-LSM_INLINE int64_t panels(int64_t columns, int lanes) { return (columns + lanes - 1) / lanes; }
+LSM_INLINE int64_t panels(int64_t columns, int lanes) {
+    return (columns + lanes - 1) / lanes;
+}
 
 // Halves are added until one lane is left.
 template <class T, int kBytes, class V>
@@ -91,8 +90,8 @@ LSM_INLINE Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n)
 #endif
 }
 
-// e^x to 1 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. e^-inf is 0, and NaN passes through: every comparison
-// with it is false.
+// e^x to about 1 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. e^-inf is 0, and NaN passes
+// through: every comparison with it is false.
 LSM_INLINE Vector<float> exp(Vector<float> x) {
     using V = Vector<float>;
     x = x < -110.0f ? V{} - 110.0f : x;

@@ -1,7 +1,8 @@
-// The CPU kernels for AVX2, FMA and F16C. The target holds to the end of the file: templates are compiled there.
+// The CPU kernels for AVX2, FMA and F16C. The target holds to the end of the file: templates are
+// compiled there.
 #include "tier_headers.h"
 
-#if defined(__x86_64__)
+#if LSM_CPU_X86_TIERS
 #pragma GCC target("avx2,fma,f16c")
 #define LSM_CPU_TIER avx2
 #define LSM_CPU_VECTOR_BYTES 32

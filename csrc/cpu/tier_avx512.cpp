@@ -1,7 +1,8 @@
-// The CPU kernels for AVX-512. The target holds to the end of the file: templates are compiled there.
+// The CPU kernels for AVX-512. The target holds to the end of the file: templates are compiled
+// there.
 #include "tier_headers.h"
 
-#if defined(__x86_64__)
+#if LSM_CPU_X86_TIERS
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define LSM_CPU_TIER avx512
 #define LSM_CPU_VECTOR_BYTES 64

@@ -1,6 +1,6 @@
 // Products of small matrices in panels, register tile by register tile.
 //   block panels  X: [columns / W][kBlock][W]   tokens by channels
-//   state panels  S: [columns / W][rows][W]     S itself has its V columns in lanes, its transpose the K ones
+//   state panels  S: [columns / W][rows][W]     S has its V columns in lanes, its transpose K
 #pragma once
 
 #include "rows.h"
@@ -34,7 +34,8 @@ LSM_INLINE void add_rows_product(Vector<T> (&acc)[M][N], T const* A, T const* B,
     }
 }
 
-// acc[m][n] += Σ_j A[j][m] B[j][n] over the tokens j of a block: A's channels become the rows of a state.
+// acc[m][n] += Σ_j A[j][m] B[j][n] over the tokens j of a block: A's channels become the rows of a
+// state.
 template <int M, int N, class T>
 LSM_INLINE void add_outer_products(Vector<T> (&acc)[M][N], T const* A, T const* B) {
     constexpr int W = kLanes<T>;
@@ -53,8 +54,9 @@ LSM_INLINE void add_outer_products(Vector<T> (&acc)[M][N], T const* A, T const* 
 
 enum class Triangle { past, future };
 
-// acc[m][n] += Σ_j P[first + m][j] X[j][n] over the past, j <= first + m, or Σ_j P[j][first + m] X[j][n] over the
-// future, j >= first + m. The other half is skipped, not multiplied by zero: what is not finite stays in its place.
+// acc[m][n] += Σ_j P[first + m][j] X[j][n] over the past, j <= first + m, or Σ_j P[j][first + m]
+// X[j][n] over the future, j >= first + m. The other half is skipped, not multiplied by zero: what
+// is not finite stays in its place.
 template <Triangle kTriangle, int M, int N, class T>
 LSM_INLINE void add_triangle(Vector<T> (&acc)[M][N], T const* P, T const* X, int first) {
     constexpr int W = kLanes<T>;
@@ -99,7 +101,8 @@ struct PlusTriangle {
     }
 };
 
-// Panels [p, p + N) of out = A S (+ a triangle): a block times a state of `depth` rows, padded to state_rows.
+// Panels [p, p + N) of out = A S (+ a triangle): a block times a state of `depth` rows, padded to
+// state_rows.
 template <int N, class T, class Plus = Nothing>
 LSM_INLINE void block_times_state(T* out, T const* A, T const* S, int64_t state_rows, int64_t depth,
                                   int64_t p, Plus const& plus = {}) {
@@ -153,7 +156,8 @@ LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_pane
     }
 }
 
-// Panels [p, p + N) of the column sums of A * B, element by element: [panels][rows][W] to [panels][W].
+// Panels [p, p + N) of the column sums of A * B, element by element: [panels][rows][W] to
+// [panels][W].
 template <int N, class T>
 LSM_INLINE void sum_products(T* out, T const* A, T const* B, int64_t rows, int64_t p) {
     constexpr int W = kLanes<T>;
@@ -173,7 +177,8 @@ struct Int {
     static constexpr int value = kValue;
 };
 
-// f(Int<N>, p) for every tile of N panels from p on: what one tile needs stays in the first-level cache.
+// f(Int<N>, p) for every tile of N panels from p on: what one tile needs stays in the first-level
+// cache.
 template <class F>
 LSM_INLINE void for_each_tile(int64_t column_panels, F const& f) {
     int64_t p = 0;
