@@ -1,6 +1,6 @@
 // Rows of tokens in and out: from any dtype and stride to zero-filled panels of the accumulation
-// type, and back. A panel holds one vector's worth of channels of every token of a block: [channels
-// / lanes][kBlock][lanes].
+// type, and back. A panel holds one vector's worth of channels of every token of a block:
+// [channels / lanes][kBlock][lanes].
 #pragma once
 
 #include "params/chunk.h"
