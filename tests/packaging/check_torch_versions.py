@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def main() -> int:
     try:
         for version in options.versions:
             folder = work / f"torch-{version}"
-            arguments = options.pytest.split()
+            arguments = shlex.split(options.pytest)
             outcome[version] = check(wheel, version, folder, options.jobs, arguments)
             if not options.keep:
                 shutil.rmtree(folder, ignore_errors=True)
