@@ -288,7 +288,7 @@ void begin_launch() {
     published.clear();
     if (shared_cells.empty()) shared_cells.resize(kMaxShared / kSharedGranule);
     // Pages of finished launches are kept for the next one on the same tensors, up to a limit.
-    if (pages.size() > 4096) {
+    if (pages.size() > 1024) {
         pages.clear();
         last_page_number = ~0ull;
     }
