@@ -1,6 +1,7 @@
 """Builds the two libraries with CMake and packs them; metadata is in pyproject.toml.
 
-Switches (environment): LSM_BUILD_CUDA=auto|0|1, LSM_CUDA_ARCHS="80;90a" (default: the GPUs present, else 80;90a),
+Switches (environment): LSM_BUILD_CUDA=auto|0|1, LSM_CUDA_ARCHS="80;90a" (default: the GPUs
+    present, else 80;90a),
 LSM_CUTLASS_DIR=<folder with cute/>, MAX_JOBS=<n>.
 """
 
@@ -107,7 +108,8 @@ class CMakeBuild(build_ext):
         self.info_path.write_text(json.dumps(info, indent=1) + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """In-place builds: the note on the build goes along, and a library that was not built goes away."""
+        """In-place builds: the note on the build goes along, and a library that was not built goes
+        away."""
         super().copy_extensions_to_source()
         package = ROOT / "lsm_cuda"
         shutil.copy2(self.info_path, package)

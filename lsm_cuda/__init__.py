@@ -1,4 +1,5 @@
-"""Efficient sequence mixing: linear attention, gated scans, delta rules and sparse attention, on CPU and GPU."""
+"""Efficient sequence mixing: linear attention, gated scans, delta rules and sparse attention, on
+CPU and GPU."""
 
 from __future__ import annotations
 

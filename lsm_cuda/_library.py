@@ -13,8 +13,8 @@ _status: dict[str, str] = {}
 
 
 def _load(library: str, needed_op: str, dispatch_key: str) -> None:
-    """Load one library unless its operators are registered already: a second copy of a library that defines
-    operators, reached by another path, would end the process."""
+    """Load one library unless its operators are registered already: a second copy of a library
+    that defines operators, reached by another path, would end the process."""
     path = _HERE / f"{library}.so"
     if torch._C._dispatch_has_kernel_for_dispatch_key(needed_op, dispatch_key):
         _status[library] = "loaded"
@@ -22,7 +22,7 @@ def _load(library: str, needed_op: str, dispatch_key: str) -> None:
         _status[library] = "not built"
     else:
         try:
-            torch.ops.load_library(str(path))
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
             _status[library] = "loaded"
         except OSError as error:
             _status[library] = f"not loaded: {error.__cause__ or error}"
@@ -42,7 +42,7 @@ def load() -> None:
                 f"lsm_cuda: {path.name} is missing from {_HERE}: the package is not built. "
                 "Run `pip install .` (or `pip install -e .`) in the source tree."
             )
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         _status["_C"] = "loaded"
     if torch.version.cuda:
         _load("_C_cuda", "lsm::gla_fwd", "CUDA")
@@ -57,9 +57,10 @@ def build_info() -> dict[str, Any]:
     """What was built and what is loaded.
 
     Returns:
-        dict with ``version``, ``cuda`` (toolkit that built ``_C_cuda``, or None), ``archs``, ``cutlass``,
-        ``torch_built_with``, ``abi_target`` (oldest torch the libraries run with), ``torch``, ``libraries``
-        (name -> ``"loaded"``, ``"not built"`` or ``"not loaded: reason"``) and ``cpu_capability``.
+        dict with ``version``, ``cuda`` (toolkit that built ``_C_cuda``, or None), ``archs``,
+        ``cutlass``, ``torch_built_with``, ``abi_target`` (oldest torch the libraries run with),
+        ``torch``, ``libraries`` (name -> ``"loaded"``, ``"not built"`` or ``"not loaded:
+        reason"``) and ``cpu_capability``.
 
     Example:
         >>> build_info()["libraries"]["_C"]

@@ -1,10 +1,13 @@
-"""Executable definitions: each operator as its paper writes it, one token at a time, in plain PyTorch.
+"""Executable definitions: each operator as its paper writes it, one token at a time, in plain
+PyTorch.
 
-Slow on purpose. They run in any floating dtype (fp64 is the truth the tests compare with), on any device, and are
-differentiable to any order. Read this file first.
+Slow on purpose. They run in any floating dtype (fp64 is the truth the tests compare with), on any
+device, and are differentiable to any order. Read this file first.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +24,8 @@ def gated_linear_attention(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Gated linear attention: ``S_t = Diag(exp g_t) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+    r"""Gated linear attention: ``S_t = Diag(exp g_t) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ
+    q_t``.
 
     Args:
         q, k: ``[B, T, H, K]``.
@@ -34,16 +38,17 @@ def gated_linear_attention(
     Returns:
         ``o [B, T, HV, V]`` and the final state ``[N, HV, K, V]``.
 
-    Source: Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635, eq. 3.
+    Source: Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635,
+        eq. 3.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         runs = []
-        for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, end) in enumerate(pairwise(bounds)):
             h0 = None if initial_state is None else initial_state[n : n + 1]
-            piece = (x[:, start:end] for x in (q, k, v, g))
-            runs.append(gated_linear_attention(*piece, scale, h0))
+            qn, kn, vn, gn = (x[:, start:end] for x in (q, k, v, g))
+            runs.append(gated_linear_attention(qn, kn, vn, gn, scale, h0))
         if not runs:
             return v.new_empty(v.shape), v.new_empty(0, v.shape[2], q.shape[3], v.shape[3])
         return torch.cat([o for o, _ in runs], 1), torch.cat([s for _, s in runs], 0)

@@ -1,4 +1,5 @@
-"""Builds the SIMT emulator with all kernels on it, for the tests (docs/emulator.md). Needs g++, no GPU, no nvcc."""
+"""Builds the SIMT emulator with all kernels on it, for the tests (docs/emulator.md). Needs g++, no
+GPU, no nvcc."""
 
 from __future__ import annotations
 

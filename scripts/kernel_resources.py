@@ -70,7 +70,8 @@ def main() -> int:
         kernels += found
     for kernel, name in zip(kernels, demangle([k.name for k in kernels]), strict=True):
         print(
-            f"{kernel.arch:7} {kernel.registers:4} registers {kernel.spills:5} B spilled  {kernel.file}  {name}"
+            f"{kernel.arch:7} {kernel.registers:4} registers {kernel.spills:5} B spilled  "
+            f"{kernel.file}  {name}"
         )
     spilling = sum(k.spills > 0 for k in kernels)
     print(f"{len(kernels)} kernels, {spilling} spilling")

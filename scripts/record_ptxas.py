@@ -1,4 +1,5 @@
-"""Compiler launcher for device files: runs nvcc and keeps what ptxas says of each kernel beside the object."""
+"""Compiler launcher for device files: runs nvcc and keeps what ptxas says of each kernel beside
+the object."""
 
 from __future__ import annotations
 

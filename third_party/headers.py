@@ -1,4 +1,5 @@
-"""Finds the headers this project compiles against but does not carry; see README.md beside this file."""
+"""Finds the headers this project compiles against but does not carry; see README.md beside this
+file."""
 
 from __future__ import annotations
 
@@ -22,13 +23,16 @@ CUDA = {
 
 
 def find_cutlass(cache: Path) -> tuple[Path, str]:
-    """Include folder and version of CUTLASS: what LSM_CUTLASS_DIR names, an installed nvidia-cutlass, or the headers
-    of the pinned wheel, fetched once into ``cache`` without the wheel's dependencies."""
+    """Include folder and version of CUTLASS: what LSM_CUTLASS_DIR names, an installed
+    nvidia-cutlass, or the headers of the pinned wheel, fetched once into ``cache`` without the
+    wheel's dependencies."""
     if wish := os.environ.get("LSM_CUTLASS_DIR"):
         for include in (Path(wish), Path(wish) / "include"):
             if (include / "cute").is_dir():
                 return include, _cutlass_version(include)
-        raise SystemExit(f"LSM_CUTLASS_DIR={wish}: expected a folder with cute/ (or include/cute/) in it")
+        raise SystemExit(
+            f"LSM_CUTLASS_DIR={wish}: expected a folder with cute/ (or include/cute/) in it"
+        )
     if (spec := importlib.util.find_spec("cutlass_library")) and spec.submodule_search_locations:
         include = Path(next(iter(spec.submodule_search_locations))) / "source" / "include"
         if (include / "cute").is_dir():
@@ -38,8 +42,14 @@ def find_cutlass(cache: Path) -> tuple[Path, str]:
 
 
 def find_cuda_headers(cache: Path) -> Path:
-    """Include folder of CUDA: of the toolkit if there is one, else from wheels of a few MB, fetched once."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _toolkit(), "/usr/local/cuda"):
+    """Include folder of CUDA: of the toolkit if there is one, else from wheels of a few MB,
+    fetched once."""
+    for home in (
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        _toolkit(),
+        "/usr/local/cuda",
+    ):
         if home and (Path(home) / "include" / "cuda_bf16.h").is_file():
             return Path(home) / "include"
     return _fetch(CUDA, cache / "cuda-headers-13.0", "CUDA_HOME to a CUDA 13 toolkit")
@@ -67,7 +77,9 @@ def _fetch(wheels: dict[str, str], include: Path, way_out: str) -> Path:
             try:
                 subprocess.run(command, check=True, stdout=sys.stderr)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise SystemExit(f"could not fetch {wheel} for its headers; set {way_out}") from error
+                raise SystemExit(
+                    f"could not fetch {wheel} for its headers; set {way_out}"
+                ) from error
             with zipfile.ZipFile(next(Path(folder, wheel).glob("*.whl"))) as archive:
                 for member in archive.namelist():
                     if member.startswith(prefix) and not member.endswith("/"):
@@ -80,5 +92,7 @@ def _fetch(wheels: dict[str, str], include: Path, way_out: str) -> Path:
 
 def _cutlass_version(include: Path) -> str:
     text = (include / "cutlass" / "version.h").read_text()
-    parts = (re.search(rf"#define CUTLASS_{name} (\d+)", text) for name in ("MAJOR", "MINOR", "PATCH"))
+    parts = (
+        re.search(rf"#define CUTLASS_{name} (\d+)", text) for name in ("MAJOR", "MINOR", "PATCH")
+    )
     return ".".join(part[1] if part else "?" for part in parts)

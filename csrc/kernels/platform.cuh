@@ -26,7 +26,8 @@
 
 #define LSM_DEVICE __device__ __forceinline__
 #define LSM_UNROLL _Pragma("unroll")
-#define LSM_UNROLL_BY(n) LSM_UNROLL_PRAGMA_(unroll n)  // 1: rolled, where registers matter more than a few cycles
+#define LSM_UNROLL_BY(n) \
+    LSM_UNROLL_PRAGMA_(unroll n)  // 1: rolled, where registers matter more than a few cycles
 #define LSM_UNROLL_PRAGMA_(text) _Pragma(#text)
 
 namespace lsm {
@@ -44,7 +45,9 @@ LSM_DEVICE char* dyn_smem() {
     return lsm_dynamic_shared_memory;
 }
 
-LSM_DEVICE u32 smem_u32(void const* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+LSM_DEVICE u32 smem_u32(void const* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
 
 // Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8. Addresses are 32-bit shared-window
 // offsets: recomputing them from pointers costs registers in every inner loop.
@@ -65,11 +68,14 @@ LSM_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
 // 16 bytes global -> shared, past the registers; `valid == false` reads nothing and writes zeros.
 LSM_DEVICE void cp_async16(u32 destination, void const* source, bool valid) {
     int const bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
+                 "l"(source), "r"(bytes)
                  : "memory");
 }
 
-LSM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+LSM_DEVICE void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Blocks until at most `Pending` of this thread's groups are still in flight.
 template <int Pending>
@@ -110,14 +116,17 @@ LSM_DEVICE void store_global(T* p, std::type_identity_t<T> value) {
 }
 
 template <class... P>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream, P... params) {
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream,
+            P... params) {
     if (smem_bytes > 48 * 1024) {
-        cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(smem_bytes));
     }
     kernel<<<grid, block, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
     if (cudaError_t const status = cudaGetLastError(); status != cudaSuccess) {
-        throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(status));
+        throw std::runtime_error(std::string("CUDA kernel launch failed: ") +
+                                 cudaGetErrorString(status));
     }
 }
 
@@ -132,11 +141,13 @@ inline int multiprocessors() {
 
 // d += a · b on one 16x8x16 tile, fp32 accumulators. Fragment maps as in the PTX manual (m16n8k16).
 LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, bf16 const*) {
-    cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0,
+                                              b1, d[0], d[1], d[2], d[3]);
 }
 
 LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, half const*) {
-    cute::SM80_16x8x16_F32F16F16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+    cute::SM80_16x8x16_F32F16F16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1,
+                                            d[0], d[1], d[2], d[3]);
 }
 
 }  // namespace lsm

@@ -15,12 +15,16 @@ from ._common import (
 __all__ = ["chunk_gla", "fused_chunk_gla", "fused_recurrent_gla", "gla_step"]
 
 
-# --- registrations: shapes for tracing, formulas for autograd -------------------------------------------------------
+# --- registrations: shapes for tracing, formulas for autograd
 
 
 @torch.library.register_fake("lsm::gla_fwd")
-def _gla_fwd_fake(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state):  # type: ignore[no-untyped-def]
-    check_same_device("gla_fwd", q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+def _gla_fwd_fake(  # type: ignore[no-untyped-def]
+    q, k, v, g, initial_state, cu_seqlens, scale, output_final_state
+):
+    check_same_device(
+        "gla_fwd", q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, v.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
     return v.new_empty(v.shape), q.new_empty(state, dtype=_state_dtype(q))
@@ -30,7 +34,9 @@ def _gla_fwd_fake(q, k, v, g, initial_state, cu_seqlens, scale, output_final_sta
 def _gla_bwd_fake(  # type: ignore[no-untyped-def]
     q, k, v, g, initial_state, cu_seqlens, scale, grad_o, grad_final_state
 ):
-    check_same_device("gla_bwd", q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    check_same_device(
+        "gla_bwd", q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
     dh0 = (0,) if initial_state is None else initial_state.shape
     return (
         q.new_empty(q.shape),
@@ -77,7 +83,7 @@ torch.library.register_autograd("lsm::gla_fwd", _backward, setup_context=_setup_
 torch.library.register_autograd("lsm::gla_bwd", _refuse_double_backward)
 
 
-# --- public functions -----------------------------------------------------------------------------------------------
+# --- public functions
 
 
 def chunk_gla(
@@ -98,16 +104,19 @@ def chunk_gla(
     Args:
         q (Tensor): queries ``[B, T, H, K]``, bf16, fp16 or fp32 (fp64 too on CPU).
         k (Tensor): keys ``[B, T, H, K]``.
-        v (Tensor): values ``[B, T, HV, V]``; HV is a multiple of H, and value head ``h`` reads query/key head
-            ``h // (HV // H)``.
-        g (Tensor): log decay ``[B, T, HV, K]``, natural log, ≤ 0, in the dtype of q or fp32; ``-inf`` resets.
+        v (Tensor): values ``[B, T, HV, V]``; HV is a multiple of H, and value head ``h`` reads
+            query/key head ``h // (HV // H)``.
+        g (Tensor): log decay ``[B, T, HV, K]``, natural log, ≤ 0, in the dtype of q or fp32;
+            ``-inf`` resets.
         scale (float, optional): default ``K ** -0.5``.
-        initial_state (Tensor, optional): ``[N, HV, K, V]`` fp32 (fp64 for fp64 inputs). Default: zeros.
+        initial_state (Tensor, optional): ``[N, HV, K, V]`` fp32 (fp64 for fp64 inputs). Default:
+            zeros.
         output_final_state (bool): also return the state after the last token.
         state_v_first (bool): states are ``[N, HV, V, K]`` instead.
-        cu_seqlens (Tensor, optional): ``[N + 1]`` int32 or int64 boundaries of N sequences packed into one row
-            (``B == 1``), on the device of q: starts at 0, never decreases, ends at T. On a GPU it is checked on the
-            device, without synchronising: outputs of a call whose boundaries are wrong are NaN.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` int32 or int64 boundaries of N sequences packed
+            into one row (``B == 1``), on the device of q: starts at 0, never decreases, ends at T.
+            On a GPU it is checked on the device, without synchronising: outputs of a call whose
+            boundaries are wrong are NaN.
 
     Returns:
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
@@ -115,7 +124,8 @@ def chunk_gla(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
 
-    Note: differentiable once in q, k, v, g and initial_state; deterministic. Under autocast q, k and v are cast, the
+    Note: differentiable once in q, k, v, g and initial_state; deterministic. Under autocast q, k
+        and v are cast, the
     gate and the state keep their dtype.
 
     Source: Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635.
@@ -172,25 +182,30 @@ def fused_recurrent_gla(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_gla` under FLA's recurrent name; ``reverse`` runs time backwards.
 
-    With no gradient needed, no ``cu_seqlens`` and one token, it is a decode step: the state is read and written once.
+    With no gradient needed, no ``cu_seqlens`` and one token, it is a decode step: the state is
+    read and written once.
 
     Args: as :func:`chunk_gla`; ``gk`` is its ``g``.
     """
     if reverse:
         if cu_seqlens is not None:
-            raise ValueError("lsm::fused_recurrent_gla: reverse with cu_seqlens is not supported; flip each sequence")
-        o, state = fused_recurrent_gla(
-            *(x.flip(1) for x in (q, k, v, gk)),
-            scale, initial_state, output_final_state, state_v_first=state_v_first,
-        )  # fmt: skip
+            raise ValueError(
+                "lsm::fused_recurrent_gla: reverse with cu_seqlens is not supported; "
+                "flip each sequence"
+            )
+        q, k, v, gk = (x.flip(1) for x in (q, k, v, gk))
+        o, state = chunk_gla(q, k, v, gk, scale, initial_state, output_final_state, state_v_first)
         return o.flip(1), state
-    return chunk_gla(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+    return chunk_gla(
+        q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens
+    )
 
 
 def gla_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float | None = None
 ) -> Tensor:
-    r"""One token of gated linear attention; ``state`` is updated in place, nothing else is allocated but the output.
+    r"""One token of gated linear attention; ``state`` is updated in place, nothing else is
+    allocated but the output.
 
     Args:
         q, k (Tensor): ``[B, H, K]``.
@@ -215,8 +230,8 @@ def gla_step(
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, state)):
         raise RuntimeError(
-            "lsm::gla_step: updates the state in place and has no backward, got an argument that requires grad; "
-            "use chunk_gla, or torch.no_grad()"
+            "lsm::gla_step: updates the state in place and has no backward, got an argument that "
+            "requires grad; use chunk_gla, or torch.no_grad()"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.lsm.gla_step(q, k, v, g, state, scale)  # type: ignore[no-any-return]

@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
-BUILD = Path(os.environ.get("LSM_EMU_DIR", Path(__file__).resolve().parents[2] / "build" / "emulator"))
+BUILD = Path(
+    os.environ.get("LSM_EMU_DIR", Path(__file__).resolve().parents[2] / "build" / "emulator")
+)
 
 
 def emulator(name: str) -> ModuleType:

@@ -1,4 +1,5 @@
-"""Every kernel under many schedules and in the race build: the same bits whatever the order, and no report.
+"""Every kernel under many schedules and in the race build: the same bits whatever the order, and
+no report.
 
 Half of the seeds run ahead (even ones), half interleave uniformly (odd ones); 0 is in order.
 """
@@ -17,8 +18,8 @@ SEEDS = (1, 2, 3, 4, 6, 7)
 
 @dataclass(frozen=True)
 class Case:
-    """One call; together they take every branch of the kernels: ragged and short, packed, cut into segments, value
-    groups, gates that reopen a frame or walk token by token, each dtype."""
+    """One call; together they take every branch of the kernels: ragged and short, packed, cut into
+    segments, value groups, gates that reopen a frame or walk token by token, each dtype."""
 
     name: str
     T: int
@@ -45,7 +46,7 @@ CASES = [
     Case("packed-cut", 300, 64, 64, cu_seqlens=(0, 0, 17, 280, 281, 300), multiprocessors=64),
     Case("cut", 530, 64, 64, gates="reopen", multiprocessors=64),
     Case("fp32", 45, 40, 24, torch.float32, gates="resets"),
-    Case("fp32-packed-cut", 300, 32, 32, torch.float32, cu_seqlens=(0, 5, 5, 300), multiprocessors=64),
+    Case("fp32-cut", 300, 32, 32, torch.float32, cu_seqlens=(0, 5, 5, 300), multiprocessors=64),
     Case("fp16", 33, 64, 40, torch.float16),
 ]  # fmt: skip
 
@@ -63,7 +64,10 @@ def run(case: Case, name: str, seed: int) -> list[Tensor]:
     emu = emulator(name)
     emu.set_multiprocessors(case.multiprocessors)
     emu.set_seed(seed)
-    ops = getattr(torch.ops, {"_emu": "lsm_emu", "_emu_race": "lsm_emu_race", "_emu_asan": "lsm_emu_asan"}[name])
+    ops = getattr(
+        torch.ops,
+        {"_emu": "lsm_emu", "_emu_race": "lsm_emu_race", "_emu_asan": "lsm_emu_asan"}[name],
+    )
     torch.manual_seed(0)
     N = 1 if case.cu_seqlens is None else len(case.cu_seqlens) - 1
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)

@@ -1,4 +1,5 @@
-"""Memory traffic and matrix work of the chunk engine, counted by the emulator and held to docs/kernels/chunk.md.
+"""Memory traffic and matrix work of the chunk engine, counted by the emulator and held to
+docs/kernels/chunk.md.
 
 What replaces a profiler where there is no GPU: a pass over memory more than documented fails here.
 """
@@ -30,9 +31,7 @@ def launches() -> dict[str, dict]:
     emu.set_multiprocessors(1)
     emu.set_seed(0)
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad_o = (
-        torch.randn(1, T, H, D, generator=generator).bfloat16() for _ in range(4)
-    )
+    q, k, v, grad_o = (torch.randn(1, T, H, D, generator=generator).bfloat16() for _ in range(4))
     g = -torch.rand(1, T, H, D, generator=generator) / 10
     emu.reset_counters()
     torch.ops.lsm_emu.gla_fwd(q, k, v, g, None, None, 1.0, False)

@@ -26,7 +26,7 @@ struct SweepParams {
     Operand out;         // [.., rows]
     Operand
         strict;  // [.., rows], the output without its own token's term, for the gate's gradient (decay on the
-                 // rows only): dtype of the gate (dq), or
+        // rows only): dtype of the gate (dq), or
     bool
         strict_is_split;  // two bf16 per element (dk): from the state, and from the block's other tokens
     float query_scale, key_scale, value_scale, out_scale;
