@@ -1,8 +1,9 @@
 // How fast each channel of a state forgets, for kernels that decay element by element.
 //
-// A policy names the raw value that one token brings to one channel and how it becomes the factor a that the
-// channel's row of the state is multiplied with. The two are apart so that a kernel can load early and pay for the
-// exponential when the value has arrived. exp(-inf) = 0 resets a row; there is no limit on the gate's size.
+// A policy names the raw value that one token brings to one channel and how it becomes the factor a
+// that the channel's row of the state is multiplied with. The two are apart so that a kernel can
+// load early and pay for the exponential when the value has arrived. exp(-inf) = 0 resets a row;
+// there is no limit on the gate's size.
 #pragma once
 
 #include "kernels/platform.cuh"

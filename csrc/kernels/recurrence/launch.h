@@ -1,4 +1,4 @@
-// The exact token-by-token recurrence on CUDA cores, for fp32 inputs.
+// The exact token-by-token recurrence on CUDA cores, for float32 and float16.
 #pragma once
 
 #include "params/chunk.h"

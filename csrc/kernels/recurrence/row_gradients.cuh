@@ -4,12 +4,12 @@
 //     dq_t = scale · S_t dO_t,   dk_t = dS_t v_t,   dg_t = a_t (S_{t-1} · dS_t)   (dots by row)
 //     with dS_t = a_{t+1} dS_{t+1} + scale · q_t dO_t^T
 //
-// dg is taken from S_{t-1} and dS_t of the same token, never from differences of long sums: it is as
-// accurate for a gate of -80 or -inf as for 0. Walking backwards therefore needs every S again, and
-// dividing by the decay would not give it back. Instead the segment is walked forwards first, leaving
-// the state before every short run of tokens in shared memory; then each run, from the last to the
-// first, is walked forwards once more with all its states kept in registers, and backwards. What a
-// segment starts from, on either side, comes from joined boundary states.
+// dg is taken from S_{t-1} and dS_t of the same token, never from differences of long sums: it is
+// as accurate for a gate of -80 or -inf as for 0. Walking backwards therefore needs every S again,
+// and dividing by the decay would not give it back. Instead the segment is walked forwards first,
+// leaving the state before every short run of tokens in shared memory; then each run, from the last
+// to the first, is walked forwards once more with all its states kept in registers, and backwards.
+// What a segment starts from, on either side, comes from joined boundary states.
 #pragma once
 
 #include "kernels/recurrence/common.cuh"
@@ -27,8 +27,8 @@ struct RowConfig {
     static constexpr int kTileRows = kThreads / kLanes * kRows;
 
     static constexpr int kRun = V > 128 ? 8 : 16;  // tokens whose states are held in registers
-    // Starts kept in shared memory: not the first, which is the segment's, nor the last, which is at
-    // hand when the walk turns.
+    // Starts kept in shared memory: not the first, which is the segment's, nor the last, which is
+    // at hand when the walk turns.
     static constexpr int kStarts = kRowSegment / kRun - 2;
     static constexpr int kPitch = kRun + 4;  // floats; spreads the rows over the banks
 
