@@ -13,13 +13,14 @@ endif()
 option(LSM_EMULATOR_ASAN "Build _emu_asan too" OFF)
 
 set(LSM_EMU_DIR "${CMAKE_CURRENT_LIST_DIR}")
+get_filename_component(LSM_CSRC_DIR "${LSM_EMU_DIR}" DIRECTORY)
 file(GLOB LSM_EMU_RUNTIME CONFIGURE_DEPENDS ${LSM_EMU_DIR}/*.cpp)
 list(REMOVE_ITEM LSM_EMU_RUNTIME ${LSM_EMU_DIR}/module.cpp)
 
 # Flags of one flavour (plain, race, asan), on every file that includes emulator headers.
 function(lsm_emulator_flags target flavour)
   # The shadowed cute/arch headers come before CUTLASS's own.
-  target_include_directories(${target} PRIVATE ${LSM_EMU_DIR}/shadow ${LSM_EMU_DIR}/..)
+  target_include_directories(${target} PRIVATE ${LSM_EMU_DIR}/shadow ${LSM_CSRC_DIR})
   target_include_directories(${target} SYSTEM PRIVATE
     ${LSM_CUTLASS_INCLUDE_DIR} ${LSM_CUDA_INCLUDE_DIR} ${LSM_CUDA_INCLUDE_DIR}/cccl)
   # -fno-strict-aliasing: CuTe reads bf16 fragments as words. -g1: reports name source lines. -fno-gnu-unique: two

@@ -38,6 +38,13 @@ std::vector<std::string> look_up(void const* address) {
     while (std::fgets(buffer, sizeof buffer, pipe) != nullptr) {
         std::string line = buffer;
         while (!line.empty() && (line.back() == '\n' || line.back() == '\r')) line.pop_back();
+        // "csrc/emu/../kernels/tile.cuh:3" lies in kernels/.
+        for (auto up = line.find("/../"); up != std::string::npos && up > 0;
+             up = line.find("/../")) {
+            auto const parent = line.rfind('/', up - 1);
+            if (parent == std::string::npos) break;
+            line.erase(parent, up + 3 - parent);
+        }
         lines.push_back(line);
     }
     pclose(pipe);
