@@ -20,7 +20,8 @@ using cpu::ChunkTask;
 constexpr int64_t kAlign = 256;
 constexpr int64_t kMinSegment = 256;  // tokens; shorter ones do not pay for the additional pass
 constexpr int64_t kColumnTile = 32;   // of V, two vectors at most
-constexpr int64_t kStepGrain = int64_t(1) << 16;  // state elements worth waking a thread for
+constexpr int64_t kStepGrain = int64_t(1) << 16;    // state elements worth waking a thread for
+constexpr int64_t kThreadGrain = int64_t(1) << 18;  // state elements times tokens, likewise
 
 ChunkKernels const& kernels() {
 #if LSM_CPU_X86_TIERS
@@ -84,7 +85,8 @@ int64_t state_bytes(ChunkParams const& p) {
 Plan make_plan(ChunkParams const& p, bool backward) {
     Plan plan;
     plan.backward = backward;
-    int64_t const threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    int64_t const work = p.B * p.T * p.HV * p.K * p.V / kThreadGrain;
+    int64_t const threads = std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
     int64_t const units = std::max<int64_t>(1, p.N * p.HV);
     if (!backward)
         plan.column_tiles = std::min(ceil_div(p.V, kColumnTile), ceil_div(threads, units));
