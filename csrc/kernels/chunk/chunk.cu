@@ -37,6 +37,9 @@ struct Plan {
     float* chunk_flux;
     uint32_t* split_dk;
     uint8_t* tokenwise;
+    uint32_t* end_states = nullptr;
+    float* end_flux = nullptr;
+    uint8_t* end_tokenwise = nullptr;
     int row_tile, row_tiles;  // of the sweeps for dq and dk
     int64_t bytes;
 
@@ -60,10 +63,15 @@ struct Plan {
             int64_t const chunks = count_chunks(p, segments) * p.HV;
             row_tile = sweep_row_tile(static_cast<int>(p.V), static_cast<int>(p.K));
             row_tiles = (static_cast<int>(p.K) + row_tile - 1) / row_tile;
-            chunk_states = carve.take<uint32_t>(chunks * row_tiles * row_tile *
-                                                sweep_contraction_bucket(p.V) / 2);
+            int64_t const state_words = row_tiles * row_tile * sweep_contraction_bucket(p.V) / 2;
+            chunk_states = carve.take<uint32_t>(chunks * state_words);
             chunk_flux = carve.take<float>(chunks * p.K);
             tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
+            if (p.grad_final_state != nullptr) {
+                end_states = carve.take<uint32_t>(p.N * p.HV * state_words);
+                end_flux = carve.take<float>(p.N * p.HV * p.K);
+                end_tokenwise = carve.take<uint8_t>(p.N * p.HV * row_tiles);
+            }
             split_dk = carve.take<uint32_t>(p.B * p.T * p.HV * p.K);
         }
         bytes = carve.used();
@@ -140,11 +148,13 @@ void const* start_of(ChunkParams const& p, Plan const& plan, bool reverse) {
 }
 
 void gate_gradient_of(ChunkParams const& p, Plan const& plan, Rows const& split_dk, void* stream) {
-    GateGradientParams const gp{
-        per_head(p, p.q),         per_head(p, p.k),      per_value_head(p.dg),
-        per_value_head(split_dk), per_value_head(p.g),   plan.chunk_flux,
-        plan.tokenwise,           plan.row_tile,         plan.row_tiles,
-        static_cast<int>(p.HV),   static_cast<int>(p.K), p.T};
+    GateGradientParams const gp{per_head(p, p.q),      per_head(p, p.k),
+                                per_value_head(p.dg),  per_value_head(split_dk),
+                                per_value_head(p.g),   plan.chunk_flux,
+                                plan.tokenwise,        plan.end_flux,
+                                plan.end_tokenwise,    plan.row_tile,
+                                plan.row_tiles,        static_cast<int>(p.HV),
+                                static_cast<int>(p.K), p.T};
     int64_t const blocks = count_chunks(p, plan.segments) * p.HV;
     if (plan.segments.count == 0) return;
     dim3 const grid(static_cast<unsigned>(blocks)),
@@ -181,7 +191,7 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
     s.start = contraction_over_k(p, start_of(p, plan, false));
     s.start_per_record = plan.cut;
     s.end = contraction_over_k(p, p.final_state);
-    sweep_contraction(s, plan.segments, stream);
+    sweep_output(s, plan.segments, stream);
 }
 
 void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
@@ -200,25 +210,28 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
     dq.start = contraction_over_v(p, start_of(p, plan, false));
     dq.start_per_record = plan.cut;
     dq.chunk_states = plan.chunk_states;
-    sweep_rows(dq, plan.segments, stream);
+    dq.end_states = plan.end_states;
+    dq.end_tokenwise = plan.end_tokenwise;
+    sweep_query_gradient(dq, plan.segments, stream);
 
     SweepParams dk = over_v(p, true);
     dk.out = per_value_head(p.dk);
     dk.strict = per_value_head(split_dk);
-    dk.strict_is_split = true;
     dk.start = contraction_over_v(p, start_of(p, plan, true));
     dk.start_per_record = plan.cut;
     dk.chunk_states = plan.chunk_states;
     dk.chunk_flux = plan.chunk_flux;
     dk.tokenwise = plan.tokenwise;
-    sweep_rows(dk, plan.segments, stream);
+    dk.end_states = plan.end_states;
+    dk.end_flux = plan.end_flux;
+    sweep_key_gradient(dk, plan.segments, stream);
 
     SweepParams dv = over_k(p, true);
     dv.out = per_value_head(p.dv);
     dv.start = contraction_over_k(p, start_of(p, plan, true));
     dv.start_per_record = plan.cut;
     dv.end = contraction_over_k(p, p.grad_initial_state);
-    sweep_contraction(dv, plan.segments, stream);
+    sweep_output(dv, plan.segments, stream);
 
     gate_gradient_of(p, plan, split_dk, stream);
 }

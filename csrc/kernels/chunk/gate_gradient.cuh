@@ -25,7 +25,9 @@ struct GateGradientParams {
     Operand split_dk;   // [B, T, HV, K], two bf16: from what follows the block, from its tokens
     Operand g;          // [B, T, HV, K], natural log
     float const* flux;  // [chunks, heads, K]
-    uint8_t const* tokenwise;  // [chunks, blocks, heads, row_tiles]: blocks of one token
+    uint8_t const* tokenwise;      // [chunks, blocks, heads, row_tiles]: blocks of one token
+    float const* end_flux;         // [N, heads, K], nullable: no gradient of the final state
+    uint8_t const* end_tokenwise;  // [N, heads, row_tiles]
     int row_tile, row_tiles;
     int heads, K;
     int64_t tokens_per_row;
@@ -69,12 +71,16 @@ struct FluxBlock {
     static constexpr float kForgotten = -9.f * 0.6931471805599453f;
     float u[kTokens], a[kTokens], r[kTokens], g[kTokens];
 
-    // Leaves dg in u; takes the flux after the block, returns the one before it.
-    LSM_DEVICE float solve(float flux, bool tokenwise) {
+    // Leaves dg in u; takes the flux after the block, returns the one before it. `end` is X of the last block (of its
+    // last token, where tokenwise) of a sequence with a final gradient, else null.
+    LSM_DEVICE float solve(float flux, bool tokenwise, float const* end, int tokens) {
         if (tokenwise) {  // r_j holds all that follows j: every token is a block of its own
             LSM_UNROLL
-            for (int t = kTokens - 1; t >= 0; --t)
-                u[t] = flux = u[t] + (g[t] < kForgotten ? 0.f : flux - r[t]);
+            for (int t = kTokens - 1; t >= 0; --t) {
+                bool const exact = end != nullptr && t == tokens - 1;
+                float const crossing = exact ? *end : g[t] < kForgotten ? 0.f : flux - r[t];
+                u[t] = flux = u[t] + crossing;
+            }
             return flux;
         }
         float all_r = 0.f, all_g = 0.f, suffix = 0.f;
@@ -84,7 +90,7 @@ struct FluxBlock {
             u[t] = suffix;
             all_r += r[t], all_g += g[t];
         }
-        float crossing = all_g < kForgotten ? 0.f : flux - all_r;
+        float crossing = end != nullptr ? *end : all_g < kForgotten ? 0.f : flux - all_r;
         float const before = suffix + crossing;
         LSM_UNROLL
         for (int t = 0; t < kTokens; ++t) {
@@ -146,7 +152,21 @@ __global__ void __launch_bounds__(128)
         }
         i64 const block = (index * (kChunk / kTokens) + b) * p.heads + head;
         bool const tokenwise = load_global(p.tokenwise + block * p.row_tiles + c / p.row_tile) != 0;
-        flux = {even.solve(flux.x, tokenwise), odd.solve(flux.y, tokenwise)};
+        // Where the two sweeps walked the last block differently, nothing crosses it.
+        bool const ends = p.end_flux != nullptr && segment.is_last && end == segment.t1 &&
+                          segment.sequence >= 0 && b == (tokens - 1) / kTokens;
+        i64 const owner = static_cast<i64>(segment.sequence) * p.heads + head;
+        float2 at_end = {0.f, 0.f};
+        bool exact = false;
+        if (ends) {
+            at_end = load_global(reinterpret_cast<float2 const*>(p.end_flux + owner * p.K + c));
+            uint8_t const walk =
+                load_global(p.end_tokenwise + owner * p.row_tiles + c / p.row_tile);
+            exact = tokenwise == (walk != 0);
+        }
+        int const left = tokens - b * kTokens;
+        flux = {even.solve(flux.x, tokenwise, exact ? &at_end.x : nullptr, left),
+                odd.solve(flux.y, tokenwise, exact ? &at_end.y : nullptr, left)};
         LSM_UNROLL
         for (int i = 0; i < kTokens; ++i) {
             i64 const t = b * kTokens + i;

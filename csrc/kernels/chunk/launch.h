@@ -6,12 +6,10 @@
 
 namespace lsm {
 
-// Decay on the contraction side: o and dv.
-void sweep_contraction(SweepParams const& p, Segments const& segments, void* stream);
-// Decay on the row side: dq and dk.
-void sweep_rows(SweepParams const& p, Segments const& segments, void* stream);
-// What a segment leaves from a zero state, and its summed gates; decay on the contraction side.
+void sweep_output(SweepParams const& p, Segments const& segments, void* stream);
 void sweep_state(SweepParams const& p, Segments const& segments, void* stream);
+void sweep_query_gradient(SweepParams const& p, Segments const& segments, void* stream);
+void sweep_key_gradient(SweepParams const& p, Segments const& segments, void* stream);
 
 // Rows of the state that one block of a sweep owns, and the contraction size it is compiled for.
 inline int sweep_row_tile(int contraction, int rows) {

@@ -27,18 +27,23 @@
 
 namespace lsm {
 
-enum class DecaySide { contraction, rows };
+// output: o and dv, decay on the contraction. state: the same walk without reading, for segment boundaries.
+// query_gradient, key_gradient: dq and dk, decay on the rows, and what the gate's gradient needs of each.
+enum class SweepKind { output, state, query_gradient, key_gradient };
 
-template <int Contraction, int RowsPerWarp, DecaySide Side, bool StateOnly>
+template <int Contraction, int RowsPerWarp, SweepKind Kind>
 struct SweepConfig {
     static constexpr int kContraction = Contraction, kRowsPerWarp = RowsPerWarp;
-    static constexpr bool kOnRows = Side == DecaySide::rows, kStateOnly = StateOnly;
+    static constexpr SweepKind kKind = Kind;
 };
 
 template <class Config>
 struct Sweep {
     static constexpr int Contraction = Config::kContraction, RowsPerWarp = Config::kRowsPerWarp;
-    static constexpr bool kOnRows = Config::kOnRows, StateOnly = Config::kStateOnly;
+    static constexpr SweepKind kKind = Config::kKind;
+    static constexpr bool StateOnly = kKind == SweepKind::state;
+    static constexpr bool kOnRows =
+        kKind == SweepKind::query_gradient || kKind == SweepKind::key_gradient;
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kRows = kWarps * RowsPerWarp;
     static constexpr int kBlock = 16, kStageTokens = 32, kStages = 2;
@@ -52,7 +57,6 @@ struct Sweep {
     static constexpr int kBlocksPerMultiprocessor = Contraction <= 128 ? 2 : 1;
     // Of exponents, in log2: a product of two scaled operands stays finite.
     static constexpr float kRange = 80.f;
-    static constexpr bool kStrict = kOnRows && !StateOnly;
 
     using WideTile = Tile<Contraction>;
     using RowTile = Tile<kRows>;
@@ -203,25 +207,23 @@ struct Sweep {
                                  float const (&local)[2][4]) const;
     LSM_DEVICE void store_strict_element(i64 at, float o, float local, float f) const;
     LSM_DEVICE i64 chunk_index(int chunk) const;
-    LSM_DEVICE uint4* chunk_state(int chunk) const {
-        i64 const tile =
-            (chunk_index(chunk) * p.heads + head) * ((p.rows + kRows - 1) / kRows) + row0 / kRows;
-        return reinterpret_cast<uint4*>(p.chunk_states) +
-               ((tile * kWarps + warp) * kRowTiles * kColumnTiles / 2) * 32 + lane;
-    }
-    LSM_DEVICE void save_chunk_state(int stage) const;
-    LSM_DEVICE void contract_chunk_state(int stage, Mode mode) const;
+    LSM_DEVICE uint4* saved_state(u32* slots, i64 index) const;
+    LSM_DEVICE void save_state(uint4* to, float const* exponent) const;
+    LSM_DEVICE void contract_saved_state(uint4 const* from, float* to, int stage, Mode mode) const;
+    LSM_DEVICE void save_chunk_end(int stage) const;
+    LSM_DEVICE void save_sequence_end(int stage, int b, int only) const;
     LSM_DEVICE void note_anchors(int stage, int b, Mode mode) const;
 };
 
 template <class Config>
 LSM_DEVICE void Sweep<Config>::walk_block(int stage, int b, Mode mode) {
-    Output o = {};
     if (mode != kKeep) scale_state(s.shift[b]);
-    if constexpr (kStrict) {
-        if (p.chunk_flux != nullptr) note_anchors(stage, b, mode);
-    }
+    if constexpr (kKind == SweepKind::key_gradient) note_anchors(stage, b, mode);
     bool const whole = mode != kTokenwise;
+    if constexpr (kKind == SweepKind::query_gradient) {
+        if (whole) save_sequence_end(stage, b, -1);
+    }
+    Output o = {};
     LSM_UNROLL_BY(1)
     for (int i = 0; i < (whole ? 1 : kBlock); ++i) {
         if (!whole) {
@@ -229,6 +231,9 @@ LSM_DEVICE void Sweep<Config>::walk_block(int stage, int b, Mode mode) {
             isolate_token(stage, b, i);
             __syncthreads();
             scale_state(s.shift[b]);
+        }
+        if constexpr (kKind == SweepKind::query_gradient) {
+            if (!whole) save_sequence_end(stage, b, i);
         }
         block(stage, b, whole ? -1 : i, o);
     }
@@ -253,14 +258,10 @@ LSM_DEVICE void Sweep<Config>::run() {
         __syncthreads();
         walk_block(stage, 0, mode0);
         walk_block(stage, 1, mode1);
-        if constexpr (kStrict) {
-            bool const at_chunk_end = stage + 1 == stages || (stage + 1) % kStagesPerChunk == 0;
-            if (at_chunk_end && p.chunk_states != nullptr && p.chunk_flux == nullptr)
-                save_chunk_state(stage);
-        }
+        if constexpr (kKind == SweepKind::query_gradient) save_chunk_end(stage);
     }
     __syncthreads();
-    end_state();
+    if constexpr (!kOnRows) end_state();
 }
 
 template <class Config>

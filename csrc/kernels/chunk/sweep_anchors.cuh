@@ -31,7 +31,7 @@ LSM_DEVICE void Sweep<Config>::store_strict(int stage, int b, int m, int only,
 template <class Config>
 LSM_DEVICE void Sweep<Config>::store_strict_element(i64 at, float o, float local, float f) const {
     void* const data = p.strict.rows.data;
-    if (p.strict_is_split) {
+    if constexpr (kKind == SweepKind::key_gradient) {
         store_global(static_cast<u32*>(data) + at, pack_bf16(o * f, local * f));
     } else if (p.gate_is_fp32) {
         store_global(static_cast<float*>(data) + at, (o + local) * f);
@@ -45,13 +45,20 @@ LSM_DEVICE i64 Sweep<Config>::chunk_index(int chunk) const {
     return first_chunk(segment, s.record, p.tokens_per_row) + chunk;
 }
 
+// A slot for one state, bf16 in the order of the fragments.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::save_chunk_state(int stage) const {
-    uint4* const to = chunk_state(stage / kStagesPerChunk);
+LSM_DEVICE uint4* Sweep<Config>::saved_state(u32* slots, i64 index) const {
+    i64 const tile = (index * p.heads + head) * ((p.rows + kRows - 1) / kRows) + row0 / kRows;
+    return reinterpret_cast<uint4*>(slots) +
+           ((tile * kWarps + warp) * kRowTiles * kColumnTiles / 2) * 32 + lane;
+}
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::save_state(uint4* to, float const* exponent) const {
     LSM_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
-        float const upper = exp2_approx(s.frame[(stage + 1) % 2][state_row(m, 0)]);
-        float const lower = exp2_approx(s.frame[(stage + 1) % 2][state_row(m, 2)]);
+        float const upper = exp2_approx(exponent[state_row(m, 0)]);
+        float const lower = exp2_approx(exponent[state_row(m, 2)]);
         LSM_UNROLL
         for (int n = 0; n < kColumnTiles; n += 2) {
             float const(&a)[4] = S[m][n];
@@ -65,11 +72,10 @@ LSM_DEVICE void Sweep<Config>::save_chunk_state(int stage) const {
     }
 }
 
-// flux_c = sum_v S_cv dS_cv at a chunk's end: everything written before it and read after it.
+// sum_v S_cv dS_cv of a saved state and this sweep's, as it enters block 0 of a stage.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::contract_chunk_state(int stage, Mode mode) const {
-    int const chunk = (stages - stage - 1) / kStagesPerChunk;
-    uint4 const* const from = chunk_state(chunk);
+LSM_DEVICE void Sweep<Config>::contract_saved_state(uint4 const* from, float* to, int stage,
+                                                    Mode mode) const {
     LSM_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
         float upper = 0.f, lower = 0.f;
@@ -94,20 +100,50 @@ LSM_DEVICE void Sweep<Config>::contract_chunk_state(int stage, Mode mode) const 
                 float2 const gate = gate_pair(stage, 0, row & ~1);
                 float const decay = mode == kTokenwise ? exp2_approx(row % 2 == 0 ? gate.x : gate.y)
                                                        : exponent_row(0)[row];
-                store_global(
-                    p.chunk_flux + (chunk_index(chunk) * p.heads + head) * p.rows + row0 + row,
-                    flux * decay);
+                store_global(to + row0 + row, flux * decay);
             }
         }
     }
 }
 
-// dk's sweep, before a block: its mode, and the flux through the end of a chunk.
+// dq's sweep, after a stage: the state at a chunk's end.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::save_chunk_end(int stage) const {
+    if (stage + 1 != stages && (stage + 1) % kStagesPerChunk != 0) return;
+    save_state(saved_state(p.chunk_states, chunk_index(stage / kStagesPerChunk)),
+               s.frame[(stage + 1) % 2]);
+}
+
+// dq's sweep, before a block (token `only` of it): where it is the last of a sequence, what of the state is left at the
+// end. Frames are true to the end: no gate follows.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::save_sequence_end(int stage, int b, int only) const {
+    int const last = t1 - 1 - t0, at = stage * kStageTokens + b * kBlock;
+    bool const ends = only < 0 ? at == last / kBlock * kBlock : at + only == last;
+    if (!ends || p.end_states == nullptr || !segment.is_last || segment.sequence < 0) return;
+    save_state(saved_state(p.end_states, segment.sequence), s.frame[(stage + 1) % 2]);
+    if (tid == 0) {
+        i64 const owner = static_cast<i64>(segment.sequence) * p.heads + head;
+        store_global(p.end_tokenwise + owner * ((p.rows + kRows - 1) / kRows) + row0 / kRows,
+                     static_cast<uint8_t>(only >= 0));
+    }
+}
+
+// dk's sweep, before a block: its mode, and the flux through the end of a chunk and of the sequence.
 template <class Config>
 LSM_DEVICE void Sweep<Config>::note_anchors(int stage, int b, Mode mode) const {
     int const stages_left = stages - stage;  // counted from the segment's first token
-    if (b == 0 && (stage == 0 || stages_left % kStagesPerChunk == 0))
-        contract_chunk_state(stage, mode);
+    if (b == 0 && (stage == 0 || stages_left % kStagesPerChunk == 0)) {
+        i64 const chunk = chunk_index((stages_left - 1) / kStagesPerChunk);
+        contract_saved_state(saved_state(p.chunk_states, chunk),
+                             p.chunk_flux + (chunk * p.heads + head) * p.rows, stage, mode);
+    }
+    if (b == 0 && stage == 0 && p.end_states != nullptr && segment.is_last &&
+        segment.sequence >= 0) {
+        i64 const owner = static_cast<i64>(segment.sequence) * p.heads + head;
+        contract_saved_state(saved_state(p.end_states, segment.sequence),
+                             p.end_flux + owner * p.rows, stage, mode);
+    }
     if (tid == 0) {
         int const block = (stages_left - 1) * 2 + 1 - b;  // of the segment, in the order of time
         i64 const at = (chunk_index(0) * kBlocksPerChunk + block) * p.heads + head;

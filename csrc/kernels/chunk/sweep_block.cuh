@@ -103,13 +103,13 @@ LSM_DEVICE void Sweep<Config>::block(int stage, int b, int only, Output& o) {
         float scores[2][4] = {};
         read_state(tiles, b, scores, o);
         u32 packed[2][2], own[2];
-        pack_scores(scores, packed, [](int i, int j) { return kStrict ? j < i : j <= i; });
-        if constexpr (kStrict) pack_diagonal(scores, own);
+        pack_scores(scores, packed, [](int i, int j) { return kOnRows ? j < i : j <= i; });
+        if constexpr (kOnRows) pack_diagonal(scores, own);
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             u32 value[4];
             load_value(tiles, b, m, value);
-            if constexpr (kStrict) {
+            if constexpr (kOnRows) {
                 float local[2][4] = {};
                 read_values(value, packed, local);
                 store_strict(stage, b, m, only, o[m], local);

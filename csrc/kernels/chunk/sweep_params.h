@@ -25,10 +25,8 @@ struct SweepParams {
     Operand gate;        // [.., contraction] or [.., rows], natural log
     Operand out;         // [.., rows]
     Operand
-        strict;  // [.., rows], the output without its own token's term, for the gate's gradient (decay on the
-        // rows only): dtype of the gate (dq), or
-    bool
-        strict_is_split;  // two bf16 per element (dk): from the state, and from the block's other tokens
+        strict;  // [.., rows], the output without its own token's term: dq's in the dtype of the gate, dk's as two
+        // bf16 per element, from the state and from the block's other tokens
     float query_scale, key_scale, value_scale, out_scale;
     int contraction, rows;   // actual sizes, multiples of 8
     int heads;               // value heads
@@ -41,12 +39,18 @@ struct SweepParams {
     bool start_per_record;
     float* gate_sum;  // [records, heads, contraction], state-only sweeps
 
-    // Anchors of the gate's gradient (docs/math.md): dq's sweep leaves its state at the end of every chunk of kChunk
-    // tokens, as bf16 in fragment order; dk's sweep, passing the same places backwards, contracts its own with it.
+    // Anchors of the gate's gradient (docs/math.md, section 4). dq's sweep leaves its state at the end of every chunk of
+    // kChunk tokens, as bf16 in fragment order; dk's sweep, passing the same places backwards, contracts its own with it.
     uint32_t* chunk_states;
-    float* chunk_flux;  // [chunks, heads, K]; not null in dk's sweep only
+    float* chunk_flux;  // [chunks, heads, K]
     uint8_t*
-        tokenwise;  // [chunks, kChunk / 16, heads, row tiles]: dk's blocks that were walked token by token
+        tokenwise;  // [chunks, kChunk / 16, heads, row tiles]: dk's blocks walked token by token
+    // Where the final state has a gradient, the same at the end of every sequence, for what was written before the last
+    // block (before the last token, where dq's sweep walks that block token by token): a product that is exact however
+    // strong the decay.
+    uint32_t* end_states;    // nullable: no gradient
+    float* end_flux;         // [N, heads, K]
+    uint8_t* end_tokenwise;  // [N, heads, row tiles]
 };
 
 inline constexpr int kChunk = 256;  // tokens between exact anchors of the gate's gradient

@@ -3,7 +3,7 @@
 namespace lsm {
 
 void sweep_state(SweepParams const& p, Segments const& segments, void* stream) {
-    dispatch_sweep<DecaySide::contraction, true>(p, segments, stream);
+    dispatch_sweep<SweepKind::state>(p, segments, stream);
 }
 
 }  // namespace lsm
