@@ -20,7 +20,8 @@ def main() -> None:
     from torch.utils.cpp_extension import TORCH_LIB_PATH
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--asan", action="store_true", help="build _emu_asan too")
+    asan = os.environ.get("LSM_EMULATOR_ASAN") == "1"
+    parser.add_argument("--asan", action="store_true", default=asan, help="build _emu_asan too")
     arguments = parser.parse_args()
     build = ROOT / "build" / "emulator"
     options = {

@@ -119,9 +119,15 @@ template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream,
             P... params) {
     if (smem_bytes > 48 * 1024) {
-        cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(smem_bytes));
+        cudaError_t const status = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        static_cast<int>(smem_bytes));
+        if (status != cudaSuccess) {
+            cudaGetLastError();  // not the next launch's error
+            throw std::runtime_error("this GPU has too little shared memory per block for " +
+                                     std::to_string(smem_bytes) + " bytes: " +
+                                     cudaGetErrorString(status) + "; use smaller heads");
+        }
     }
     kernel<<<grid, block, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
     if (cudaError_t const status = cudaGetLastError(); status != cudaSuccess) {

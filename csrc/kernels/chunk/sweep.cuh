@@ -51,7 +51,7 @@ struct Sweep {
     static constexpr int kGated = kOnRows ? kRows : Contraction;
     static constexpr int kRowTiles = RowsPerWarp / 16, kColumnTiles = Contraction / 8;
     // In floats; four more than a row keep the epilogue's column reads off one bank.
-    static constexpr int kExponentPitch = kGated + 4;
+    static constexpr int kFactorPitch = kGated + 4;
     static constexpr int kStripPitch = RowsPerWarp * 2 + 16;
     static constexpr float kLog2e = 1.4426950408889634f;
     static constexpr int kBlocksPerMultiprocessor = Contraction <= 128 ? 2 : 1;
@@ -70,8 +70,8 @@ struct Sweep {
     };
     struct SharedStorage {
         Stage stage[kStages];
-        // Cumulative gates of a stage; with decay on the rows, then 2^e.
-        alignas(16) float exponents[kStageTokens * kExponentPitch];
+        // With decay on the rows: 2^e, what brings outputs out of the frame.
+        alignas(16) float factors[kOnRows ? kStageTokens * kFactorPitch : 4];
         float low[2][kGated], high[2][kGated];  // range of the cumulative gate in each block
         float sum[2][kGated];                   // its last value
         float shift[2][kGated];  // log2 factor of the state where a block reopens its frame
@@ -81,6 +81,8 @@ struct Sweep {
         i64 record;
         alignas(16) char strip[StateOnly ? 16 : kWarps * kBlock * kStripPitch];
     };
+
+    static_assert(sizeof(SharedStorage) <= 163 * 1024, "what an sm_80 block can have");
 
     enum Mode { kKeep, kReopen, kTokenwise };
 
@@ -137,7 +139,7 @@ struct Sweep {
     LSM_DEVICE float2& pair_of(float* row, int c) const {
         return *reinterpret_cast<float2*>(row + c);
     }
-    LSM_DEVICE float* exponent_row(int row) const { return s.exponents + row * kExponentPitch; }
+    LSM_DEVICE float* factor_row(int row) const { return s.factors + row * kFactorPitch; }
     LSM_DEVICE void accumulate_gates(int stage);
     LSM_DEVICE static float opened(Mode mode, float frame, float high);
     LSM_DEVICE static float closed(Mode mode, float start, float sum) {
@@ -307,7 +309,7 @@ LSM_DEVICE void Sweep<Config>::load_stage(int stage) const {
 // For rows with decay, in the frame: what brings element e of token tile n out of it.
 template <class Config>
 LSM_DEVICE float Sweep<Config>::factor(int b, int m, int n, int e) const {
-    return exponent_row(b * kBlock + 8 * n + lane % 4 * 2 + e % 2)[state_row(m, e)];
+    return factor_row(b * kBlock + 8 * n + lane % 4 * 2 + e % 2)[state_row(m, e)];
 }
 
 // Through a strip of shared memory private to the warp, so that global memory sees whole 16-byte pieces of rows.

@@ -99,7 +99,7 @@ LSM_DEVICE void Sweep<Config>::contract_saved_state(uint4 const* from, float* to
             if (lane % 4 == 0 && row0 + row < p.rows) {
                 float2 const gate = gate_pair(stage, 0, row & ~1);
                 float const decay = mode == kTokenwise ? exp2_approx(row % 2 == 0 ? gate.x : gate.y)
-                                                       : exponent_row(0)[row];
+                                                       : factor_row(0)[row];
                 store_global(to + row0 + row, flux * decay);
             }
         }

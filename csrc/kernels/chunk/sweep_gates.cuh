@@ -31,7 +31,6 @@ LSM_DEVICE void Sweep<Config>::accumulate_gates(int stage) {
             sum.x += g.x, sum.y += g.y;
             low.x = fminf(low.x, sum.x), low.y = fminf(low.y, sum.y);
             high.x = fmaxf(high.x, sum.x), high.y = fmaxf(high.y, sum.y);
-            pair_of(exponent_row(b * kBlock + i), c) = sum;
         }
         pair_of(s.low[b], c) = low;
         pair_of(s.high[b], c) = high;
@@ -87,18 +86,20 @@ LSM_DEVICE void Sweep<Config>::apply_gates(int stage, Mode mode0, Mode mode1) {
         float2 const start = {opened(mode, frame.x, s.high[b][c]),
                               opened(mode, frame.y, s.high[b][c + 1])};
         pair_of(s.shift[b], c) = {frame.x - start.x, frame.y - start.y};
+        float2 e = start;
         LSM_UNROLL_BY(4)
         for (int i = 0; i < kBlock; ++i) {
             int const row = b * kBlock + i;
-            float2& exponent = pair_of(exponent_row(row), c);
             if (mode == kTokenwise) {
-                exponent = {p.out_scale, p.out_scale};
+                if constexpr (kOnRows) pair_of(factor_row(row), c) = {p.out_scale, p.out_scale};
                 continue;
             }
-            float2 const e = {start.x + exponent.x, start.y + exponent.y};
+            float2 const gate = gate_pair(stage, row, c);
+            e.x += gate.x, e.y += gate.y;
             float2 const down = {exp2_approx(-e.x), exp2_approx(-e.y)};
             if constexpr (kOnRows) {
-                exponent = {p.out_scale * exp2_approx(e.x), p.out_scale * exp2_approx(e.y)};
+                pair_of(factor_row(row), c) = {p.out_scale * exp2_approx(e.x),
+                                               p.out_scale * exp2_approx(e.y)};
                 scale_pair(tiles.value + RowTile::offset(row, c), p.value_scale * down.x,
                            p.value_scale * down.y);
             } else {

@@ -26,7 +26,7 @@ struct SweepParams {
     Operand out;         // [.., rows]
     Operand
         strict;  // [.., rows], the output without its own token's term: dq's in the dtype of the gate, dk's as two
-        // bf16 per element, from the state and from the block's other tokens
+    // bf16 per element, from the state and from the block's other tokens
     float query_scale, key_scale, value_scale, out_scale;
     int contraction, rows;   // actual sizes, multiples of 8
     int heads;               // value heads
