@@ -64,7 +64,11 @@ struct Plan {
             row_tile = sweep_row_tile(static_cast<int>(p.V), static_cast<int>(p.K));
             row_tiles = (static_cast<int>(p.K) + row_tile - 1) / row_tile;
             int64_t const state_words = row_tiles * row_tile * sweep_contraction_bucket(p.V) / 2;
-            chunk_states = carve.take<uint32_t>(chunks * state_words);
+            // dv is written last and has room for the anchors, but for short sequences.
+            int64_t const anchors = chunks * state_words;
+            bool const in_dv = anchors * 4 <= p.B * p.T * p.HV * p.V * 2;
+            chunk_states =
+                in_dv ? static_cast<uint32_t*>(p.dv.data) : carve.take<uint32_t>(anchors);
             chunk_flux = carve.take<float>(chunks * p.K);
             tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
             if (p.grad_final_state != nullptr) {
