@@ -78,6 +78,20 @@ int64_t accumulator_bytes(ChunkParams const& p) {
     return p.dtype == Dtype::f64 ? 8 : 4;
 }
 
+// Of the product of a stretch's decays.
+int64_t decay_channels(ChunkParams const& p) {
+    switch (p.decay) {
+        case Decay::none:
+            return 0;
+        case Decay::scalar:
+            return 1;
+        case Decay::key:
+            return p.K;
+        default:
+            return p.V;
+    }
+}
+
 int64_t state_bytes(ChunkParams const& p) {
     return p.K * p.V * accumulator_bytes(p);
 }
@@ -125,7 +139,7 @@ class Workspace {
     Workspace(ChunkParams const& p, Plan const& plan, void* base)
         : base_(static_cast<char*>(base)),
           state_(round_up(state_bytes(p), 64)),
-          decay_(round_up(p.K * accumulator_bytes(p), 64)),
+          decay_(round_up(decay_channels(p) * accumulator_bytes(p), 64)),
           states_(plan.boundary_states),
           scratch_(plan.scratch),
           threads_(plan.threads),
@@ -184,8 +198,11 @@ State* state_of(State* states, ChunkParams const& p, Chain const& chain) {
 // recurrence.
 template <class T>
 void join(ChunkParams const& p, T const* decay, T const* before, T* state) {
-    for (int64_t k = 0; k < p.K; ++k) {
-        for (int64_t i = k * p.V; i < (k + 1) * p.V; ++i) state[i] += decay[k] * before[i];
+    for (int64_t k = 0; k < p.K; ++k, before += p.V, state += p.V) {
+        T const of_row = p.decay == Decay::none ? T(1) : decay[p.decay == Decay::key ? k : 0];
+        for (int64_t v = 0; v < p.V; ++v) {
+            state[v] += (p.decay == Decay::value ? decay[v] : of_row) * before[v];
+        }
     }
 }
 

@@ -1,16 +1,28 @@
-// Inside one block of tokens: the products of decays that join its tokens to each other and to the
-// state before and after it. Every decay factor is a product of the block's own exp(g), never a
-// quotient, so resets (a = 0) and strong gates are exact. With A(j, t) = a_{j+1} ... a_t:
-//   queries to the block's start  q_t A(-1, t)      keys to its end  k_j A(j, last)
-//   scores  P[t][j] = Σ_c q_t k_j A(j, t),  j <= t
+// A block of tokens has two sides: the channels of keys and those of values. On each, a vector per
+// token reads the state and another writes to it:
+//   key side    queries read, keys write         dq, dk
+//   value side  output gradients read, values write    o, dv
+// Σ_t grad_o_t · o_t is linear in each of the four, so one formula gives every result: o is the
+// gradient of the output gradients as dq is that of the queries. With A(j, t) = a_{j+1} ... a_t:
+//   reader_t  A(-1, t) S other_reader_t + Σ_{j <= t} (other pair t, j) writer_j A(j, t)
+//   writer_j  A(j, last) dS other_writer_j + Σ_{t >= j} (other pair t, j) reader_t A(j, t)
+//   pair t, j = reader_t · writer_j
+// Decays act on the channels of one side: there they multiply what goes into a pair or a state, or
+// else what comes out. Every decay factor is a product of the block's own exp(g), never a quotient,
+// so resets (a = 0) and strong gates are exact.
 #pragma once
 
+#include "chunk_kernels.h"
 #include "tiles.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 
-inline constexpr int kPairs = kBlock * (kBlock + 1) / 2;
+enum class Side { key, value };
+
+constexpr Side opposite(Side side) {
+    return side == Side::key ? Side::value : Side::key;
+}
 
 // Bump allocation inside a thread's scratch; with a null base it only counts.
 template <class T>
@@ -33,77 +45,44 @@ class Arena {
     int64_t used_ = 0;
 };
 
-// k_j A(j, last) into keys, A(-1, last) into total, for one panel.
 template <class T>
-LSM_INLINE void keys_to_end(T* keys, T* total, T const* k, T const* a) {
-    constexpr int W = kLanes<T>;
-    Vector<T> suffix = Vector<T>{} + T(1);
-#pragma GCC unroll 8
-    for (int j = kBlock - 1; j >= 0; --j) {
-        store(keys + j * W, load(k + j * W) * suffix);
-        suffix *= load(a + j * W);
-    }
-    store(total, suffix);
-}
+struct BlockSide {
+    explicit BlockSide(int64_t channels) : channels(channels), panels(panels_of(channels)) {}
 
-// q_t A(-1, t) into queries, A(-1, last) into total, for one panel.
-template <class T>
-LSM_INLINE void queries_to_start(T* queries, T* total, T const* q, T const* a) {
-    constexpr int W = kLanes<T>;
-    Vector<T> prefix = Vector<T>{} + T(1);
-#pragma GCC unroll 8
-    for (int t = 0; t < kBlock; ++t) {
-        prefix *= load(a + t * W);
-        store(queries + t * W, load(q + t * W) * prefix);
-    }
-    store(total, prefix);
-}
+    int64_t channels, panels;
+    T *reader, *writer;      // block panels, like the next four
+    T *start, *end;          // reader_t A(-1, t) and writer_j A(j, last) on the side of the decays,
+                             // else the same as reader and writer
+    T *d_reader, *d_writer;  // gradients
+    T* pairs;                // [C][C], reader_t · writer_j (with A(j, t) on the side of the decays)
 
-// Adds one panel's share of the scores, lanes not yet summed, pairs (t, j) in the order of t, then
-// j.
-template <class T>
-LSM_INLINE void add_scores(T* pairs, T const* q, T const* k, T const* a) {
-    constexpr int W = kLanes<T>;
-    Vector<T> key[kBlock];
-#pragma GCC unroll 8
-    for (int t = 0; t < kBlock; ++t) {
-        Vector<T> const q_t = load(q + t * W), a_t = load(a + t * W);
-        key[t] = load(k + t * W);
-#pragma GCC unroll 8
-        for (int j = 0; j <= t; ++j) {
-            if (j < t) key[j] *= a_t;
-            T* const pair = pairs + (t * (t + 1) / 2 + j) * W;
-            store(pair, load(pair) + q_t * key[j]);
-        }
-    }
-}
+  private:
+    static int64_t panels_of(int64_t channels) { return (channels + kLanes<T> - 1) / kLanes<T>; }
+};
 
-template <class T>
-LSM_INLINE void scores(T* P, T* pairs, T const* q, T const* k, T const* a, int64_t key_panels) {
-    constexpr int W = kLanes<T>;
-    for (int i = 0; i < kPairs; ++i) store(pairs + i * W, Vector<T>{});
-    for (int64_t p = 0; p < key_panels; ++p) {
-        int64_t const at = p * kBlock * W;
-        add_scores(pairs, q + at, k + at, a + at);
-    }
-    for (int t = 0; t < kBlock; ++t) {
-        for (int j = 0; j <= t; ++j) {
-            P[t * kBlock + j] = sum_lanes<T>(load(pairs + (t * (t + 1) / 2 + j) * W));
-        }
-    }
-}
-
-// D[t][j] = x_t · y_j, j <= t.
-template <class T>
-LSM_INLINE void causal_dots(T* D, T const* x, T const* y, int64_t column_panels) {
-    constexpr int W = kLanes<T>;
-    for (int t = 0; t < kBlock; ++t) {
-        for (int j = 0; j <= t; ++j) {
-            Vector<T> sum{};
+// P[t][j] = x_t · y_j for j <= t.
+template <int C, class T>
+LSM_INLINE void causal_dots(T* P, T const* x, T const* y, int64_t column_panels) {
+    constexpr int W = kLanes<T>, kColumns = W == 16 ? 4 : 2, kRows = W / kColumns;
+    for (int t = 0; t < C; t += kRows) {
+        for (int j = 0; j < t + kRows; j += kColumns) {
+            Vector<T> sums[W] = {};
             for (int64_t p = 0; p < column_panels; ++p) {
-                sum += load(x + (p * kBlock + t) * W) * load(y + (p * kBlock + j) * W);
+                T const *x_t = x + (p * C + t) * W, *y_j = y + (p * C + j) * W;
+#pragma GCC unroll 8
+                for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+                    for (int n = 0; n < kColumns; ++n) {
+                        sums[m * kColumns + n] += load(x_t + m * W) * load(y_j + n * W);
+                    }
+                }
             }
-            D[t * kBlock + j] = sum_lanes<T>(sum);
+            Vector<T> const tile = sum_each<T>(sums);
+            T rows[W];
+            store(rows, tile);
+            for (int m = 0; m < kRows; ++m) {
+                std::memcpy(P + (t + m) * C + j, rows + m * kColumns, kColumns * sizeof(T));
+            }
         }
     }
 }

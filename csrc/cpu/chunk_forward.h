@@ -1,106 +1,171 @@
-// Forward over one stretch of one value head, a block of tokens at a time:
-//   o_t = (q_t A(-1, t))ᵀ S + Σ_{j <= t} P[t][j] v_j
-//   S  <- A(-1, last) S + Σ_j (k_j A(j, last)) v_jᵀ
-// The scale is folded into q. Single-threaded: the scheduler deals out stretches, heads and value
-// columns.
+// Forward over one stretch of one value head, a block of tokens at a time (the sums: chunk_block.h).
+// The scale is folded into q. Tokens that read the state before they write to it are blocks whose
+// writers come a slot after their readers, behind one that writes nothing. Single-threaded: the
+// scheduler deals out stretches, heads and value columns.
 #pragma once
 
-#include "chunk_block.h"
-#include "chunk_kernels.h"
-#include "decay.h"
+#include "decay_channel.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
-
-template <class T>
-struct ForwardScratch {
-    ForwardScratch(void* base, int64_t K, int64_t V) : arena(base) {
-        constexpr int W = kLanes<T>;
-        int64_t const KP = panels(K, W), VP = panels(V, W), block = kBlock * W;
-        arena.take_each(KP * block, q, k, a, queries, keys);
-        arena.take_each(VP * block, v, o);
-        total = arena.take(KP * W);
-        pairs = arena.take(kPairs * W);
-        P = arena.take(kBlock * kBlock);
-        S = arena.take(KP * W * VP * W);
-    }
-
-    Arena<T> arena;
-    T *q, *k, *a, *queries, *keys;  // [K] block panels
-    T *v, *o;                       // [V] block panels
-    T *total, *pairs, *P;
-    T* S;  // [K, V], V in lanes
-};
 
 // The product of a stretch's decays, for the scheduler that joins stretches.
 template <class T>
 class StretchDecay {
   public:
-    StretchDecay(void* decay, int64_t K)
-        : decay_(static_cast<T*>(decay)), K_(decay_ == nullptr ? 0 : K) {
-        for (int64_t i = 0; i < K_; ++i) decay_[i] = 1;
+    StretchDecay(void* decay, int64_t channels)
+        : decay_(static_cast<T*>(decay)), channels_(decay_ == nullptr ? 0 : channels) {
+        for (int64_t i = 0; i < channels_; ++i) decay_[i] = 1;
     }
     void multiply(T const* total) {
-        for (int64_t i = 0; i < K_; ++i) decay_[i] *= total[i];
+        for (int64_t i = 0; i < channels_; ++i) decay_[i] *= total[i];
     }
 
   private:
     T* decay_;
-    int64_t K_;
+    int64_t channels_;
 };
 
-template <class T, class Decay, bool kOutputs>
-void forward_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch) {
-    constexpr int W = kLanes<T>, block = kBlock * W;
-    int64_t const K = p.K, V = task.v_end - task.v_begin, KP = panels(K, W), VP = panels(V, W);
-    int64_t const query_head = task.head / (p.HV / p.H);
-    ForwardScratch<T> s(scratch, K, V);
-    HeadRows<T> const q(p.q, p.dtype, task.batch, query_head),
-        k(p.k, p.dtype, task.batch, query_head);
-    HeadRows<T> const v(p.v, p.dtype, task.batch, task.head, task.v_begin);
-    HeadRows<T> const o(p.o, p.dtype, task.batch, task.head, task.v_begin);
-    Decay const decay(p, task.batch, task.head);
+// What forward and backward have in common: a stretch of one value head, seen by its two sides.
+template <class T, class Decay>
+class Stretch {
+  protected:
+    static constexpr int W = kLanes<T>, C = Decay::kBlock;
+    using Rows = HeadRows<T, C>;
 
-    auto const* begin = static_cast<T const*>(task.state_begin);
-    read_state(s.S, begin == nullptr ? begin : begin + task.v_begin, p.V, K, V);
-    StretchDecay<T> stretch_decay(task.decay, K);
-    for (int64_t t = task.begin; t < task.end; t += kBlock) {
-        int64_t const count = min_of(kBlock, task.end - t);
-        int64_t const next = t + kBlock, next_count = min_of(kBlock, task.end - next);
-        k.read(s.k, t, count, K);
-        k.prefetch(next, next_count, K);
-        v.read(s.v, t, count, V);
-        v.prefetch(next, next_count, V);
-        decay.read(s.a, t, count);
-        decay.prefetch(next, next_count);
-        for (int64_t i = 0; i < KP; ++i) {
-            keys_to_end(s.keys + i * block, s.total + i * W, s.k + i * block, s.a + i * block);
+    Stretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
+        : p_(p),
+          task_(task),
+          arena_(scratch),
+          readers_{task.begin, task.end},
+          writers_{task.begin, task.end, p.exclusive ? 1 : 0},
+          blocks_((task.end - task.begin + writers_.delay + C - 1) / C),
+          key_(p.K),
+          value_(task.v_end - task.v_begin),
+          decay_(p, task, writers_, arena_),
+          q_(key_rows(p.q, readers_)),
+          k_(key_rows(p.k, writers_)),
+          v_(value_rows(p.v, writers_)) {
+        if (task.begin == task.end) blocks_ = 0;
+    }
+
+    Rows key_rows(lsm::Rows const& rows, Span const& span) const {
+        return {rows, p_.dtype, task_.batch, task_.head / (p_.HV / p_.H), span, p_.K};
+    }
+    Rows value_rows(lsm::Rows const& rows, Span const& span) const {
+        return {rows, p_.dtype, task_.batch, task_.head, span, value_.channels, task_.v_begin};
+    }
+
+    // Rows of one side for a block; which of them decay before a state takes them in.
+    void lay_out(BlockSide<T>& side, Side which) {
+        arena_.take_each(side.panels * C * W, side.reader, side.writer, side.d_reader,
+                         side.d_writer);
+        side.pairs = arena_.take(C * C);
+        if (which == Decay::kSide) {
+            Decay::lay_out(side, arena_);
+        } else {
+            side.start = side.reader, side.end = side.writer;
         }
-        if constexpr (kOutputs) {
-            q.read(s.q, t, count, K, T(p.scale));
-            q.prefetch(next, next_count, K);
-            o.prefetch(next, next_count, V);
-            for (int64_t i = 0; i < KP; ++i) {
-                queries_to_start(s.queries + i * block, s.total + i * W, s.q + i * block,
-                                 s.a + i * block);
-            }
-            scores(s.P, s.pairs, s.q, s.k, s.a, KP);
+    }
+
+    BlockSide<T> const& side(Side which) const { return which == Side::key ? key_ : value_; }
+    BlockSide<T> const& decaying() const { return side(Decay::kSide); }
+    BlockSide<T> const& other() const { return side(opposite(Decay::kSide)); }
+
+    // What d_reader and d_writer of one side need after the product with the state.
+    template <Side kSide>
+    auto reads() const {
+        if constexpr (kSide == Decay::kSide) {
+            return decay_.reads(decaying(), other());
+        } else {
+            return PlusTriangle<Triangle::past, C, T>{decaying().pairs, other().writer};
         }
-        for_each_tile(VP, [&](auto tile, int64_t i) {
-            constexpr int N = decltype(tile)::value;
+    }
+    template <Side kSide>
+    auto writes() const {
+        if constexpr (kSide == Decay::kSide) {
+            return decay_.writes(decaying(), other());
+        } else {
+            return PlusTriangle<Triangle::future, C, T>{decaying().pairs, other().reader};
+        }
+    }
+
+    ChunkParams const& p_;
+    ChunkTask const& task_;
+    Arena<T> arena_;
+    Span readers_, writers_;
+    int64_t blocks_;
+    BlockSide<T> key_, value_;
+    Decay decay_;
+    Rows q_, k_, v_;
+};
+
+template <class T, class Decay>
+class ForwardStretch : Stretch<T, Decay> {
+    using Base = Stretch<T, Decay>;
+    using Base::arena_, Base::task_, Base::p_, Base::key_, Base::value_, Base::decay_;
+    using Base::blocks_, Base::q_, Base::k_, Base::v_, Base::C, Base::W;
+
+  public:
+    ForwardStretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
+        : Base(p, task, scratch), o_(Base::value_rows(p.o, Base::readers_)) {
+        Base::lay_out(key_, Side::key);
+        Base::lay_out(value_, Side::value);
+        S_ = arena_.take(key_.panels * W * value_.panels * W);
+    }
+
+    int64_t scratch_bytes() const { return arena_.used(); }
+
+    template <bool kOutputs>
+    void run() {
+        auto const* begin = static_cast<T const*>(task_.state_begin);
+        read_state(S_, begin == nullptr ? begin : begin + task_.v_begin, p_.V, p_.K,
+                   value_.channels);
+        StretchDecay<T> stretch_decay(task_.decay, decay_.channels());
+        for (int64_t b = 0; b < blocks_; ++b) {
+            k_.read(key_.writer, b);
+            k_.prefetch(b + 1);
+            v_.read(value_.writer, b);
+            v_.prefetch(b + 1);
+            decay_.read(b);
+            decay_.prefetch(b + 1);
+            decay_.to_end(Base::decaying());
             if constexpr (kOutputs) {
-                block_times_state<N>(s.o, s.queries, s.S, KP * W, K, i,
-                                     PlusTriangle<Triangle::past, T>{s.P, s.v});
+                q_.read(key_.reader, b, T(p_.scale));
+                q_.prefetch(b + 1);
+                o_.prefetch(b + 1);
+                if constexpr (Decay::kSide == Side::key) {
+                    decay_.to_start(key_);
+                    decay_.pairs(key_);
+                } else {
+                    decay_.other_pairs(key_);
+                }
             }
-            advance_state<DecayOf::rows, N>(s.S, s.S, s.keys, KP, s.v, s.total, i);
-        });
-        if constexpr (kOutputs) o.write(s.o, t, count, V);
-        stretch_decay.multiply(s.total);
+            for_each_tile(value_.panels, [&](auto tile, int64_t i) {
+                constexpr int N = decltype(tile)::value;
+                if constexpr (kOutputs) {
+                    block_times_state<C, N>(value_.d_reader, key_.start, S_, key_.panels * W,
+                                            key_.channels, i, Base::template reads<Side::value>());
+                }
+                advance_state<C, Decay::of(Side::value), N>(S_, S_, key_.end, key_.panels,
+                                                            value_.end, decay_.total(), i);
+            });
+            if constexpr (kOutputs) {
+                if constexpr (Decay::kSide == Side::value) decay_.finish_reads(value_, key_);
+                o_.write(value_.d_reader, b);
+            }
+            stretch_decay.multiply(decay_.total());
+        }
+        if (task_.state_end != nullptr) {
+            write_state(static_cast<T*>(task_.state_end) + task_.v_begin, p_.V, S_, p_.K,
+                        value_.channels);
+        }
     }
-    if (task.state_end != nullptr) {
-        write_state(static_cast<T*>(task.state_end) + task.v_begin, p.V, s.S, K, V);
-    }
-}
+
+  private:
+    typename Base::Rows o_;
+    T* S_;  // [K, V], V in lanes
+};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

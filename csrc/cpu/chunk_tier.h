@@ -17,34 +17,44 @@ auto with_accumulator(Dtype dtype, F const& f) {
     return dtype == Dtype::f64 ? f(double{}) : f(float{});
 }
 
-int64_t scratch_bytes(ChunkParams const& p, int64_t tokens, bool backward) {
+// run(Stretch{p, task, scratch}) with the stretch of the dtype and the decay at hand.
+template <template <class T, class Decay> class Stretch, class Run>
+auto with_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch, Run const& run) {
     return with_accumulator(p.dtype, [&](auto zero) {
         using T = decltype(zero);
-        return backward ? BackwardScratch<T>(nullptr, p.K, p.V, tokens).arena.used()
-                        : ForwardScratch<T>(nullptr, p.K, p.V).arena.used();
+        switch (p.decay) {
+            case Decay::none:
+                return run(Stretch<T, NoDecay<T>>(p, task, scratch));
+            case Decay::scalar:
+                return run(Stretch<T, ScalarDecay<T>>(p, task, scratch));
+            case Decay::key:
+                return run(Stretch<T, ChannelDecay<T, Side::key>>(p, task, scratch));
+            default:
+                return run(Stretch<T, ChannelDecay<T, Side::value>>(p, task, scratch));
+        }
     });
+}
+
+int64_t scratch_bytes(ChunkParams const& p, int64_t tokens, bool backward) {
+    ChunkTask task{};
+    task.end = tokens, task.v_end = p.V;
+    auto const bytes = [](auto&& stretch) { return stretch.scratch_bytes(); };
+    return backward ? with_stretch<BackwardStretch>(p, task, nullptr, bytes)
+                    : with_stretch<ForwardStretch>(p, task, nullptr, bytes);
 }
 
 template <bool kOutputs>
 void forward(ChunkParams const& p, ChunkTask const& task, void* scratch) {
-    with_accumulator(p.dtype, [&](auto zero) {
-        using T = decltype(zero);
-        forward_stretch<T, VectorDecay<T>, kOutputs>(p, task, scratch);
-    });
+    with_stretch<ForwardStretch>(p, task, scratch,
+                                 [](auto&& stretch) { stretch.template run<kOutputs>(); });
 }
 
 void backward(ChunkParams const& p, ChunkTask const& task, void* scratch) {
-    with_accumulator(p.dtype, [&](auto zero) {
-        using T = decltype(zero);
-        BackwardStretch<T, VectorDecay<T>>(p, task, scratch).gradients();
-    });
+    with_stretch<BackwardStretch>(p, task, scratch, [](auto&& stretch) { stretch.gradients(); });
 }
 
 void begin_grad(ChunkParams const& p, ChunkTask const& task, void* scratch) {
-    with_accumulator(p.dtype, [&](auto zero) {
-        using T = decltype(zero);
-        BackwardStretch<T, VectorDecay<T>>(p, task, scratch).begin_grad();
-    });
+    with_stretch<BackwardStretch>(p, task, scratch, [](auto&& stretch) { stretch.begin_grad(); });
 }
 
 void step(StepParams const& p, int64_t first, int64_t last) {

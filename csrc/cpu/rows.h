@@ -1,6 +1,6 @@
 // Rows of tokens in and out: from any dtype and stride to zero-filled panels of the accumulation
-// type, and back. A panel holds one vector's worth of channels of every token of a block:
-// [channels / lanes][kBlock][lanes].
+// type, and back. A panel holds one vector's worth of channels of every token of a block of C:
+// [channels / lanes][C][lanes].
 #pragma once
 
 #include "params/chunk.h"
@@ -8,8 +8,6 @@
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
-
-inline constexpr int kBlock = 8;  // tokens advanced in one pass over the state
 
 struct Bf16 {
     uint16_t bits;
@@ -98,102 +96,165 @@ LSM_INLINE void narrow_first(Out* p, Vector<T> x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = full[i];
 }
 
-// Where rows lie in panels: those of a block side by side, or a single row in consecutive panels.
-struct PanelLayout {
-    int64_t rows, panel_step;  // the step in vectors
-};
-inline constexpr PanelLayout kBlockPanels{kBlock, kBlock}, kRowPanels{1, 1};
-
-// `count` rows of `columns` values, times scale, into panels; rows from `count` on and odd lanes
-// are zero.
-template <class T, class In>
-void pack(T* dst, PanelLayout layout, void const* src, int64_t stride, int64_t count,
-          int64_t columns, T scale) {
+// Rows [first, first + count) of a block of C come from memory, times scale; the other rows and odd
+// lanes are zero.
+template <class T, class In, int C>
+void pack(T* dst, void const* src, int64_t stride, int64_t first, int64_t count, int64_t columns,
+          T scale) {
     constexpr int W = kLanes<T>;
-    int64_t const step = layout.panel_step * W;
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < C; ++t) {
         T* out = dst + t * W;
-        In const* row = static_cast<In const*>(src) + t * stride;
+        if (t < first || t >= first + count) {
+            for (int64_t c = 0; c < columns; c += W, out += C * W) store(out, Vector<T>{});
+            continue;
+        }
+        In const* row = static_cast<In const*>(src) + (t - first) * stride;
         int64_t c = 0;
-        for (; c + W <= columns; c += W, out += step) store(out, widen(row + c) * scale);
+        for (; c + W <= columns; c += W, out += C * W) store(out, widen(row + c) * scale);
         if (c < columns) store(out, widen_first<T>(row + c, columns - c) * scale);
-    }
-    for (int64_t t = count; t < layout.rows; ++t) {
-        for (int64_t c = 0; c < columns; c += W)
-            store(dst + c * layout.panel_step + t * W, Vector<T>{});
     }
 }
 
-template <class T, class Out>
-void unpack(void* dst, T const* src, PanelLayout layout, int64_t stride, int64_t count,
-            int64_t columns, T scale) {
+template <class T, class Out, int C>
+void unpack(void* dst, T const* src, int64_t stride, int64_t first, int64_t count, int64_t columns,
+            T scale) {
     constexpr int W = kLanes<T>;
-    int64_t const step = layout.panel_step * W;
     for (int64_t t = 0; t < count; ++t) {
-        T const* in = src + t * W;
+        T const* in = src + (first + t) * W;
         Out* row = static_cast<Out*>(dst) + t * stride;
         int64_t c = 0;
-        for (; c + W <= columns; c += W, in += step) narrow(row + c, load(in) * scale);
+        for (; c + W <= columns; c += W, in += C * W) narrow(row + c, load(in) * scale);
         if (c < columns) narrow_first<T>(row + c, load(in) * scale, columns - c);
     }
 }
 
-// One head's rows of a [B, T, H, D] tensor, from column `first` on; the dtype is settled here, once
-// per task.
-template <class T>
-class HeadRows {
+// C scalars, likewise.
+template <class T, class In, int C>
+void gather(T* dst, void const* src, int64_t stride, int64_t first, int64_t count) {
+    In full[C] = {};
+    for (int64_t t = 0; t < count; ++t) full[first + t] = static_cast<In const*>(src)[t * stride];
+    for (int t = 0; t < C; t += kLanes<T>) store(dst + t, widen(full + t));
+}
+
+template <class T, class Out, int C>
+void scatter(void* dst, T const* src, int64_t stride, int64_t first, int64_t count) {
+    Out full[C];
+    for (int t = 0; t < C; t += kLanes<T>) narrow(full + t, load(src + t));
+    for (int64_t t = 0; t < count; ++t) static_cast<Out*>(dst)[t * stride] = full[first + t];
+}
+
+LSM_INLINE int64_t bytes_of(Dtype dtype) {
+    return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+// f(Element{}) with the type that T's rows have in memory.
+template <class T, class F>
+LSM_INLINE void with_element(Dtype dtype, F const& f) {
+    if constexpr (sizeof(T) == 8) {
+        f(double{});
+    } else if (dtype == Dtype::bf16) {
+        f(Bf16{});
+    } else if (dtype == Dtype::f16) {
+        f(F16{});
+    } else {
+        f(float{});
+    }
+}
+
+// Tokens [begin, end) in blocks of C slots, after `delay` slots that stay empty.
+struct Span {
+    int64_t begin, end, delay = 0;
+};
+
+template <int C>
+struct Slots {
+    Slots(Span const& s, int64_t block) {
+        int64_t const slot = block * C - s.delay;
+        first = slot < 0 ? -slot : 0;
+        token = s.begin + slot + first;
+        count = min_of(s.end - token, C - first);
+        if (count < 0) count = 0;
+    }
+    int64_t token, first, count;
+};
+
+// One head of a [B, T, H, ...] tensor.
+class Head {
+  protected:
+    Head(Rows const& rows, Dtype dtype, int64_t batch, int64_t head, Span const& span)
+        : span_(span), stride_(rows.time), bytes_(bytes_of(dtype)) {
+        data_ = static_cast<char*>(rows.data) + (batch * rows.batch + head * rows.head) * bytes_;
+    }
+    char* at(int64_t token) const { return data_ + token * stride_ * bytes_; }
+
+    Span span_;
+    char* data_;
+    int64_t stride_, bytes_;
+};
+
+// The rows of a [B, T, H, D] tensor, or its columns from `column` on; the dtype is settled here,
+// once per task.
+template <class T, int C>
+class HeadRows : Head {
   public:
-    HeadRows(Rows const& rows, Dtype dtype, int64_t batch, int64_t head, int64_t first = 0)
-        : stride_(rows.time),
-          bytes_(dtype == Dtype::f64   ? 8
-                 : dtype == Dtype::f32 ? 4
-                                       : 2) {
-        data_ = static_cast<char*>(rows.data) +
-                (batch * rows.batch + head * rows.head + first) * bytes_;
-        if constexpr (sizeof(T) == 8) {
-            pack_ = pack<T, double>, unpack_ = unpack<T, double>;
-        } else if (dtype == Dtype::bf16) {
-            pack_ = pack<T, Bf16>, unpack_ = unpack<T, Bf16>;
-        } else if (dtype == Dtype::f16) {
-            pack_ = pack<T, F16>, unpack_ = unpack<T, F16>;
-        } else {
-            pack_ = pack<T, float>, unpack_ = unpack<T, float>;
-        }
+    HeadRows(Rows const& rows, Dtype dtype, int64_t batch, int64_t head, Span const& span,
+             int64_t columns, int64_t column = 0)
+        : Head(rows, dtype, batch, head, span), columns_(columns) {
+        data_ += column * bytes_;
+        with_element<T>(dtype, [&](auto zero) {
+            pack_ = pack<T, decltype(zero), C>, unpack_ = unpack<T, decltype(zero), C>;
+        });
     }
 
-    // Tokens [t, t + count) to and from block panels.
-    void read(T* dst, int64_t t, int64_t count, int64_t columns, T scale = 1) const {
-        pack_(dst, kBlockPanels, at(t * stride_), stride_, count, columns, scale);
+    // A block to and from panels.
+    void read(T* dst, int64_t block, T scale = 1) const {
+        Slots<C> const s(span_, block);
+        pack_(dst, at(s.token), stride_, s.first, s.count, columns_, scale);
     }
-    void write(T const* src, int64_t t, int64_t count, int64_t columns, T scale = 1) const {
-        unpack_(at(t * stride_), src, kBlockPanels, stride_, count, columns, scale);
+    void write(T const* src, int64_t block, T scale = 1) const {
+        Slots<C> const s(span_, block);
+        unpack_(at(s.token), src, stride_, s.first, s.count, columns_, scale);
     }
 
-    // Asks for tokens [t, t + count) ahead of their use: a head's rows lie H rows apart, too far
-    // for the hardware.
-    void prefetch(int64_t t, int64_t count, int64_t columns) const {
-        char const* row = at(t * stride_);
-        for (int64_t i = 0; i < count; ++i, row += stride_ * bytes_) {
-            for (int64_t line = 0; line < columns * bytes_; line += 64)
+    // Asks for a block ahead of its use: a head's rows lie H rows apart, too far for the hardware.
+    // Always inline: a function that does nothing else is taken for one without effect.
+    LSM_INLINE void prefetch(int64_t block) const {
+        Slots<C> const s(span_, block);
+        char const* row = at(s.token);
+        for (int64_t i = 0; i < s.count; ++i, row += stride_ * bytes_) {
+            for (int64_t line = 0; line < columns_ * bytes_; line += 64)
                 __builtin_prefetch(row + line);
         }
     }
 
-    // Columns [first, first + columns) of token 0 to and from a plain row.
-    void read_row(T* dst, int64_t first, int64_t columns, T scale = 1) const {
-        pack_(dst, kRowPanels, at(first), 0, 1, columns, scale);
+  private:
+    int64_t columns_;
+    void (*pack_)(T*, void const*, int64_t, int64_t, int64_t, int64_t, T);
+    void (*unpack_)(void*, T const*, int64_t, int64_t, int64_t, int64_t, T);
+};
+
+// The scalars of a [B, T, H] tensor.
+template <class T, int C>
+class HeadScalars : Head {
+  public:
+    HeadScalars(Rows const& rows, Dtype dtype, int64_t batch, int64_t head, Span const& span)
+        : Head(rows, dtype, batch, head, span) {
+        with_element<T>(dtype, [&](auto zero) {
+            gather_ = gather<T, decltype(zero), C>, scatter_ = scatter<T, decltype(zero), C>;
+        });
     }
-    void write_row(T const* src, int64_t first, int64_t columns) const {
-        unpack_(at(first), src, kRowPanels, 0, 1, columns, T(1));
+    void read(T* dst, int64_t block) const {
+        Slots<C> const s(span_, block);
+        gather_(dst, at(s.token), stride_, s.first, s.count);
+    }
+    void write(T const* src, int64_t block) const {
+        Slots<C> const s(span_, block);
+        scatter_(at(s.token), src, stride_, s.first, s.count);
     }
 
   private:
-    char* at(int64_t elements) const { return data_ + elements * bytes_; }
-
-    char* data_;
-    int64_t stride_, bytes_;
-    void (*pack_)(T*, PanelLayout, void const*, int64_t, int64_t, int64_t, T);
-    void (*unpack_)(void*, T const*, PanelLayout, int64_t, int64_t, int64_t, T);
+    void (*gather_)(T*, void const*, int64_t, int64_t, int64_t);
+    void (*scatter_)(void*, T const*, int64_t, int64_t, int64_t);
 };
 
 }  // namespace LSM_CPU_TIER

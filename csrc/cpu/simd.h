@@ -79,6 +79,68 @@ LSM_INLINE T sum_lanes(Vector<T> x) {
     return sum_lanes_of<T, kVectorBytes>(x);
 }
 
+template <class T, int... kLane>
+LSM_INLINE Vector<T> lane_numbers_of(std::integer_sequence<int, kLane...>) {
+    return Vector<T>{T(kLane)...};
+}
+
+template <class T>
+LSM_INLINE Vector<T> lane_numbers() {
+    return lane_numbers_of<T>(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Lanes of two vectors in turn, their lower halves or their upper ones: a0 b0 a1 b1 ...
+template <int kFirst, class V, int... kLane>
+LSM_INLINE V zip(V a, V b, std::integer_sequence<int, kLane...>) {
+    constexpr int kCount = int(sizeof...(kLane));
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kCount)...);
+#else
+    using Lane = std::conditional_t<sizeof(V) / kCount == 8, int64_t, int32_t>;
+    typedef Lane Lanes __attribute__((vector_size(sizeof(V))));
+    return __builtin_shuffle(a, b, Lanes{(kFirst + kLane / 2 + kLane % 2 * kCount)...});
+#endif
+}
+
+template <class T>
+LSM_INLINE Vector<T> zip_low(Vector<T> a, Vector<T> b) {
+    return zip<0>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+template <class T>
+LSM_INLINE Vector<T> zip_high(Vector<T> a, Vector<T> b) {
+    return zip<kLanes<T> / 2>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// The sums of as many vectors as each has lanes, as one vector. Destroys x.
+template <class T>
+LSM_INLINE Vector<T> sum_each(Vector<T> (&x)[kLanes<T>]) {
+#pragma GCC unroll 8
+    for (int n = kLanes<T> / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) {
+            x[i] = zip_low<T>(x[i], x[i + n]) + zip_high<T>(x[i], x[i + n]);
+        }
+    }
+    return x[0];
+}
+
+// A square of lanes, rows for columns.
+template <class T>
+LSM_INLINE void transpose(Vector<T> (&x)[kLanes<T>]) {
+    constexpr int W = kLanes<T>;
+#pragma GCC unroll 8
+    for (int round = 1; round < W; round *= 2) {
+        Vector<T> y[W];
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; ++i) {
+            y[2 * i] = zip_low<T>(x[i], x[i + W / 2]);
+            y[2 * i + 1] = zip_high<T>(x[i], x[i + W / 2]);
+        }
+        for (int i = 0; i < W; ++i) x[i] = y[i];
+    }
+}
+
 // x 2^n for |n| < 256 and integer, rounded once where the result is subnormal.
 LSM_INLINE Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n) {
 #if LSM_CPU_VECTOR_BYTES == 64

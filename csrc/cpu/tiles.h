@@ -1,5 +1,5 @@
 // Products of small matrices in panels, register tile by register tile.
-//   block panels  X: [columns / W][kBlock][W]   tokens by channels
+//   block panels  X: [columns / W][C][W]        tokens by channels
 //   state panels  S: [columns / W][rows][W]     S has its V columns in lanes, its transpose K
 #pragma once
 
@@ -14,11 +14,11 @@ inline constexpr int kTileRows =
 inline constexpr int kTilePanels = 2;
 
 // acc[m][n] += Σ_k A[m][k] B[k][n]: A a block's tokens (contraction over its channels), B a state.
-template <int M, int N, class T>
+template <int C, int M, int N, class T>
 LSM_INLINE void add_rows_product(Vector<T> (&acc)[M][N], T const* A, T const* B, int64_t B_panel,
                                  int64_t depth) {
     constexpr int W = kLanes<T>;
-    for (; depth > 0; depth -= W, A += kBlock * W, B += W * W) {
+    for (; depth > 0; depth -= W, A += C * W, B += W * W) {
         int const steps = int(min_of(depth, W));
 #pragma GCC unroll 4
         for (int k = 0; k < steps; ++k) {
@@ -36,14 +36,14 @@ LSM_INLINE void add_rows_product(Vector<T> (&acc)[M][N], T const* A, T const* B,
 
 // acc[m][n] += Σ_j A[j][m] B[j][n] over the tokens j of a block: A's channels become the rows of a
 // state.
-template <int M, int N, class T>
+template <int C, int M, int N, class T>
 LSM_INLINE void add_outer_products(Vector<T> (&acc)[M][N], T const* A, T const* B) {
     constexpr int W = kLanes<T>;
 #pragma GCC unroll 8
-    for (int j = 0; j < kBlock; ++j) {
+    for (int j = 0; j < C; ++j) {
         Vector<T> b[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) b[n] = load(B + (n * kBlock + j) * W);
+        for (int n = 0; n < N; ++n) b[n] = load(B + (n * C + j) * W);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
@@ -57,17 +57,17 @@ enum class Triangle { past, future };
 // acc[m][n] += Σ_j P[first + m][j] X[j][n] over the past, j <= first + m, or Σ_j P[j][first + m]
 // X[j][n] over the future, j >= first + m. The other half is skipped, not multiplied by zero: what
 // is not finite stays in its place.
-template <Triangle kTriangle, int M, int N, class T>
+template <Triangle kTriangle, int C, int M, int N, class T>
 LSM_INLINE void add_triangle(Vector<T> (&acc)[M][N], T const* P, T const* X, int first) {
     constexpr int W = kLanes<T>;
     constexpr bool kPast = kTriangle == Triangle::past;
-    int const full_begin = kPast ? 0 : first + M, full_end = kPast ? first : kBlock;
+    int const full_begin = kPast ? 0 : first + M, full_end = kPast ? first : C;
     for (int j = full_begin; j < full_end; ++j) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            T const p = kPast ? P[(first + m) * kBlock + j] : P[j * kBlock + first + m];
+            T const p = kPast ? P[(first + m) * C + j] : P[j * C + first + m];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) acc[m][n] += p * load(X + (n * kBlock + j) * W);
+            for (int n = 0; n < N; ++n) acc[m][n] += p * load(X + (n * C + j) * W);
         }
     }
 #pragma GCC unroll 8
@@ -75,10 +75,10 @@ LSM_INLINE void add_triangle(Vector<T> (&acc)[M][N], T const* P, T const* X, int
         int const j = first + i;
         Vector<T> x[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) x[n] = load(X + (n * kBlock + j) * W);
+        for (int n = 0; n < N; ++n) x[n] = load(X + (n * C + j) * W);
 #pragma GCC unroll 8
         for (int m = kPast ? i : 0; m < (kPast ? M : i + 1); ++m) {
-            T const p = kPast ? P[(first + m) * kBlock + j] : P[j * kBlock + first + m];
+            T const p = kPast ? P[(first + m) * C + j] : P[j * C + first + m];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[m][n] += p * x[n];
         }
@@ -90,48 +90,49 @@ struct Nothing {
     LSM_INLINE void add(V (&)[M][N], int, int64_t) const {}
 };
 
-template <Triangle kTriangle, class T>
+template <Triangle kTriangle, int C, class T>
 struct PlusTriangle {
-    T const* P;  // [kBlock][kBlock]
+    T const* P;  // [C][C]
     T const* X;  // block panels with the columns of the product
 
     template <int M, int N, class V>
     LSM_INLINE void add(V (&acc)[M][N], int first, int64_t panel) const {
-        add_triangle<kTriangle, M, N, T>(acc, P, X + panel * kBlock * kLanes<T>, first);
+        add_triangle<kTriangle, C, M, N, T>(acc, P, X + panel * C * kLanes<T>, first);
     }
 };
 
-// Panels [p, p + N) of out = A S (+ a triangle): a block times a state of `depth` rows, padded to
-// state_rows.
-template <int N, class T, class Plus = Nothing>
+// Panels [p, p + N) of out = A S, then what `plus` makes of them: a block times a state of `depth`
+// rows, padded to state_rows.
+template <int C, int N, class T, class Plus = Nothing>
 LSM_INLINE void block_times_state(T* out, T const* A, T const* S, int64_t state_rows, int64_t depth,
                                   int64_t p, Plus const& plus = {}) {
     constexpr int W = kLanes<T>, M = kTileRows<T>;
     int64_t const S_panel = state_rows * W;
-    for (int first = 0; first < kBlock; first += M) {
+    for (int first = 0; first < C; first += M) {
         Vector<T> acc[M][N] = {};
-        add_rows_product(acc, A + first * W, S + p * S_panel, S_panel, depth);
+        add_rows_product<C>(acc, A + first * W, S + p * S_panel, S_panel, depth);
         plus.template add<M, N>(acc, first, p);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) store(out + ((p + n) * kBlock + first + m) * W, acc[m][n]);
+            for (int n = 0; n < N; ++n) store(out + ((p + n) * C + first + m) * W, acc[m][n]);
         }
     }
 }
 
-enum class DecayOf { rows, lanes };
+enum class DecayOf { nothing, state, rows, lanes };
 
 // Panels [p, p + N) of dst = decay * src + Aᵀ B: a state over one block of tokens. src may be dst.
-template <DecayOf kDecayOf, int N, class T>
+template <int C, DecayOf kDecayOf, int N, class T>
 LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_panels, T const* B,
                               T const* decay, int64_t p) {
     constexpr int W = kLanes<T>, M = kTileRows<T>;
     int64_t const panel = row_panels * W * W;
-    dst += p * panel, src += p * panel, B += p * kBlock * W;
+    dst += p * panel, src += p * panel, B += p * C * W;
     Vector<T> lane_decay[N];
-    if constexpr (kDecayOf == DecayOf::lanes) {
-        for (int n = 0; n < N; ++n) lane_decay[n] = load(decay + (p + n) * W);
+    for (int n = 0; n < N; ++n) {
+        if constexpr (kDecayOf == DecayOf::lanes) lane_decay[n] = load(decay + (p + n) * W);
+        if constexpr (kDecayOf == DecayOf::state) lane_decay[n] = Vector<T>{} + *decay;
     }
     for (int64_t row = 0; row < row_panels * W; row += M) {
         Vector<T> acc[M][N];
@@ -139,15 +140,15 @@ LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_pane
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                Vector<T> const s = load(src + n * panel + (row + m) * W);
-                if constexpr (kDecayOf == DecayOf::lanes) {
-                    acc[m][n] = lane_decay[n] * s;
-                } else {
-                    acc[m][n] = decay[row + m] * s;
+                acc[m][n] = load(src + n * panel + (row + m) * W);
+                if constexpr (kDecayOf == DecayOf::rows) {
+                    acc[m][n] *= decay[row + m];
+                } else if constexpr (kDecayOf != DecayOf::nothing) {
+                    acc[m][n] *= lane_decay[n];
                 }
             }
         }
-        add_outer_products(acc, A + row / W * (kBlock * W) + row % W, B);
+        add_outer_products<C>(acc, A + row / W * (C * W) + row % W, B);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
@@ -169,6 +170,21 @@ LSM_INLINE void sum_products(T* out, T const* A, T const* B, int64_t rows, int64
             odd += load(a + W) * load(b + W);
         }
         store(out + (p + n) * W, even + odd);
+    }
+}
+
+// A state with its other dimension in lanes; square tiles are turned in registers.
+template <class T>
+void transpose_state(T* dst, T const* src, int64_t src_panels, int64_t src_row_panels) {
+    constexpr int W = kLanes<T>;
+    for (int64_t p = 0; p < src_panels; ++p) {
+        for (int64_t r = 0; r < src_row_panels; ++r, src += W * W) {
+            Vector<T> tile[W];
+            for (int i = 0; i < W; ++i) tile[i] = load(src + i * W);
+            transpose<T>(tile);
+            T* const out = dst + (r * src_panels + p) * W * W;
+            for (int i = 0; i < W; ++i) store(out + i * W, tile[i]);
+        }
     }
 }
 

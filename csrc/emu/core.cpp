@@ -345,17 +345,6 @@ std::string show(dim3 d) {
     return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
 }
 
-char const* show(Schedule s) {
-    switch (s) {
-        case Schedule::uniform:
-            return "uniform";
-        case Schedule::run_ahead:
-            return "run_ahead";
-        default:
-            return "in_order";
-    }
-}
-
 void configure(Launch const& config) {
     auto bad = [](dim3 d) { return d.x == 0 || d.y == 0 || d.z == 0; };
     u64 const threads = u64{config.block.x} * config.block.y * config.block.z;
@@ -412,7 +401,7 @@ struct Running {
                     ", grid " + show(world.config.grid) + ", block " + show(world.config.block) +
                     ", in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) +
                     "," + std::to_string(blockIdx.z) + "), seed " + std::to_string(world.seed) +
-                    ", schedule " + show(world.schedule);
+                    ", schedule " + schedule_name(world.schedule);
     throw std::runtime_error(failed_report);
 }
 
@@ -423,6 +412,10 @@ void set_seed(u64 seed) {
 }
 void set_schedule(Schedule schedule) {
     chosen_schedule = schedule;
+}
+char const* schedule_name(Schedule schedule) {
+    constexpr char const* kNames[] = {"by_seed", "in_order", "uniform", "run_ahead"};
+    return kNames[static_cast<int>(schedule)];
 }
 void set_multiprocessors(int count) {
     chosen_multiprocessors = count;

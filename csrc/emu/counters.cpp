@@ -55,17 +55,17 @@ struct LaneAccess {
 void count_shared(LaneAccess const* lanes, std::size_t count, u32 bytes) {
     u32 const per_part = bytes <= 4 ? 32 : 128 / bytes;
     ++counters.shared_accesses;
-    for (u32 part = 0; part < 32; part += per_part) {
-        u64 words[64];
-        u32 found = 0, in_bank[32] = {}, most = 0;
-        for (std::size_t i = 0; i < count; ++i) {
-            if (lanes[i].lane < part || lanes[i].lane >= part + per_part) continue;
-            for (u64 w = lanes[i].address / 4;
-                 w <= (lanes[i].address + bytes - 1) / 4 && found < 64; ++w) {
-                if (std::find(words, words + found, w) == words + found) {
-                    words[found++] = w;
-                    most = std::max(most, ++in_bank[w % 32]);
-                }
+    std::size_t i = 0;
+    for (u32 end = per_part; end <= 32; end += per_part) {
+        u32 words[32][32], found[32] = {}, most = 0;
+        for (; i < count && lanes[i].lane < end; ++i) {
+            u32 const first = static_cast<u32>(lanes[i].address);
+            for (u32 w = first / 4; w <= (first + bytes - 1) / 4; ++w) {
+                u32* const bank = words[w % 32];
+                u32& n = found[w % 32];
+                if (std::find(bank, bank + n, w) != bank + n) continue;
+                bank[n++] = w;
+                most = std::max(most, n);
             }
         }
         counters.shared_wavefronts += most;
@@ -176,7 +176,8 @@ void end_counting(Launch const& config) {
     counters.launches = 1;
     if (records.size() >= kMostRecords)
         records.erase(records.begin(), records.begin() + kMostRecords / 2);
-    records.push_back({config.kernel, config.grid, config.block, config.smem_bytes, counters});
+    records.push_back({config.kernel, config.grid, config.block, config.smem_bytes, world.seed,
+                       world.schedule, counters});
 }
 
 void log_access(Thread& t, void const* address, u32 bytes, bool write, bool shared,

@@ -23,7 +23,8 @@ struct Counters {
     u64 mma_flops, mma_instructions;
     u64 ldmatrix, ldmatrix_wavefronts,
         ldmatrix_conflicts;  // stmatrix too; conflicts: wavefronts above the ideal
-    u64 shared_accesses, shared_wavefronts, shared_conflicts;  // plain accesses: race build only
+    // load_shared, store_shared, cp.async; in the race build through plain pointers too
+    u64 shared_accesses, shared_wavefronts, shared_conflicts;
     u64 atomics;
     u64 block_barriers, warp_operations;
 };
@@ -39,6 +40,8 @@ struct LaunchRecord {
     void const* kernel;
     dim3 grid, block;
     std::size_t smem_bytes;
+    u64 seed;
+    Schedule schedule;
     Counters counters;
 };
 

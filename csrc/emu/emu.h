@@ -27,6 +27,7 @@ enum class Schedule { by_seed, in_order, uniform, run_ahead };
 
 void set_seed(u64 seed);
 void set_schedule(Schedule schedule);  // by_seed: 0 in order, odd uniform, even run-ahead
+char const* schedule_name(Schedule schedule);
 void set_multiprocessors(int count);
 int multiprocessors();
 std::string last_report();  // of the last launch that failed, empty if none did
@@ -54,6 +55,10 @@ u32 shared_offset(void const* pointer);
 // The host address of [offset, offset + bytes), which must lie in the block's shared memory,
 // aligned to `bytes`.
 char* shared_pointer(u32 offset, u32 bytes, char const* what, void const* site);
+
+// One lane's access, of a power of two up to 16 bytes: checked, counted, carried out.
+void load_shared(void* destination, void const* source, u32 bytes);
+void store_shared(void* destination, void const* source, u32 bytes);
 
 // ---- Threads and barriers ----
 
@@ -124,9 +129,9 @@ struct WgmmaShape {
     bool a_is_mn_major, b_is_mn_major;
     int a_scale, b_scale;
 };
-// Accumulators are captured by address and written at the wait. `a` is a descriptor, or four
-// registers if `a_registers`.
-void wgmma(WgmmaShape const& shape, float* const* d, u64 a, u32 const* const* a_registers, u64 b,
+// Accumulators, float or int32_t, are captured by address and written at the wait. `a` is a
+// descriptor, or four registers if `a_registers`.
+void wgmma(WgmmaShape const& shape, void* const* d, u64 a, u32 const* const* a_registers, u64 b,
            bool accumulate);
 void wgmma_fence();
 void wgmma_commit();

@@ -1,5 +1,7 @@
 // The functions that -fsanitize=thread makes a kernel call at every plain access to memory. They
 // are defined here, so that the race build needs no sanitizer runtime.
+#include <algorithm>
+
 #include "emu/counters.h"
 #include "emu/internal.h"
 #include "emu/race.h"
@@ -38,6 +40,14 @@ inline void on_access(void* address, u32 bytes, race::Kind kind, bool aligned, v
                 site);
     }
     race::access(*t, address, bytes, kind, site);
+}
+
+// A structure that is copied whole goes in vectors, as on a device.
+void on_range(void* address, u64 bytes, race::Kind kind, void const* site) {
+    for (u64 at = 0; at < bytes; at += 16) {
+        on_access(static_cast<char*>(address) + at, static_cast<u32>(std::min<u64>(16, bytes - at)),
+                  kind, false, site);
+    }
 }
 
 }  // namespace
@@ -79,12 +89,10 @@ LSM_HOOKS(8)
 LSM_HOOKS(16)
 
 __attribute__((visibility("hidden"))) void __tsan_read_range(void* p, unsigned long bytes) {
-    lsm::emu::on_access(p, static_cast<lsm::emu::u32>(bytes), lsm::emu::race::Kind::read, false,
-                        LSM_EMU_SITE);
+    lsm::emu::on_range(p, bytes, lsm::emu::race::Kind::read, LSM_EMU_SITE);
 }
 __attribute__((visibility("hidden"))) void __tsan_write_range(void* p, unsigned long bytes) {
-    lsm::emu::on_access(p, static_cast<lsm::emu::u32>(bytes), lsm::emu::race::Kind::write, false,
-                        LSM_EMU_SITE);
+    lsm::emu::on_range(p, bytes, lsm::emu::race::Kind::write, LSM_EMU_SITE);
 }
 LSM_ATOMIC_HOOKS(8, unsigned char)
 LSM_ATOMIC_HOOKS(32, unsigned)

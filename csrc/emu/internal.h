@@ -68,7 +68,7 @@ struct PendingWgmma {
     u64 a, b;
     bool accumulate, a_in_registers;
     void const* site;
-    std::vector<float*> d;                // n / 2 addresses for each of 128 threads
+    std::vector<void*> d;                 // n / 2 addresses for each of 128 threads
     std::vector<u32 const*> a_registers;  // 4 for each of 128 threads
 };
 

@@ -60,6 +60,27 @@ void note_global(void const* address, u32 bytes, bool write) {
     log_access(*world.current, address, bytes, write, false, site);
 }
 
+namespace {
+
+char* shared_access(void const* pointer, u32 bytes, bool write, void const* site) {
+    Thread& t = *world.current;
+    char* const p = shared_pointer(shared_offset(pointer), bytes, write ? "store" : "load", site);
+    if constexpr (kRace)
+        race::access(t, p, bytes, write ? race::Kind::write : race::Kind::read, site);
+    log_access(t, p, bytes, write, true, site);
+    return p;
+}
+
+}  // namespace
+
+void load_shared(void* destination, void const* source, u32 bytes) {
+    std::memcpy(destination, shared_access(source, bytes, false, LSM_EMU_SITE), bytes);
+}
+
+void store_shared(void* destination, void const* source, u32 bytes) {
+    std::memcpy(shared_access(destination, bytes, true, LSM_EMU_SITE), source, bytes);
+}
+
 // ---- Atomics ----
 
 namespace {
@@ -184,8 +205,8 @@ void cp_async(u32 destination, void const* source, u32 bytes, u32 source_bytes) 
     if constexpr (kRace) {
         if (source_bytes > 0) race::access(t, source, source_bytes, race::Kind::read, t.site);
         race::async_issue(t, to, bytes, t.site);
-        log_access(t, to, bytes, true, true, t.site);
     }
+    log_access(t, to, bytes, true, true, t.site);
     std::memset(to, 0xff, bytes);
     t.copies.push_back({to, static_cast<char const*>(source), bytes, source_bytes, t.site});
 }

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -16,17 +15,12 @@ namespace emu = lsm::emu;
 namespace {
 
 emu::Schedule schedule_named(std::string const& name) {
-    static std::map<std::string, emu::Schedule> const names{
-        {"by_seed", emu::Schedule::by_seed},
-        {"in_order", emu::Schedule::in_order},
-        {"uniform", emu::Schedule::uniform},
-        {"run_ahead", emu::Schedule::run_ahead}};
-    auto const it = names.find(name);
-    if (it == names.end()) {
-        throw py::value_error("schedule must be by_seed, in_order, uniform or run_ahead, got '" +
-                              name + "'");
+    for (auto schedule : {emu::Schedule::by_seed, emu::Schedule::in_order, emu::Schedule::uniform,
+                          emu::Schedule::run_ahead}) {
+        if (name == emu::schedule_name(schedule)) return schedule;
     }
-    return it->second;
+    throw py::value_error("schedule must be by_seed, in_order, uniform or run_ahead, got '" + name +
+                          "'");
 }
 
 py::dict to_dict(emu::Counters const& counters) {
@@ -50,6 +44,8 @@ py::dict read_counters() {
         d["grid"] = py::make_tuple(record.grid.x, record.grid.y, record.grid.z);
         d["block"] = py::make_tuple(record.block.x, record.block.y, record.block.z);
         d["smem_bytes"] = record.smem_bytes;
+        d["seed"] = record.seed;
+        d["schedule"] = emu::schedule_name(record.schedule);
         launches.append(d);
     }
     py::dict all;

@@ -433,26 +433,6 @@ inline uint32_t smem_u32(void const* p) {
     return emu::shared_offset(p);
 }
 
-__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
-    emu::ldmatrix(r, 4, false, address);
-}
-__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
-    emu::ldmatrix(r, 4, true, address);
-}
-
-__forceinline__ void cp_async16(uint32_t destination, void const* source, bool valid) {
-    emu::cp_async(destination, source, 16, valid ? 16 : 0);
-}
-
-__forceinline__ void cp_async_commit() {
-    emu::cp_async_commit();
-}
-
-template <int Pending>
-__forceinline__ void cp_async_wait() {
-    emu::cp_async_wait(Pending);
-}
-
 template <class T2>
 uint32_t bits_of(T2 const& pair) {
     uint32_t bits;
@@ -482,6 +462,18 @@ template <class T>
 __forceinline__ void store_global(T* p, std::type_identity_t<T> value) {
     emu::note_global(p, sizeof(T), true);
     *p = value;
+}
+
+template <class T>
+__forceinline__ T load_shared(T const* p) {
+    T value;
+    emu::load_shared(&value, p, sizeof(T));
+    return value;
+}
+
+template <class T>
+__forceinline__ void store_shared(T* p, std::type_identity_t<T> value) {
+    emu::store_shared(p, &value, sizeof(T));
 }
 
 template <class... P>

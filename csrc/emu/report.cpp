@@ -14,8 +14,7 @@
 namespace lsm::emu {
 namespace {
 
-// Every inline frame of one address, innermost first, as "function" and "file:line" in turns.
-std::vector<std::string> look_up(void const* address) {
+std::vector<std::string> ask_addr2line(void const* address) {
     Dl_info info{};
     std::vector<std::string> lines;
     if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return lines;
@@ -49,6 +48,14 @@ std::vector<std::string> look_up(void const* address) {
     }
     pclose(pipe);
     return lines;
+}
+
+// Every inline frame of one address, innermost first, as "function" and "file:line" in turns.
+std::vector<std::string> const& look_up(void const* address) {
+    static std::map<void const*, std::vector<std::string>> known;
+    auto const [it, is_new] = known.try_emplace(address);
+    if (is_new) it->second = ask_addr2line(address);
+    return it->second;
 }
 
 bool is_plumbing(std::string const& file) {
@@ -105,7 +112,7 @@ std::string describe_thread(Thread const& t) {
 }
 
 bool is_in_kernel(void const* site) {
-    auto const frames = look_up(static_cast<char const*>(site) - 1);
+    auto const& frames = look_up(static_cast<char const*>(site) - 1);
     for (std::size_t i = 1; i < frames.size(); i += 2) {
         if (!is_plumbing(frames[i])) return true;
     }
@@ -125,10 +132,8 @@ void const* nearest_in_kernel(void const* site) {
 }
 
 std::string describe_site(void const* site) {
-    static std::map<void const*, std::string> known;
-    if (auto const it = known.find(site); it != known.end()) return it->second;
     // A return address: the call is the instruction before it.
-    auto const frames = look_up(static_cast<char const*>(site) - 1);
+    auto const& frames = look_up(static_cast<char const*>(site) - 1);
     std::string text;
     int shown = 0;
     for (std::size_t i = 0; i + 1 < frames.size(); i += 2) {
@@ -139,20 +144,13 @@ std::string describe_site(void const* site) {
     }
     if (text.empty() && frames.size() >= 2)
         text = shorten(frames[1]) + " (" + short_name(frames[0]) + ")";
-    if (text.empty()) text = hex(reinterpret_cast<u64>(site));
-    known[site] = text;
-    return text;
+    return text.empty() ? hex(reinterpret_cast<u64>(site)) : text;
 }
 
 std::string kernel_name(void const* function) {
-    static std::map<void const*, std::string> known;
-    if (auto const it = known.find(function); it != known.end()) return it->second;
-    auto const frames = look_up(function);
+    auto const& frames = look_up(function);
     bool const found = !frames.empty() && frames[0] != "??";
-    std::string const name =
-        found ? short_name(frames.front()) : hex(reinterpret_cast<u64>(function));
-    known[function] = name;
-    return name;
+    return found ? short_name(frames.front()) : hex(reinterpret_cast<u64>(function));
 }
 
 }  // namespace lsm::emu

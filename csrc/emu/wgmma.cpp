@@ -127,7 +127,7 @@ void execute(PendingWgmma const& p) {
     auto each_accumulator = [&](auto&& f) {
         for (u32 t = 0; t < 128; ++t) {
             for (u32 i = 0; i < n / 2; ++i) {
-                f(*reinterpret_cast<Value*>(p.d[t * (n / 2) + i]),
+                f(*static_cast<Value*>(p.d[t * (n / 2) + i]),
                   d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)]
                    [8 * (i / 4) + 2 * (t % 4) + i % 2]);
             }
@@ -198,7 +198,7 @@ void meet_warpgroup(char const* op, void* arguments, void const* site, F&& last)
 
 struct WgmmaArguments {
     WgmmaShape const* shape;
-    float* const* d;
+    void* const* d;
     u64 a, b;
     u32 const* const* a_registers;
     bool accumulate;
@@ -231,7 +231,7 @@ void issue(Warpgroup& g) {
 
 }  // namespace
 
-void wgmma(WgmmaShape const& shape, float* const* d, u64 a, u32 const* const* a_registers, u64 b,
+void wgmma(WgmmaShape const& shape, void* const* d, u64 a, u32 const* const* a_registers, u64 b,
            bool accumulate) {
     WgmmaArguments arguments{&shape, d, a, b, a_registers, accumulate};
     meet_warpgroup("wgmma", &arguments, LSM_EMU_SITE, issue);

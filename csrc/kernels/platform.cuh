@@ -16,12 +16,14 @@
 #include <stdexcept>
 #include <string>
 #else
-#include "emu/platform.h"  // CUDA's names on the host, and lsm::{dyn_smem, launch, ldmatrix_*, cp_async_*}
+#include "emu/platform.h"  // CUDA's names on the host, and lsm::{dyn_smem, launch, load_global, ...}
 #endif
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
 #define LSM_DEVICE __device__ __forceinline__
@@ -47,40 +49,6 @@ LSM_DEVICE char* dyn_smem() {
 
 LSM_DEVICE u32 smem_u32(void const* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
-}
-
-// Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8. Addresses are 32-bit shared-window
-// offsets: recomputing them from pointers costs registers in every inner loop.
-LSM_DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-LSM_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// 16 bytes global -> shared, past the registers; `valid == false` reads nothing and writes zeros.
-LSM_DEVICE void cp_async16(u32 destination, void const* source, bool valid) {
-    int const bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
-                 "l"(source), "r"(bytes)
-                 : "memory");
-}
-
-LSM_DEVICE void cp_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Blocks until at most `Pending` of this thread's groups are still in flight.
-template <int Pending>
-LSM_DEVICE void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 // Two floats to one 32-bit word of T2 (low half first).
@@ -115,6 +83,17 @@ LSM_DEVICE void store_global(T* p, std::type_identity_t<T> value) {
     *p = value;
 }
 
+// The same for shared memory: counted with its bank conflicts, and checked in every build.
+template <class T>
+LSM_DEVICE T load_shared(T const* p) {
+    return *p;
+}
+
+template <class T>
+LSM_DEVICE void store_shared(T* p, std::type_identity_t<T> value) {
+    *p = value;
+}
+
 template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream,
             P... params) {
@@ -144,6 +123,48 @@ inline int multiprocessors() {
 }
 
 #endif  // __CUDACC__
+
+// What lies at a shared-window offset. Kernels keep 32-bit offsets, because recomputing them from pointers costs
+// registers in every inner loop; the way to a pointer and back inside CuTe's ops costs nothing.
+template <class T>
+LSM_DEVICE T& at_shared(u32 address) {
+    return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
+// Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+LSM_DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
+    cute::SM75_U32x4_LDSM_N::copy(at_shared<cute::uint128_t const>(address), r[0], r[1], r[2],
+                                  r[3]);
+}
+
+LSM_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
+    cute::SM75_U16x8_LDSM_T::copy(at_shared<cute::uint128_t const>(address), r[0], r[1], r[2],
+                                  r[3]);
+}
+
+// CuTe's cp.async ops do not tell the compiler that they touch memory.
+LSM_DEVICE void keep_memory_order() {
+    asm volatile("" ::: "memory");
+}
+
+// 16 bytes global -> shared, past the registers; `valid == false` reads nothing and writes zeros.
+LSM_DEVICE void cp_async16(u32 destination, void const* source, bool valid) {
+    keep_memory_order();
+    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+        *static_cast<cute::uint128_t const*>(source), at_shared<cute::uint128_t>(destination),
+        valid);
+}
+
+LSM_DEVICE void cp_async_commit() {
+    cute::cp_async_fence();
+}
+
+// Blocks until at most `Pending` of this thread's groups are still in flight; none: nor any copy not yet in a group.
+template <int Pending>
+LSM_DEVICE void cp_async_wait() {
+    cute::cp_async_wait<Pending>();
+    keep_memory_order();
+}
 
 // d += a · b on one 16x8x16 tile, fp32 accumulators. Fragment maps as in the PTX manual (m16n8k16).
 LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, bf16 const*) {

@@ -13,9 +13,19 @@ struct Rows {
     int64_t batch = 0, time = 0, head = 0;
 };
 
-// S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T,   o_t = scale · S_t^T q_t.
+// What the state S [K, V] forgets before token t writes to it.
+enum class Decay : int32_t {
+    none,    // nothing, and no g
+    scalar,  // exp(g_t) S               g [B, T, HV]; strides 0 where it is constant in time
+    key,     // Diag(exp g_t) S          g [B, T, HV, K]
+    value,   // S Diag(exp g_t)          g [B, T, HV, V]
+};
+
+// S_t = decay(S_{t-1}) + k_t v_t^T,   o_t = scale · S_t^T q_t,   or o_t = scale · S_{t-1}^T q_t if exclusive.
 // H query/key heads serve HV value heads (HV % H == 0): value head h reads query/key head h / (HV / H).
 struct ChunkParams {
+    Decay decay;
+    bool exclusive;     // tokens read the state as it was before their own decay and write
     Dtype dtype;        // of q, k, v, o and their gradients
     Dtype gate_dtype;   // of g and dg: dtype, or f32
     Dtype state_dtype;  // f64 when dtype is f64 (CPU only), else f32
@@ -25,9 +35,9 @@ struct ChunkParams {
     bool cu_seqlens_is_64bit = false;
     double scale;
 
-    Rows q, k;                            // [B, T, H, K]
-    Rows v;                               // [B, T, HV, V]
-    Rows g;                               // [B, T, HV, K], natural log
+    Rows q, k;  // [B, T, H, K]
+    Rows v;     // [B, T, HV, V]
+    Rows g;     // natural log, shape by `decay`; its last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
 
     // Forward.
@@ -35,20 +45,24 @@ struct ChunkParams {
     void* final_state = nullptr;  // [N, HV, K, V], nullable
 
     // Backward. dq and dk are per value head here, [B, T, HV, K]; the launcher adds each group up.
+    Dtype key_grad_dtype;                    // of dq and dk: dtype, or on the CPU f32 if HV > H
     Rows grad_o;                             // [B, T, HV, V]
     void const* grad_final_state = nullptr;  // [N, HV, K, V], nullable (zeros)
-    Rows dq, dk, dv, dg;
+    Rows dq, dk, dv;
+    Rows dg;                             // like g, contiguous; null: not wanted
     void* grad_initial_state = nullptr;  // [N, HV, K, V], nullable
 };
 
-// One token: the state is read once, decayed, written to, and read by the query.
+// One token: the state is read once, decayed and written to; the query reads it after that, or before if exclusive.
 struct StepParams {
+    Decay decay;
+    bool exclusive;
     Dtype dtype, gate_dtype, state_dtype;
     int64_t B, H, HV, K, V;
     double scale;
     Rows q, k;    // [B, 1, H, K]
     Rows v, o;    // [B, 1, HV, V]
-    Rows g;       // [B, 1, HV, K]
+    Rows g;       // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
     void* state;  // [B, HV, K, V] contiguous, updated in place
 };
 

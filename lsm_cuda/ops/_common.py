@@ -3,6 +3,9 @@ fine print."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -33,6 +36,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype autocast asks for; fp64 stays."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(dtype) for x in tensors)
+
+
 def check_same_device(op: str, q: Tensor, **tensors: Tensor | None) -> None:
     """For fake kernels: a meta tensor among real ones is dispatched here, where kernels cannot
     object."""
@@ -46,3 +57,84 @@ def no_double_backward(op: str) -> str:
         f"lsm::{op}: the backward pass is itself not differentiable (double backward is not "
         "supported); use lsm_cuda.reference for higher derivatives"
     )
+
+
+def check_shape(op: str, name: str, t: Tensor, dims: str, expected: Sequence[int]) -> None:
+    """For what is computed before an operator checks it; ``dims`` as in ``[B, T, H, K]``."""
+    if tuple(t.shape) != tuple(expected):
+        raise RuntimeError(
+            f"lsm::{op}: {name} must have shape {dims} = {[*expected]}, got {[*t.shape]}"
+        )
+
+
+def check_rank(op: str, name: str, t: Tensor, dims: str) -> None:
+    if t.dim() != dims.count(",") + 1:
+        raise RuntimeError(f"lsm::{op}: {name} must have shape {dims}, got {[*t.shape]}")
+
+
+def check_state(op: str, state: Sequence[Tensor | None] | None, *names: str) -> None:
+    """A state of several tensors comes whole; ``names`` say what its places hold."""
+    if state is not None and (isinstance(state, Tensor) or len(state) != len(names)):
+        got = "one tensor" if isinstance(state, Tensor) else f"{len(state)} tensors"
+        expected = f"{len(names)} tensors ({', '.join(names)})"
+        raise RuntimeError(f"lsm::{op}: initial_state must be the {expected}, got {got}")
+
+
+def check_no_gradient(op: str, chunk_name: str, *tensors: Tensor) -> None:
+    """Of a decode step; ``chunk_name`` is what to use where gradients are needed."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"lsm::{op}: updates the state in place and has no backward, got an argument "
+            f"that requires grad; use {chunk_name}, or torch.no_grad()"
+        )
+
+
+def check_in_place(
+    op: str, name: str, state: Tensor, dims: str, expected: Sequence[int], like: Tensor
+) -> None:
+    """For states of several tensors, so that none is changed where another is refused."""
+    check_shape(op, name, state, dims, expected)
+    dtype = accumulation_dtype(like)
+    if state.dtype != dtype:
+        wanted, got = (str(d).removeprefix("torch.") for d in (dtype, state.dtype))
+        raise RuntimeError(f"lsm::{op}: {name} must have dtype {wanted}, got {got}")
+    if not state.is_contiguous():
+        raise RuntimeError(
+            f"lsm::{op}: {name} is updated in place and must be contiguous, got strides "
+            f"{[*state.stride()]}"
+        )
+
+
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """What states and sums are kept in."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def backwards(
+    op: Callable[..., tuple[Tensor, Any]],
+    tokens: Sequence[Tensor | None],
+    initial_state: Any,
+    cu_seqlens: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """``op`` with time running backwards: tokens are read and outputs written in reverse order.
+
+    A packed row is turned around as a whole, which also puts its last sequence first.
+    """
+
+    def turned(state: Any) -> Any:
+        if state is None or cu_seqlens is None:
+            return state
+        return state.flip(0) if isinstance(state, Tensor) else tuple(s.flip(0) for s in state)
+
+    tokens = [None if x is None else x.flip(1) for x in tokens]
+    T = tokens[0].shape[1]  # type: ignore[union-attr]
+    boundaries = None if cu_seqlens is None else T - cu_seqlens.flip(0)
+    o, state = op(*tokens, initial_state=turned(initial_state), cu_seqlens=boundaries, **options)
+    return o.flip(1), turned(state)
+
+
+def one_minus_exp(g: Tensor) -> Tensor:
+    """``1 − e^g``, precise near zero, with its gradient ``−e^g`` precise far from zero, where
+    expm1's formula for it, ``(e^g − 1) + 1``, is not."""
+    return torch.where(g > -0.7, -g.expm1(), 1 - g.exp())

@@ -1,5 +1,7 @@
 // The chunk engine on tensor cores: which sweeps make a forward and a backward, and how time is cut for them.
+#include "kernels/chunk/first_token.cuh"
 #include "kernels/chunk/gate_gradient.cuh"
+#include "kernels/chunk/head_gate_gradient.cuh"
 #include "kernels/chunk/join.cuh"
 #include "kernels/chunk/launch.h"
 #include "kernels/recurrence/launch.h"
@@ -25,25 +27,34 @@ class Carver {
     int64_t used_ = 0;
 };
 
-// How a call cuts time, and its scratch memory.
+// How a call cuts time, and its scratch memory. Channels: of the gates; rows and contraction: of the two sweeps that
+// the gate's gradient needs, dq and dk, or o and dv where values decay.
 struct Plan {
+    bool has_dg;
+    int64_t channels, rows, contraction;
     int64_t L;
     Segments segments;
     bool cut;  // some sequence may have several segments
     float *forward,
-        *forward_sums;  // [records, HV, K, V], [records, HV, K]: what each segment starts from
+        *forward_sums;  // [records, HV, K, V], [records, HV, channels]: what each segment starts from
     float *reverse, *reverse_sums;
     uint32_t* chunk_states;
     float* chunk_flux;
-    uint32_t* split_dk;
+    Rows dots, split;  // of the reading and the writing sweep; channels: dots are in dg
     uint8_t* tokenwise;
     uint32_t* end_states = nullptr;
     float* end_flux = nullptr;
     uint8_t* end_tokenwise = nullptr;
-    int row_tile, row_tiles;  // of the sweeps for dq and dk
+    int row_tile, row_tiles, parts;
     int64_t bytes;
 
-    Plan(ChunkParams const& p, bool backward, void* workspace) {
+    Plan(ChunkParams const& p, bool backward, void* workspace)
+        : has_dg(backward && p.dg.data != nullptr),
+          channels(p.decay == Decay::key     ? p.K
+                   : p.decay == Decay::value ? p.V
+                                             : 1),
+          rows(p.decay == Decay::value ? p.V : p.K),
+          contraction(p.decay == Decay::value ? p.K : p.V) {
         int64_t const tiles = (p.V + 127) / 128;
         // Blocks that the card holds at once: two per multiprocessor. A packed call has one row of T tokens.
         int64_t const chains = (p.cu_seqlens != nullptr ? 1 : p.B) * p.HV * tiles;
@@ -54,31 +65,51 @@ struct Plan {
             carve.take<Segment>(segments_bytes(p, L) / static_cast<int64_t>(sizeof(Segment)));
         segments = plan_segments(p, L, table);
         int64_t const owners = segments.count * p.HV;
-        int64_t const states = cut ? owners * p.K * p.V : 0, sums = cut ? owners * p.K : 0;
+        int64_t const states = cut ? owners * p.K * p.V : 0, sums = cut ? owners * channels : 0;
         forward = carve.take<float>(states);
         forward_sums = carve.take<float>(sums);
         if (backward) {
             reverse = carve.take<float>(states);
             reverse_sums = carve.take<float>(sums);
-            int64_t const chunks = count_chunks(p, segments) * p.HV;
-            row_tile = sweep_row_tile(static_cast<int>(p.V), static_cast<int>(p.K));
-            row_tiles = (static_cast<int>(p.K) + row_tile - 1) / row_tile;
-            int64_t const state_words = row_tiles * row_tile * sweep_contraction_bucket(p.V) / 2;
-            // dv is written last and has room for the anchors, but for short sequences.
-            int64_t const anchors = chunks * state_words;
-            bool const in_dv = anchors * 4 <= p.B * p.T * p.HV * p.V * 2;
-            chunk_states =
-                in_dv ? static_cast<uint32_t*>(p.dv.data) : carve.take<uint32_t>(anchors);
-            chunk_flux = carve.take<float>(chunks * p.K);
-            tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
-            if (p.grad_final_state != nullptr) {
-                end_states = carve.take<uint32_t>(p.N * p.HV * state_words);
-                end_flux = carve.take<float>(p.N * p.HV * p.K);
-                end_tokenwise = carve.take<uint8_t>(p.N * p.HV * row_tiles);
-            }
-            split_dk = carve.take<uint32_t>(p.B * p.T * p.HV * p.K);
         }
+        row_tile = sweep_row_tile(static_cast<int>(contraction), static_cast<int>(rows));
+        row_tiles = (static_cast<int>(rows) + row_tile - 1) / row_tile;
+        parts = row_tiles * kSweepWarps;
+        if (has_dg) carve_gate_gradient(p, carve);
         bytes = carve.used();
+    }
+
+  private:
+    void carve_gate_gradient(ChunkParams const& p, Carver& carve) {
+        bool const scalar = p.decay == Decay::scalar;
+        int64_t const width = scalar ? parts : rows, tokens = p.B * p.T * p.HV;
+        int64_t const chunks = count_chunks(p, segments) * p.HV;
+        int64_t const state_words =
+            row_tiles * row_tile * sweep_contraction_bucket(contraction) / 2;
+        // What is written last has room for the anchors, but for short sequences.
+        Rows const& last = p.decay == Decay::value ? p.dk : p.dv;
+        int64_t const room = tokens * (p.decay == Decay::value ? p.K : p.V) * 2;
+        int64_t const anchors = chunks * state_words;
+        chunk_states =
+            anchors * 4 <= room ? static_cast<uint32_t*>(last.data) : carve.take<uint32_t>(anchors);
+        chunk_flux = carve.take<float>(chunks * width);
+        if (p.grad_final_state != nullptr) {
+            end_states = carve.take<uint32_t>(p.N * p.HV * state_words);
+            end_flux = carve.take<float>(p.N * p.HV * width);
+        }
+        auto const per_token = [&](void* data, int64_t columns) {
+            return Rows{data, p.T * p.HV * columns, p.HV * columns, columns};
+        };
+        if (scalar) {
+            dots = per_token(carve.take<float>(tokens * parts * 2), parts);
+            split = per_token(carve.take<float>(tokens * parts), parts);
+        } else {
+            tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
+            if (p.grad_final_state != nullptr)
+                end_tokenwise = carve.take<uint8_t>(p.N * p.HV * row_tiles);
+            dots = p.dg;
+            split = per_token(carve.take<uint32_t>(tokens * rows), rows);
+        }
     }
 };
 
@@ -87,6 +118,18 @@ Operand per_head(ChunkParams const& p, Rows const& rows) {
 }
 Operand per_value_head(Rows const& rows) {
     return {rows, 1};
+}
+// What reads the state, o's side: beside the token that wrote last. Where a token reads before it writes, that is the one
+// before it, and the walk is the same.
+Operand reading(ChunkParams const& p, Operand x) {
+    x.next = p.exclusive ? 1 : 0;
+    return x;
+}
+Operand q_of(ChunkParams const& p) {
+    return reading(p, per_head(p, p.q));
+}
+Operand grad_o_of(ChunkParams const& p) {
+    return reading(p, per_value_head(p.grad_o));
 }
 
 // The two ways a [K, V] state lies under a sweep.
@@ -99,7 +142,7 @@ StateView contraction_over_v(ChunkParams const& p, void const* state) {
 
 SweepParams common(ChunkParams const& p, bool reverse) {
     SweepParams s{};
-    s.query_scale = s.key_scale = s.value_scale = s.out_scale = 1.f;
+    s.read_scale = s.write_scale = 1.f;
     s.gate = per_value_head(p.g);
     s.gate_is_fp32 = p.gate_dtype == Dtype::f32;
     s.heads = static_cast<int>(p.HV);
@@ -111,10 +154,11 @@ SweepParams common(ChunkParams const& p, bool reverse) {
 // o: query, key, value = q, k, v, forward.  dv: k, q, dO, reverse.
 SweepParams over_k(ChunkParams const& p, bool reverse) {
     SweepParams s = common(p, reverse);
-    s.query = per_head(p, reverse ? p.k : p.q);
-    s.key = per_head(p, reverse ? p.q : p.k);
-    s.value = per_value_head(reverse ? p.grad_o : p.v);
-    (reverse ? s.key_scale : s.query_scale) = static_cast<float>(p.scale);
+    Operand const k = per_head(p, p.k), v = per_value_head(p.v);
+    s.query = reverse ? k : q_of(p);
+    s.key = reverse ? q_of(p) : k;
+    s.value = reverse ? grad_o_of(p) : v;
+    (reverse ? s.write_scale : s.read_scale) = static_cast<float>(p.scale);
     s.contraction = static_cast<int>(p.K), s.rows = static_cast<int>(p.V);
     return s;
 }
@@ -122,26 +166,48 @@ SweepParams over_k(ChunkParams const& p, bool reverse) {
 // dq: query, key, value = dO, v, k, forward.  dk: v, dO, q, reverse.
 SweepParams over_v(ChunkParams const& p, bool reverse) {
     SweepParams s = common(p, reverse);
-    s.query = per_value_head(reverse ? p.v : p.grad_o);
-    s.key = per_value_head(reverse ? p.grad_o : p.v);
-    s.value = per_head(p, reverse ? p.q : p.k);
-    (reverse ? s.value_scale : s.out_scale) = static_cast<float>(p.scale);
+    Operand const k = per_head(p, p.k), v = per_value_head(p.v);
+    s.query = reverse ? v : grad_o_of(p);
+    s.key = reverse ? grad_o_of(p) : v;
+    s.value = reverse ? q_of(p) : k;
+    s.probe = reverse ? k : q_of(p);
+    (reverse ? s.write_scale : s.read_scale) = static_cast<float>(p.scale);
     s.contraction = static_cast<int>(p.V), s.rows = static_cast<int>(p.K);
     return s;
 }
 
-// Leaves in `states` what every segment starts from, walking forward or in reverse.
+bool whole(ChunkParams const& p) {
+    return p.decay == Decay::none || p.decay == Decay::scalar;
+}
+
+void sweep_over_k(ChunkParams const& p, SweepKind kind, SweepParams const& s,
+                  Segments const& segments, void* stream) {
+    (whole(p)                ? sweep_whole
+     : p.decay == Decay::key ? sweep_contraction
+                             : sweep_rows)(kind, s, segments, stream);
+}
+
+void sweep_over_v(ChunkParams const& p, SweepKind kind, SweepParams const& s,
+                  Segments const& segments, void* stream) {
+    (whole(p)                  ? sweep_whole
+     : p.decay == Decay::value ? sweep_contraction
+                               : sweep_rows)(kind, s, segments, stream);
+}
+
+// Leaves in `states` what every segment starts from, walking forward or in reverse. A state without readers may lie
+// either way: as its gates are on the contraction.
 void join_boundaries(ChunkParams const& p, Plan const& plan, bool reverse, void* stream) {
     float* const states = reverse ? plan.reverse : plan.forward;
     float* const sums = reverse ? plan.reverse_sums : plan.forward_sums;
-    SweepParams s = over_k(p, reverse);
-    s.end = contraction_over_k(p, states);
+    bool const values = p.decay == Decay::value;
+    SweepParams s = values ? over_v(p, reverse) : over_k(p, reverse);
+    s.end = values ? contraction_over_v(p, states) : contraction_over_k(p, states);
     s.gate_sum = sums;
-    sweep_state(s, plan.segments, stream);
+    (whole(p) ? sweep_whole : sweep_contraction)(SweepKind::state, s, plan.segments, stream);
     auto const* const initial =
         static_cast<float const*>(reverse ? p.grad_final_state : p.initial_state);
     run_join({states, sums, initial, static_cast<int>(p.HV), static_cast<int>(p.K),
-              static_cast<int>(p.V), reverse},
+              static_cast<int>(p.V), p.decay, reverse},
              plan.segments, stream);
 }
 
@@ -151,22 +217,68 @@ void const* start_of(ChunkParams const& p, Plan const& plan, bool reverse) {
     return reverse ? p.grad_final_state : p.initial_state;
 }
 
-void gate_gradient_of(ChunkParams const& p, Plan const& plan, Rows const& split_dk, void* stream) {
-    GateGradientParams const gp{per_head(p, p.q),      per_head(p, p.k),
-                                per_value_head(p.dg),  per_value_head(split_dk),
-                                per_value_head(p.g),   plan.chunk_flux,
-                                plan.tokenwise,        plan.end_flux,
-                                plan.end_tokenwise,    plan.row_tile,
-                                plan.row_tiles,        static_cast<int>(p.HV),
-                                static_cast<int>(p.K), p.T};
+// The sweep gets what the gate's gradient wants of it, and becomes of that kind.
+SweepKind with_anchors(Plan const& plan, bool reverse, SweepParams& s) {
+    s.strict = per_value_head(reverse ? plan.split : plan.dots);
+    s.chunk_states = plan.chunk_states;
+    s.chunk_flux = plan.chunk_flux;
+    s.tokenwise = plan.tokenwise;
+    s.end_states = plan.end_states;
+    s.end_flux = plan.end_flux;
+    s.end_tokenwise = plan.end_tokenwise;
+    return reverse ? SweepKind::key_gradient : SweepKind::query_gradient;
+}
+
+void gate_gradient_of(ChunkParams const& p, Plan const& plan, void* stream) {
     int64_t const blocks = count_chunks(p, plan.segments) * p.HV;
     if (plan.segments.count == 0) return;
-    dim3 const grid(static_cast<unsigned>(blocks)),
-        threads(static_cast<unsigned>((p.K / 2 + 31) / 32 * 32));
-    auto const run = [&](auto kernel) {
-        launch(kernel, grid, threads, 0, stream, gp, plan.segments);
-    };
-    p.gate_dtype == Dtype::f32 ? run(gate_gradient<float>) : run(gate_gradient<bf16>);
+    dim3 const grid(static_cast<unsigned>(blocks));
+    bool const wide = p.gate_dtype == Dtype::f32;
+    if (p.decay == Decay::scalar) {
+        HeadGateParams const hp{per_value_head(plan.dots),
+                                per_value_head(plan.split),
+                                per_value_head(p.g),
+                                per_value_head(p.dg),
+                                plan.chunk_flux,
+                                plan.end_flux,
+                                plan.parts,
+                                static_cast<int>(p.HV),
+                                p.T};
+        launch(wide ? head_gate_gradient<float> : head_gate_gradient<bf16>, grid, dim3(128),
+               sizeof(HeadGateStorage), stream, hp, plan.segments);
+        return;
+    }
+    bool const values = p.decay == Decay::value;
+    GateGradientParams const gp{values ? grad_o_of(p) : q_of(p),
+                                values ? per_value_head(p.v) : per_head(p, p.k),
+                                per_value_head(p.dg),
+                                per_value_head(plan.split),
+                                per_value_head(p.g),
+                                plan.chunk_flux,
+                                plan.tokenwise,
+                                plan.end_flux,
+                                plan.end_tokenwise,
+                                plan.row_tile,
+                                plan.row_tiles,
+                                static_cast<int>(p.HV),
+                                static_cast<int>(plan.channels),
+                                p.T};
+    dim3 const threads(static_cast<unsigned>((plan.channels / 2 + 31) / 32 * 32));
+    launch(wide ? gate_gradient<float> : gate_gradient<bf16>, grid, threads, 0, stream, gp,
+           plan.segments);
+}
+
+FirstTokenParams first_token_of(ChunkParams const& p) {
+    return {per_head(p, p.q),
+            per_value_head(p.grad_o),
+            per_value_head(p.o),
+            per_value_head(p.dq),
+            static_cast<float const*>(p.initial_state),
+            static_cast<float*>(p.grad_initial_state),
+            static_cast<int>(p.HV),
+            static_cast<int>(p.K),
+            static_cast<int>(p.V),
+            static_cast<float>(p.scale)};
 }
 
 // Only bf16 goes to tensor cores: frames scale operands by powers of two far beyond fp16's range, and fp32 would lose
@@ -191,11 +303,12 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
     build_segments(p, plan.segments, stream);
     if (plan.cut) join_boundaries(p, plan, false, stream);
     SweepParams s = over_k(p, false);
-    s.out = per_value_head(p.o);
+    s.out = reading(p, per_value_head(p.o));
     s.start = contraction_over_k(p, start_of(p, plan, false));
     s.start_per_record = plan.cut;
     s.end = contraction_over_k(p, p.final_state);
-    sweep_output(s, plan.segments, stream);
+    sweep_over_k(p, SweepKind::output, s, plan.segments, stream);
+    if (p.exclusive) run_first_token(first_token_of(p), plan.segments, false, stream);
 }
 
 void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
@@ -206,38 +319,41 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
         join_boundaries(p, plan, false, stream);
         join_boundaries(p, plan, true, stream);
     }
-    Rows const split_dk{plan.split_dk, p.T * p.HV * p.K, p.HV * p.K, p.K};
+    bool const values = p.decay == Decay::value;
+    auto const start = [&](SweepParams& s, bool over_keys, bool reverse) {
+        void const* const states = start_of(p, plan, reverse);
+        s.start = over_keys ? contraction_over_k(p, states) : contraction_over_v(p, states);
+        s.start_per_record = plan.cut;
+    };
 
-    SweepParams dq = over_v(p, false);
-    dq.out = per_value_head(p.dq);
-    dq.strict = per_value_head(p.dg);
-    dq.start = contraction_over_v(p, start_of(p, plan, false));
-    dq.start_per_record = plan.cut;
-    dq.chunk_states = plan.chunk_states;
-    dq.end_states = plan.end_states;
-    dq.end_tokenwise = plan.end_tokenwise;
-    sweep_query_gradient(dq, plan.segments, stream);
+    SweepParams dq = over_v(p, false), dk = over_v(p, true), dv = over_k(p, true);
+    dq.out = reading(p, per_value_head(p.dq));
+    dk.out = per_value_head(p.dk), dv.out = per_value_head(p.dv);
+    start(dq, false, false), start(dk, false, true), start(dv, true, true);
+    if (values) {
+        dk.end = contraction_over_v(p, p.grad_initial_state);
+    } else {
+        dv.end = contraction_over_k(p, p.grad_initial_state);
+    }
+    SweepKind dq_kind = SweepKind::output, dk_kind = dq_kind, dv_kind = dq_kind;
 
-    SweepParams dk = over_v(p, true);
-    dk.out = per_value_head(p.dk);
-    dk.strict = per_value_head(split_dk);
-    dk.start = contraction_over_v(p, start_of(p, plan, true));
-    dk.start_per_record = plan.cut;
-    dk.chunk_states = plan.chunk_states;
-    dk.chunk_flux = plan.chunk_flux;
-    dk.tokenwise = plan.tokenwise;
-    dk.end_states = plan.end_states;
-    dk.end_flux = plan.end_flux;
-    sweep_key_gradient(dk, plan.segments, stream);
-
-    SweepParams dv = over_k(p, true);
-    dv.out = per_value_head(p.dv);
-    dv.start = contraction_over_k(p, start_of(p, plan, true));
-    dv.start_per_record = plan.cut;
-    dv.end = contraction_over_k(p, p.grad_initial_state);
-    sweep_output(dv, plan.segments, stream);
-
-    gate_gradient_of(p, plan, split_dk, stream);
+    // The anchors of the gate's gradient lie in the output of the sweep that has none and comes last.
+    if (plan.has_dg && values) {
+        SweepParams o = over_k(p, false);  // again, without its own token's term
+        start(o, true, false);
+        SweepKind const o_kind = with_anchors(plan, false, o);
+        sweep_over_k(p, o_kind, o, plan.segments, stream);
+        dv_kind = with_anchors(plan, true, dv);
+    } else if (plan.has_dg) {
+        dq_kind = with_anchors(plan, false, dq);
+        dk_kind = with_anchors(plan, true, dk);
+    }
+    if (values) sweep_over_k(p, dv_kind, dv, plan.segments, stream);
+    sweep_over_v(p, dq_kind, dq, plan.segments, stream);
+    sweep_over_v(p, dk_kind, dk, plan.segments, stream);
+    if (!values) sweep_over_k(p, dv_kind, dv, plan.segments, stream);
+    if (p.exclusive) run_first_token(first_token_of(p), plan.segments, true, stream);
+    if (plan.has_dg) gate_gradient_of(p, plan, stream);
 }
 
 }  // namespace lsm

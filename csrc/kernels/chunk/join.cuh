@@ -2,6 +2,8 @@
 //
 //     S = initial;  for every segment in order:  (local, S) <- (S, S 2^gate_sum + local)
 //
+// gate_sum being of the element's row, of its column, or of the whole state.
+//
 // One thread per state element, in a fixed order: the same bits every time. Grid: (record, head) x pieces of K V.
 #pragma once
 
@@ -11,15 +13,22 @@
 namespace lsm {
 
 struct JoinParams {
-    float* local;           // [records, heads, K, V]; the last segment of a walk left none
-    float const* gate_sum;  // [records, heads, K], log2
-    float const* initial;   // [N, heads, K, V], nullable (zeros)
+    float* local;  // [records, heads, K, V]; the last segment of a walk left none
+    float const*
+        gate_sum;          // log2; [records, heads, K], [.., V] or [..], by `decay`; none: not read
+    float const* initial;  // [N, heads, K, V], nullable (zeros)
     int heads, K, V;
+    Decay decay;
     bool reverse;  // walk segments from the last to the first
 };
 
 namespace join {
 constexpr int kThreads = 256;
+}
+
+// Where the sum that decays `element` lies among the sums of one head.
+LSM_DEVICE i64 gate_of(JoinParams const& p, i64 element) {
+    return p.decay == Decay::key ? element / p.V : p.decay == Decay::value ? element % p.V : 0;
 }
 
 static __global__ void __launch_bounds__(join::kThreads)
@@ -33,6 +42,8 @@ static __global__ void __launch_bounds__(join::kThreads)
     i64 const size = static_cast<i64>(p.K) * p.V;
     i64 const element = static_cast<i64>(blockIdx.x % pieces) * join::kThreads + threadIdx.x;
     if (element >= size) return;
+    int const gates = p.decay == Decay::key ? p.K : p.decay == Decay::value ? p.V : 1;
+    i64 const gate = gate_of(p, element);
     float S = p.initial == nullptr
                   ? 0.f
                   : load_global(p.initial + (segment.sequence * p.heads + head) * size + element);
@@ -43,7 +54,9 @@ static __global__ void __launch_bounds__(join::kThreads)
             store_global(at, S);
             return;
         }
-        float const sum = load_global(p.gate_sum + (record * p.heads + head) * p.K + element / p.V);
+        float const sum = p.decay == Decay::none
+                              ? 0.f
+                              : load_global(p.gate_sum + (record * p.heads + head) * gates + gate);
         float const local = load_global(at);
         store_global(at, S);
         S = S * exp2_approx(sum) + local;

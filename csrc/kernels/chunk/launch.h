@@ -1,4 +1,5 @@
-// One sweep of the chunk engine, on bf16 activations; the instances live in one device file per kind (sweep_*.cu), compiled in parallel.
+// A sweep of the chunk engine, on bf16 activations; one device file per side that decays (sweep_*.cu), compiled in
+// parallel.
 #pragma once
 
 #include "kernels/chunk/sweep_params.h"
@@ -6,12 +7,14 @@
 
 namespace lsm {
 
-void sweep_output(SweepParams const& p, Segments const& segments, void* stream);
-void sweep_state(SweepParams const& p, Segments const& segments, void* stream);
-void sweep_query_gradient(SweepParams const& p, Segments const& segments, void* stream);
-void sweep_key_gradient(SweepParams const& p, Segments const& segments, void* stream);
+void sweep_contraction(SweepKind kind, SweepParams const& p, Segments const& segments,
+                       void* stream);
+void sweep_rows(SweepKind kind, SweepParams const& p, Segments const& segments, void* stream);
+void sweep_whole(SweepKind kind, SweepParams const& p, Segments const& segments, void* stream);
 
 // Rows of the state that one block of a sweep owns, and the contraction size it is compiled for.
+// Warps of a block, each with its own rows; sizes what warps leave for the gate's gradient.
+inline constexpr int kSweepWarps = 4;
 inline int sweep_row_tile(int contraction, int rows) {
     return contraction > 128 || rows <= 64 ? 64 : 128;
 }

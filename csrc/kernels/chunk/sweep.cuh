@@ -4,19 +4,19 @@
 //
 // it is the forward (query, key, value = q, k, v) and, with the arguments permuted, each gradient:
 //
-//     o    forward   q, k, v     decay on the contraction
-//     dv   reverse   k, q, dO    decay on the contraction
-//     dq   forward   dO, v, k    decay on the rows
-//     dk   reverse   v, dO, q    decay on the rows
+//                                decay by key channel    by value channel
+//     o    forward   q, k, v     on the contraction      on the rows
+//     dv   reverse   k, q, dO    on the contraction      on the rows
+//     dq   forward   dO, v, k    on the rows             on the contraction
+//     dk   reverse   v, dO, q    on the rows             on the contraction
+//
+// or, with one decay per head or none, on the whole state (sweep_whole.cuh).
 //
 // A block owns kRows rows of the state of one value head and walks one segment of time. Each warp keeps its rows of
 // the state in accumulators (fp32); their layout is that of an A operand, so the state reaches the tensor cores
 // without touching shared memory. Tokens go by blocks of 16; warps share nothing but the tiles they read.
 //
-// Vector decay by frames (docs/kernels/chunk.md): per gated channel c an exponent a_c with S_true = S 2^a_c. Inside
-// it, query and key (or value and output) are scaled by 2^e and 2^-e, e = a_c + cumulative log2 gate, and nothing
-// else changes. |e| <= 80 always: when a channel would leave that range the state is rescaled and the frame reopens
-// at +80; a 16-token block whose own gates span more than 160 is walked token by token.
+// Decay by channels is done in frames (sweep_frames.cuh).
 #pragma once
 
 #include "kernels/chunk/chunks.cuh"
@@ -27,28 +27,40 @@
 
 namespace lsm {
 
-// output: o and dv, decay on the contraction. state: the same walk without reading, for segment boundaries.
-// query_gradient, key_gradient: dq and dk, decay on the rows, and what the gate's gradient needs of each.
-enum class SweepKind { output, state, query_gradient, key_gradient };
-
-template <int Contraction, int RowsPerWarp, SweepKind Kind>
+template <int Contraction, int RowsPerWarp, SweepKind Kind, DecayOn On>
 struct SweepConfig {
     static constexpr int kContraction = Contraction, kRowsPerWarp = RowsPerWarp;
     static constexpr SweepKind kKind = Kind;
+    static constexpr DecayOn kDecayOn = On;
 };
+
+// Exponents of a decay by channels, in log2 (sweep_frames.cuh).
+template <int Gated, bool StateOnly>
+struct Frames {
+    float low[2][Gated], high[2][Gated];  // range of the cumulative gate in each block
+    float sum[2][Gated];                  // its last value
+    float shift[2][Gated];                // factor of the state where a block reopens its frame
+    float frame[2][Gated];                // a_c before even and odd stages
+    float total[StateOnly ? Gated : 4];
+};
+template <bool StateOnly>
+struct Frames<0, StateOnly> {};
 
 template <class Config>
 struct Sweep {
     static constexpr int Contraction = Config::kContraction, RowsPerWarp = Config::kRowsPerWarp;
     static constexpr SweepKind kKind = Config::kKind;
     static constexpr bool StateOnly = kKind == SweepKind::state;
-    static constexpr bool kOnRows =
+    // Outputs without their own token's term are wanted too.
+    static constexpr bool kStrict =
         kKind == SweepKind::query_gradient || kKind == SweepKind::key_gradient;
+    static constexpr bool kOnRows = Config::kDecayOn == DecayOn::rows;
+    static constexpr bool kWhole = Config::kDecayOn == DecayOn::whole;
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kRows = kWarps * RowsPerWarp;
     static constexpr int kBlock = 16, kStageTokens = 32, kStages = 2;
     static constexpr int kStagesPerChunk = kChunk / kStageTokens, kBlocksPerChunk = kChunk / kBlock;
-    static constexpr int kGated = kOnRows ? kRows : Contraction;
+    static constexpr int kGated = kWhole ? 0 : kOnRows ? kRows : Contraction;
     static constexpr int kRowTiles = RowsPerWarp / 16, kColumnTiles = Contraction / 8;
     // In floats; four more than a row keep the epilogue's column reads off one bank.
     static constexpr int kFactorPitch = kGated + 4;
@@ -65,18 +77,15 @@ struct Sweep {
         alignas(128) char query[StateOnly ? 16 : kStageTokens * Contraction * 2];
         alignas(128) char key[kStageTokens * Contraction * 2];
         alignas(128) char value[kStageTokens * kRows * 2];
+        alignas(128) char probe[kWhole && kStrict ? kStageTokens * kRows * 2 : 16];
         // As loaded: fp32, or bf16 in the first half.
-        alignas(128) char gate[kStageTokens * kGated * 4];
+        alignas(128) char gate[kWhole ? 16 : kStageTokens * kGated * 4];
     };
     struct SharedStorage {
         Stage stage[kStages];
         // With decay on the rows: 2^e, what brings outputs out of the frame.
         alignas(16) float factors[kOnRows ? kStageTokens * kFactorPitch : 4];
-        float low[2][kGated], high[2][kGated];  // range of the cumulative gate in each block
-        float sum[2][kGated];                   // its last value
-        float shift[2][kGated];  // log2 factor of the state where a block reopens its frame
-        float frame[2][kGated];  // a_c before even and odd stages
-        float total[StateOnly ? kGated : 4];
+        Frames<kGated, StateOnly> frames;
         Segment segment;
         i64 record;
         alignas(16) char strip[StateOnly ? 16 : kWarps * kBlock * kStripPitch];
@@ -95,6 +104,8 @@ struct Sweep {
     int const origin, sign;  // token of position i is origin + sign * i
     int const stages;
     float S[kRowTiles][kColumnTiles][4];
+    // Where the whole state decays: S_true = S 2^exponent, and the sum of all gates so far.
+    float exponent = 0.f, gate_total = 0.f;
 
     LSM_DEVICE Sweep(SweepParams const& params, SharedStorage& storage, int value_head, int tile)
         : p(params),
@@ -119,6 +130,12 @@ struct Sweep {
 
     LSM_DEVICE int token(int position) const { return origin + sign * position; }
     LSM_DEVICE bool inside(int t) const { return t >= t0 && t < t1; }
+    // A row of the token itself, or of the one after it in its sequence, which may be of the next segment.
+    LSM_DEVICE bool exists(Operand const& x, int t) const {
+        return inside(t) && (x.next == 0 || t + 1 < t1 || !segment.is_last);
+    }
+    // Walking backwards, a state reaches token t through the gate of t + 1.
+    LSM_DEVICE int gate_lag() const { return p.reverse ? 1 : 0; }
 
     // --- the walk
 
@@ -133,7 +150,28 @@ struct Sweep {
                               u32 destination, int element_bytes, int lag, Address address) const;
     LSM_DEVICE void load_stage(int stage) const;
 
-    // --- gates (sweep_gates.cuh)
+    // --- one gate for the whole state (sweep_whole.cuh)
+
+    // The cumulative gates of a block, as a warp holds them: lane 16 b + i has that of token i of block b.
+    struct BlockGates {
+        float token, row[2], column[4], total;  // of tokens lane/4 + {0,8}, 2 (lane%4) + {0,1,8,9}
+        bool leaves;                            // the range in which the state's exponent may stay
+    };
+    LSM_DEVICE float whole_gate(int stage) const;
+    LSM_DEVICE float whole_gate_of(int t) const;
+    LSM_DEVICE static float cumulative(float gate, int lane);
+    LSM_DEVICE BlockGates block_gates(float cumulative, int b) const;
+    LSM_DEVICE void whole_block(int stage, int b, float cumulative);
+    LSM_DEVICE void decay_scores(BlockGates const& gates, float (&scores)[2][4]) const;
+    LSM_DEVICE static void scale_value(u32 (&value)[4], float const (&factor)[4]);
+    LSM_DEVICE void relate(Stage const& tiles, int b, int m, float (&scores)[2][4]) const;
+    LSM_DEVICE void store_part(int stage, int b, int i, int number, float x) const;
+    LSM_DEVICE void store_dots(int stage, int b, float (&dots)[4]) const;
+    LSM_DEVICE void store_crossing_pairs(int stage, int b, float const (&scores)[2][4]) const;
+    LSM_DEVICE int part() const { return row0 / kRows * kWarps + warp; }
+    LSM_DEVICE int parts() const { return (p.rows + kRows - 1) / kRows * kWarps; }
+
+    // --- gates by channels (sweep_frames.cuh)
 
     LSM_DEVICE float2 gate_pair(int stage, int row, int c) const;
     LSM_DEVICE float2& pair_of(float* row, int c) const {
@@ -161,11 +199,13 @@ struct Sweep {
         return warp * RowsPerWarp + 16 * m + lane / 4 + e / 2 * 8;
     }
     LSM_DEVICE int state_column(int n) const { return 8 * n + lane % 4 * 2; }
-    LSM_DEVICE void scale_state(float const* exponent);
+    LSM_DEVICE void scale_state(float const* exponents);
+    LSM_DEVICE void scale_state(float exponent);
     template <class Visit>
     LSM_DEVICE void for_state(StateView const& view, Visit visit);
     LSM_DEVICE i64 state_offset(i64 owner) const;
     LSM_DEVICE void start_state();
+    LSM_DEVICE float gate_at(i64 offset) const;
     LSM_DEVICE float trailing_gate(int c) const;
     LSM_DEVICE void end_state();
 
@@ -188,14 +228,19 @@ struct Sweep {
         return {smem_u32(tile) + (b * kBlock + (lane & 7) + (lane >> 4) * 8) * WideTile::kRowBytes,
                 u32(((lane >> 3) & 1) ^ (lane & 7)) * 16};
     }
-    LSM_DEVICE void read_state(Stage const& tiles, int b, float (&scores)[2][4], Output& o);
+    LSM_DEVICE void relate_tokens(Stage const& tiles, int b, float (&scores)[2][4]) const;
+    LSM_DEVICE void read_state(Stage const& tiles, int b, Output& o) const;
     template <class Keep>
     LSM_DEVICE void pack_scores(float const (&scores)[2][4], u32 (&packed)[2][2], Keep keep) const;
     LSM_DEVICE void pack_diagonal(float const (&scores)[2][4], u32 (&packed)[2]) const;
     LSM_DEVICE static void read_values(u32 const (&value)[4], u32 const (&packed)[2][2],
                                        float (&out)[2][4]);
-    LSM_DEVICE void load_value(Stage const& tiles, int b, int m, u32 (&value)[4]) const;
-    LSM_DEVICE void write_state(Stage const& tiles, int b);
+    LSM_DEVICE void load_value(char const* tile, int b, int m, u32 (&value)[4]) const;
+    struct AsLoaded {
+        LSM_DEVICE void operator()(u32 (&)[4]) const {}
+    };
+    template <class Scale = AsLoaded>
+    LSM_DEVICE void write_state(Stage const& tiles, int b, Scale scale = {});
     LSM_DEVICE void block(int stage, int b, int only, Output& o);
 
     // --- output
@@ -210,16 +255,21 @@ struct Sweep {
     LSM_DEVICE void store_strict_element(i64 at, float o, float local, float f) const;
     LSM_DEVICE i64 chunk_index(int chunk) const;
     LSM_DEVICE uint4* saved_state(u32* slots, i64 index) const;
-    LSM_DEVICE void save_state(uint4* to, float const* exponent) const;
+    LSM_DEVICE void save_state(uint4* to, float const* exponents, float all) const;
+    LSM_DEVICE float2 contract_rows(uint4 const* from, int m) const;
     LSM_DEVICE void contract_saved_state(uint4 const* from, float* to, int stage, Mode mode) const;
+    LSM_DEVICE void contract_whole(uint4 const* from, float* to, float exponent) const;
     LSM_DEVICE void save_chunk_end(int stage) const;
     LSM_DEVICE void save_sequence_end(int stage, int b, int only) const;
+    LSM_DEVICE void save_whole_end(int stage, int b, float total) const;
+    template <class Contract>
+    LSM_DEVICE void visit_anchors(int stage, int b, Contract contract) const;
     LSM_DEVICE void note_anchors(int stage, int b, Mode mode) const;
 };
 
 template <class Config>
 LSM_DEVICE void Sweep<Config>::walk_block(int stage, int b, Mode mode) {
-    if (mode != kKeep) scale_state(s.shift[b]);
+    if (mode != kKeep) scale_state(s.frames.shift[b]);
     if constexpr (kKind == SweepKind::key_gradient) note_anchors(stage, b, mode);
     bool const whole = mode != kTokenwise;
     if constexpr (kKind == SweepKind::query_gradient) {
@@ -232,10 +282,8 @@ LSM_DEVICE void Sweep<Config>::walk_block(int stage, int b, Mode mode) {
             __syncthreads();
             isolate_token(stage, b, i);
             __syncthreads();
-            scale_state(s.shift[b]);
-        }
-        if constexpr (kKind == SweepKind::query_gradient) {
-            if (!whole) save_sequence_end(stage, b, i);
+            scale_state(s.frames.shift[b]);
+            if constexpr (kKind == SweepKind::query_gradient) save_sequence_end(stage, b, i);
         }
         block(stage, b, whole ? -1 : i, o);
     }
@@ -247,28 +295,38 @@ LSM_DEVICE void Sweep<Config>::run() {
     if (stages > 0) load_stage(0);
     cp_async_commit();
     start_state();
+    float next_gate = 0.f;
+    if constexpr (kWhole) next_gate = whole_gate(0);
     LSM_UNROLL_BY(1)
     for (int stage = 0; stage < stages; ++stage) {
         cp_async_wait<0>();
         __syncthreads();  // the stage has landed, and everybody is done with the other buffer
         if (stage + 1 < stages) load_stage(stage + 1);
         cp_async_commit();
-        accumulate_gates(stage);
-        __syncthreads();
-        Mode const mode0 = choose_mode(stage, 0, kKeep), mode1 = choose_mode(stage, 1, mode0);
-        apply_gates(stage, mode0, mode1);
-        __syncthreads();
-        walk_block(stage, 0, mode0);
-        walk_block(stage, 1, mode1);
+        if constexpr (kWhole) {
+            float const gates = cumulative(next_gate, lane);
+            next_gate = whole_gate(stage + 1);
+            whole_block(stage, 0, gates);
+            whole_block(stage, 1, gates);
+        } else {
+            accumulate_gates(stage);
+            __syncthreads();
+            Mode const mode0 = choose_mode(stage, 0, kKeep), mode1 = choose_mode(stage, 1, mode0);
+            apply_gates(stage, mode0, mode1);
+            __syncthreads();
+            walk_block(stage, 0, mode0);
+            walk_block(stage, 1, mode1);
+        }
         if constexpr (kKind == SweepKind::query_gradient) save_chunk_end(stage);
     }
     __syncthreads();
-    if constexpr (!kOnRows) end_state();
+    if constexpr (!(kOnRows && kStrict)) end_state();  // taken from a sweep with registers to spare
 }
 
 template <class Config>
 LSM_DEVICE i64 Sweep<Config>::row_offset(Operand const& x, int t) const {
-    return segment.batch * x.rows.batch + t * x.rows.time + head / x.heads_per_group * x.rows.head;
+    return segment.batch * x.rows.batch + (t + x.next) * x.rows.time +
+           head / x.heads_per_group * x.rows.head;
 }
 
 // One [kStageTokens x Columns] tile; rows outside the segment and columns past `columns` become zeros.
@@ -283,7 +341,7 @@ LSM_DEVICE void Sweep<Config>::load_tile(Operand const& x, int column0, int colu
     for (int i = tid; i < kStageTokens * pieces; i += kThreads) {
         int const row = i / pieces, column = i % pieces * per_piece;
         int const t = token(stage * kStageTokens + row) + lag;
-        bool const valid = inside(t) && column < columns;
+        bool const valid = exists(x, t) && column < columns;
         i64 const offset = valid ? row_offset(x, t) + column0 + column : 0;
         cp_async16(destination + address(row, column), base + offset * element_bytes, valid);
     }
@@ -300,10 +358,16 @@ LSM_DEVICE void Sweep<Config>::load_stage(int stage) const {
     }
     load_tile<Contraction>(p.key, 0, p.contraction, stage, smem_u32(to.key), 2, 0, wide);
     load_tile<kRows>(p.value, row0, rows, stage, smem_u32(to.value), 2, 0, tall);
-    int const gate0 = kOnRows ? row0 : 0, gates = kOnRows ? rows : p.contraction;
-    int const bytes = p.gate_is_fp32 ? 4 : 2;
-    load_tile<kGated>(p.gate, gate0, gates, stage, smem_u32(to.gate), bytes, p.reverse ? 1 : 0,
-                      [&](int row, int column) { return u32(row * kGated + column) * bytes; });
+    if constexpr (kWhole) {
+        if constexpr (kStrict) {
+            load_tile<kRows>(p.probe, row0, rows, stage, smem_u32(to.probe), 2, 0, tall);
+        }
+    } else {
+        int const gate0 = kOnRows ? row0 : 0, gates = kOnRows ? rows : p.contraction;
+        int const bytes = p.gate_is_fp32 ? 4 : 2;
+        load_tile<kGated>(p.gate, gate0, gates, stage, smem_u32(to.gate), bytes, gate_lag(),
+                          [&](int row, int column) { return u32(row * kGated + column) * bytes; });
+    }
 }
 
 // For rows with decay, in the frame: what brings element e of token tile n out of it.
@@ -315,6 +379,7 @@ LSM_DEVICE float Sweep<Config>::factor(int b, int m, int n, int e) const {
 // Through a strip of shared memory private to the warp, so that global memory sees whole 16-byte pieces of rows.
 template <class Config>
 LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
+    if (p.out.rows.data == nullptr) return;
     char* const strip = s.strip + warp * kBlock * kStripPitch;
     __syncwarp();
     LSM_UNROLL
@@ -325,7 +390,7 @@ LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
             for (int e = 0; e < 4; ++e) {
                 int const row = 8 * n + lane % 4 * 2 + e % 2,
                           column = 16 * m + lane / 4 + e / 2 * 8;
-                float const f = kOnRows ? factor(b, m, n, e) : 1.f;
+                float const f = kOnRows ? factor(b, m, n, e) : kWhole ? p.read_scale : 1.f;
                 reinterpret_cast<bf16*>(strip + row * kStripPitch)[column] = bf16(o[m][n][e] * f);
             }
         }
@@ -336,7 +401,7 @@ LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
     for (int i = lane; i < kBlock * pieces; i += 32) {
         int const row = i / pieces, column = warp * RowsPerWarp + i % pieces * 8;
         int const t = token(stage * kStageTokens + b * kBlock + row);
-        if (!inside(t) || row0 + column >= p.rows) continue;
+        if (!exists(p.out, t) || row0 + column >= p.rows) continue;
         bf16* const to = static_cast<bf16*>(p.out.rows.data) + row_offset(p.out, t) + row0 + column;
         store_global(reinterpret_cast<uint4*>(to),
                      *reinterpret_cast<uint4 const*>(strip + row * kStripPitch + i % pieces * 16));
@@ -347,8 +412,9 @@ LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
 
 #include "kernels/chunk/sweep_anchors.cuh"
 #include "kernels/chunk/sweep_block.cuh"
-#include "kernels/chunk/sweep_gates.cuh"
+#include "kernels/chunk/sweep_frames.cuh"
 #include "kernels/chunk/sweep_state.cuh"
+#include "kernels/chunk/sweep_whole.cuh"
 
 namespace lsm {
 

@@ -5,20 +5,29 @@
 
 namespace lsm {
 
-// scores = query key^T, and out += S query with the state as it was before the block.
+// scores = query key^T.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::read_state(Stage const& tiles, int b, float (&scores)[2][4],
-                                          Output& o) {
-    WideAddress const query_a = rows_first(tiles.query, b), query_b = columns_first(tiles.query, b);
-    WideAddress const key_b = columns_first(tiles.key, b);
-    LSM_UNROLL
+LSM_DEVICE void Sweep<Config>::relate_tokens(Stage const& tiles, int b,
+                                             float (&scores)[2][4]) const {
+    WideAddress const query = rows_first(tiles.query, b), key = columns_first(tiles.key, b);
+    LSM_UNROLL_BY(8)
     for (int kk = 0; kk < Contraction / 16; ++kk) {
-        u32 qa[4], qb[4], kb[4];
-        ldmatrix_x4(qa, query_a(kk));
-        ldmatrix_x4(kb, key_b(kk));
+        u32 qa[4], kb[4];
+        ldmatrix_x4(qa, query(kk));
+        ldmatrix_x4(kb, key(kk));
         mma(scores[0], qa, kb[0], kb[1]);
         mma(scores[1], qa, kb[2], kb[3]);
-        ldmatrix_x4(qb, query_b(kk));
+    }
+}
+
+// out += S query with the state as it was before the block.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::read_state(Stage const& tiles, int b, Output& o) const {
+    WideAddress const query = columns_first(tiles.query, b);
+    LSM_UNROLL
+    for (int kk = 0; kk < Contraction / 16; ++kk) {
+        u32 qb[4];
+        ldmatrix_x4(qb, query(kk));
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             float const(&left)[4] = S[m][2 * kk];
@@ -69,18 +78,21 @@ LSM_DEVICE void Sweep<Config>::read_values(u32 const (&value)[4], u32 const (&pa
 }
 
 template <class Config>
-LSM_DEVICE void Sweep<Config>::load_value(Stage const& tiles, int b, int m, u32 (&value)[4]) const {
+LSM_DEVICE void Sweep<Config>::load_value(char const* tile, int b, int m, u32 (&value)[4]) const {
     int const column = warp * RowsPerWarp + 16 * m;
-    ldmatrix_x4_trans(value,
-                      smem_u32(tiles.value) + RowTile::columns_first(b * kBlock, column, lane));
+    ldmatrix_x4_trans(value, smem_u32(tile) + RowTile::columns_first(b * kBlock, column, lane));
 }
 
-// S += value key^T
+// S += value key^T, values scaled on the way.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::write_state(Stage const& tiles, int b) {
+template <class Scale>
+LSM_DEVICE void Sweep<Config>::write_state(Stage const& tiles, int b, Scale scale) {
     u32 value[kRowTiles][4];
     LSM_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) load_value(tiles, b, m, value[m]);
+    for (int m = 0; m < kRowTiles; ++m) {
+        load_value(tiles.value, b, m, value[m]);
+        scale(value[m]);
+    }
     WideAddress const key = rows_first(tiles.key, b);
     LSM_UNROLL
     for (int kk = 0; kk < Contraction / 16; ++kk) {
@@ -101,19 +113,20 @@ LSM_DEVICE void Sweep<Config>::block(int stage, int b, int only, Output& o) {
     Stage const& tiles = s.stage[stage % kStages];
     if constexpr (!StateOnly) {
         float scores[2][4] = {};
-        read_state(tiles, b, scores, o);
-        u32 packed[2][2], own[2];
-        pack_scores(scores, packed, [](int i, int j) { return kOnRows ? j < i : j <= i; });
-        if constexpr (kOnRows) pack_diagonal(scores, own);
+        relate_tokens(tiles, b, scores);
+        read_state(tiles, b, o);
+        u32 packed[2][2], diag[2];
+        pack_scores(scores, packed, [](int i, int j) { return kStrict ? j < i : j <= i; });
+        if constexpr (kStrict) pack_diagonal(scores, diag);
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             u32 value[4];
-            load_value(tiles, b, m, value);
-            if constexpr (kOnRows) {
+            load_value(tiles.value, b, m, value);
+            if constexpr (kStrict) {
                 float local[2][4] = {};
                 read_values(value, packed, local);
                 store_strict(stage, b, m, only, o[m], local);
-                u32 const diagonal[2][2] = {{own[0], 0}, {0, own[1]}};
+                u32 const diagonal[2][2] = {{diag[0], 0}, {0, diag[1]}};
                 read_values(value, diagonal, local);
                 LSM_UNROLL
                 for (int i = 0; i < 8; ++i) o[m][i / 4][i % 4] += local[i / 4][i % 4];

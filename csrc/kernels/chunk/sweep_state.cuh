@@ -8,12 +8,12 @@ namespace lsm {
 // S *= 2^exponent[channel], channel being of the gated side. By halves: reopening a frame takes up to 2^-160, less
 // than fp32 holds, to a state that large.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::scale_state(float const* exponent) {
+LSM_DEVICE void Sweep<Config>::scale_state(float const* exponents) {
     if constexpr (kOnRows) {
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
-            float const upper = exp2_approx(0.5f * exponent[state_row(m, 0)]);
-            float const lower = exp2_approx(0.5f * exponent[state_row(m, 2)]);
+            float const upper = exp2_approx(0.5f * exponents[state_row(m, 0)]);
+            float const lower = exp2_approx(0.5f * exponents[state_row(m, 2)]);
             LSM_UNROLL
             for (int n = 0; n < kColumnTiles; ++n) {
                 LSM_UNROLL
@@ -24,7 +24,7 @@ LSM_DEVICE void Sweep<Config>::scale_state(float const* exponent) {
     } else {
         LSM_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
-            float2 const e = *reinterpret_cast<float2 const*>(exponent + state_column(n));
+            float2 const e = *reinterpret_cast<float2 const*>(exponents + state_column(n));
             float const even = exp2_approx(0.5f * e.x), odd = exp2_approx(0.5f * e.y);
             LSM_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
@@ -32,6 +32,19 @@ LSM_DEVICE void Sweep<Config>::scale_state(float const* exponent) {
                 for (int i = 0; i < 4; ++i)
                     S[m][n][i] = S[m][n][i] * (i % 2 == 0 ? even : odd) * (i % 2 == 0 ? even : odd);
             }
+        }
+    }
+}
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::scale_state(float by) {
+    float const factor = exp2_approx(0.5f * by);
+    LSM_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+        LSM_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) S[m][n][e] = S[m][n][e] * factor * factor;
         }
     }
 }
@@ -75,24 +88,31 @@ LSM_DEVICE void Sweep<Config>::start_state() {
         float const* const from = p.start.data + state_offset(owner);
         for_state(p.start, [&](float& value, int offset) { value = load_global(from + offset); });
     }
-    LSM_UNROLL_BY(1)
-    for (int c = tid; c < kGated; c += kThreads) {
-        s.frame[0][c] = 0.f;
-        if constexpr (StateOnly) s.total[c] = 0.f;
+    if constexpr (!kWhole) {
+        LSM_UNROLL_BY(1)
+        for (int c = tid; c < kGated; c += kThreads) {
+            s.frames.frame[0][c] = 0.f;
+            if constexpr (StateOnly) s.frames.total[c] = 0.f;
+        }
     }
+}
+
+// A gate in log2.
+template <class Config>
+LSM_DEVICE float Sweep<Config>::gate_at(i64 at) const {
+    void const* const gates = p.gate.rows.data;
+    float const g = p.gate_is_fp32
+                        ? load_global(static_cast<float const*>(gates) + at)
+                        : static_cast<float>(load_global(static_cast<bf16 const*>(gates) + at));
+    return g * kLog2e;
 }
 
 // The decay still owed when a reverse sweep leaves its first token (log2).
 template <class Config>
 LSM_DEVICE float Sweep<Config>::trailing_gate(int c) const {
     int const channel = (kOnRows ? row0 : 0) + c;
-    if (!p.reverse || t0 == t1 || channel >= (kOnRows ? p.rows : p.contraction)) return 0.f;
-    i64 const at = row_offset(p.gate, t0) + channel;
-    float const g =
-        p.gate_is_fp32
-            ? load_global(static_cast<float const*>(p.gate.rows.data) + at)
-            : static_cast<float>(load_global(static_cast<bf16 const*>(p.gate.rows.data) + at));
-    return g * kLog2e;
+    if (gate_lag() == 0 || t0 == t1 || channel >= (kOnRows ? p.rows : p.contraction)) return 0.f;
+    return gate_at(row_offset(p.gate, t0) + channel);
 }
 
 template <class Config>
@@ -100,18 +120,26 @@ LSM_DEVICE void Sweep<Config>::end_state() {
     bool const owns =
         StateOnly || (segment.sequence >= 0 && (p.reverse ? segment.index == 0 : segment.is_last));
     if (p.end.data == nullptr || !owns) return;
-    LSM_UNROLL_BY(1)
-    for (int c = tid; c < kGated; c += kThreads)
-        s.shift[0][c] = s.frame[stages % 2][c] + trailing_gate(c);
-    __syncthreads();
-    scale_state(s.shift[0]);
+    if constexpr (kWhole) {
+        float const trailing = gate_lag() != 0 && t0 != t1 ? whole_gate_of(t0) : 0.f;
+        scale_state(exponent + trailing);
+        gate_total += trailing;
+    } else {
+        LSM_UNROLL_BY(1)
+        for (int c = tid; c < kGated; c += kThreads)
+            s.frames.shift[0][c] = s.frames.frame[stages % 2][c] + trailing_gate(c);
+        __syncthreads();
+        scale_state(s.frames.shift[0]);
+    }
     float* const to = p.end.data + state_offset(StateOnly ? s.record : segment.sequence);
     for_state(p.end, [&](float value, int offset) { store_global(to + offset, value); });
-    if constexpr (StateOnly) {
+    if constexpr (StateOnly && kWhole) {
+        if (row0 == 0 && tid == 0) store_global(p.gate_sum + s.record * p.heads + head, gate_total);
+    } else if constexpr (StateOnly) {
         float* const sums = p.gate_sum + (s.record * p.heads + head) * p.contraction;
         LSM_UNROLL_BY(1)
         for (int c = tid; row0 == 0 && c < p.contraction; c += kThreads) {
-            store_global(sums + c, s.total[c] + trailing_gate(c));
+            store_global(sums + c, s.frames.total[c] + trailing_gate(c));
         }
     }
 }

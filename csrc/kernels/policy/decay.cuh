@@ -1,9 +1,12 @@
-// How fast each channel of a state forgets, for kernels that decay element by element.
+// How fast each channel of a state forgets, a_t[c] = exp(g_t[c]), for kernels that decay element by
+// element.
 //
-// A policy names the raw value that one token brings to one channel and how it becomes the factor a
-// that the channel's row of the state is multiplied with. The two are apart so that a kernel can
-// load early and pay for the exponential when the value has arrived. exp(-inf) = 0 resets a row;
-// there is no limit on the gate's size.
+// One loader for every gate, so that kernels exist once: the channels of a vector lie side by side,
+// those of a scalar are one value, and without a gate nothing is read. A gate has the dtype of the
+// activations, T, or float32, told at run time. What a token brings to a channel is kept as the bits
+// that were loaded, apart from the factor that the channel's state is multiplied with, so that a
+// kernel can load early and pay for widening and exponential when the value has arrived.
+// exp(-inf) = 0 resets a channel; there is no limit on the gate's size.
 #pragma once
 
 #include "kernels/platform.cuh"
@@ -11,24 +14,51 @@
 
 namespace lsm {
 
-// a_t[c] = exp(g_t[c]), g: [B, T, HV, K], natural log.
-template <class Gate>
-struct VectorDecay {
-    using Raw = Gate;
+template <class T>
+struct GateLoader {
     Rows g;
+    int channel_stride;  // 1, or 0: one gate for all channels
+    bool is_fp32;        // else T
 
-    LSM_DEVICE static Raw identity() { return static_cast<Raw>(0.f); }  // leaves the state as it is
+    using Raw = u32;
+    static constexpr Raw kIdentity = 0;  // g = 0 in either dtype: leaves the state as it is
 
-    LSM_DEVICE Raw load(i64 batch, i64 time, i64 head, int channel) const {
-        i64 const row = batch * g.batch + time * g.time + head * g.head;
-        return load_global(static_cast<Gate const*>(g.data) + row + channel);
+    LSM_DEVICE i64 at(i64 batch, i64 time, i64 head, int channel) const {
+        return batch * g.batch + time * g.time + head * g.head + i64(channel) * channel_stride;
+    }
+
+    LSM_DEVICE Raw load(i64 at) const {
+        if (g.data == nullptr) return kIdentity;
+        if (sizeof(T) == 4 || is_fp32) return load_global(static_cast<u32 const*>(g.data) + at);
+        return load_global(static_cast<uint16_t const*>(g.data) + at);
+    }
+
+    LSM_DEVICE float value(Raw raw) const {
+        if (sizeof(T) == 4 || is_fp32) return __uint_as_float(raw);
+        uint16_t const bits = static_cast<uint16_t>(raw);
+        return static_cast<float>(reinterpret_cast<T const&>(bits));
     }
 
     // expf, not a fast approximation: thousands of these factors are multiplied into one state.
-    LSM_DEVICE static float factor(Raw raw) { return expf(static_cast<float>(raw)); }
+    LSM_DEVICE float factor(Raw raw) const { return expf(value(raw)); }
 
     // log2 of the factor, for sums over many tokens.
-    LSM_DEVICE static float log2(Raw raw) { return static_cast<float>(raw) * 1.44269504f; }
+    LSM_DEVICE float log2(Raw raw) const { return value(raw) * 1.44269504f; }
+
+    // Rounds a gradient to the gate's dtype.
+    LSM_DEVICE void store(void* dg, i64 at, float x) const {
+        if (sizeof(T) == 4 || is_fp32) {
+            store_global(static_cast<float*>(dg) + at, x);
+        } else {
+            store_global(static_cast<T*>(dg) + at, static_cast<T>(x));
+        }
+    }
 };
+
+// Of ChunkParams or StepParams.
+template <class T, class Params>
+GateLoader<T> gate_loader(Params const& p) {
+    return {p.g, p.decay == Decay::scalar ? 0 : 1, p.gate_dtype == Dtype::f32};
+}
 
 }  // namespace lsm

@@ -13,37 +13,55 @@ LSM_DEVICE T* row_at(Rows const& x, i64 batch, i64 time, int head) {
     return static_cast<T*>(x.data) + batch * x.batch + time * x.time + head * x.head;
 }
 
-// [records or N, HV, K, V] fp32.
+// [records or N, HV] states of K rows and V columns, fp32, contiguous by rows or by columns.
 struct States {
     float* data = nullptr;  // nullable: zeros
     bool per_record = false;
+    int row = 0, column = 1;  // strides; one of them is 1
 
     LSM_DEVICE float* of(Segment const& segment, i64 record, i64 head, i64 HV, i64 size) const {
         return data + ((per_record ? record : segment.sequence) * HV + head) * size;
     }
 };
 
+// Value heads that share a head of the operands along the state's rows, and of those along its
+// columns: q and k, and v, unless the state is transposed.
+struct Groups {
+    int row, column;
+};
+
 // The work of one block: blockIdx.x = (record · HV + head) · tiles + tile. Tiles are neighbours,
 // because they read the same rows of everything that is not tiled.
 struct Work {
     i64 record;
-    int head, group_head;  // of v, g and outputs; of q and k
+    int head, row_head, column_head;  // of gates and outputs; of either kind of operand
     int tile;
 
-    LSM_DEVICE Work(int HV, int heads_per_group, int tiles) {
+    LSM_DEVICE Work(int HV, Groups const& groups, int tiles) {
         unsigned const unit = blockIdx.x / static_cast<unsigned>(tiles);
         record = unit / static_cast<unsigned>(HV);
         head = static_cast<int>(unit % static_cast<unsigned>(HV));
-        group_head = head / heads_per_group;
+        row_head = head / groups.row;
+        column_head = head / groups.column;
         tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiles));
     }
 };
 
-// Token of a segment that is visited at `step`.
-template <bool Reverse>
-LSM_DEVICE i64 token_at(Segment const& segment, i64 step) {
-    return Reverse ? segment.t1 - 1 - step : segment.t0 + step;
-}
+// The tokens of a segment in the order of a pass. In reverse, where tensors have negative strides of
+// time, a token counts from the other side of 0.
+struct Walk {
+    i64 first;
+    int steps;
+
+    LSM_DEVICE Walk(Segment const& segment, bool reverse)
+        : first(reverse ? 1 - segment.t1 : segment.t0),
+          steps(static_cast<int>(segment.t1 - segment.t0)) {}
+
+    LSM_DEVICE i64 token(int step) const { return first + step; }
+    LSM_DEVICE bool has(int step) const {
+        return static_cast<unsigned>(step) < static_cast<unsigned>(steps);
+    }
+};
 
 LSM_DEVICE float nan_value() {
     return __int_as_float(0x7fffffff);
@@ -98,25 +116,20 @@ LSM_DEVICE void scatter_sums(float (&x)[N], int lane) {
         scatter_sums<Distance / 2, Last, (Left > 1 ? Left / 2 : 1)>(x, lane);
 }
 
-// Starts copying a [Tokens, Columns] tile, row i being the token visited at step + i, column 0
-// being `column` of x. Tokens from `steps` on and columns from `columns`, a multiple of 8, on are
-// zeros.
-template <bool Reverse, int Threads, class T, int Tokens, int Columns>
-LSM_DEVICE void copy_rows(T (&tile)[Tokens][Columns], Rows const& x, Segment const& segment,
-                          int head, i64 step, i64 steps, int column, int columns) {
+// Starts copying a [Tokens, Columns] tile, row i being the token visited at step + i; the first row
+// comes from `from`, the next ones `time` elements further each. Steps that the walk does not have
+// and columns from `columns`, a multiple of 8, on are zeros.
+template <int Threads, class T, int Tokens, int Columns>
+LSM_DEVICE void copy_rows(T (&tile)[Tokens][Columns], T const* from, i64 time, Walk const& walk,
+                          int step, int columns) {
     constexpr int kPiece = 16 / sizeof(T), kPieces = Columns / kPiece, kAll = Tokens * kPieces;
     LSM_UNROLL
     for (int n = 0; n < (kAll + Threads - 1) / Threads; ++n) {
         int const i = threadIdx.x + n * Threads;
         if (kAll % Threads != 0 && i >= kAll) break;
         int const token = i / kPieces, c = i % kPieces * kPiece;
-        bool const inside = step + token < steps && column + c < columns;
-        T const* source = static_cast<T const*>(x.data);  // any valid address will do outside
-        if (inside) {
-            i64 const t = token_at<Reverse>(segment, step + token);
-            source = row_at<T const>(x, segment.batch, t, head) + column + c;
-        }
-        cp_async16(smem_u32(&tile[token][c]), source, inside);
+        bool const inside = walk.has(step + token) && c < columns;
+        cp_async16(smem_u32(&tile[token][c]), from + token * time + c, inside);
     }
 }
 

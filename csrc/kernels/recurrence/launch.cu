@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "kernels/recurrence/plan.h"
+#include "kernels/recurrence/row_gradients.cuh"
 
 namespace lsm {
 namespace recurrence {
@@ -12,13 +13,15 @@ namespace recurrence {
 constexpr i64 kLeastSegment = 64;  // tokens; below that the join costs more than it frees
 
 Plan::Plan(ChunkParams const& p, bool backward, void* workspace) {
-    // About eight warps of a sweep keep a multiprocessor busy; a sweep has K threads. Packed
-    // sequences: one row.
-    i64 const tiles = (p.V + kSweepColumns - 1) / kSweepColumns;
+    // About eight warps of a sweep keep a multiprocessor busy; a sweep has a thread per row. Packed
+    // sequences: one row of tokens.
+    bool const transposed = backward && p.decay == Decay::value;
+    i64 const rows = transposed ? p.V : p.K, columns = transposed ? p.K : p.V;
+    i64 const tiles = (columns + kSweepColumns - 1) / kSweepColumns;
     i64 const chains = (p.cu_seqlens != nullptr ? 1 : p.B) * p.HV * tiles;
-    i64 const slots = multiprocessors() * (256 / std::max<i64>(p.K, 64));
+    i64 const slots = multiprocessors() * (256 / std::max<i64>(rows, 64));
     i64 L = segment_length(p.T, chains, slots, kLeastSegment);
-    if (backward) L = std::min<i64>(L, kRowSegment);
+    L = std::min<i64>(L, backward ? kRowSegment : i64(1) << 30);  // steps are counted in 32 bits
     bool const cut = L < p.T;  // sequences may have several segments
 
     auto take = [&](i64 size) {
@@ -27,23 +30,23 @@ Plan::Plan(ChunkParams const& p, bool backward, void* workspace) {
         return static_cast<void*>(at);
     };
     segments = plan_segments(p, L, take(segments_bytes(p, L)));
-    i64 const rows = segments.count * p.HV * p.K * static_cast<i64>(sizeof(float));
+    auto floats = [&](i64 count) { return static_cast<float*>(take(count * i64(sizeof(float)))); };
+    i64 const owners = segments.count * p.HV;
     for (Boundary* const boundary : {&forward, &reverse}) {
         if (!cut || (boundary == &reverse && !backward)) continue;
-        boundary->states = static_cast<float*>(take(rows * p.V));
-        boundary->gate_sums = static_cast<float*>(take(rows));
+        boundary->states = floats(owners * p.K * p.V);
+        boundary->gate_sums = floats(owners * gates_per_token(p));
     }
+    if (backward && p.decay == Decay::scalar && p.dg.data != nullptr)
+        gate_shares = floats(row_tiles(p.K, p.V) * p.B * p.T * p.HV);
 }
 
-// Calls f with a value of the element type and one of the gate's.
+// Calls f with a value of the element type.
 template <class F>
-void dispatch_types(ChunkParams const& p, F const& f) {
-    if (p.dtype == Dtype::f32) return f(float{}, float{});
-    if (p.dtype != Dtype::f16) {
-        throw std::logic_error("lsm: the recurrence is compiled for float16 and float32");
-    }
-    if (p.gate_dtype == Dtype::f32) return f(half{}, float{});
-    f(half{}, half{});
+void dispatch_type(ChunkParams const& p, F const& f) {
+    if (p.dtype == Dtype::f32) return f(float{});
+    if (p.dtype == Dtype::f16) return f(half{});
+    throw std::logic_error("lsm: the recurrence is compiled for float16 and float32");
 }
 
 }  // namespace recurrence
@@ -61,18 +64,14 @@ void recurrence_fwd(ChunkParams const& p, void* workspace, void* stream) {
     Plan const plan(p, false, workspace);
     if (plan.segments.count == 0) return;
     build_segments(p, plan.segments, stream);
-    dispatch_types(p, [&](auto element, auto gate) {
-        run_forward<decltype(element), decltype(gate)>(p, plan, stream);
-    });
+    dispatch_type(p, [&](auto x) { run_forward<decltype(x)>(p, plan, stream); });
 }
 
 void recurrence_bwd(ChunkParams const& p, void* workspace, void* stream) {
     Plan const plan(p, true, workspace);
     if (plan.segments.count == 0) return;
     build_segments(p, plan.segments, stream);
-    dispatch_types(p, [&](auto element, auto gate) {
-        run_backward<decltype(element), decltype(gate)>(p, plan, stream);
-    });
+    dispatch_type(p, [&](auto x) { run_backward<decltype(x)>(p, plan, stream); });
 }
 
 }  // namespace lsm

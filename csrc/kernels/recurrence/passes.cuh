@@ -1,4 +1,4 @@
-// The passes of a forward and a backward, for one pair of types.
+// The passes of a forward and a backward, for one type.
 #pragma once
 
 #include <utility>
@@ -12,72 +12,132 @@
 
 namespace lsm::recurrence {
 
-inline States per_sequence(void const* data) {
-    return {static_cast<float*>(const_cast<void*>(data)), false};
+// The same recurrence of the transposed state, S^T = Diag(a) S^T + v k^T if decay is by value. What
+// were sums over the state's rows, o and dv, are now sums over its columns and the other way about:
+// dq comes out as o, dk as dv and dv as dk.
+inline ChunkParams transpose(ChunkParams p) {
+    std::swap(p.K, p.V);
+    std::swap(p.k, p.v);
+    std::swap(p.q, p.grad_o);
+    std::swap(p.dk, p.dv);
+    std::swap(p.dq, p.o);
+    return p;
 }
 
-inline SweepParams forward_params(ChunkParams const& p) {
-    SweepParams s{};
-    s.query = p.q, s.key = p.k, s.value = p.v, s.out = p.o;
-    s.start = per_sequence(p.initial_state), s.end = per_sequence(p.final_state);
-    s.HV = static_cast<int>(p.HV), s.heads_per_group = static_cast<int>(p.HV / p.H);
-    s.K = static_cast<int>(p.K), s.V = static_cast<int>(p.V);
-    s.value_scale = 1.f, s.out_scale = static_cast<float>(p.scale);
-    return s;
-}
+template <class T>
+class Passes {
+  public:
+    Passes(ChunkParams const& call, Plan const& plan, bool transposed, void* stream)
+        : call_(call),
+          p_(transposed ? transpose(call) : call),
+          plan_(plan),
+          gates_(gate_loader<T>(call)),
+          transposed_(transposed),
+          stream_(stream) {}
 
-inline SweepParams reverse_params(ChunkParams const& p) {
-    SweepParams s = forward_params(p);
-    s.query = p.k, s.key = p.q, s.value = p.grad_o, s.out = p.dv;
-    s.start = per_sequence(p.grad_final_state), s.end = per_sequence(p.grad_initial_state);
-    std::swap(s.value_scale, s.out_scale);
-    return s;
-}
+    // o and the final state, in reverse dv and the gradient of the initial state; or what they are
+    // of the transposed state.
+    template <DecayOn on>
+    void sweep(bool reverse) const {
+        run<false, on>(params(reverse));
+    }
 
-template <class T, Walk walk, bool Local, class Decay>
-void sweep_over_k(SweepParams const& s, Decay const& gate, Segments const& segments, void* stream) {
-    dispatch(Buckets<64, 128, 256>{}, s.K,
-             [&](auto K) { run_sweep<T, K, walk, Local>(s, gate, segments, stream); });
-}
+    // Computes what every segment starts from, if there is more than one per sequence.
+    void join_boundaries(bool reverse) const {
+        Boundary const& boundary = reverse ? plan_.reverse : plan_.forward;
+        if (boundary.states == nullptr) return;
+        SweepParams<T> local = params(reverse);
+        local.end = states(boundary.states, true);
+        local.gate_sum = boundary.gate_sums;
+        run<true, DecayOn::rows>(local);
+        auto const* const initial =
+            static_cast<float const*>(reverse ? call_.grad_final_state : call_.initial_state);
+        run_join({boundary.states, boundary.gate_sums, initial, static_cast<int>(call_.HV),
+                  static_cast<int>(call_.K), static_cast<int>(call_.V), call_.decay, reverse},
+                 plan_.segments, stream_);
+    }
 
-// Points s.start at what every segment starts from, computing it first if there is more than one
-// per sequence.
-template <class T, Walk walk, class Decay>
-void join_boundaries(SweepParams& s, Boundary const& boundary, Decay const& gate,
-                     Segments const& segments, void* stream) {
-    if (boundary.states == nullptr) return;
-    SweepParams local = s;
-    local.end = {boundary.states, true};
-    local.gate_sum = boundary.gate_sums;
-    sweep_over_k<T, walk, true>(local, gate, segments, stream);
-    run_join(
-        {boundary.states, boundary.gate_sums, s.start.data, s.HV, s.K, s.V, walk == Walk::reverse},
-        segments, stream);
-    s.start = {boundary.states, true};
-}
+    void row_gradients() const {
+        RowParams<T> r{};
+        r.q = p_.q, r.k = p_.k, r.v = p_.v, r.grad_o = p_.grad_o;
+        r.gates = gates_, r.dq = p_.dq, r.dk = p_.dk, r.dg = p_.dg;
+        r.gate_shares = plan_.gate_shares, r.gate_share_size = p_.B * p_.T * p_.HV;
+        r.start = start(false), r.end = start(true);
+        r.groups = groups();
+        r.HV = static_cast<int>(p_.HV), r.K = static_cast<int>(p_.K), r.V = static_cast<int>(p_.V);
+        r.exclusive = p_.exclusive;
+        r.scale = static_cast<float>(p_.scale);
+        run_row_gradients<T>(r, plan_.segments, stream_);
+    }
 
-template <class T, class Gate>
+  private:
+    States states(void const* data, bool per_record) const {
+        return {static_cast<float*>(const_cast<void*>(data)), per_record,
+                transposed_ ? 1 : static_cast<int>(p_.V), transposed_ ? static_cast<int>(p_.K) : 1};
+    }
+
+    // What segments start from in either order: joined boundaries, or what the caller gave.
+    States start(bool reverse) const {
+        Boundary const& boundary = reverse ? plan_.reverse : plan_.forward;
+        if (boundary.states != nullptr) return states(boundary.states, true);
+        return states(reverse ? p_.grad_final_state : p_.initial_state, false);
+    }
+
+    Groups groups() const {
+        int const shared = static_cast<int>(p_.HV / p_.H);
+        return transposed_ ? Groups{1, shared} : Groups{shared, 1};
+    }
+
+    SweepParams<T> params(bool reverse) const {
+        SweepParams<T> s{};
+        s.query = reverse ? p_.k : p_.q, s.key = reverse ? p_.q : p_.k;
+        s.value = reverse ? p_.grad_o : p_.v, s.out = reverse ? p_.dv : p_.o;
+        s.gates = gates_;
+        for (Rows* const x : {&s.query, &s.key, &s.value, &s.out, &s.gates.g})
+            if (reverse) x->time = -x->time;
+        s.start = start(reverse);
+        s.end = states(reverse ? p_.grad_initial_state : p_.final_state, false);
+        s.groups = groups();
+        s.HV = static_cast<int>(p_.HV), s.K = static_cast<int>(p_.K), s.V = static_cast<int>(p_.V);
+        s.gate_sums = static_cast<int>(gates_per_token(call_));
+        s.reverse = reverse;
+        s.decay_lag = reverse || p_.exclusive, s.write_lag = p_.exclusive;
+        float const scale = static_cast<float>(p_.scale);
+        s.value_scale = reverse ? scale : 1.f, s.out_scale = reverse ? 1.f : scale;
+        return s;
+    }
+
+    template <bool Local, DecayOn on>
+    void run(SweepParams<T> const& s) const {
+        dispatch(Buckets<64, 128, 256>{}, s.K,
+                 [&](auto K) { run_sweep<T, K, Local, on>(s, plan_.segments, stream_); });
+    }
+
+    ChunkParams const call_, p_;  // the call; as the kernels see it
+    Plan const& plan_;
+    GateLoader<T> const gates_;
+    bool const transposed_;
+    void* const stream_;
+};
+
+template <class T>
 void run_forward(ChunkParams const& p, Plan const& plan, void* stream) {
-    VectorDecay<Gate> const gate{p.g};
-    SweepParams s = forward_params(p);
-    join_boundaries<T, Walk::forward>(s, plan.forward, gate, plan.segments, stream);
-    sweep_over_k<T, Walk::forward, false>(s, gate, plan.segments, stream);
+    bool const by_value = p.decay == Decay::value;
+    Passes<T>(p, plan, by_value, stream).join_boundaries(false);
+    Passes<T> const passes(p, plan, false, stream);
+    by_value ? passes.template sweep<DecayOn::columns>(false)
+             : passes.template sweep<DecayOn::rows>(false);
 }
 
-template <class T, class Gate>
+template <class T>
 void run_backward(ChunkParams const& p, Plan const& plan, void* stream) {
-    VectorDecay<Gate> const gate{p.g};
-    SweepParams s = forward_params(p), d = reverse_params(p);
-    join_boundaries<T, Walk::forward>(s, plan.forward, gate, plan.segments, stream);
-    join_boundaries<T, Walk::reverse>(d, plan.reverse, gate, plan.segments, stream);
-    sweep_over_k<T, Walk::reverse, false>(d, gate, plan.segments, stream);
-    RowParams r{};
-    r.q = p.q, r.k = p.k, r.v = p.v, r.grad_o = p.grad_o, r.dq = p.dq, r.dk = p.dk, r.dg = p.dg;
-    r.start = s.start, r.end = d.start;
-    r.HV = s.HV, r.heads_per_group = s.heads_per_group, r.K = s.K, r.V = s.V;
-    r.scale = static_cast<float>(p.scale);
-    dispatch(Buckets<64, 128, 256>{}, p.V,
-             [&](auto V) { run_row_gradients<T, V>(r, gate, plan.segments, stream); });
+    bool const by_value = p.decay == Decay::value;
+    Passes<T> const passes(p, plan, by_value, stream);
+    passes.join_boundaries(false);
+    passes.join_boundaries(true);
+    if (by_value) passes.template sweep<DecayOn::rows>(false);  // dq
+    passes.template sweep<DecayOn::rows>(true);                 // dv, or dk
+    passes.row_gradients();
 }
 
 }  // namespace lsm::recurrence

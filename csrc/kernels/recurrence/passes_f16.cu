@@ -2,7 +2,7 @@
 
 namespace lsm::recurrence {
 
-template void run_forward<half, half>(ChunkParams const&, Plan const&, void*);
-template void run_backward<half, half>(ChunkParams const&, Plan const&, void*);
+template void run_forward<half>(ChunkParams const&, Plan const&, void*);
+template void run_backward<half>(ChunkParams const&, Plan const&, void*);
 
 }  // namespace lsm::recurrence

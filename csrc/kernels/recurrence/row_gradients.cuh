@@ -1,10 +1,16 @@
 // Gradients that belong to a row of the state: dq, dk and the gate's. They need a sum over all of V
 // and one row only, so a block owns a few rows [row tile, V] of one value head and one segment.
+// With G_t the gradient that reaches S_t from tokens after t, and dots by row,
 //
-//     dq_t = scale · S_t dO_t,   dk_t = dS_t v_t,   dg_t = a_t (S_{t-1} · dS_t)   (dots by row)
-//     with dS_t = a_{t+1} dS_{t+1} + scale · q_t dO_t^T
+//     x_t = S_{t-1} dO_t     y_t = G_t v_t     z_t = S_{t-1} · G_t     own_t = v_t · dO_t
 //
-// dg is taken from S_{t-1} and dS_t of the same token, never from differences of long sums: it is
+// every one of them is (scale in q; dq times scale besides)
+//
+//                            dq               dk               dg               G_{t-1}
+//     reading after write    a x + k own      y + q own        a (z + q x)      a (G + q dO^T)
+//     before decay, write    x                y                a z              a G + q dO^T
+//
+// dg is taken from S_{t-1} and G_t of the same token, never from differences of long sums: it is
 // as accurate for a gate of -80 or -inf as for 0. Walking backwards therefore needs every S again,
 // and dividing by the decay would not give it back. Instead the segment is walked forwards first,
 // leaving the state before every short run of tokens in shared memory; then each run, from the last
@@ -12,6 +18,8 @@
 // What a segment starts from, on either side, comes from joined boundary states.
 #pragma once
 
+#include "kernels/dispatch.h"
+#include "kernels/policy/decay.cuh"
 #include "kernels/recurrence/common.cuh"
 #include "kernels/recurrence/plan.h"
 
@@ -48,41 +56,50 @@ struct RowStorage {
     float start[C::kStarts][C::kRows * C::kColumns][C::kThreads];  // every thread reads its own
     struct Stage {
         alignas(16) T value[C::kRun][V], grad_out[C::kRun][V];
-        alignas(16) Scalars q, k, decay, dq, dk, dg;
+        alignas(16) Scalars q, k, decay, x, y, z;
+        float own[C::kRun];
     } stage[2];
 };
 
+template <class T>
 struct RowParams {
-    Rows q, k, v, grad_o, dq, dk, dg;
-    States start, end;  // the state before the segment; its gradient after the segment
-    int HV, heads_per_group, K, V;
+    Rows q, k, v, grad_o;
+    Rows dq, dk;  // dq: null if not wanted
+    Rows dg;      // null if not wanted
+    GateLoader<T> gates;
+    // Where all rows share a gate: what each tile of rows has in its gradient, [tiles, B, T, HV].
+    float* gate_shares;
+    i64 gate_share_size;  // B T HV
+    States start, end;    // the state before the segment; its gradient after the segment
+    Groups groups;
+    int HV, K, V;
+    bool exclusive;
     float scale;
 };
 
-template <class T, int V, class Decay>
+template <class T, int V>
 struct RowGradients {
+    using Gates = GateLoader<T>;
     using C = RowConfig<V>;
     using Storage = RowStorage<T, V>;
     using Stage = typename Storage::Stage;
     using State = float[C::kRows][C::kColumns];
     using Row = float[C::kColumns];
 
-    RowParams const& p;
-    Decay const& gate;
+    RowParams<T> const& p;
     Segment const segment;
     Work const work;
+    Walk const walk;
     Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
     int const tid = threadIdx.x, lane = tid % C::kLanes;  // lane: along V
     int const row = tid / C::kLanes * C::kRows;           // first of this thread in the tile
-    i64 const steps = segment.t1 - segment.t0;
-    int const runs = static_cast<int>((steps + C::kRun - 1) / C::kRun);
-    State S, dS;
+    int const runs = (walk.steps + C::kRun - 1) / C::kRun;
+    State S, G;
     T raw_q[C::kScalars], raw_k[C::kScalars];
-    typename Decay::Raw raw_gate[C::kScalars];
+    typename Gates::Raw raw_gate[C::kScalars];
 
-    LSM_DEVICE RowGradients(RowParams const& p, Decay const& gate, Segment const& segment,
-                            Work const& work)
-        : p(p), gate(gate), segment(segment), work(work) {}
+    LSM_DEVICE RowGradients(RowParams<T> const& p, Segment const& segment, Work const& work)
+        : p(p), segment(segment), work(work), walk(segment, false) {}
 
     LSM_DEVICE int first_row() const { return work.tile * C::kTileRows; }
     LSM_DEVICE int column(int j) const { return (j / 4 * C::kLanes + lane) * 4 + j % 4; }
@@ -99,7 +116,7 @@ struct RowGradients {
             for (int j = 0; j < C::kColumns; ++j) {
                 int const c = first_row() + row + r, v = column(j);
                 bool const inside = !zero && c < p.K && v < p.V;
-                state[r][j] = inside ? load_global(data + i64(c) * p.V + v) : 0.f;
+                state[r][j] = inside ? load_global(data + c * from.row + v * from.column) : 0.f;
             }
         }
     }
@@ -109,9 +126,11 @@ struct RowGradients {
     LSM_DEVICE int scalar_token(int i) const { return (tid + i * C::kThreads) / C::kTileRows; }
 
     LSM_DEVICE void start_run(Stage& stage, int run, bool with_queries) {
-        i64 const step = i64(run) * C::kRun;
+        int const step = run * C::kRun;
         auto copy = [&](auto& tile, Rows const& x) {
-            copy_rows<false, C::kThreads>(tile, x, segment, work.head, step, steps, 0, p.V);
+            T const* const from =
+                row_at<T const>(x, segment.batch, walk.token(step), work.column_head);
+            copy_rows<C::kThreads>(tile, from, x.time, walk, step, p.V);
         };
         copy(stage.value, p.v);
         if (with_queries) copy(stage.grad_out, p.grad_o);
@@ -119,15 +138,17 @@ struct RowGradients {
         LSM_UNROLL
         for (int i = 0; i < C::kScalars; ++i) {
             int const c = first_row() + scalar_row(i);
-            i64 const t = segment.t0 + step + scalar_token(i);
-            bool const inside = scalar_token(i) < C::kRun && c < p.K && t < segment.t1;
+            i64 const t = walk.token(step + scalar_token(i));
+            bool const inside =
+                scalar_token(i) < C::kRun && c < p.K && walk.has(step + scalar_token(i));
             auto load = [&](Rows const& x, bool wanted) {
                 if (!wanted) return static_cast<T>(0.f);
-                return load_global(row_at<T const>(x, segment.batch, t, work.group_head) + c);
+                return load_global(row_at<T const>(x, segment.batch, t, work.row_head) + c);
             };
             raw_q[i] = load(p.q, inside && with_queries);
             raw_k[i] = load(p.k, inside);
-            raw_gate[i] = inside ? gate.load(segment.batch, t, work.head, c) : Decay::identity();
+            raw_gate[i] = inside ? p.gates.load(p.gates.at(segment.batch, t, work.head, c))
+                                 : Gates::kIdentity;
         }
     }
 
@@ -138,7 +159,7 @@ struct RowGradients {
             if (t >= C::kRun) continue;
             stage.q[r][t] = p.scale * static_cast<float>(raw_q[i]);
             stage.k[r][t] = static_cast<float>(raw_k[i]);
-            stage.decay[r][t] = Decay::factor(raw_gate[i]);
+            stage.decay[r][t] = p.gates.factor(raw_gate[i]);
         }
     }
 
@@ -196,10 +217,30 @@ struct RowGradients {
         }
     }
 
+    // v · dO of every token of a run, by kShare neighbouring threads each.
+    LSM_DEVICE void multiply_own(Stage& stage) {
+        constexpr int kShare = C::kThreads / C::kRun;
+        static_assert(kShare <= 32);
+        int const t = tid / kShare;
+        float sum = 0.f;
+        for (int c = tid % kShare * 4; c < V; c += kShare * 4) {
+            float value[4], grad_out[4];
+            load4(&stage.value[t][c], value);
+            load4(&stage.grad_out[t][c], grad_out);
+            LSM_UNROLL
+            for (int j = 0; j < 4; ++j) sum += value[j] * grad_out[j];
+        }
+        LSM_UNROLL
+        for (int distance = kShare / 2; distance > 0; distance /= 2)
+            sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        if (tid % kShare == 0) stage.own[t] = sum;
+    }
+
     // Forwards through a run, keeping the state before every token, and back.
     LSM_DEVICE void differentiate(Stage& stage) {
+        multiply_own(stage);
         State before[C::kRun];
-        float dq[C::kSums];
+        float x[C::kSums];
         LSM_UNROLL
         for (int t = 0; t < C::kRun; ++t) {
             Row value, grad_out;
@@ -207,21 +248,19 @@ struct RowGradients {
             load_row(stage.grad_out[t], grad_out);
             LSM_UNROLL
             for (int r = 0; r < C::kRows; ++r) {
-                LSM_UNROLL
-                for (int j = 0; j < C::kColumns; ++j) before[t][r][j] = S[r][j];
-            }
-            advance(stage, t, value);
-            LSM_UNROLL
-            for (int r = 0; r < C::kRows; ++r) {
                 float dot = 0.f;
                 LSM_UNROLL
-                for (int j = 0; j < C::kColumns; ++j) dot += S[r][j] * grad_out[j];
-                dq[r * C::kRun + t] = p.scale * dot;
+                for (int j = 0; j < C::kColumns; ++j) {
+                    before[t][r][j] = S[r][j];
+                    dot += S[r][j] * grad_out[j];
+                }
+                x[r * C::kRun + t] = dot;
             }
+            advance(stage, t, value);
         }
-        put(stage.dq, dq);
+        put(stage.x, x);
 
-        float dk[C::kSums], dg[C::kSums];
+        float y[C::kSums], z[C::kSums];
         LSM_UNROLL
         for (int t = C::kRun - 1; t >= 0; --t) {
             Row value, grad_out;
@@ -229,38 +268,63 @@ struct RowGradients {
             load_row(stage.grad_out[t], grad_out);
             LSM_UNROLL
             for (int r = 0; r < C::kRows; ++r) {
-                float const query = stage.q[row + r][t], decay = stage.decay[row + r][t];
+                float const decay = stage.decay[row + r][t];
+                float const query = stage.q[row + r][t] * (p.exclusive ? 1.f : decay);
                 float with_value = 0.f, with_state = 0.f;
                 LSM_UNROLL
                 for (int j = 0; j < C::kColumns; ++j) {
-                    dS[r][j] += query * grad_out[j];
-                    with_value += dS[r][j] * value[j];
-                    with_state += dS[r][j] * before[t][r][j];
-                    dS[r][j] *= decay;
+                    with_value += G[r][j] * value[j];
+                    with_state += G[r][j] * before[t][r][j];
+                    G[r][j] = decay * G[r][j] + query * grad_out[j];
                 }
-                dk[r * C::kRun + t] = with_value;
-                dg[r * C::kRun + t] = decay * with_state;
+                y[r * C::kRun + t] = with_value;
+                z[r * C::kRun + t] = with_state;
             }
         }
-        put(stage.dk, dk);
-        put(stage.dg, dg);
+        put(stage.y, y);
+        put(stage.z, z);
     }
 
     LSM_DEVICE void store_run(Stage& stage, int run) {
+        static_assert(C::kTileRows * C::kRun % 32 == 0, "whole warps add up a token's rows");
         LSM_UNROLL
         for (int i = 0; i < C::kScalars; ++i) {
             int const r = scalar_row(i), n = scalar_token(i);
-            i64 const t = segment.t0 + i64(run) * C::kRun + n;
-            if (n >= C::kRun || first_row() + r >= p.K || t >= segment.t1) continue;
-            store(t, first_row() + r, stage.dq[r][n], stage.dk[r][n], stage.dg[r][n]);
+            if (n >= C::kRun) continue;
+            int const step = run * C::kRun + n;
+            bool const inside = first_row() + r < p.K && walk.has(step);
+            float const q = stage.q[r][n], k = stage.k[r][n], decay = stage.decay[r][n];
+            float dq = stage.x[r][n], dk = stage.y[r][n], dg = stage.z[r][n];
+            if (!p.exclusive) {
+                dg += q * dq;
+                dq = decay * dq + k * stage.own[n];
+                dk += q * stage.own[n];
+            }
+            store(walk.token(step), r, inside, p.scale * dq, dk, decay * dg);
         }
     }
 
-    LSM_DEVICE void store(i64 t, int c, float dq, float dk, float dg) {
-        using Gate = typename Decay::Raw;
-        store_global(row_at<T>(p.dq, segment.batch, t, work.head) + c, static_cast<T>(dq));
+    // By all threads of a warp.
+    LSM_DEVICE void store(i64 t, int r, bool inside, float dq, float dk, float dg) {
+        int const c = first_row() + r;
+        if (p.gate_shares != nullptr) {
+            float sum = inside ? dg : 0.f;
+            LSM_UNROLL
+            for (int distance = C::kTileRows / 2; distance > 0; distance /= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            if (inside && r == 0)
+                store_global(p.gate_shares + work.tile * p.gate_share_size + gate_at(t), sum);
+        }
+        if (!inside) return;
+        if (p.dq.data != nullptr)
+            store_global(row_at<T>(p.dq, segment.batch, t, work.head) + c, static_cast<T>(dq));
         store_global(row_at<T>(p.dk, segment.batch, t, work.head) + c, static_cast<T>(dk));
-        store_global(row_at<Gate>(p.dg, segment.batch, t, work.head) + c, static_cast<Gate>(dg));
+        if (p.dg.data != nullptr && p.gate_shares == nullptr)
+            p.gates.store(p.dg.data, gate_at(t) + c, dg);
+    }
+
+    LSM_DEVICE i64 gate_at(i64 t) const {
+        return segment.batch * p.dg.batch + t * p.dg.time + work.head * p.dg.head;
     }
 
     // Runs 0 .. runs - 2 forwards, then all of them backwards: 2 · runs - 1 visits of one pipeline.
@@ -290,34 +354,57 @@ struct RowGradients {
     }
 
     LSM_DEVICE void poison() {
-        for (i64 i = tid; i < steps * C::kTileRows; i += C::kThreads) {
-            int const c = first_row() + static_cast<int>(i % C::kTileRows);
-            i64 const t = segment.t0 + i / C::kTileRows;
-            if (c < p.K) store(t, c, nan_value(), nan_value(), nan_value());
+        int const r = tid % C::kTileRows;
+        constexpr int kTokens = C::kThreads / C::kTileRows;
+        for (int step = 0; step < walk.steps; step += kTokens) {
+            int const own = step + tid / C::kTileRows;
+            bool const inside = first_row() + r < p.K && walk.has(own);
+            store(walk.token(own), r, inside, nan_value(), nan_value(), nan_value());
         }
     }
 };
 
-template <class T, int V, class Decay>
+template <class T, int V>
 __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
-    row_gradients(RowParams const p, Decay const gate, Segments const segments, int tiles) {
-    Work const work(p.HV, p.heads_per_group, tiles);
+    row_gradients(RowParams<T> const p, Segments const segments, int tiles) {
+    Work const work(p.HV, p.groups, tiles);
     Segment const segment = segments[work.record];
     if (segment.t0 == segment.t1) return;
-    RowGradients<T, V, Decay> s(p, gate, segment, work);
+    RowGradients<T, V> s(p, segment, work);
     if (segment.poison) return s.poison();
     s.load_state(s.S, p.start);
-    s.load_state(s.dS, p.end);
+    s.load_state(s.G, p.end);
     s.walk_segment();
 }
 
-template <class T, int V, class Decay>
-void run_row_gradients(RowParams const& p, Decay const& gate, Segments const& segments,
-                       void* stream) {
-    i64 const tiles = (p.K + RowConfig<V>::kTileRows - 1) / RowConfig<V>::kTileRows;
-    launch(row_gradients<T, V, Decay>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
-           dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V>), stream, p, gate, segments,
-           static_cast<int>(tiles));
+// dg of a gate that all rows share: what the tiles of rows have in it, in their order.
+template <class T>
+__global__ void __launch_bounds__(256) sum_gate_shares(RowParams<T> const p, int tiles) {
+    i64 const at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= p.gate_share_size) return;
+    float sum = 0.f;
+    for (int tile = 0; tile < tiles; ++tile)
+        sum += load_global(p.gate_shares + tile * p.gate_share_size + at);
+    p.gates.store(p.dg.data, at, sum);
+}
+
+inline i64 row_tiles(i64 K, i64 V) {
+    i64 tile = 0;
+    dispatch(Buckets<64, 128, 256>{}, V, [&](auto bucket) { tile = RowConfig<bucket>::kTileRows; });
+    return (K + tile - 1) / tile;
+}
+
+template <class T>
+void run_row_gradients(RowParams<T> const& p, Segments const& segments, void* stream) {
+    i64 const tiles = row_tiles(p.K, p.V);
+    dispatch(Buckets<64, 128, 256>{}, p.V, [&](auto V) {
+        launch(row_gradients<T, V>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
+               dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V>), stream, p, segments,
+               static_cast<int>(tiles));
+    });
+    if (p.gate_shares == nullptr || p.gate_share_size == 0) return;
+    launch(sum_gate_shares<T>, dim3(static_cast<unsigned>((p.gate_share_size + 255) / 256)),
+           dim3(256), 0, stream, p, static_cast<int>(tiles));
 }
 
 }  // namespace lsm::recurrence

@@ -1,78 +1,117 @@
-// The recurrence, token by token, with the state in registers, tiled over V: one block walks one
-// segment of one value head with a [K, 32] tile of the state.
+// The recurrence, token by token, with the state in registers, tiled over its columns: one block
+// walks one segment of one value head with a [K, 32] tile. Every step decays, writes and reads:
 //
-//     forward:   S = Diag(a_t) S + key_t value_t^T;   out_t = S^T query_t
-//     reverse:   S = S + key_t value_t^T;   out_t = S^T query_t;   S = Diag(a_t) S
+//     S = Diag(a) S + key value^T   (or S Diag(a), by DecayOn);   out = S^T query
 //
-// Forward with (q, k, v) gives o and the final state. Reverse with (k, q, dO) gives dv and the
-// gradient of the initial state. Without output, from a zero state, either leaves what a segment
-// adds to its neighbour, and its summed gates.
+// A pass is an order of tokens and two lags: the step of token t reads for t, writes for the token
+// write_lag steps before it and decays for the token decay_lag steps before it.
+//
+//     forward                                decay_lag 0, write_lag 0
+//     reverse                                          1            0
+//     reading before decay and write, both             1            1
+//
+// With a lag, one step after the last token completes the state that is left. Forward with (q, k, v)
+// gives o and the final state, reverse with (k, q, dO) dv and the gradient of the initial state.
+// Without output, from a zero state, either leaves what a segment adds to its neighbour, and its
+// summed gates.
 //
 // A thread holds 8 rows and 4 columns; 8 threads lie along V and K / 8 along K, so the block has K
 // threads. Stages of 8 tokens go through shared memory, the next one on its way while this one is
 // used.
 #pragma once
 
+#include "kernels/policy/decay.cuh"
 #include "kernels/recurrence/common.cuh"
 #include "kernels/recurrence/plan.h"
 
 namespace lsm::recurrence {
 
-template <int K>
+enum class DecayOn { rows, columns };
+
+template <int K, DecayOn on>
 struct SweepConfig {
     static constexpr int kRows = 8,
                          kColumns = kSweepColumns;  // of the state: per thread; per block
     static constexpr int kThreads = K, kWarps = kThreads / 32;
-    static constexpr int kTokens = 8;        // per stage
-    static constexpr int kQuad = 4;          // tokens whose sums over K are taken together
-    static constexpr int kBlocks = 384 / K;  // per multiprocessor: 168 registers, no spills
+    static constexpr int kTokens = 8;  // per stage
+    static constexpr int kPair = 2;    // tokens whose sums over K are taken together
+    // Per multiprocessor: leaves 128 registers, 168 for 64 rows, where 128 spill.
+    static constexpr int kBlocks = K == 64 ? 6 : 512 / K;
+    static constexpr bool kByRow = on == DecayOn::rows;
+    static constexpr int kGates = kByRow ? K : kColumns;           // of a token
+    static constexpr int kOwnGates = kTokens * kGates / kThreads;  // per thread and stage
     static_assert(K % 32 == 0 && K / kRows * (kColumns / 4) == kThreads);
 };
 
-template <class T, int K>
+// Query and key lie along the state's rows, value and out along its columns.
+template <class T, int K, DecayOn on>
 struct SweepStorage {
-    using C = SweepConfig<K>;
+    using C = SweepConfig<K, on>;
     struct Stage {
         alignas(16) T query[C::kTokens][K], key[C::kTokens][K], value[C::kTokens][C::kColumns];
-        alignas(16) float decay[C::kTokens][K];
+        alignas(16) float decay[C::kTokens][C::kGates];
         // S^T query, a share per warp.
         alignas(16) float partial[C::kTokens][C::kWarps][C::kColumns];
     } stage[2];
 };
 
+template <class T>
 struct SweepParams {
-    Rows query, key, value, out;
+    Rows query, key, value, out;  // strides of time are negative in reverse
     States start, end;  // end: of a local sweep per record, else per sequence and nullable
-    float* gate_sum;    // [records, HV, K], log2; local sweeps
-    int HV, heads_per_group, K, V;
+    GateLoader<T> gates;
+    float* gate_sum;  // [records, HV, gate_sums], log2; local sweeps
+    Groups groups;
+    int HV, K, V, gate_sums;
+    bool reverse;
+    int decay_lag, write_lag;  // decay_lag >= write_lag
     float value_scale, out_scale;
+
+    LSM_DEVICE bool ends_in(Segment const& segment) const {
+        return reverse ? segment.index == 0 : segment.is_last;
+    }
 };
 
-enum class Walk { forward, reverse };
-
-template <class T, int K, Walk walk, bool Local, class Decay>
+template <class T, int K, bool Local, DecayOn on>
 struct Sweep {
-    using C = SweepConfig<K>;
-    using Storage = SweepStorage<T, K>;
-    static constexpr bool kReverse = walk == Walk::reverse;
+    using C = SweepConfig<K, on>;
+    using Storage = SweepStorage<T, K, on>;
+    using Stage = typename Storage::Stage;
+    using Gates = GateLoader<T>;
 
-    SweepParams const& p;
-    Decay const& gate;
+    SweepParams<T> const& p;
     Segment const segment;
     Work const work;
+    Walk const walk;
+    // Where the next stage's rows come from and the last one's go to, and its gates.
+    T const *query, *key, *value;
+    T* out;
+    i64 gate;
     Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
     int const tid = threadIdx.x, lane = tid % 32;
     int const row = tid / 8 * C::kRows, column = tid % 8 * 4;  // first of this thread in the tile
-    i64 const steps = segment.t1 - segment.t0;
     float S[C::kRows][4];
-    typename Decay::Raw raw[C::kTokens];  // gates of channel tid in the next stage
-    float gate_sum = 0.f;
+    typename Gates::Raw raw[C::kOwnGates];  // of the next stage
+    float gate_sum = 0.f;                   // of channel tid
 
-    LSM_DEVICE Sweep(SweepParams const& p, Decay const& gate, Segment const& segment,
-                     Work const& work)
-        : p(p), gate(gate), segment(segment), work(work) {}
+    LSM_DEVICE Sweep(SweepParams<T> const& p, Segment const& segment, Work const& work)
+        : p(p), segment(segment), work(work), walk(segment, p.reverse) {
+        i64 const batch = segment.batch, write = walk.token(-p.write_lag);
+        if constexpr (!Local) {
+            query = row_at<T const>(p.query, batch, walk.token(0), work.row_head);
+            out = row_at<T>(p.out, batch, walk.token(out_token()), work.head) + first_column() +
+                  out_column();
+        }
+        key = row_at<T const>(p.key, batch, write, work.row_head);
+        value = row_at<T const>(p.value, batch, write, work.column_head) + first_column();
+        gate = p.gates.at(batch, walk.token(gate_token(0) - p.decay_lag), work.head,
+                          first_gate() + gate_channel());
+    }
 
     LSM_DEVICE int first_column() const { return work.tile * C::kColumns; }
+    LSM_DEVICE bool leaves_state() const {
+        return Local || (p.end.data != nullptr && p.ends_in(segment) && segment.sequence >= 0);
+    }
 
     LSM_DEVICE float* state_of(States const& states) const {
         return states.of(segment, work.record, work.head, p.HV, i64(p.K) * p.V);
@@ -87,92 +126,110 @@ struct Sweep {
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) {
                 int const c = row + i, v = first_column() + column + j;
-                S[i][j] = !zero && c < p.K && v < p.V ? load_global(from + i64(c) * p.V + v) : 0.f;
+                bool const inside = !zero && c < p.K && v < p.V;
+                S[i][j] = inside ? load_global(from + c * p.start.row + v * p.start.column) : 0.f;
             }
         }
     }
 
+    // Four neighbours in memory at a time.
     LSM_DEVICE void store_state() {
-        float* const to = state_of(p.end);
-        LSM_UNROLL
-        for (int i = 0; i < C::kRows; ++i) {
-            int const c = row + i, v = first_column() + column;
-            if (c < p.K && v < p.V) store4_global(to + i64(c) * p.V + v, S[i]);
+        float* const to =
+            state_of(p.end) + row * p.end.row + (first_column() + column) * p.end.column;
+        if (row >= p.K || first_column() + column >= p.V) return;
+        if (p.end.column == 1) {
+            LSM_UNROLL
+            for (int i = 0; i < C::kRows; ++i) store4_global(to + i * p.end.row, S[i]);
+        } else {
+            LSM_UNROLL
+            for (int i = 0; i < C::kRows * 4; i += 4) {
+                int const c = i % C::kRows, j = i / C::kRows;
+                float const x[4] = {S[c][j], S[c + 1][j], S[c + 2][j], S[c + 3][j]};
+                store4_global(to + c + j * p.end.column, x);
+            }
         }
     }
 
-    LSM_DEVICE void start_stage(typename Storage::Stage& stage, i64 step) {
-        auto copy = [&](auto& tile, Rows const& x, int head, int first, int columns) {
-            copy_rows<kReverse, C::kThreads>(tile, x, segment, head, step, steps, first, columns);
+    // The i-th of this thread's gates in a stage; the channel is the same for all.
+    LSM_DEVICE int gate_token(int i) const { return (tid + i * C::kThreads) / C::kGates; }
+    LSM_DEVICE int gate_channel() const { return tid % C::kGates; }
+    LSM_DEVICE int first_gate() const { return C::kByRow ? 0 : first_column(); }
+
+    // Of the piece of a stage's output that this thread adds up, if out_token() < kTokens.
+    LSM_DEVICE int out_token() const { return tid / (C::kColumns / 4); }
+    LSM_DEVICE int out_column() const { return tid % (C::kColumns / 4) * 4; }
+
+    LSM_DEVICE void start_stage(Stage& stage, int step) {
+        int const write = step - p.write_lag, decay = step - p.decay_lag;
+        auto copy = [&](auto& tile, T const*& from, Rows const& x, int first, int columns) {
+            copy_rows<C::kThreads>(tile, from, x.time, walk, first, columns);
+            from += C::kTokens * x.time;
         };
-        if constexpr (!Local) copy(stage.query, p.query, work.group_head, 0, p.K);
-        copy(stage.key, p.key, work.group_head, 0, p.K);
-        copy(stage.value, p.value, work.head, first_column(), p.V);
+        if constexpr (!Local) copy(stage.query, query, p.query, step, p.K);
+        copy(stage.key, key, p.key, write, p.K);
+        copy(stage.value, value, p.value, write, p.V - first_column());
         cp_async_commit();
+        bool const channel = first_gate() + gate_channel() < (C::kByRow ? p.K : p.V);
         LSM_UNROLL
-        for (int i = 0; i < C::kTokens; ++i) {
-            raw[i] = Decay::identity();
-            if (step + i >= steps || tid >= p.K) continue;
-            i64 const t = token_at<kReverse>(segment, step + i);
-            raw[i] = gate.load(segment.batch, t, work.head, tid);
+        for (int i = 0; i < C::kOwnGates; ++i) {
+            bool const inside = channel && walk.has(decay + gate_token(i));
+            raw[i] = inside ? p.gates.load(gate) : Gates::kIdentity;
+            gate += C::kTokens / C::kOwnGates * p.gates.g.time;
         }
     }
 
-    LSM_DEVICE void store_decays(typename Storage::Stage& stage) {
+    LSM_DEVICE void store_decays(Stage& stage) {
         LSM_UNROLL
-        for (int i = 0; i < C::kTokens; ++i) {
-            stage.decay[i][tid] = Decay::factor(raw[i]);
-            if constexpr (Local) gate_sum += Decay::log2(raw[i]);
+        for (int i = 0; i < C::kOwnGates; ++i) {
+            stage.decay[gate_token(i)][gate_channel()] = p.gates.factor(raw[i]);
+            if constexpr (Local) gate_sum += p.gates.log2(raw[i]);
         }
     }
 
-    LSM_DEVICE void token(typename Storage::Stage& stage, int i, float* out) {
-        float value[4];
+    LSM_DEVICE void token(Stage& stage, int i, float* out) {
+        float value[4], decay[4];
         load4(&stage.value[i][column], value);
+        if constexpr (!C::kByRow) load4(&stage.decay[i][column], decay);
         LSM_UNROLL
         for (int j = 0; j < 4; ++j) out[j] = 0.f, value[j] *= p.value_scale;
         LSM_UNROLL
         for (int half = 0; half < C::kRows; half += 4) {
-            float query[4] = {}, key[4], decay[4];
+            float query[4] = {}, key[4];
             if constexpr (!Local) load4(&stage.query[i][row + half], query);
             load4(&stage.key[i][row + half], key);
-            load4(&stage.decay[i][row + half], decay);
+            if constexpr (C::kByRow) load4(&stage.decay[i][row + half], decay);
             LSM_UNROLL
             for (int c = 0; c < 4; ++c) {
                 LSM_UNROLL
                 for (int j = 0; j < 4; ++j) {
                     float& s = S[half + c][j];
-                    s = (kReverse ? s : decay[c] * s) + key[c] * value[j];
+                    s = decay[C::kByRow ? c : j] * s + key[c] * value[j];
                     if constexpr (!Local) out[j] += query[c] * s;
-                    if constexpr (kReverse) s *= decay[c];
                 }
             }
         }
     }
 
-    LSM_DEVICE void compute(typename Storage::Stage& stage) {
-        LSM_UNROLL_BY(1)
-        for (int first = 0; first < C::kTokens; first += C::kQuad) {
-            float out[C::kQuad * 4];
-            LSM_UNROLL
-            for (int i = 0; i < C::kQuad; ++i) token(stage, first + i, out + i * 4);
-            if constexpr (!Local) {
-                scatter_sums<16, 8, C::kQuad * 4>(out, lane);  // lanes 8i .. 8i + 7 keep token i
-                *reinterpret_cast<float4*>(&stage.partial[first + lane / 8][tid / 32][column]) =
-                    float4{out[0], out[1], out[2], out[3]};
-            }
+    LSM_DEVICE void pair(Stage& stage, int first) {
+        float sums[C::kPair * 4];
+        LSM_UNROLL
+        for (int i = 0; i < C::kPair; ++i) token(stage, first + i, sums + i * 4);
+        if constexpr (!Local) {
+            // Lanes 8i .. 8i + 7 keep two columns of token i / 2.
+            scatter_sums<16, 8, C::kPair * 4>(sums, lane);
+            float* const to = stage.partial[first + lane / 16][tid / 32];
+            *reinterpret_cast<float2*>(&to[column + lane / 8 % 2 * 2]) = float2{sums[0], sums[1]};
         }
     }
 
     // Adds the warps' shares, in their order.
-    LSM_DEVICE void store_out(typename Storage::Stage& stage, i64 step) {
-        constexpr int kPieces = C::kColumns / 4, kAll = C::kTokens * kPieces;
-        LSM_UNROLL
-        for (int round = 0; round < (kAll + C::kThreads - 1) / C::kThreads; ++round) {
-            int const i = tid + round * C::kThreads, n = i / kPieces, c = i % kPieces * 4;
-            if (i >= kAll || step + n >= steps || first_column() + c >= p.V) break;
+    LSM_DEVICE void store_out(Stage& stage, int step) {
+        static_assert(C::kTokens * C::kColumns / 4 <= C::kThreads);
+        int const n = out_token(), c = out_column();
+        if (n < C::kTokens && step + n < walk.steps && first_column() + c < p.V) {
             float sum[4];
             load4(&stage.partial[n][0][c], sum);
+            LSM_UNROLL_BY(1)
             for (int w = 1; w < C::kWarps; ++w) {
                 float more[4];
                 load4(&stage.partial[n][w][c], more);
@@ -181,38 +238,41 @@ struct Sweep {
             }
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) sum[j] *= p.out_scale;
-            i64 const t = token_at<kReverse>(segment, step + n);
-            store4_global(row_at<T>(p.out, segment.batch, t, work.head) + first_column() + c, sum);
+            store4_global(out, sum);
         }
+        out += C::kTokens * p.out.time;
     }
 
     LSM_DEVICE void walk_segment() {
-        if (steps > 0) start_stage(shared.stage[0], 0);
-        int buffer = 0;
-        for (i64 step = 0; step < steps; step += C::kTokens, buffer ^= 1) {
-            auto& stage = shared.stage[buffer];
-            auto& other = shared.stage[buffer ^ 1];
-            store_decays(stage);
-            cp_async_wait<0>();
-            __syncthreads();  // this stage has arrived, and nobody computes with the other any more
-            if constexpr (!Local) {
-                if (step > 0) store_out(other, step - C::kTokens);
+        int const end = walk.steps + (leaves_state() ? p.decay_lag : 0);
+        if (end > 0) start_stage(shared.stage[0], 0);
+        LSM_UNROLL_BY(1)
+        for (int step = 0; step < end; step += C::kPair) {
+            Stage& stage = shared.stage[step / C::kTokens % 2];
+            if (step % C::kTokens == 0) {
+                Stage& other = shared.stage[1 - step / C::kTokens % 2];
+                store_decays(stage);
+                cp_async_wait<0>();
+                __syncthreads();  // this stage has arrived, and nobody is busy with the other
+                if constexpr (!Local) {
+                    if (step > 0) store_out(other, step - C::kTokens);
+                }
+                if (step + C::kTokens < end) start_stage(other, step + C::kTokens);
             }
-            if (step + C::kTokens < steps) start_stage(other, step + C::kTokens);
-            compute(stage);
+            pair(stage, step % C::kTokens);
         }
         if constexpr (!Local) {
+            int const last = (end - 1) / C::kTokens;
             __syncthreads();
-            if (steps > 0)
-                store_out(shared.stage[buffer ^ 1], (steps - 1) / C::kTokens * C::kTokens);
+            if (end > 0) store_out(shared.stage[last % 2], last * C::kTokens);
         }
     }
 
     LSM_DEVICE void poison() {
         float const nan[4] = {nan_value(), nan_value(), nan_value(), nan_value()};
-        for (i64 i = tid; i < steps * 8; i += C::kThreads) {
-            i64 const t = segment.t0 + i / 8;
-            int const c = first_column() + static_cast<int>(i % 8) * 4;
+        for (int step = tid / 8; step < walk.steps; step += C::kThreads / 8) {
+            i64 const t = walk.token(step);
+            int const c = first_column() + tid % 8 * 4;
             if (c < p.V) store4_global(row_at<T>(p.out, segment.batch, t, work.head) + c, nan);
         }
         LSM_UNROLL
@@ -223,39 +283,34 @@ struct Sweep {
     }
 };
 
-template <class T, int K, Walk walk, bool Local, class Decay>
-__global__ void __launch_bounds__(SweepConfig<K>::kThreads, SweepConfig<K>::kBlocks)
-    sweep(SweepParams const p, Decay const gate, Segments const segments, int tiles) {
-    Work const work(p.HV, p.heads_per_group, tiles);
+template <class T, int K, bool Local, DecayOn on>
+__global__ void __launch_bounds__(SweepConfig<K, on>::kThreads, SweepConfig<K, on>::kBlocks)
+    sweep(SweepParams<T> const p, Segments const segments, int tiles) {
+    Work const work(p.HV, p.groups, tiles);
     Segment const segment = segments[work.record];
-    bool const last_of_walk = walk == Walk::reverse ? segment.index == 0 : segment.is_last;
-    if (segment.unused() || (Local && (last_of_walk || segment.poison))) return;
+    if (segment.unused() || (Local && (p.ends_in(segment) || segment.poison))) return;
 
-    Sweep<T, K, walk, Local, Decay> s(p, gate, segment, work);
+    Sweep<T, K, Local, on> s(p, segment, work);
     if (segment.poison) {
         s.poison();
     } else {
         s.load_state();
         s.walk_segment();
     }
-    if (Local || (p.end.data != nullptr && last_of_walk && segment.sequence >= 0)) s.store_state();
+    if (s.leaves_state()) s.store_state();
     if constexpr (Local) {
-        if (work.tile == 0 && s.tid < p.K) {
-            store_global(p.gate_sum + (work.record * p.HV + work.head) * p.K + s.tid, s.gate_sum);
+        if (work.tile == 0 && s.tid < p.gate_sums) {
+            store_global(p.gate_sum + (work.record * p.HV + work.head) * p.gate_sums + s.tid,
+                         s.gate_sum);
         }
     }
 }
 
-constexpr i64 sweep_tiles(i64 V) {
-    return (V + 31) / 32;
-}
-
-template <class T, int K, Walk walk, bool Local, class Decay>
-void run_sweep(SweepParams const& p, Decay const& gate, Segments const& segments, void* stream) {
+template <class T, int K, bool Local, DecayOn on>
+void run_sweep(SweepParams<T> const& p, Segments const& segments, void* stream) {
     i64 const tiles = (p.V + kSweepColumns - 1) / kSweepColumns;
-    launch(sweep<T, K, walk, Local, Decay>,
-           dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
-           dim3(SweepConfig<K>::kThreads), sizeof(SweepStorage<T, K>), stream, p, gate, segments,
+    launch(sweep<T, K, Local, on>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
+           dim3(SweepConfig<K, on>::kThreads), sizeof(SweepStorage<T, K, on>), stream, p, segments,
            static_cast<int>(tiles));
 }
 

@@ -1,13 +1,15 @@
-// One token of decoding: S = Diag(a) S + k v^T, o = scale · S^T q, with S [B, HV, K, V] fp32
-// updated in place.
+// One token of decoding: S = decay(S) + k v^T, o = scale · S^T q, of the new state or of the old one,
+// with S [B, HV, K, V] fp32 updated in place.
 //
 // The state is read once and written once and everything else is noise, so a thread first issues
 // all its loads of the state, in 16-byte pieces, and only then touches q, k, v and the gate. A
 // block owns Columns columns of one head's state: Columns / 4 lanes side by side along V, the other
-// threads along K. Narrow tiles make enough blocks of few heads.
+// threads along K. Narrow tiles make enough blocks of few heads. The arithmetic is free beside the
+// state's traffic: every element is decayed by its row and by its column, one of which is 1.
 #pragma once
 
 #include "kernels/platform.cuh"
+#include "kernels/policy/decay.cuh"
 #include "params/chunk.h"
 
 namespace lsm::step_kernel {
@@ -34,6 +36,7 @@ struct Operands {
     unsigned HV, heads_per_group;
     int K, V;
     float scale;
+    bool by_column, exclusive;  // decay is one of columns; o reads the old state
     bool whole_vectors;  // every row of the state starts on 16 bytes and has whole pieces of 16
 };
 
@@ -42,9 +45,9 @@ LSM_DEVICE T* row_of(Rows const& x, i64 batch, i64 head) {
     return static_cast<T*>(x.data) + batch * x.batch + head * x.head;
 }
 
-template <class T, int K, int Columns, class Decay>
+template <class T, int K, int Columns>
 __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
-    step_kernel(Operands const p, Decay const gate) {
+    step_kernel(Operands const p, GateLoader<T> const gates) {
     using C = Config<K, Columns>;
     auto& shared = *reinterpret_cast<SharedStorage<K, Columns>*>(dyn_smem());
     int const tid = threadIdx.x, lane = tid % C::kLanes, group = tid / C::kLanes;
@@ -78,7 +81,10 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
         }
     }
 
-    // The token's query, key and decay, as floats; each thread's four values.
+    // The token's query, key and decay, as floats; each thread's four values and columns' decays.
+    auto decay = [&](bool wanted, int channel) {
+        return wanted ? gates.factor(gates.load(gates.at(batch, 0, head, channel))) : 1.f;
+    };
     T const* const q = row_of<T const>(p.q, batch, group_head);
     T const* const k = row_of<T const>(p.k, batch, group_head);
     T const* const v = row_of<T const>(p.v, batch, head) + column;
@@ -89,12 +95,14 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
         bool const inside = c < p.K;
         shared.q[c] = inside ? p.scale * static_cast<float>(load_global(q + c)) : 0.f;
         shared.k[c] = inside ? static_cast<float>(load_global(k + c)) : 0.f;
-        shared.decay[c] = inside ? Decay::factor(gate.load(batch, 0, head, c)) : 1.f;
+        shared.decay[c] = decay(inside && !p.by_column, c);
     }
-    float value[4];
+    float value[4], column_decay[4];
     LSM_UNROLL
     for (int j = 0; j < 4; ++j) {
-        value[j] = column + j < p.V ? static_cast<float>(load_global(v + j)) : 0.f;
+        bool const inside = column + j < p.V;
+        value[j] = inside ? static_cast<float>(load_global(v + j)) : 0.f;
+        column_decay[j] = decay(inside && p.by_column, column + j);
     }
     __syncthreads();
 
@@ -106,8 +114,9 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
         float const qc = shared.q[c], kc = shared.k[c], a = shared.decay[c];
         LSM_UNROLL
         for (int j = 0; j < 4; ++j) {
-            S[i][j] = a * S[i][j] + kc * value[j];
-            out[j] += qc * S[i][j];
+            float const old = S[i][j];
+            S[i][j] = a * column_decay[j] * old + kc * value[j];
+            out[j] += qc * (p.exclusive ? old : S[i][j]);
         }
     }
 
@@ -139,8 +148,8 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
         for (int j = 0; j < 4; ++j) out[j] += __shfl_xor_sync(0xffffffffu, out[j], distance);
     }
     if (tid % 32 < C::kLanes) {
-        LSM_UNROLL
-        for (int j = 0; j < 4; ++j) shared.partial[tid / 32][lane * 4 + j] = out[j];
+        store_shared(reinterpret_cast<float4*>(&shared.partial[tid / 32][lane * 4]),
+                     float4{out[0], out[1], out[2], out[3]});
     }
     __syncthreads();
     int const own = column - lane * 4 + tid;
@@ -151,8 +160,8 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
     }
 }
 
-template <class T, int K, int Columns, class Decay>
-void run_step(StepParams const& p, Decay const& gate, void* stream) {
+template <class T, int K, int Columns>
+void run_step(StepParams const& p, void* stream) {
     Operands const operands{p.q,
                             p.k,
                             p.v,
@@ -163,11 +172,13 @@ void run_step(StepParams const& p, Decay const& gate, void* stream) {
                             static_cast<int>(p.K),
                             static_cast<int>(p.V),
                             static_cast<float>(p.scale),
+                            p.decay == Decay::value,
+                            p.exclusive,
                             p.V % 4 == 0 && reinterpret_cast<uintptr_t>(p.state) % 16 == 0};
     i64 const blocks = p.B * p.HV * ((p.V + Columns - 1) / Columns);
-    launch(step_kernel<T, K, Columns, Decay>, dim3(static_cast<unsigned>(blocks)),
+    launch(step_kernel<T, K, Columns>, dim3(static_cast<unsigned>(blocks)),
            dim3(Config<K, Columns>::kThreads), sizeof(SharedStorage<K, Columns>), stream, operands,
-           gate);
+           gate_loader<T>(p));
 }
 
 }  // namespace lsm::step_kernel

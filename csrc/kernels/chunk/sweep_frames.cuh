@@ -1,4 +1,4 @@
-// Vector decay by frames. Per gated channel c the state is kept as S_true = S 2^a_c, and inside a frame query and key
+// Decay by channels, in frames. Per gated channel c the state is kept as S_true = S 2^a_c, and inside a frame query and key
 // (or value and output) are scaled by 2^e and 2^-e, e = a_c + the cumulative log2 gate; nothing else changes. |e| <= 80
 // always: when a channel would leave that range the state is rescaled and the frame reopens at +80, and a block of 16
 // tokens whose own gates span more than 160 is walked token by token, every exponent 0.
@@ -32,9 +32,9 @@ LSM_DEVICE void Sweep<Config>::accumulate_gates(int stage) {
             low.x = fminf(low.x, sum.x), low.y = fminf(low.y, sum.y);
             high.x = fmaxf(high.x, sum.x), high.y = fmaxf(high.y, sum.y);
         }
-        pair_of(s.low[b], c) = low;
-        pair_of(s.high[b], c) = high;
-        pair_of(s.sum[b], c) = sum;
+        pair_of(s.frames.low[b], c) = low;
+        pair_of(s.frames.high[b], c) = high;
+        pair_of(s.frames.sum[b], c) = sum;
     }
 }
 
@@ -46,8 +46,9 @@ LSM_DEVICE float Sweep<Config>::opened(Mode mode, float frame, float high) {
 
 template <class Config>
 LSM_DEVICE float Sweep<Config>::frame_before(int stage, int b, Mode mode0, int c) const {
-    float const frame = s.frame[stage % 2][c];
-    return b == 0 ? frame : closed(mode0, opened(mode0, frame, s.high[0][c]), s.sum[0][c]);
+    float const frame = s.frames.frame[stage % 2][c];
+    return b == 0 ? frame
+                  : closed(mode0, opened(mode0, frame, s.frames.high[0][c]), s.frames.sum[0][c]);
 }
 
 // Every warp takes the same decision from the same numbers. A NaN gate compares false and goes on to the output.
@@ -58,8 +59,8 @@ LSM_DEVICE typename Sweep<Config>::Mode Sweep<Config>::choose_mode(int stage, in
     LSM_UNROLL_BY(2)
     for (int c = lane; c < kGated; c += 32) {
         float const frame = frame_before(stage, b, mode0, c);
-        wide |= s.high[b][c] - s.low[b][c] > 2 * kRange;
-        leaves |= frame + s.low[b][c] < -kRange || frame + s.high[b][c] > kRange;
+        wide |= s.frames.high[b][c] - s.frames.low[b][c] > 2 * kRange;
+        leaves |= frame + s.frames.low[b][c] < -kRange || frame + s.frames.high[b][c] > kRange;
     }
     if (__any_sync(0xffffffffu, wide)) return kTokenwise;
     return __any_sync(0xffffffffu, leaves) ? kReopen : kKeep;
@@ -83,41 +84,38 @@ LSM_DEVICE void Sweep<Config>::apply_gates(int stage, Mode mode0, Mode mode1) {
         Mode const mode = b == 0 ? mode0 : mode1;
         float2 const frame = {frame_before(stage, b, mode0, c),
                               frame_before(stage, b, mode0, c + 1)};
-        float2 const start = {opened(mode, frame.x, s.high[b][c]),
-                              opened(mode, frame.y, s.high[b][c + 1])};
-        pair_of(s.shift[b], c) = {frame.x - start.x, frame.y - start.y};
+        float2 const start = {opened(mode, frame.x, s.frames.high[b][c]),
+                              opened(mode, frame.y, s.frames.high[b][c + 1])};
+        pair_of(s.frames.shift[b], c) = {frame.x - start.x, frame.y - start.y};
         float2 e = start;
         LSM_UNROLL_BY(4)
         for (int i = 0; i < kBlock; ++i) {
             int const row = b * kBlock + i;
             if (mode == kTokenwise) {
-                if constexpr (kOnRows) pair_of(factor_row(row), c) = {p.out_scale, p.out_scale};
+                if constexpr (kOnRows) pair_of(factor_row(row), c) = {p.read_scale, p.read_scale};
                 continue;
             }
             float2 const gate = gate_pair(stage, row, c);
             e.x += gate.x, e.y += gate.y;
-            float2 const down = {exp2_approx(-e.x), exp2_approx(-e.y)};
+            float2 const up = {p.read_scale * exp2_approx(e.x), p.read_scale * exp2_approx(e.y)};
+            float2 const down = {p.write_scale * exp2_approx(-e.x),
+                                 p.write_scale * exp2_approx(-e.y)};
             if constexpr (kOnRows) {
-                pair_of(factor_row(row), c) = {p.out_scale * exp2_approx(e.x),
-                                               p.out_scale * exp2_approx(e.y)};
-                scale_pair(tiles.value + RowTile::offset(row, c), p.value_scale * down.x,
-                           p.value_scale * down.y);
+                pair_of(factor_row(row), c) = up;
+                scale_pair(tiles.value + RowTile::offset(row, c), down.x, down.y);
             } else {
                 u32 const at = WideTile::offset(row, c);
-                scale_pair(tiles.key + at, p.key_scale * down.x, p.key_scale * down.y);
-                if constexpr (!StateOnly) {
-                    scale_pair(tiles.query + at, p.query_scale * exp2_approx(e.x),
-                               p.query_scale * exp2_approx(e.y));
-                }
+                scale_pair(tiles.key + at, down.x, down.y);
+                if constexpr (!StateOnly) scale_pair(tiles.query + at, up.x, up.y);
             }
         }
         if (b == 1) {
-            float2 const sum = pair_of(s.sum[1], c);
-            pair_of(s.frame[(stage + 1) % 2], c) = {closed(mode, start.x, sum.x),
-                                                    closed(mode, start.y, sum.y)};
+            float2 const sum = pair_of(s.frames.sum[1], c);
+            pair_of(s.frames.frame[(stage + 1) % 2], c) = {closed(mode, start.x, sum.x),
+                                                           closed(mode, start.y, sum.y)};
             if constexpr (StateOnly) {
-                s.total[c] += s.sum[0][c] + sum.x;
-                s.total[c + 1] += s.sum[0][c + 1] + sum.y;
+                s.frames.total[c] += s.frames.sum[0][c] + sum.x;
+                s.frames.total[c + 1] += s.frames.sum[0][c + 1] + sum.y;
             }
         }
     }
@@ -134,7 +132,7 @@ LSM_DEVICE void Sweep<Config>::isolate(Operand const& x, char* tile, int column0
         int const row = item / (Columns / 2), c = item % (Columns / 2) * 2;
         int const t = token(stage * kStageTokens + first_row + row);
         u32 pair = 0;
-        if (row == i && inside(t) && c < columns) {
+        if (row == i && exists(x, t) && c < columns) {
             bf16 const* const at =
                 static_cast<bf16 const*>(x.rows.data) + row_offset(x, t) + column0 + c;
             float2 const raw = unpack(load_global(reinterpret_cast<u32 const*>(at)));
@@ -150,14 +148,15 @@ LSM_DEVICE void Sweep<Config>::isolate_token(int stage, int b, int i) {
     int const row = b * kBlock;
     LSM_UNROLL_BY(1)
     for (int c = 2 * tid; c < kGated; c += 2 * kThreads)
-        pair_of(s.shift[b], c) = gate_pair(stage, row + i, c);
+        pair_of(s.frames.shift[b], c) = gate_pair(stage, row + i, c);
     if constexpr (!StateOnly) {
-        isolate<Contraction>(p.query, tiles.query, 0, p.contraction, p.query_scale, row, stage, i);
+        float const scale = kOnRows ? 1.f : p.read_scale;
+        isolate<Contraction>(p.query, tiles.query, 0, p.contraction, scale, row, stage, i);
     }
     if constexpr (kOnRows) {
-        isolate<kRows>(p.value, tiles.value, row0, p.rows - row0, p.value_scale, row, stage, i);
+        isolate<kRows>(p.value, tiles.value, row0, p.rows - row0, p.write_scale, row, stage, i);
     } else {
-        isolate<Contraction>(p.key, tiles.key, 0, p.contraction, p.key_scale, row, stage, i);
+        isolate<Contraction>(p.key, tiles.key, 0, p.contraction, p.write_scale, row, stage, i);
     }
 }
 

@@ -1,0 +1,106 @@
+// The gradient of one gate per head (derivation: docs/math.md, section 4). Pairs inside a 16-token block come finished
+// from dq's sweep; with u = q . dq and r = k . dk of what crosses the block's edges, and F the flux through them,
+//
+//     dg_t = inside_t + sum_{i>=t} u_i + sum_{j<t} r_j + X        i, j in the block
+//     X = F_after - sum_j r_j,       F_before = sum_i u_i + X
+//
+// The sweeps' warps hold every number in parts. A block of threads owns a chunk: it adds the parts up, one thread hands
+// the flux from block to block, then every token has all it needs. Grid: (chunk, head).
+#pragma once
+
+#include "kernels/chunk/chunks.cuh"
+#include "kernels/chunk/flux.cuh"
+
+namespace lsm {
+
+struct HeadGateParams {
+    Operand read;           // [B, T, HV, parts] two fp32: u, inside
+    Operand written;        // [B, T, HV, parts] fp32: r
+    Operand g, dg;          // [B, T, HV]
+    float const* flux;      // [chunks, heads, parts]
+    float const* end_flux;  // [N, heads, parts], nullable: no gradient of the final state
+    int parts, heads;
+    int64_t tokens_per_row;
+};
+
+struct HeadGateStorage {
+    static constexpr int kTokens = FluxBlock::kTokens, kBlocks = kChunk / kTokens;
+    float u[kChunk], r[kChunk], inside[kChunk], g[kChunk];
+    float sum_u[kBlocks], sum_r[kBlocks], sum_g[kBlocks], crossing[kBlocks];
+};
+
+// In the order of parts: the same bits every time.
+LSM_DEVICE float sum_parts(float const* at, int parts) {
+    float sum = 0.f;
+    for (int i = 0; i < parts; ++i) sum += load_global(at + i);
+    return sum;
+}
+
+template <class Gate>
+__global__ void __launch_bounds__(128)
+    head_gate_gradient(HeadGateParams const p, Segments const segments) {
+    constexpr int kTokens = HeadGateStorage::kTokens;
+    auto& s = *reinterpret_cast<HeadGateStorage*>(dyn_smem());
+    int const head = static_cast<int>(blockIdx.x % p.heads), tid = threadIdx.x;
+    i64 const index = blockIdx.x / p.heads;
+    i64 const record = record_of_chunk(segments, index, p.tokens_per_row);
+    Segment const segment = segments[record];
+    i64 const begin =
+        segment.t0 + (index - first_chunk(segment, record, p.tokens_per_row)) * kChunk;
+    i64 const end = begin + kChunk < segment.t1 ? begin + kChunk : segment.t1;
+    if (segment.unused() || begin >= end) return;
+    int const tokens = static_cast<int>(end - begin), blocks = (tokens + kTokens - 1) / kTokens;
+    auto const at = [&](Operand const& x, int t) {
+        return segment.batch * x.rows.batch + (begin + t) * x.rows.time +
+               head / x.heads_per_group * x.rows.head;
+    };
+
+    for (int t = tid; t < blocks * kTokens; t += 128) {
+        float2 read = {0.f, 0.f};
+        float r = 0.f, g = 0.f;
+        if (t < tokens) {
+            float2 const* const from = static_cast<float2 const*>(p.read.rows.data) + at(p.read, t);
+            for (int part = 0; part < p.parts; ++part) {
+                float2 const x = load_global(from + part);
+                read.x += x.x, read.y += x.y;
+            }
+            r = sum_parts(static_cast<float const*>(p.written.rows.data) + at(p.written, t),
+                          p.parts);
+            g = static_cast<float>(
+                load_global(static_cast<Gate const*>(p.g.rows.data) + at(p.g, t)));
+        }
+        s.u[t] = read.x, s.inside[t] = read.y, s.r[t] = r, s.g[t] = g;
+    }
+    __syncthreads();
+    if (tid < blocks) {
+        float u = 0.f, r = 0.f, g = 0.f;
+        for (int t = tid * kTokens; t < (tid + 1) * kTokens; ++t)
+            u += s.u[t], r += s.r[t], g += s.g[t];
+        s.sum_u[tid] = u, s.sum_r[tid] = r, s.sum_g[tid] = g;
+    }
+    __syncthreads();
+    if (tid == 0) {
+        float flux = sum_parts(p.flux + (index * p.heads + head) * p.parts, p.parts);
+        bool const ends =
+            p.end_flux != nullptr && segment.is_last && end == segment.t1 && segment.sequence >= 0;
+        for (int b = blocks - 1; b >= 0; --b) {
+            float crossing = s.sum_g[b] < FluxBlock::kForgotten ? 0.f : flux - s.sum_r[b];
+            if (ends && b == blocks - 1) {
+                i64 const owner = static_cast<i64>(segment.sequence) * p.heads + head;
+                crossing = sum_parts(p.end_flux + owner * p.parts, p.parts);
+            }
+            s.crossing[b] = crossing;
+            flux = s.sum_u[b] + crossing;
+        }
+    }
+    __syncthreads();
+    for (int t = tid; t < tokens; t += 128) {
+        int const b = t / kTokens;
+        float sum = s.inside[t] + s.crossing[b];
+        for (int i = t; i < (b + 1) * kTokens; ++i) sum += s.u[i];
+        for (int j = b * kTokens; j < t; ++j) sum += s.r[j];
+        store_global(static_cast<Gate*>(p.dg.rows.data) + at(p.dg, t), static_cast<Gate>(sum));
+    }
+}
+
+}  // namespace lsm

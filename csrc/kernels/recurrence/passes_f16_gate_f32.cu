@@ -1,8 +1,0 @@
-#include "kernels/recurrence/passes.cuh"
-
-namespace lsm::recurrence {
-
-template void run_forward<half, float>(ChunkParams const&, Plan const&, void*);
-template void run_backward<half, float>(ChunkParams const&, Plan const&, void*);
-
-}  // namespace lsm::recurrence
