@@ -2,7 +2,7 @@
 
 Adding an operator is one row in OPS. A case is drawn for each pair of values of any two axes
 below (T = 65 with g = -80, bf16 with 33 columns, ...), which finds what a full product finds at a
-hundredth of its size.
+hundredth of its size. One operator of an engine gets every pair, its siblings SIBLING_PAIRS.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from definitions import quadratic_gla
+from definitions import quadratic
 
-import lsm_cuda
 from lsm_cuda import reference
+from lsm_cuda.ops import _chunk
 
 DTYPES = {
     "f64": torch.float64,
@@ -38,6 +38,11 @@ class Op:
     quadratic: Callable  # a second definition that shares nothing with the first
     tensors: dict[str, str] = field(hash=False)  # differentiable arguments in order, with dims
     state: str = "N HV K V"
+    every_pair: bool = False  # else SIBLING_PAIRS
+
+    @property
+    def gated(self) -> bool:
+        return "g" in self.tensors
 
     def raw(self, kind: str, namespace: str = "lsm"):
         return getattr(getattr(torch.ops, namespace), f"{self.name}_{kind}").default
@@ -46,15 +51,45 @@ class Op:
         return self.name
 
 
-GLA = Op(
-    name="gla",
-    chunk=lsm_cuda.ops.chunk_gla,
-    step=lsm_cuda.ops.gla_step,
-    reference=reference.gated_linear_attention,
-    quadratic=quadratic_gla,
-    tensors={"q": "B T H K", "k": "B T H K", "v": "B T HV V", "g": "B T HV K"},
-)
-OPS = [GLA]
+def chunk_op(
+    name: str,
+    definition: Callable,
+    gate: str | None,
+    side: str = "key",
+    exclusive: bool = False,
+    every_pair: bool = False,
+) -> Op:
+    """A row of the chunk engine: its gate's dims, and how the definitions see it."""
+
+    def chunk(
+        q, k, v, g=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+    ):
+        return _chunk.chunk(name, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+
+    def step(q, k, v, g=None, *, state, scale=None):
+        return _chunk.step(name, q, k, v, g, state, scale, f"chunk_{name}")
+
+    return Op(
+        name=name,
+        chunk=chunk,
+        step=step,
+        reference=definition,
+        quadratic=functools.partial(quadratic, side=side, exclusive=exclusive),
+        tensors={"q": "B T H K", "k": "B T H K", "v": "B T HV V"} | ({"g": gate} if gate else {}),
+        every_pair=every_pair,
+    )
+
+
+GLA = chunk_op("gla", reference.gated_linear_attention, "B T HV K", every_pair=True)
+LINEAR_ATTN = chunk_op("linear_attn", reference.linear_attention, None)
+OPS = [
+    GLA,
+    LINEAR_ATTN,
+    chunk_op("simple_gla", reference.simple_gated_linear_attention, "B T HV"),
+    chunk_op("gla_value", reference.value_gated_linear_attention, "B T HV V", side="value"),
+    chunk_op("rwkv6", reference.rwkv6, "B T HV K", exclusive=True),
+]
+SCHEMAS = [GLA, LINEAR_ATTN]  # with a gate and without: for what PyTorch's tools see of an operator
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,15 @@ AXES = {
     "layout": ["contiguous", "transposed", "sliced", "expanded", "offset"],
     "scale": [None, 0.3],
 }
+SIBLING_PAIRS = [
+    ("T", "batch"),
+    ("T", "heads"),
+    ("gate", "dtype"),
+    ("gate", "state"),
+    ("dims", "dtype"),
+    ("dims", "heads"),
+    ("layout", "dtype"),
+]
 MAX_WORK = 6_000_000  # keeps the fp64 recurrence with autograd under two seconds
 
 # The emulator runs a warp at a time: fewer tokens and heads, the same gates, dtypes, layouts and
@@ -139,21 +183,25 @@ def edge_cases(op: Op) -> list[Case]:
 
 
 def pairwise(
-    axes: dict[str, list], allowed: Callable[[dict], bool], seed: int = 0
+    axes: dict[str, list],
+    pairs: list[tuple[str, str]],
+    allowed: Callable[[dict], bool],
+    seed: int = 0,
 ) -> Iterator[dict]:
-    """Rows that hold every allowed pair of values of two axes; greedy, alike in every process."""
+    """Rows that hold every allowed pair of values of the named pairs of axes; greedy, alike in
+    every process."""
     rng = random.Random(seed)
     names = list(axes)
     missing = {
         (a, i, b, j): None  # a dict for its order
-        for a, b in itertools.combinations(names, 2)
+        for a, b in pairs
         for i in range(len(axes[a]))
         for j in range(len(axes[b]))
     }
 
     def covers(row: dict[str, int]) -> list[tuple]:
-        pairs = ((a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2))
-        return [p for p in pairs if p in missing]
+        held = ((a, row[a], b, row[b]) for a, b in pairs)
+        return [p for p in held if p in missing]
 
     while missing:
         a, i, b, j = wanted = next(iter(missing))
@@ -179,5 +227,8 @@ def cases(op: Op, impl: str) -> list[Case]:
     limit = EMULATOR_WORK if impl == "emulator" else MAX_WORK
     if impl == "cuda":
         axes = axes | {"dtype": [d for d in axes["dtype"] if d != "f64"]}
-    rows = pairwise(axes, lambda row: Case(op, **row).work <= limit)
+    if not op.gated:
+        axes = axes | {"gate": ["0"], "dtype": [d for d in axes["dtype"] if "+" not in d]}
+    pairs = list(itertools.combinations(axes, 2)) if op.every_pair else SIBLING_PAIRS
+    rows = pairwise(axes, pairs, lambda row: Case(op, **row).work <= limit)
     return edge_cases(op) + [Case(op, **row) for row in rows]

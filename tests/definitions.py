@@ -10,46 +10,63 @@ import torch
 from torch import Tensor
 
 
-def quadratic_gla(
+def quadratic(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    side: str = "key",
+    exclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with a decay: ``o_t = scale · Σ_{s≤t} (Σ_c q_tc k_sc exp(G_tc − G_sc)) v_s``.
+    """Attention with a decay: ``o_t = scale · Σ_{s≤t} Σ_c q_tc k_sc e^{G_t − G_s} v_s``.
 
     The decay between two tokens is a sum of gates over a window, taken directly (a difference of
     running sums loses what a strong gate leaves); the initial state is one more key and value row
-    per channel before the first token.
+    per channel before the first token. ``g`` has the channels of the key or, with ``side`` "value",
+    of the value; without channels it is one gate per head; None is no gate. ``exclusive`` reads the
+    state of the token before: ``s < t`` and ``G_{t-1}``.
     """
     if cu_seqlens is not None:
         pieces = []
         for n, (start, end) in enumerate(cu_seqlens.unfold(0, 2, 1).tolist()):
             state = None if initial_state is None else initial_state[n, None]
-            pieces.append(quadratic_gla(*(x[:, start:end] for x in (q, k, v, g)), scale, state))
+            part = (None if x is None else x[:, start:end] for x in (q, k, v, g))
+            pieces.append(quadratic(*part, scale, state, None, side, exclusive))
         return torch.cat([o for o, _ in pieces], 1), torch.cat([s for _, s in pieces])
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     group = torch.arange(HV, device=q.device) // (HV // H)
     q, k = q[:, :, group], k[:, :, group]
-    # between[b, h, t, s, c] = Σ of g over tokens s+1 .. t, by a running sum that starts anew at
-    # every s
-    ahead = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(-1)  # t > s
-    window = torch.where(ahead[..., None], g.transpose(1, 2)[:, :, :, None], 0.0)
-    between = window.cumsum(2)
-    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    decay = torch.where(causal[..., None], between, -torch.inf).exp()
-    scores = torch.einsum("bthk,bshk,bhtsk->bhts", q, k, decay)
-    o = torch.einsum("bhts,bshv->bthv", scores, v)
-    from_start = g.cumsum(1).exp()  # decay from before the first token to t
+    g = v.new_zeros(B, T, HV, 1) if g is None else g[..., None] if g.dim() == 3 else g
+    # from_first[b, h, t, s] = Σ of g over tokens s .. t-1: what decays the state before token s
+    # on its way to the state before token t, s and t in 0 .. T
+    inside = torch.ones(T + 1, T + 1, dtype=torch.bool, device=q.device).tril(-1)[1:]  # s < t
+    steps = torch.where(inside[..., None], g.transpose(1, 2)[:, :, :, None], 0.0)
+    window = torch.nn.functional.pad(steps.cumsum(2), (0, 0, 0, 0, 1, 0))
+    upto = window[:, :, :T] if exclusive else window[:, :, 1:]  # the state that token t reads
+    # token s writes into the state after it
+    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(-1 if exclusive else 0)
+    decay = torch.where(seen[..., None], upto[:, :, :, 1:], -torch.inf).exp()
+    start, to_end = upto[:, :, :, 0].transpose(1, 2).exp(), window[:, :, T].exp()
+    keys = decay.expand(-1, -1, -1, -1, K) if side == "key" else seen[..., None].to(q.dtype)
+    values = decay.expand(-1, -1, -1, -1, V) if side == "value" else seen[..., None].to(q.dtype)
+    scores = torch.einsum("bthk,bshk,bhtsk->bhts", q, k, keys.expand(B, HV, T, T, K))
+    o = torch.einsum("bhts,bshv,bhtsv->bthv", scores, v, values.expand(B, HV, T, T, V))
     state = v.new_zeros(B, HV, K, V)
     if T:
-        state = torch.einsum("bhsk,bshk,bshv->bhkv", decay[:, :, -1], k, v)
+        left = k.transpose(1, 2) * (to_end[:, :, 1:] if side == "key" else 1)
+        right = v.transpose(1, 2) * (to_end[:, :, 1:] if side == "value" else 1)
+        state = torch.einsum("bhsk,bhsv->bhkv", left, right)
     if initial_state is not None:
-        o = o + torch.einsum("bthk,bthk,bhkv->bthv", q, from_start, initial_state)
-        to_end = from_start[:, -1] if T else torch.ones_like(initial_state[..., 0])
-        state = state + to_end[..., None] * initial_state
+        left = q * (start if side == "key" else 1)
+        o = o + torch.einsum("bthk,bhkv->bthv", left, initial_state) * (
+            start if side == "value" else 1
+        )
+        first = to_end[:, :, 0]
+        state = state + initial_state * (
+            first[..., :, None] if side == "key" else first[..., None, :]
+        )
     return o * (K**-0.5 if scale is None else scale), state

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from cases import Op
-from checks import differentiate
+from checks import assert_same_bits, differentiate
+from emulators import emulator, missing
 from inputs import Inputs, Tensors
 from torch import Tensor
 
@@ -81,53 +78,82 @@ class Cuda(Impl):
 
 
 class Emulator(Impl):
-    """torch.ops.lsm_emu on CPU tensors; without autograd, so backward is called by hand."""
+    """A flavour of the emulator on CPU tensors; without autograd, so backward is called by hand.
+
+    Every call runs under several schedules, which must agree to the last bit. Odd seeds interleave
+    threads uniformly, even ones let one warp run ahead, 0 goes in order.
+    """
 
     tensor_cores = True
-    broken: ImportError | None = None
 
-    @functools.cache  # noqa: B019  (one object per process)
+    def __init__(
+        self,
+        name: str,
+        flavour: str = "_emu",
+        seeds: tuple[int, ...] = (1, 2, 3, 4),
+        multiprocessors: int = 8,  # what launchers cut their work for
+    ) -> None:
+        super().__init__(name)
+        self.flavour = flavour
+        self.seeds = seeds
+        self.multiprocessors = multiprocessors
+
     def absent(self) -> str | None:
-        root = Path(__file__).resolve().parent.parent
-        sys.path.insert(0, os.environ.get("LSM_EMU_DIR", str(root / "build" / "emulator")))
-        try:
-            importlib.import_module("_emu")
-        except ModuleNotFoundError:
-            return "the emulator is not built (module _emu not found)"
-        except (
-            ImportError
-        ) as error:  # built, but not loadable: that fails every test, it skips none
-            self.broken = error
-        finally:
-            del sys.path[0]
-        return None
+        return missing(self.flavour)
 
     def raw(self, op: Op, kind: str):
-        if self.broken:
-            raise self.broken
-        return op.raw(kind, "lsm_emu")
+        emulator(self.flavour)
+        return op.raw(kind, f"lsm{self.flavour}")
+
+    def under_every_seed(self, call: Callable[[], Tensors]) -> Tensors:
+        """The results of ``call``, which must not depend on the schedule."""
+        emu = emulator(self.flavour)
+        emu.set_multiprocessors(self.multiprocessors)
+        results: list[Tensors] = []
+        for seed in self.seeds:
+            emu.set_seed(seed)
+            results.append(call())
+            try:
+                assert_same_bits(results[-1], results[0])
+            except AssertionError as error:
+                raise AssertionError(f"seeds {self.seeds[0]} and {seed}: {error}") from None
+        return results[0]
 
     def forward(self, op: Op, x: Inputs) -> tuple[Tensor, Tensor | None]:
-        scale = x.tensors["q"].shape[-1] ** -0.5 if x.scale is None else x.scale
-        o, state = self.raw(op, "fwd")(
-            *x.tensors.values(), x.initial_state, x.cu_seqlens, scale, x.output_final_state
-        )
-        return o, state if x.output_final_state else None
+        results = self.under_every_seed(lambda: self.fwd(op, x))
+        return results["o"], results.get("final_state")
 
     def run(self, op: Op, x: Inputs) -> Tensors:
-        o, state = self.forward(op, x)
-        scale = x.tensors["q"].shape[-1] ** -0.5 if x.scale is None else x.scale
-        *grads, dh0 = self.raw(op, "bwd")(
-            *x.tensors.values(),
-            x.initial_state, x.cu_seqlens, scale, x.grad_o, x.grad_final_state,
+        return self.under_every_seed(lambda: self.fwd(op, x) | self.bwd(op, x))
+
+    def fwd(self, op: Op, x: Inputs) -> Tensors:
+        o, state = self.raw(op, "fwd")(
+            *x.tensors.values(), x.initial_state, x.cu_seqlens, scale_of(x.tensors, x.scale),
+            x.output_final_state,
         )  # fmt: skip
-        results = {"o": o} if state is None else {"o": o, "final_state": state}
-        results |= {f"d{name}": d for name, d in zip(x.tensors, grads, strict=True)}
+        return {"o": o, "final_state": state} if x.output_final_state else {"o": o}
+
+    def bwd(self, op: Op, x: Inputs) -> Tensors:
+        *grads, dh0 = self.raw(op, "bwd")(
+            *x.tensors.values(), x.initial_state, x.cu_seqlens, scale_of(x.tensors, x.scale),
+            x.grad_o, x.grad_final_state,
+        )  # fmt: skip
+        results = {f"d{name}": d for name, d in zip(x.tensors, grads, strict=True)}
         return results if x.initial_state is None else results | {"dinitial_state": dh0}
 
     def step(self, op: Op, tensors: Tensors, state: Tensor, scale: float | None = None) -> Tensor:
-        scale = tensors["q"].shape[-1] ** -0.5 if scale is None else scale
-        return self.raw(op, "step")(*tensors.values(), state, scale)
+        step, before = self.raw(op, "step"), state.clone()
+
+        def call() -> Tensors:
+            state.copy_(before)
+            o = step(*tensors.values(), state, scale_of(tensors, scale))
+            return {"o": o, "state": state.clone()}
+
+        return self.under_every_seed(call)["o"]
+
+
+def scale_of(tensors: Tensors, scale: float | None) -> float:
+    return tensors["q"].shape[-1] ** -0.5 if scale is None else scale
 
 
 IMPLS = {"cpu": Impl("cpu"), "emulator": Emulator("emulator"), "cuda": Cuda("cuda")}

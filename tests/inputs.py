@@ -30,8 +30,13 @@ class Inputs:
         return self.grad_final_state is not None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of queries, which come first under any name."""
+        return next(iter(self.tensors.values())).dtype
+
+    @property
     def state_dtype(self) -> torch.dtype:
-        return state_dtype(self.tensors["q"].dtype)
+        return state_dtype(self.dtype)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
         """Every floating tensor through f; boundaries stay."""
@@ -127,13 +132,18 @@ def make_inputs(case: Case) -> Inputs:
         is_gate = name == "g"
         x = gates(case.gate, shape(dims), rng) if is_gate else normal(dims, torch.float64)
         x = x.to(case.gate_dtype if is_gate else case.torch_dtype)
-        # an expanded gate would turn "mixed" and "resets" into a constant; repeat a value row
-        # instead
-        tensors[name] = x if is_gate and case.layout == "expanded" else lay_out(x, case.layout)
+        # Keys and values repeat a row. A gate that did would turn "mixed" and "resets" into a
+        # constant; queries that did would all read the same sum, whose cancellation no average
+        # over tokens hides.
+        layout = "contiguous" if case.layout == "expanded" and name in ("q", "g") else case.layout
+        tensors[name] = lay_out(x, layout)
     state = state_dtype(case.torch_dtype)
     return Inputs(
         tensors,
-        grad_o=lay_out(normal(case.op.tensors["v"], case.torch_dtype), case.layout),
+        grad_o=lay_out(
+            normal(case.op.tensors["v"], case.torch_dtype),
+            "contiguous" if case.layout == "expanded" else case.layout,
+        ),
         scale=case.scale,
         initial_state=normal(case.op.state, state) if case.state in ("initial", "both") else None,
         cu_seqlens=cu,

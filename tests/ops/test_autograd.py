@@ -6,13 +6,21 @@ import dataclasses
 
 import pytest
 import torch
-from cases import OPS, Case, Op
+from cases import OPS, SCHEMAS, Case, Op
 from checks import assert_accepted, definition
 from impls import Impl
 from inputs import Inputs, make_inputs
 from torch import Tensor
 
-pytestmark = pytest.mark.parametrize("op", OPS, ids=str)
+each_op = pytest.mark.parametrize("op", OPS, ids=str)
+each_schema = pytest.mark.parametrize("op", SCHEMAS, ids=str)
+
+
+def each_argument(ops: list[Op]) -> pytest.MarkDecorator:
+    """Every differentiable argument of every operator."""
+    rows = [(op, name) for op in ops for name in (*op.tensors, "initial_state")]
+    return pytest.mark.parametrize("op, argument", rows, ids=lambda x: str(x))
+
 
 GRADCHECK = {
     "plain": {},
@@ -30,9 +38,12 @@ GRADCHECK = {
 
 
 @pytest.mark.parametrize("name", GRADCHECK)
+@each_op
 def test_gradcheck(op: Op, name: str) -> None:
     """Against finite differences, in fp64, for every argument at once."""
     kwargs = {"T": 5, "dims": (2, 3), "dtype": "f64"} | GRADCHECK[name]
+    if "gate" in kwargs and not op.gated:
+        pytest.skip(f"{op} has no gate")
     x = make_inputs(Case(op, **kwargs)).leaves()
     differentiable = dict(x.tensors)
     if x.initial_state is not None:
@@ -57,18 +68,21 @@ def test_gradcheck(op: Op, name: str) -> None:
     assert torch.autograd.gradcheck(call, leaves, fast_mode=False)
 
 
-@pytest.mark.parametrize("asked", ["q", "k", "v", "g", "initial_state"])
-def test_one_gradient_alone(op: Op, cpu: Impl, asked: str) -> None:
+@each_argument(OPS)
+def test_one_gradient_alone(op: Op, argument: str) -> None:
+    """Kernels skip the gate's gradient where nobody asks for it."""
     x = make_inputs(Case(op, state="both"))
-    everything = cpu.run(op, x)
     args = x.tensors | {"initial_state": x.initial_state}
-    args[asked] = args[asked].clone().requires_grad_()
+    args[argument] = args[argument].clone().requires_grad_()
     o, state = op.chunk(**args, output_final_state=True)
-    (grad,) = torch.autograd.grad([o, state], [args[asked]], [x.grad_o, x.grad_final_state])
-    assert torch.equal(grad, everything[f"d{asked}"])
+    (grad,) = torch.autograd.grad([o, state], [args[argument]], [x.grad_o, x.grad_final_state])
+    name = f"d{argument}"
+    truth, same = definition(op, x)
+    assert_accepted({name: grad}, {name: truth[name]}, {name: same[name]}, x)
 
 
 @pytest.mark.parametrize("used", ["o", "final_state"])
+@each_op
 def test_gradient_through_one_result(op: Op, cpu: Impl, used: str) -> None:
     """The other result's gradient is zero, not garbage."""
     x = make_inputs(Case(op, state="both"))
@@ -85,6 +99,7 @@ def test_gradient_through_one_result(op: Op, cpu: Impl, used: str) -> None:
     assert_accepted(dict(zip(names, grads, strict=True)), truth, same, x)
 
 
+@each_schema
 def test_gradient_of_a_sum(op: Op) -> None:
     """``o.sum().backward()`` hands over a gradient of stride 0."""
     x = make_inputs(Case(op, heads=(1, 2))).leaves()
@@ -103,9 +118,10 @@ def second_order(op: Op) -> tuple[Inputs, Tensor]:
     return x, dq
 
 
+@each_schema
 def test_double_backward_is_refused(op: Op) -> None:
     text = rf"lsm::{op}_bwd: the backward pass is itself not differentiable"
-    for name in ("q", "k", "g"):
+    for name in op.tensors:
         x, dq = second_order(op)
         with pytest.raises(RuntimeError, match=text):
             torch.autograd.grad(dq.square().sum(), x.tensors[name])
@@ -117,7 +133,7 @@ def test_double_backward_is_refused(op: Op) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("argument", ["q", "g", "initial_state"])
+@each_argument(SCHEMAS)
 def test_forward_mode_is_refused(op: Op, argument: str) -> None:
     """An error instead of a tangent of zeros, with or without grad."""
     x = make_inputs(Case(op, T=8, state="initial"))
@@ -136,6 +152,7 @@ def test_forward_mode_is_refused(op: Op, argument: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@each_schema
 def test_vmap_and_functional_gradients(op: Op) -> None:
     """vmap loops over calls; torch.func.grad cannot use registered formulas, and says so."""
     x = make_inputs(Case(op, T=8))
@@ -146,6 +163,7 @@ def test_vmap_and_functional_gradients(op: Op) -> None:
         torch.func.grad(lambda q: op.chunk(**(x.tensors | {"q": q}))[0].sum())(x.tensors["q"])
 
 
+@each_schema
 def test_activation_checkpointing(op: Op, cpu: Impl) -> None:
     x = make_inputs(Case(op)).leaves()
     plain = cpu.run(op, x)
@@ -157,6 +175,7 @@ def test_activation_checkpointing(op: Op, cpu: Impl) -> None:
         assert torch.equal(grad, plain[f"d{name}"])
 
 
+@each_schema
 def test_no_graph_where_none_is_needed(op: Op) -> None:
     x = make_inputs(Case(op, state="both"))
     for t in op.chunk(**x.tensors, initial_state=x.initial_state, output_final_state=True):
@@ -169,6 +188,7 @@ def test_no_graph_where_none_is_needed(op: Op) -> None:
         assert op.chunk(**y.tensors)[0].grad_fn is None
 
 
+@each_schema
 def test_saved_arguments_must_not_change(op: Op) -> None:
     """Writing over an argument between forward and backward is noticed."""
     x = make_inputs(Case(op)).leaves()

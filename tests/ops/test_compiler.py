@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPS, Case, Op
+from cases import OPS, SCHEMAS, Case, Op
 from impls import IMPLS, threads
 from inputs import Inputs, make_inputs
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.parametrize("op", OPS, ids=str),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+each_op = pytest.mark.parametrize("op", OPS, ids=str)
+each_schema = pytest.mark.parametrize("op", SCHEMAS, ids=str)
 
 VARIANTS = {
     "plain": {},
@@ -30,25 +29,34 @@ def arguments(x: Inputs) -> tuple:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@each_schema
 def test_opcheck_forward(op: Op, name: str) -> None:
     x = make_inputs(Case(op, T=9, **VARIANTS[name])).leaves()
     torch.library.opcheck(op.raw("fwd"), arguments(x))
 
 
+def backward_arguments(op: Op, x: Inputs, need_dg: bool = True) -> tuple:
+    """Of the raw backward operator."""
+    args = (*arguments(x)[:-1], x.grad_o, x.grad_final_state)
+    return (*args, need_dg) if op.gated else args
+
+
 @pytest.mark.parametrize("name", VARIANTS)
+@each_schema
 def test_opcheck_backward(op: Op, name: str) -> None:
     """Without gradients of its own, which test_autograd shows it refuses."""
     x = make_inputs(Case(op, T=9, **VARIANTS[name]))
-    args = (*arguments(x)[:-1], x.grad_o, x.grad_final_state)
-    torch.library.opcheck(op.raw("bwd"), args)
+    torch.library.opcheck(op.raw("bwd"), backward_arguments(op, x))
 
 
+@each_schema
 def test_opcheck_step(op: Op) -> None:
     x = make_inputs(Case(op, T=1, heads=(1, 2), batch=2, state="both"))
     args = (*(t[:, 0] for t in x.tensors.values()), x.initial_state, 0.25)
     torch.library.opcheck(op.raw("step"), args)
 
 
+@each_op
 def test_step_declares_what_it_writes(op: Op) -> None:
     arguments = op.raw("step")._schema.arguments
     assert [a.name for a in arguments if a.is_write] == ["state"]
@@ -56,6 +64,7 @@ def test_step_declares_what_it_writes(op: Op) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@each_op
 def test_meta_tensors_have_the_shapes_of_real_ones(op: Op, name: str) -> None:
     x = make_inputs(Case(op, T=9, **VARIANTS[name]))
 
@@ -73,9 +82,12 @@ def test_meta_tensors_have_the_shapes_of_real_ones(op: Op, name: str) -> None:
         ))  # fmt: skip
 
     assert public(meta) == public(lambda t: t)
-    backward = (*arguments(x)[:-1], x.grad_o, x.grad_final_state)
-    moved = [meta(a) if isinstance(a, Tensor) else a for a in backward]
-    assert describe(op.raw("bwd")(*moved)) == describe(op.raw("bwd")(*backward))
+    for need_dg in (True, False) if op.gated else (True,):
+        backward = backward_arguments(op, x, need_dg)
+        moved = [meta(a) if isinstance(a, Tensor) else a for a in backward]
+        real = op.raw("bwd")(*backward)
+        assert describe(op.raw("bwd")(*moved)) == describe(real)
+        assert not op.gated or (real[3].numel() > 0) == need_dg
 
 
 class Layer(torch.nn.Module):
@@ -94,12 +106,14 @@ class Layer(torch.nn.Module):
             n: p(x).unflatten(-1, (2, -1))
             for n, p in zip(self.names, self.projections, strict=True)
         }
-        args["g"] = torch.nn.functional.logsigmoid(args["g"])
+        if self.op.gated:
+            args["g"] = torch.nn.functional.logsigmoid(args["g"])
         o, state = self.op.chunk(**args, initial_state=state, output_final_state=True)
         return self.out(o.flatten(-2)), state
 
 
 @pytest.mark.slow
+@each_schema
 def test_compile_with_any_length(op: Op) -> None:
     """One graph without breaks serves every shape, forward and backward, as eager does."""
     eager = Layer(op)
@@ -122,6 +136,7 @@ def test_compile_with_any_length(op: Op) -> None:
 
 
 @pytest.mark.slow
+@each_schema
 def test_compile_packed_and_decode(op: Op) -> None:
     """Boundaries as a tensor, and a step that updates its state inside the graph."""
     torch._dynamo.reset()
@@ -152,6 +167,7 @@ def test_compile_packed_and_decode(op: Op) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@each_schema
 def test_export(op: Op, dynamic: bool) -> None:
     layer, x = Layer(op).eval(), torch.randn(2, 20, 16)
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")} if dynamic else {}
@@ -165,6 +181,7 @@ def test_export(op: Op, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_schema
 def test_autocast(op: Op, dtype: torch.dtype) -> None:
     """q, k, v and o in autocast's dtype; gates and states, and every gradient, in their own."""
     x = make_inputs(Case(op, state="both", heads=(1, 2))).leaves()
@@ -187,6 +204,7 @@ def test_autocast(op: Op, dtype: torch.dtype) -> None:
     assert torch.equal(state, by_hand_state)
 
 
+@each_schema
 def test_autocast_leaves_fp64_and_disabled_regions_alone(op: Op) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert op.chunk(**make_inputs(Case(op, dtype="f64")).tensors)[0].dtype == torch.float64

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from pathlib import Path
-from types import ModuleType
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from cases import OPS, Case, Op
 from checks import assert_accepted, definition, differentiate
 from impls import Impl
 from inputs import Inputs, make_inputs
+from peers import fla_module
 from torch import Tensor
 
 CASES = [
@@ -60,40 +59,64 @@ def test_implementation_is_the_quadratic_form(impl: Impl, op: Op, kwargs: dict, 
     assert_accepted(impl.run(op, x), truth, same, x)
 
 
-def fla_module(path: str) -> ModuleType:
-    """A file of an installed (or, with LSM_FLA_DIR, unpacked) FLA that needs nothing but PyTorch.
-
-    Loaded by path: importing the package needs triton, its plain definitions do not.
-    """
-    root = os.environ.get("LSM_FLA_DIR")
-    if root is None:
-        spec = importlib.util.find_spec("fla")
-        if spec is None or not spec.submodule_search_locations:
-            pytest.skip("flash-linear-attention not found: install it or set LSM_FLA_DIR")
-        root = spec.submodule_search_locations[0]
-    file = Path(root) / path
-    file = file if file.is_file() else Path(root) / "fla" / path
-    assert file.is_file(), f"LSM_FLA_DIR={root} holds no {path}"
-    spec = importlib.util.spec_from_file_location("fla_naive", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def rwkv6(naive: Callable, q: Tensor, k: Tensor, v: Tensor, g: Tensor, **state: object) -> tuple:
+    """Head-first, and with a bonus of the own token, which is none of the operator's."""
+    q, k, v, g = (x.transpose(1, 2) for x in (q, k, v, g))
+    o, final_state = naive(q, k, v, g, q.new_zeros(q.shape[1], q.shape[-1]), **state)
+    return o.transpose(1, 2), final_state
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("gate", ["mixed", "-8", "-80", "0"])
-def test_gla_is_what_fla_computes(impl: Impl, gate: str, dtype: str) -> None:
-    """FLA's own loop, in fp32 inside, on the same inputs: forward, final state and gradients."""
-    naive = fla_module("ops/gla/naive.py").naive_recurrent_gla
-    (op,) = (op for op in OPS if op.name == "gla")
-    case = Case(op, T=100, dims=(32, 48), heads=(2, 2), dtype=dtype, gate=gate, state="both")
+def chunks(
+    naive: Callable, *args: Tensor, initial_state: Tensor, output_final_state: bool
+) -> tuple:
+    """Whole chunks from zero, outputs alone."""
+    return naive(*args), None
+
+
+def plain(naive: Callable, *args: Tensor, **state: object) -> tuple:
+    return naive(*args, **state)
+
+
+LOOP = {"gate": ["mixed", "-8", "-80", "0"], "dtype": ["f32", "bf16"]}
+# Sums of gates lose digits where gates are strong; chunks stay in the dtype they come in.
+CHUNKS = {"gate": ["mixed", "0"], "dtype": ["f32"]}
+FLA = {  # file, function, how to call it, the cases that it is good for
+    "gla": [("gla/naive.py", "naive_recurrent_gla", plain, LOOP)],
+    "linear_attn": [
+        ("linear_attn/naive.py", "naive_recurrent_linear_attn", plain, LOOP | {"gate": ["0"]}),
+        ("linear_attn/naive.py", "naive_chunk_linear_attn", chunks, CHUNKS | {"gate": ["0"]}),
+    ],
+    "simple_gla": [
+        ("simple_gla/naive.py", "naive_recurrent_simple_gla", plain, LOOP),
+        ("simple_gla/naive.py", "naive_chunk_simple_gla", plain, CHUNKS),
+    ],
+    "rwkv6": [("rwkv6/recurrent_naive.py", "naive_recurrent_rwkv6", rwkv6, LOOP)],
+}
+THEIRS = [
+    pytest.param(name, path, function, call, gate, dtype, id=f"{function}-{gate}-{dtype}")
+    for name, rows in FLA.items()
+    for path, function, call, cases in rows
+    for gate, dtype in itertools.product(cases["gate"], cases["dtype"])
+]
+
+
+@pytest.mark.parametrize("name, path, function, call, gate, dtype", THEIRS)
+def test_operator_is_what_fla_computes(
+    impl: Impl, name: str, path: str, function: str, call: Callable, gate: str, dtype: str
+) -> None:
+    """FLA's own code on the same inputs: forward, final state and gradients."""
+    naive = getattr(fla_module(f"ops/{path}"), function)
+    (op,) = (op for op in OPS if op.name == name)
+    state = "none" if call is chunks else "both"
+    case = Case(op, T=128, dims=(32, 48), heads=(2, 2), dtype=dtype, gate=gate, state=state)
     x = make_inputs(case)
 
     def fla(y: Inputs) -> tuple[Tensor, Tensor | None]:
-        t = y.tensors
-        return naive(t["q"], t["k"], t["v"], t["g"], y.initial_state, output_final_state=True)
+        return call(
+            naive, *y.tensors.values(), initial_state=y.initial_state,
+            output_final_state=y.output_final_state,
+        )  # fmt: skip
 
-    theirs = differentiate(fla, x)
     truth, same = definition(op, x)
-    assert_accepted(theirs, truth, same, x)
+    assert_accepted(differentiate(fla, x), truth, same, x)
     assert_accepted(impl.run(op, x), truth, same, x)

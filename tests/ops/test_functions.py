@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import itertools
 import pkgutil
+import re
 from types import ModuleType
 
 import pytest
@@ -42,30 +44,55 @@ def test_docstring_examples(name: str) -> None:
     assert not runner.failures, "".join(output)
 
 
-@pytest.mark.parametrize("name", ["chunk_gla", "gla_step"])
+DOCUMENTED = [
+    *("chunk_gla", "gla_step", "chunk_rwkv6", "rwkv6_step", "chunk_lightnet", "lightnet_step"),
+    *("chunk_hgrn2", "hgrn2_step", "chunk_regla", "regla_step", "chunk_gsa", "gsa_step"),
+    *("chunk_abc", "abc_step", "chunk_based", "based_step"),
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_operators_have_an_example(name: str) -> None:
     function = getattr(ops, name)
     assert ">>>" in inspect.getdoc(function)
     documented = inspect.getdoc(function)
     for parameter in inspect.signature(function).parameters:
-        assert f"{parameter} (" in documented or f"{parameter}, " in documented, parameter
+        assert re.search(rf"\b{parameter}( \(|, )", documented), parameter
 
 
-def test_signature_is_flas() -> None:
+# Arguments of FLA's functions in order, up to those that only its kernels have.
+QKV = "q k v"
+STATE = "initial_state output_final_state"
+FLA = {
+    "chunk_gla": f"{QKV} g scale {STATE} state_v_first cu_seqlens",
+    "fused_chunk_gla": f"{QKV} g scale {STATE}",
+    "fused_recurrent_gla": f"{QKV} gk gv scale {STATE} reverse state_v_first cu_seqlens",
+    "chunk_rwkv6": f"r k v w u scale {STATE} cu_seqlens",
+    "fused_recurrent_rwkv6": f"r k v w u scale {STATE} reverse cu_seqlens",
+    "chunk_lightnet": f"{QKV} scale {STATE} state_v_first cu_seqlens",
+    "fused_recurrent_lightnet": f"{QKV} scale {STATE} state_v_first cu_seqlens",
+    "chunk_gsa": f"{QKV} s g scale {STATE} checkpoint_level cu_seqlens",
+    "fused_recurrent_gsa": f"{QKV} s g scale {STATE} reverse cu_seqlens",
+    "chunk_abc": f"{QKV} s {STATE}",
+    "parallel_based": f"{QKV} scale use_norm",
+    "fused_chunk_based": f"{QKV} scale use_norm",
+    "parallel_rebased": f"{QKV} eps use_scale use_normalize return_both",
+}
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_signature_is_flas(name: str) -> None:
     """Calls written for FLA, positional ones too, mean the same here."""
-    names = ["scale", "initial_state", "output_final_state"]
-    for function, gate in ((ops.chunk_gla, "g"), (ops.fused_recurrent_gla, "gk")):
-        parameters = list(inspect.signature(function).parameters)
-        assert parameters[:7] == ["q", "k", "v", gate, *names]
-        assert "cu_seqlens" in parameters
-    parameters = list(inspect.signature(ops.fused_chunk_gla).parameters)
-    assert parameters[:7] == ["q", "k", "v", "g", *names]
+    expected = FLA[name].split()
+    assert list(inspect.signature(getattr(ops, name)).parameters)[: len(expected)] == expected
 
 
 def test_three_names_one_result() -> None:
     x = make_inputs(Case(GLA, T=33, state="both", heads=(1, 2)))
-    args = (*x.tensors.values(), 0.3, x.initial_state, True)
-    results = [f(*args) for f in (ops.chunk_gla, ops.fused_chunk_gla, ops.fused_recurrent_gla)]
+    args = tuple(x.tensors.values())
+    rest = {"scale": 0.3, "initial_state": x.initial_state, "output_final_state": True}
+    functions = (ops.chunk_gla, ops.fused_chunk_gla, ops.fused_recurrent_gla)
+    results = [f(*args, **rest) for f in functions]
     for o, state in results[1:]:
         assert torch.equal(o, results[0][0])
         assert torch.equal(state, results[0][1])
@@ -78,17 +105,37 @@ def test_default_scale() -> None:
     assert ops.chunk_gla(**x.tensors)[1] is None
 
 
-def test_reverse_runs_time_backwards() -> None:
-    x = make_inputs(Case(GLA, T=20, state="both"))
-    q, k, v, g = x.tensors.values()
-    o, state = ops.fused_recurrent_gla(
-        q, k, v, g, initial_state=x.initial_state, output_final_state=True, reverse=True
-    )
-    flipped, expected = ops.chunk_gla(
-        *(t.flip(1) for t in (q, k, v, g)), initial_state=x.initial_state, output_final_state=True
-    )
-    assert torch.equal(o, flipped.flip(1))
-    assert torch.equal(state, expected)
+REVERSIBLE = {
+    "fused_recurrent_gla": (ops.chunk_gla, "q k v g", 1),
+    "fused_recurrent_rwkv6": (ops.chunk_rwkv6, "q k v g u", 1),
+    "fused_recurrent_gsa": (ops.chunk_gsa, "q k v s g", 2),
+}
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 7, 7, 20]])
+@pytest.mark.parametrize("name", REVERSIBLE)
+def test_reverse_runs_time_backwards(name: str, cu_seqlens: list[int] | None) -> None:
+    """In each sequence by itself."""
+    chunk, arguments, states = REVERSIBLE[name]
+    N, T, H, D = 1 if cu_seqlens is None else 3, 20, 2, 8
+    rng = torch.Generator().manual_seed(0)
+    x = {n: torch.randn(1, T, H, D, generator=rng) for n in arguments.split()}
+    x |= {"g": -x["g"].abs()} | ({"u": x["u"][0, 0]} if "u" in x else {})
+    initial = tuple(torch.randn(N, H, D, D, generator=rng) for _ in range(states))
+    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+
+    def call(f, initial, cu, *args, **rest):  # type: ignore[no-untyped-def]
+        initial = initial if states > 1 else initial[0]
+        o, final = f(*args, initial_state=initial, output_final_state=True, cu_seqlens=cu, **rest)
+        return o, final if states > 1 else (final,)
+
+    o, final = call(getattr(ops, name), initial, cu, *x.values(), reverse=True)
+    for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens or [0, T])):
+        own = (t if t.dim() == 2 else t[:, start:end].flip(1) for t in x.values())
+        p, ends = call(chunk, tuple(s[n, None] for s in initial), None, *own)
+        torch.testing.assert_close(o[:, start:end], p.flip(1))
+        for got, want in zip(final, ends, strict=True):
+            torch.testing.assert_close(got[n, None], want)
 
 
 def test_states_may_be_value_first() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import Case, Op
+from cases import OPS, Case, Op
 from checks import assert_accepted, assert_same_bits, definition, differentiate
 from impls import Impl, threads
 from inputs import Inputs, Tensors, make_inputs
@@ -116,6 +116,8 @@ def test_arguments_are_left_alone(impl: Impl, op: Op) -> None:
 @pytest.mark.parametrize("where", ["sequence", "head", "packed"])
 def test_nan_does_not_leak(impl: Impl, op: Op, where: str, argument: str) -> None:
     """NaN in one sequence or head: the others keep their bits, forward and backward."""
+    if argument == "g" and not op.gated:
+        pytest.skip(f"{op} has no gate")
     batch = "int64" if where == "packed" else 3
     x = make_inputs(case(op, impl, batch=batch, heads=(2, 2)))
     bounds = None if x.cu_seqlens is None else x.cu_seqlens.unfold(0, 2, 1).tolist()
@@ -167,13 +169,17 @@ def test_future_does_not_reach_the_past(impl: Impl, op: Op) -> None:
     assert o[:, -1].isnan().all()
 
 
-@pytest.mark.parametrize("gate", ["mixed", "resets", "-8", "-inf", "positive"])
+@pytest.mark.parametrize("gate", ["mixed", "resets", "-inf"])
 @pytest.mark.parametrize("batch", [1, "int64"])
-def test_division_over_time_is_exact(cpu: Impl, op_gla: Op, batch: int | str, gate: str) -> None:
-    """Few heads over a long sequence are divided among threads along time."""
-    x = make_inputs(Case(op_gla, T=1100, dims=(8, 8), state="both", batch=batch, gate=gate))
-    truth, same = definition(op_gla, x)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_division_over_time_is_exact(cpu: Impl, op: Op, batch: int | str, gate: str) -> None:
+    """Few heads over a long sequence are divided among threads along time, and along V."""
+    if gate != "mixed" and not op.gated:
+        pytest.skip(f"{op} has no gate")
+    # work for four threads, two tiles of V: the forward has 2 segments, the backward 4
+    x = make_inputs(Case(op, T=1100, dims=(24, 40), state="both", batch=batch, gate=gate))
+    truth, same = definition(op, x)
     for n in (1, 2, 4):
         with threads(n):
-            results = differentiate(lambda y: cpu.forward(op_gla, y), x)
+            results = differentiate(lambda y: cpu.forward(op, y), x)
         assert_accepted(results, truth, same, x)

@@ -1,0 +1,204 @@
+"""mLSTM: what is its own beyond test_families.py."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from families import FAMILIES, assert_rule, definition, draw, gradients, operator
+from torch import Tensor
+
+from lsm_cuda import ops, reference
+
+STATES = "c_initial n_initial m_initial return_last_states eps"
+SIGNATURES = {
+    "mlstm_chunkwise": f"q k v i f {STATES} chunk_size",
+    "mlstm_siging_chunkwise": f"q k v i f {STATES} normalize chunk_size",
+    "mlstm_recurrent_step": "q k v i f c n m eps",
+    "chunk_mlstm": "q k v i f scale initial_state output_final_state cu_seqlens",
+}
+EXP, SIGMOID = (f for f in FAMILIES if f.name.startswith("mlstm"))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str) -> None:
+    """mlstm_kernels' argument order, and FLA's style of it."""
+    parameters = inspect.signature(getattr(ops, name)).parameters
+    assert [n for n, p in parameters.items() if p.kind != p.KEYWORD_ONLY] == SIGNATURES[
+        name
+    ].split()
+
+
+def arguments(*, T: int = 64, signed: bool = True, gates: float = 3.0) -> list[Tensor]:
+    q, k, v = (torch.randn(2, 3, T, n, dtype=torch.float64) for n in (8, 8, 6))
+    i, f = (gates * torch.randn(2, 3, T, dtype=torch.float64) for _ in range(2))
+    return [*((q, k) if signed else (q.exp(), k.exp())), v, i, f]
+
+
+def states() -> list[Tensor]:
+    return [torch.randn(2, 3, *s, dtype=torch.float64) for s in ((8, 6), (8,), (1,))]
+
+
+def kernels(path: str) -> ModuleType:
+    return pytest.importorskip(f"mlstm_kernels.torch.{path}")
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
+def test_is_what_mlstm_kernels_computes(form: str, carried: bool) -> None:
+    """Outputs, states and gradients of its plain PyTorch forms, in fp64."""
+    if form == "recurrent":
+        function = kernels("recurrent.native_sequence").mlstm_recurrent_sequence__native_fw
+        function = partial(function, dtype_state=torch.float64)
+    else:
+        function = kernels("chunkwise.native.fwbw").mlstm_chunkwise__native_autograd
+    x = [t.requires_grad_() for t in arguments(signed=False)]
+    initial = states() if carried else [None] * 3
+    if carried:
+        initial[1] = initial[1].exp()
+    results = []
+    for run in (function, ops.mlstm_chunkwise):
+        h, last = run(*x, *initial, return_last_states=True, eps=0.0)
+        grads = torch.autograd.grad(h, x, torch.ones_like(h).cumsum(-1))
+        results.append((h, *last, *grads))
+    # theirs passes through the stabiliser too, where contributions cancel
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
+
+
+def test_states_are_those_of_mlstm_kernels() -> None:
+    """Half of a sequence there, the other half here."""
+    there = kernels("chunkwise.native.fwbw").mlstm_chunkwise__native_autograd
+    x = arguments(T=128)
+    whole = ops.mlstm_chunkwise(*x)
+    h, last = there(*(t[:, :, :64] for t in x), return_last_states=True)
+    rest = ops.mlstm_chunkwise(*(t[:, :, 64:] for t in x), *last)
+    torch.testing.assert_close(torch.cat([h, rest], 2), whole)
+
+
+def test_step_is_the_step_of_mlstm_kernels() -> None:
+    there = kernels("recurrent.native_step").mlstm_recurrent_step__native
+    q, k, v, i, f = (t[:, :, 0] for t in arguments())
+    token = q, k, v, i[..., None], f[..., None]
+    C, n, m = states()
+    h, last = there(*token, C, n, m, dtype_state=torch.float64)
+    g, mine = ops.mlstm_recurrent_step(*token, C, n, m)
+    torch.testing.assert_close(g, h)
+    torch.testing.assert_close(mine, last)
+    assert mine[0] is C and mine[2] is m
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sigmoid_gate_is_what_mlstm_kernels_computes(normalize: bool) -> None:
+    there = kernels("parallel.native_siging.fw").mlstm_siging_parallel_fw
+    x = arguments()
+    h, _ = there(*x, normalize=normalize)
+    torch.testing.assert_close(ops.mlstm_siging_chunkwise(*x, normalize=normalize), h)
+    _, last = ops.mlstm_siging_chunkwise(*x, return_last_states=True, normalize=normalize)
+    assert [t.shape for t in last] == [(2, 3, 8, 6), (2, 3, 8)]
+    halves = [t[:, :, :20] for t in x], [t[:, :, 20:] for t in x]
+    first, (C, n) = ops.mlstm_siging_chunkwise(*halves[0], return_last_states=True)
+    second = ops.mlstm_siging_chunkwise(*halves[1], C, n)
+    torch.testing.assert_close(torch.cat([first, second], 2), ops.mlstm_siging_chunkwise(*x))
+
+
+def extreme(T: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits of -100, 0 and 100, in runs."""
+    q, k, v = (torch.randn(1, T, 2, 8).to(dtype) for _ in range(3))
+    runs = torch.randint(0, 3, (2, 1, T // 5 + 1, 2)).repeat_interleave(5, 2)[:, :, :T]
+    i, f = 100.0 * (runs - 1)
+    return [q.abs(), k.abs(), v, i, f]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_hundred(dtype: torch.dtype) -> None:
+    """The acceptance rule holds, gradients included."""
+    q, k, v, i, f = extreme(200, dtype)
+    x = draw(EXP, T=200, HV=2, K=8, V=8, B=1, dtype=dtype, states=False)
+    for name, t in zip("qkvif", (q, k, v, i, f), strict=True):
+        x.tensors[name] = t
+    assert_rule(gradients(operator(EXP), EXP, x), definition(EXP, x), x)
+
+
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_long_sequences_of_extreme_gates_are_finite(input_gate: str) -> None:
+    """1e5 tokens, as one sequence and as three; each of the three as alone."""
+    x = [t.requires_grad_() for t in extreme(100_000)]
+    run = partial(ops.chunk_mlstm, input_gate=input_gate, output_final_state=True)
+    h, last = run(*x)
+    results = [h, *last, *torch.autograd.grad(h.sum(), x)]
+    assert all(t.isfinite().all() for t in results)
+    bounds = [0, 40_000, 40_003, 100_000]
+    packed, lasts = run(*x, cu_seqlens=torch.tensor(bounds))
+    for n in (1, 2):
+        part = slice(bounds[n], bounds[n + 1])
+        alone, own = run(*(t[:, part] for t in x))
+        torch.testing.assert_close(packed[:, part], alone)
+        torch.testing.assert_close(tuple(t[n : n + 1] for t in lasts), own)
+
+
+def test_stabiliser_is_exact_over_long_sequences() -> None:
+    """m against its recursion in Python's floats, after 1e4 tokens and many resets."""
+    i = 100 * torch.randn(1, 10_000, 1, dtype=torch.float64)
+    f = 30 * torch.randn(1, 10_000, 1, dtype=torch.float64)
+    one = torch.ones(1, 10_000, 1, 1, dtype=torch.float64)
+    _, (_, _, m) = ops.chunk_mlstm(one, one, one, i, f, output_final_state=True)
+    running = 0.0
+    for a, b in zip(torch.nn.functional.logsigmoid(f).flatten(), i.flatten(), strict=True):
+        running = max(a.item() + running, b.item())
+    assert abs(m.item() - running) <= 1e-12 * abs(running)
+
+
+def test_infinite_logits() -> None:
+    """-inf in i writes nothing; -inf in f forgets everything."""
+    q, k, v, i, f = (t.transpose(1, 2) for t in arguments(T=12, signed=False))
+    i[:, 4] = -torch.inf
+    h, _ = ops.chunk_mlstm(q, k, v, i, f)
+    silent = v.clone()
+    silent[:, 4] = 1e3
+    assert torch.equal(h, ops.chunk_mlstm(q, k, silent, i, f)[0])
+    f[:, 7] = -torch.inf
+    h, last = ops.chunk_mlstm(q, k, v, i, f, output_final_state=True)
+    tail = [t[:, 7:] for t in (q, k, v, i, f)]
+    alone, own = ops.chunk_mlstm(*tail, output_final_state=True)
+    torch.testing.assert_close((h[:, 7:], *last), (alone, *own))
+    x = [t.requires_grad_() for t in (q, k, v, i, f)]
+    grads = torch.autograd.grad(ops.chunk_mlstm(*x)[0].sum(), x)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_stabiliser_moves_size_between_states() -> None:
+    """(C, n, m) and (C e^s, n e^s, m - s) are the same memory, eps apart."""
+    q, k, v, i, f = (t.transpose(1, 2) for t in arguments())
+    C, n, m = states()
+    m = m.squeeze(-1)
+    run = partial(ops.chunk_mlstm, q, k, v, i, f, eps=0.0)
+    shifted = C * torch.e**2, n * torch.e**2, m - 2
+    torch.testing.assert_close(run(initial_state=(C, n, m))[0], run(initial_state=shifted)[0])
+
+
+def test_groups_and_scale() -> None:
+    q, k, v, i, f = (t.transpose(1, 2) for t in arguments())
+    one = q[:, :, :1], k[:, :, :1]
+    shared = ops.chunk_mlstm(*one, v, i, f, 0.3)[0]
+    expected, _ = reference.mlstm(*(t.expand(-1, -1, 3, -1) for t in one), v, i, f, 0.3)
+    torch.testing.assert_close(shared, expected)
+
+
+def test_errors() -> None:
+    x = [t.transpose(1, 2) for t in arguments(T=5)]
+    with pytest.raises(RuntimeError) as error:
+        ops.chunk_mlstm(*x[:4], x[4][..., :2])
+    assert str(error.value) == (
+        "lsm::chunk_mlstm: f must have shape [B, T, HV] = [2, 5, 3], got [2, 5, 2]"
+    )
+    with pytest.raises(ValueError) as error:
+        ops.chunk_mlstm(*x, input_gate="tanh")
+    assert str(error.value) == "lsm::chunk_mlstm: input_gate must be exp or sigmoid, got 'tanh'"
+    with pytest.raises(ValueError) as error:
+        ops.chunk_mlstm(*x, normalize=False)
+    assert str(error.value) == (
+        "lsm::chunk_mlstm: normalize=False needs input_gate='sigmoid', got 'exp'"
+    )

@@ -1,0 +1,170 @@
+"""The definitions around the chunk engine against FLA's plain ones, and against formulas that share
+no line with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Call, assert_rule, definition, draw, gradients
+from peers import fla_module
+from torch import Tensor
+
+BY_NAME = {str(family): family for family in FAMILIES}
+
+
+def head_first(naive: Callable[..., Any], *names: str) -> Call:
+    """A function over ``[B, H, T, ·]`` as one over ``[B, T, H, ·]``."""
+
+    def call(**x):  # type: ignore[no-untyped-def]
+        x |= {n: x[n].transpose(1, 2) for n in names}
+        result = naive(**x)
+        o, state = result if isinstance(result, tuple) else (result, None)
+        return o.transpose(1, 2), state
+
+    return call
+
+
+def over_gla(prologue: Callable[..., tuple[Tensor, ...]]) -> Call:
+    """FLA's loop of gated linear attention on what ``prologue`` makes of the arguments."""
+
+    def call(cu_seqlens=None, initial_state=None, **x):  # type: ignore[no-untyped-def]
+        naive = fla_module("ops/gla/naive.py").naive_recurrent_gla
+        q, k, v, g, *own = prologue(**x)
+        o, state = naive(q, k, v, g, initial_state, output_final_state=True)
+        return (o + own[0] if own else o), state
+
+    return call
+
+
+def rwkv(k: Tensor, v: Tensor, r: Tensor, w: Tensor, u: Tensor, **rest: Any) -> Any:
+    naive = fla_module("ops/rwkv6/recurrent_naive.py").naive_recurrent_rwkv6
+    w = (w if w.dim() == 4 else w.expand(*r.shape[:2], -1, -1)).transpose(1, 2)
+    r, k, v = (x.transpose(1, 2) for x in (r, k, v))
+    rest.pop("cu_seqlens", None)
+    o, state = naive(r, k, v, w, u.reshape(u.shape[-2:]), output_final_state=True, **rest)
+    return o.transpose(1, 2), state
+
+
+def gsa(cu_seqlens: None = None, **x: Any) -> Any:
+    return fla_module("ops/gsa/naive.py").naive_recurrent_gsa(**x, output_final_state=True)
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    z = k.logcumsumexp(1)
+    return q, (k - z).exp(), v, torch.cat([z[:, :1], z[:, :-1]], 1) - z
+
+
+def input_gate(q: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    return q, 1 - g.exp(), v, g
+
+
+def augmented(q: Tensor, v: Tensor, g: Tensor, w_aug: Tensor) -> tuple[Tensor, ...]:
+    """As the authors write it: the sigmoid takes the weighted value."""
+    own = torch.einsum("bthd,bthd->bth", q, torch.einsum("bthd,hd->bthd", 1 - g.exp(), w_aug))
+    return q, 1 - g.exp(), v, g, torch.sigmoid(own.unsqueeze(-1) * v)
+
+
+def naive(path: str, name: str) -> Callable[..., Any]:
+    """Loaded when called, so that what is missing skips one test."""
+    return lambda *args, **kwargs: getattr(fla_module(path), name)(*args, **kwargs)
+
+
+def pairs(weight: Callable[[Tensor], Tensor]) -> Call:
+    """Attention with a polynomial of the scores as its weights: all pairs of tokens at once."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, q = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (k, q))
+        a = weight(torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5).tril()
+        o = torch.einsum("bhts,bshv->bthv", a, v)
+        return o / (a.sum(-1).transpose(1, 2).unsqueeze(-1) + 1e-6)
+
+    return call
+
+
+def both_gates(q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor) -> Tensor:
+    """Each pair of tokens with the decay between them, a sum of gates over a window."""
+    k, q = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (k, q))
+    T = q.shape[1]
+    t = torch.arange(T)
+    inside = (t[None, :, None] < t) & (t <= t[:, None, None])  # [t, s, u]: s < u ≤ t
+    key, value = (torch.einsum("tsu,buhc->bhtsc", inside.to(x.dtype), x).exp() for x in (g, gv))
+    seen = torch.ones(T, T, dtype=q.dtype).tril()
+    scores = torch.einsum("bthk,bshk,bhtsk,ts->bhts", q, k, key, seen) * q.shape[-1] ** -0.5
+    return torch.einsum("bhts,bshv,bhtsv->bthv", scores, v, value)
+
+
+def softmax_over_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """LightNet as its name for the keys says: a softmax of each channel over the tokens so far."""
+    T = q.shape[1]
+    seen = torch.ones(T, T, dtype=torch.bool).tril().view(1, T, T, 1, 1)
+    p = torch.where(seen, k.unsqueeze(1), -torch.inf).softmax(2)  # [B, t, s, H, K]
+    return q.shape[-1] ** -0.5 * torch.einsum("bthk,btshk,bshv->bthv", q, p, v)
+
+
+BASED, REBASED = "ops/based/naive.py", "ops/rebased/naive.py"
+ABC = "ops/abc/naive.py"
+# name: family, what it is compared with, sizes; "states": False compares outputs alone
+PEERS: dict[str, tuple[str, Call, dict[str, Any]]] = {
+    "rwkv6": ("rwkv6", rwkv, {"HV": 2}),
+    "rwkv5": ("rwkv5", rwkv, {"B": 1}),
+    "hgrn2": ("hgrn2", over_gla(input_gate), {}),
+    "metala": ("metala", over_gla(augmented), {}),
+    "lightnet": ("lightnet", over_gla(additive), {"states": False}),
+    "lightnet as a softmax": ("lightnet", softmax_over_time, {"states": False}),
+    "both gates": ("two_sided", both_gates, {"states": False, "T": 12}),
+    "gsa": ("gsa", gsa, {}),
+    "abc": ("abc", head_first(naive(ABC, "naive_recurrent_abc"), *"qkvs"), {"states": False}),
+    "abc as gsa without a gate": ("abc", gsa, {"states": False}),
+    "abc by cumulative sums": (
+        "abc",
+        head_first(naive(ABC, "naive_cumsum_abc"), *"qkvs"),
+        {"states": False, "HQ": 2},
+    ),
+    "based": (
+        "based",
+        head_first(naive(BASED, "naive_parallel_based"), *"qkv"),
+        {"HV": 2, "states": False},
+    ),
+    "based in chunks": (
+        "based",
+        head_first(partial(naive(BASED, "naive_chunk_based"), chunk_size=16), *"qkv"),
+        {"HV": 2, "T": 48, "states": False},
+    ),
+    "based as pairs": ("based", pairs(lambda x: 1 + x + x * x / 2), {"states": False}),
+    "rebased": (
+        "rebased",
+        head_first(naive(REBASED, "naive_parallel_rebased"), *"qkv"),
+        {"states": False},
+    ),
+    "rebased as pairs": ("rebased", pairs(torch.square), {"states": False}),
+}
+
+
+def outputs(call: Call) -> Call:
+    """Without states."""
+
+    def only(initial_state=None, cu_seqlens=None, **x):  # type: ignore[no-untyped-def]
+        assert initial_state is None
+        result = call(**x)
+        return (result[0] if isinstance(result, tuple) else result), None
+
+    return only
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_definition_is_theirs(name: str) -> None:
+    """Outputs, final states and gradients; both in fp32 against the definition in fp64."""
+    of, call, sizes = PEERS[name]
+    family = BY_NAME[of]
+    if of == "rebased":  # FLA's loop has an eps of its own
+        family = dataclasses.replace(family, definition=partial(family.definition, eps=1e-6))
+    x = draw(family, **sizes)
+    if x.states is None:
+        family = dataclasses.replace(family, definition=outputs(family.definition))
+        call = outputs(call)
+    assert_rule(gradients(call, family, x), definition(family, x), x)

@@ -1,0 +1,281 @@
+"""Mamba-2's scan under mamba_ssm's conventions: what is its own beyond test_families.py."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, SSD, assert_rule, definition, draw, gradients, operator, row, ssd
+from torch import Tensor
+
+from lsm_cuda import ops, reference
+
+STATES = "return_final_states return_varlen_states"
+SIGNATURES = {
+    "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx "
+    f"cu_seqlens dt_softplus dt_limit {STATES}",
+    "selective_state_update": "state x dt A B C D z dt_bias dt_softplus",
+    "ssd_minimal_discrete": "X A B C block_len initial_states",
+    "mamba_split_conv1d_scan_combined": "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size "
+    "initial_states seq_idx dt_limit return_final_states activation rmsnorm_weight rmsnorm_eps "
+    "outproj_weight outproj_bias headdim ngroups norm_before_gate",
+}
+(FAMILY,) = (f for f in FAMILIES if f.name == "ssd")
+SEGMENTS = [0] * 9 + [3] * 1 + [1] * 20 + [2] * 7
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_is_mamba_ssms(name: str) -> None:
+    parameters = list(inspect.signature(getattr(ops, name)).parameters)
+    assert parameters == SIGNATURES[name].split()
+
+
+def arguments(**replaced: Any) -> dict[str, Any]:
+    x = draw(FAMILY, dtype=torch.float64)
+    return x.tensors | {"initial_states": x.states[0], "dt_softplus": True} | replaced
+
+
+def peer(name: str):  # type: ignore[no-untyped-def]
+    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    return getattr(modeling, name).__wrapped__
+
+
+def test_is_the_scan_of_transformers() -> None:
+    """Its chunked form, in fp32 inside, obeys the acceptance rule; so does ours."""
+    scan = peer("mamba2_chunk_scan")
+
+    def theirs(x, D, z, initial_state, cu_seqlens=None, **rest):  # type: ignore[no-untyped-def]
+        y, state = scan(
+            x, **rest, initial_states=initial_state, chunk_size=16, dt_softplus=True,
+            return_final_states=True,
+        )  # fmt: skip
+        return (y + D * x) * F.silu(z), state  # its own D is per head, and it has no z
+
+    x = draw(FAMILY)
+    expected = definition(FAMILY, x)
+    assert_rule(gradients(theirs, FAMILY, x), expected, x)
+    assert_rule(gradients(operator(FAMILY), FAMILY, x), expected, x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_step_is_the_step_of_transformers(turned: bool) -> None:
+    """Called as mamba_ssm's own layer calls it, everything expanded; the state in either layout."""
+    update = peer("mamba2_selective_state_update")
+    x = {n: t[:, 0] if t.dim() > 2 else t for n, t in draw(FAMILY).tensors.items()}
+    x |= {
+        "dt": x["dt"][:, :, None].expand(-1, -1, 10),
+        "A": x["A"][:, None, None].expand(-1, 10, 12),
+        "dt_bias": x["dt_bias"][:, None].expand(-1, 10),
+    }
+    state = torch.randn(2, 4, 10, 12)
+    other = state.clone()
+    if turned:
+        state = state.mT.contiguous().mT
+    y = ops.selective_state_update(state, **x, dt_softplus=True)
+    torch.testing.assert_close(y, update(other, x.pop("x"), **x, dt_softplus=True))
+    torch.testing.assert_close(state, other)
+
+
+def test_final_states_are_as_the_step_likes_them() -> None:
+    """Its engine then works on the state itself."""
+    x = arguments()
+    _, state = ops.mamba_chunk_scan_combined(**x, return_final_states=True)
+    assert state.shape == (2, 4, 10, 12) and state.mT.is_contiguous()
+    assert state.dtype == torch.float64
+
+
+VARIANTS = {
+    "D per head": {"D": torch.randn(4).double()},
+    "no D": {"D": None},
+    "no z": {"z": None},
+    "no softplus": {"dt_softplus": False, "dt_limit": (0.01, 0.2)},
+    "softplus within limits": {"dt_limit": (0.3, 0.9)},
+    "no bias": {"dt_bias": None},
+    "no state": {"initial_states": None},
+    "segments": {"seq_idx": torch.tensor([SEGMENTS, SEGMENTS[::-1]])},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str) -> None:
+    x = arguments(**VARIANTS[variant])
+    y, state = ops.mamba_chunk_scan_combined(**x, return_final_states=True)
+    expected, last = reference.mamba2(**x)
+    torch.testing.assert_close((y, state), (expected, last))
+    only = ops.mamba_chunk_scan_combined(**x, chunk_size=256)
+    assert torch.equal(only, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_across_segments(dtype: torch.dtype) -> None:
+    """No gradient crosses a change of seq_idx; the rest is exact."""
+
+    def segmented(scan):  # type: ignore[no-untyped-def]
+        def call(cu_seqlens=None, **rest):  # type: ignore[no-untyped-def]
+            seq_idx = torch.tensor([SEGMENTS, SEGMENTS[::-1]])
+            return ssd(scan)(**rest, seq_idx=seq_idx)
+
+        return call
+
+    family = row(
+        "ssd segments", SSD, chunk=segmented(ops.mamba_chunk_scan_combined), step=lambda: None,
+        definition=segmented(reference.mamba2), state=FAMILY.state, sizes=FAMILY.sizes,
+    )  # fmt: skip
+    x = draw(family, dtype=dtype)
+    assert_rule(gradients(operator(family), family, x), definition(family, x), x)
+
+
+def test_packed_sequences() -> None:
+    """mamba_ssm's call for packed sequences, and its three results."""
+    x = arguments(initial_states=None)
+    per_head = ("A", "D", "dt_bias")
+    x |= {n: t[:1] for n, t in x.items() if isinstance(t, Tensor) and n not in per_head}
+    bounds = torch.tensor([0, 9, 10, 30, 37])
+    y, last, states = ops.mamba_chunk_scan_combined(
+        **x, seq_idx=torch.tensor([SEGMENTS]), cu_seqlens=bounds, return_final_states=True,
+        return_varlen_states=True,
+    )  # fmt: skip
+    assert torch.equal(last, states[-1:])
+    pair = ops.mamba_chunk_scan_combined(**x, cu_seqlens=bounds, return_varlen_states=True)
+    assert torch.equal(pair[0], y) and torch.equal(pair[1], states)
+    expected, finals = reference.mamba2(**x, cu_seqlens=bounds)
+    torch.testing.assert_close((y, states), (expected, finals))
+
+
+def test_hard_decays() -> None:
+    """dt·A from -50 to 0: finite, and within the rule."""
+    x = draw(FAMILY, gate="-1")
+    x.tensors["dt"].copy_(torch.linspace(-60, 45, x.tensors["dt"].numel()).view(2, 37, 4))
+    assert_rule(gradients(operator(FAMILY), FAMILY, x), definition(FAMILY, x), x)
+    x.tensors["A"].fill_(-1e4)
+    results = gradients(operator(FAMILY), FAMILY, x)
+    assert all(t.isfinite().all() for t in results.values())
+
+
+def test_listing_of_the_paper() -> None:
+    """Its quadratic form, from sums over windows."""
+    X, B, C = (torch.randn(2, 30, 4, n, dtype=torch.float64) for n in (6, 5, 5))
+    A = -torch.rand(2, 30, 4, dtype=torch.float64)
+    h0 = torch.randn(2, 1, 4, 6, 5, dtype=torch.float64)
+    Y, state = ops.ssd_minimal_discrete(X, A, B, C, 64, h0)
+    window = A.mT[..., None].expand(-1, -1, -1, 31).tril(0).cumsum(2)  # token t from before s
+    decay = F.pad(window[..., 1:30], (0, 1)).masked_fill(
+        ~torch.ones(30, 30).tril().bool(), -torch.inf
+    )
+    expected = torch.einsum("blhn,bshn,bhls,bshp->blhp", C, B, decay.exp(), X)
+    start = window[..., 0].exp()
+    expected = expected + torch.einsum("blhn,bhpn,bhl->blhp", C, h0[:, 0], start)
+    torch.testing.assert_close(Y, expected)
+    scanned = ops.mamba_chunk_scan_combined(
+        X, torch.ones(2, 30, 4), torch.zeros(4), B, C, initial_states=h0[:, 0]
+    )
+    free, _ = ops.ssd_minimal_discrete(X, 0 * A, B, C, initial_states=h0)
+    torch.testing.assert_close(free, scanned)
+    assert state.shape == (2, 4, 6, 5)
+
+
+def mixer():  # type: ignore[no-untyped-def]
+    """transformers' whole layer with random parameters, to be run in fp64 where it lets one."""
+    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    config = modeling.Mamba2Config(
+        hidden_size=16, num_heads=4, head_dim=8, state_size=6, n_groups=2, num_hidden_layers=1,
+        chunk_size=16, use_conv_bias=True, time_step_limit=(0.0, float("inf")),
+    )  # fmt: skip
+    layer = modeling.Mamba2Mixer(config, 0).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
+
+
+def fused(layer: Any, x: Tensor, **rest: Any) -> Any:
+    return ops.mamba_split_conv1d_scan_combined(
+        layer.in_proj(x), layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.dt_bias,
+        -layer.A_log.exp(), layer.D, layer.chunk_size, rmsnorm_weight=layer.norm.weight,
+        rmsnorm_eps=layer.norm.variance_epsilon, outproj_weight=layer.out_proj.weight,
+        outproj_bias=layer.out_proj.bias, headdim=8, ngroups=2, norm_before_gate=False, **rest,
+    )  # fmt: skip
+
+
+def test_block_is_the_layer_of_transformers() -> None:
+    """Convolution, scan, gated norm and projection; with the gradients of every parameter."""
+    layer = mixer()
+    x = torch.randn(2, 37, 16)
+    results = []
+    for run in (layer, lambda x: fused(layer, x)):
+        y = run(x)
+        grads = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        results.append((y, *grads))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_block_does_not_look_across_segments() -> None:
+    layer = mixer()
+    x = torch.randn(1, 37, 16)
+    y, state = fused(layer, x, seq_idx=torch.tensor([SEGMENTS]), return_final_states=True)
+    bounds = [0, 9, 10, 30, 37]
+    parts = [fused(layer, x[:, a:b]) for a, b in pairwise(bounds)]
+    torch.testing.assert_close(y, torch.cat(parts, 1))
+    torch.testing.assert_close(state, fused(layer, x[:, 30:], return_final_states=True)[1])
+
+
+def test_block_without_norm_and_projection() -> None:
+    """norm_before_gate, and the gate alone."""
+    H, P, N = 4, 8, 6
+    zxbcdt = torch.randn(2, 20, 2 * H * P + 2 * N + H, dtype=torch.float64)
+    weight = torch.randn(H * P + 2 * N, 4, dtype=torch.float64)
+    dt_bias, A, D = (torch.rand(H, dtype=torch.float64) for _ in range(3))
+    run = lambda **rest: ops.mamba_split_conv1d_scan_combined(  # noqa: E731
+        zxbcdt, weight, None, dt_bias, -A, D, headdim=P, activation=None, **rest
+    )
+    z, xBC, dt = torch.split(zxbcdt, [H * P, H * P + 2 * N, H], -1)
+    padded = F.pad(xBC, (0, 0, 3, 0))
+    taps = sum(padded[:, w : w + 20] * weight[:, w] for w in range(4))
+    x, B, C = torch.split(taps, [H * P, N, N], -1)
+    x = x.unflatten(-1, (H, P))
+    y, _ = reference.mamba2(
+        x, dt, -A, B[:, :, None], C[:, :, None], D, dt_bias=dt_bias, dt_softplus=True
+    )
+    y = y.flatten(2)
+    torch.testing.assert_close(run(), y * F.silu(z))
+    norm = torch.rand(H * P, dtype=torch.float64)
+    expected = F.rms_norm(y, (H * P,), norm, 1e-3) * F.silu(z)
+    torch.testing.assert_close(run(rmsnorm_weight=norm, rmsnorm_eps=1e-3), expected)
+
+
+def test_errors() -> None:
+    x = arguments()
+    scan = ops.mamba_chunk_scan_combined
+    bad = {
+        "dt must have shape [B, T, H] = [2, 37, 4], got [2, 37, 2]": {"dt": x["dt"][..., :2]},
+        "A must have shape [H] = [4], got [4, 1]": {"A": x["A"][:, None]},
+        "dt_bias must have shape [H] = [4], got [3]": {"dt_bias": x["dt_bias"][:3]},
+        "seq_idx must have shape [B, T] = [2, 37], got [37]": {"seq_idx": torch.zeros(37)},
+        "D must have shape [H] = [4] or [H, P] = [4, 10], got [10]": {"D": torch.ones(10)},
+        "z must have shape [..., H, P] = [2, 37, 4, 10], got [2, 37, 40]": {"z": x["z"].flatten(2)},
+    }
+    for text, change in bad.items():
+        with pytest.raises(RuntimeError) as error:
+            scan(**x | change)
+        assert str(error.value) == f"lsm::mamba_chunk_scan_combined: {text}"
+    with pytest.raises(ValueError, match="return_varlen_states needs cu_seqlens, got None"):
+        scan(**x, return_varlen_states=True)
+    token = {n: t[:, 0] for n, t in x.items() if n in ("x", "dt", "B", "C")}
+    with pytest.raises(ValueError) as error:
+        A = torch.zeros(4, 10, 12)
+        ops.selective_state_update(torch.zeros(2, 4, 10, 12), **token, A=A)
+    assert str(error.value) == (
+        "lsm::selective_state_update: A must be one value per head, [H] expanded where it has more "
+        "dimensions, got shape [4, 10, 12] with strides [120, 12, 1]"
+    )
+    split = ops.mamba_split_conv1d_scan_combined
+    with pytest.raises(ValueError, match=r"D of shape \[H\] = \[4\] needs headdim, got None"):
+        split(torch.zeros(1, 3, 80), None, None, None, None, torch.zeros(4))
+    with pytest.raises(ValueError, match="zxbcdt must have 2·32 \\+ 2·1·N \\+ 4 columns, got 79"):
+        split(torch.zeros(1, 3, 79), None, None, None, None, torch.zeros(4), headdim=8)
+    with pytest.raises(ValueError, match="activation must be silu, swish or None, got 'relu'"):
+        split(torch.zeros(1, 3, 80), None, None, None, None, torch.zeros(4), activation="relu")
