@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -52,21 +52,28 @@ class LayerState:
     """State of one layer; a layer fills the fields that its kind needs.
 
     Attributes:
-        recurrent_state: ``[N, H, K, V]`` fp32; decode steps update it in place.
+        recurrent_state: ``[N, H, K, V]`` fp32, or a tuple where the operator keeps more than one
+            tensor, N first in each; decode steps update it in place.
         conv_state: ``[N, D, W]`` per short convolution; decode steps update it in place.
         attn_state: keys and values of softmax attention.
+        lengths: ``[N]`` int64, tokens of each sequence so far, for layers that need positions.
         seen: tokens processed so far, padding included.
     """
 
-    recurrent_state: Tensor | None = None
+    recurrent_state: Tensor | tuple[Tensor, ...] | None = None
     conv_state: tuple[Tensor, ...] | None = None
     attn_state: KVBuffer | None = None
+    lengths: Tensor | None = None
     seen: int = 0
 
     def tensors(self) -> Iterator[Tensor]:
-        if self.recurrent_state is not None:
+        if isinstance(self.recurrent_state, Tensor):
             yield self.recurrent_state
+        else:
+            yield from self.recurrent_state or ()
         yield from self.conv_state or ()
+        if self.lengths is not None:
+            yield self.lengths
         if self.attn_state is not None:
             yield from (self.attn_state.keys, self.attn_state.values)
 
@@ -99,9 +106,10 @@ class Cache:
         self,
         layer_idx: int,
         *,
-        recurrent_state: Tensor | None = None,
+        recurrent_state: Tensor | tuple[Tensor, ...] | None = None,
         conv_state: tuple[Tensor, ...] | None = None,
         attn_state: KVBuffer | None = None,
+        lengths: Tensor | None = None,
         offset: int = 0,
     ) -> LayerState:
         """Replace the given parts of a layer's state and count ``offset`` more tokens."""
@@ -112,6 +120,8 @@ class Cache:
             state.conv_state = conv_state
         if attn_state is not None:
             state.attn_state = attn_state
+        if lengths is not None:
+            state.lengths = lengths
         state.seen += offset
         return state
 
@@ -132,10 +142,7 @@ class Cache:
     def clone(self) -> Cache:
         """An independent copy, for branching off a shared prefix: steps update states in place."""
         copy = Cache(
-            {
-                i: LayerState(s.recurrent_state, s.conv_state, _shallow(s.attn_state), s.seen)
-                for i, s in self.layers.items()
-            }
+            {i: replace(s, attn_state=_shallow(s.attn_state)) for i, s in self.layers.items()}
         )
         copy._map(torch.clone)
         return copy
@@ -149,10 +156,14 @@ class Cache:
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> None:
         for state in self.layers.values():
-            if state.recurrent_state is not None:
+            if isinstance(state.recurrent_state, Tensor):
                 state.recurrent_state = f(state.recurrent_state)
+            elif state.recurrent_state is not None:
+                state.recurrent_state = tuple(map(f, state.recurrent_state))
             if state.conv_state is not None:
                 state.conv_state = tuple(map(f, state.conv_state))
+            if state.lengths is not None:
+                state.lengths = f(state.lengths)
             if (kv := state.attn_state) is not None:
                 kv.keys, kv.values = f(kv.keys), f(kv.values)
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, LayerState
 
-__all__ = ["check_mask", "layer_index", "layer_state", "repad", "split_heads", "unpad"]
+__all__ = [
+    "as_rows",
+    "check_mask",
+    "layer_index",
+    "layer_state",
+    "refuse_cache",
+    "repad",
+    "split_heads",
+    "unpad",
+]
 
 
 def split_heads(x: Tensor, head_dim: int, groups: int = 1) -> Tensor:
@@ -72,6 +83,51 @@ def repad(x: Tensor, indices: Tensor | None, batch: int, time: int) -> Tensor:
         return x
     rows = x.new_zeros(batch * time, x.shape[-1]).index_copy(0, indices, x[0])
     return rows.view(batch, time, -1)
+
+
+def as_rows(
+    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """One sequence per row, from its first token on: for layers that look at whole sequences.
+
+    Args:
+        hidden_states, attention_mask, cu_seqlens: as :func:`unpad`.
+
+    Returns:
+        rows ``[N, S, D]``; which of their places are tokens, ``[N, S]`` bool, or None if all are;
+        and the way back from such rows to the layout of ``hidden_states``, zeros at padding. Rows
+        are zero behind their tokens. An empty sequence counts as one zero token, so that none has
+        nothing to attend to.
+
+    Raises:
+        ValueError: as :func:`unpad`.
+    """
+    B, T = hidden_states.shape[:2]
+    packed, indices, bounds = unpad(hidden_states, attention_mask, cu_seqlens)
+    if bounds is None:
+        return hidden_states, None, lambda rows: rows
+    bounds = bounds.long()
+    N, lengths = bounds.shape[0] - 1, bounds.diff().clamp(min=1)
+    S = int(lengths.max()) if N else 0
+    token = torch.arange(packed.shape[1], device=packed.device)
+    owner = torch.searchsorted(bounds[1:], token, right=True)
+    place = owner * S + token - bounds[owner]
+    rows = packed.new_zeros(N * S, packed.shape[2]).index_copy(0, place, packed[0])
+    valid = torch.arange(S, device=packed.device) < lengths[:, None]
+
+    def back(x: Tensor) -> Tensor:
+        return repad(x.flatten(0, 1).index_select(0, place)[None], indices, B, T)
+
+    return rows.view(N, S, -1), valid, back
+
+
+def refuse_cache(layer: nn.Module, cache: Cache | None) -> None:
+    """Raises ValueError where a cache is given to a layer that looks at whole sequences."""
+    if cache is not None:
+        raise ValueError(
+            f"{type(layer).__name__}: attends in both directions and cannot continue a sequence; "
+            "past_key_values must be None"
+        )
 
 
 def layer_index(layer: nn.Module, layer_idx: int | None) -> int:

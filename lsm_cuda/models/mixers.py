@@ -3,36 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from ..layers import Attention, GatedLinearAttention
+from .. import layers
 from .config import ModelConfig
 
 __all__ = ["MIXERS", "build_mixer"]
 
-
-def _gla(config: ModelConfig, layer_idx: int) -> nn.Module:
-    return GatedLinearAttention(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        layer_idx=layer_idx,
-        **config.mixer_options,
-    )
+Builder = Callable[[ModelConfig, int], nn.Module]
 
 
-def _attention(config: ModelConfig, layer_idx: int) -> nn.Module:
-    return Attention(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        layer_idx=layer_idx,
-        **config.mixer_options,
-    )
+def _mixer(layer: Callable[..., nn.Module], **sizes: Callable[[ModelConfig], Any]) -> Builder:
+    """``layer`` with the config's sizes, further arguments that follow from it, and its options."""
+
+    def build(config: ModelConfig, layer_idx: int) -> nn.Module:
+        arguments = {name: size(config) for name, size in sizes.items()}
+        return layer(
+            **{
+                "hidden_size": config.hidden_size,
+                "num_heads": config.num_heads,
+                "layer_idx": layer_idx,
+                **arguments,
+                **config.mixer_options,
+            }
+        )
+
+    return build
 
 
-MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
-    "attention": _attention,
-    "gla": _gla,
+def _heads(config: ModelConfig) -> int:
+    return config.num_heads
+
+
+def _layers(config: ModelConfig) -> int:
+    return config.num_layers
+
+
+def _head_dim(config: ModelConfig) -> int:
+    return config.hidden_size // config.num_heads
+
+
+def _none(_: ModelConfig) -> None:
+    """Where the layer's default would decide the number of heads."""
+
+
+def _inner_head_dim(config: ModelConfig) -> int:
+    """Channels per head where heads share ``expand · hidden_size``."""
+    return int(config.mixer_options.get("expand", 2) * config.hidden_size) // config.num_heads
+
+
+MIXERS: dict[str, Builder] = {
+    "attention": _mixer(layers.Attention),
+    "gla": _mixer(layers.GatedLinearAttention),
+    "based": _mixer(layers.BasedLinearAttention, num_key_value_heads=_heads),
+    "lightning": _mixer(layers.LightningAttention, num_layers=_layers),
+    "linear_attn": _mixer(layers.LinearAttention),
+    "log_linear_mamba2": _mixer(layers.LogLinearMamba2, head_dim=_inner_head_dim),
+    "mamba2": _mixer(layers.Mamba2, head_dim=_inner_head_dim),
+    "mlstm": _mixer(layers.MLSTM),
+    "rebased": _mixer(layers.ReBasedLinearAttention, num_key_value_heads=_heads),
+    "retention": _mixer(layers.MultiScaleRetention),
+    "rfa": _mixer(layers.RandomFeatureAttention),
+    "simple_gla": _mixer(layers.SimpleGatedLinearAttention),
+    "transnormer": _mixer(layers.TransNormerAttention, num_layers=_layers),
+    "abc": _mixer(layers.ABCAttention),
+    "gsa": _mixer(layers.GatedSlotAttention),
+    "hgrn2": _mixer(layers.HGRN2Attention, expand_ratio=_none),
+    "lightnet": _mixer(layers.LightNetAttention, expand_ratio=_none),
+    "metala": _mixer(layers.MetaLA),
+    "mom": _mixer(layers.MomAttention, head_dim=_head_dim),
+    "regla": _mixer(layers.ReGLA),
+    "rwkv5": _mixer(layers.RWKV5Attention),
+    "rwkv6": _mixer(layers.RWKV6Attention),
 }
 
 

@@ -77,7 +77,9 @@ class DecoderLM(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 last = name.rsplit(".", 1)[-1]
-                depth = 2 * self.config.num_layers if last in ("o_proj", "down_proj") else 1
+                depth = (
+                    2 * self.config.num_layers if last in ("o_proj", "out_proj", "down_proj") else 1
+                )
                 nn.init.normal_(module.weight, std=std / depth**0.5)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)

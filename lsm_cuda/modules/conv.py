@@ -117,7 +117,8 @@ class ShortConvolution(nn.Conv1d):
     def _step(self, x: Tensor, cache: Tensor) -> Tensor:
         cache.copy_(torch.cat([cache[:, :, 1:], x.transpose(1, 2)], -1))
         y = (cache.to(x.dtype) * self.weight.squeeze(1)).sum(-1)
-        return (y if self.bias is None else y + self.bias).unsqueeze(1)
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).unsqueeze(1)  # which autocast does not see to here
 
     def _rows(self, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
         W = self.kernel_size[0]

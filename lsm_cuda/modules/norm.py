@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import activation as activation_by_name
+from .precision import wide
 
-__all__ = ["FusedRMSNormGated", "RMSNorm"]
+__all__ = ["FusedRMSNormGated", "RMSNorm", "SimpleRMSNorm"]
 
 
 class RMSNorm(nn.Module):
@@ -48,9 +49,22 @@ class RMSNorm(nn.Module):
         return self._normalize(x).to(x.dtype)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = None if self.weight is None else self.weight.to(wide.dtype)
-        return F.rms_norm(wide, (self.hidden_size,), weight, self.eps)
+        y = wide(x)
+        weight = None if self.weight is None else self.weight.to(y.dtype)
+        return F.rms_norm(y, (self.hidden_size,), weight, self.eps)
+
+
+class SimpleRMSNorm(RMSNorm):
+    """:class:`RMSNorm` without a weight.
+
+    Args:
+        hidden_size, eps: as :class:`RMSNorm`.
+
+    Source: TransNormerLLM, arXiv:2307.14995, section 3.2.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, elementwise_affine=False, eps=eps)
 
 
 class FusedRMSNormGated(RMSNorm):

@@ -36,6 +36,7 @@ OPTIONS = {
     "no gate": {"use_output_gate": False},
     "other gate": {"gate_fn": "sigmoid", "feature_map": "elu"},
     "unfused": {"fuse_norm": False, "elementwise_affine": False},
+    "learned map": {"feature_map": "regla", "num_kv_heads": 2},
     "clamped": {"clamp_min": -0.05, "gate_logit_normalizer": 2, "expand_k": 1.0, "expand_v": 2.0},
 }
 
@@ -148,7 +149,10 @@ def definition(layer: GatedLinearAttention, x: torch.Tensor, options: dict) -> t
     g = heads(gate, H // groups).sigmoid().log() / options.get("gate_logit_normalizer", 16)
     if "clamp_min" in options:
         g = g.clamp_min(options["clamp_min"])
-    if name := options.get("feature_map"):
+    if (name := options.get("feature_map")) == "regla":
+        q, k = (y @ w["feature_map_fn.layer.weight"].T for y in (q, k))
+        q, k = (q - q.amax(-1, keepdim=True)).exp(), k.exp()
+    elif name:
         q, k = ACT2FN[name](q), ACT2FN[name](k)
     o, _ = gated_linear_attention(q, k, v, g)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -338,7 +342,11 @@ def test_errors():
         make(num_kv_heads=3)
     with pytest.raises(ValueError, match="expand_k must be a multiple of num_heads"):
         make(expand_k=0.3)
-    with pytest.raises(ValueError, match="unknown activation 'reluu'"):
+    with pytest.raises(ValueError, match="unknown feature map 'reluu'"):
         make(feature_map="reluu")
+    with pytest.raises(
+        ValueError, match=r"keep the width.*got 'hedgehog', which makes 4 channels 8"
+    ):
+        make(feature_map="hedgehog")
     with pytest.raises(TypeError, match="use_sort_conv"):
         GatedLinearAttention(use_sort_conv=True)

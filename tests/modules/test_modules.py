@@ -11,7 +11,7 @@ from lsm_cuda.modules import (
     FusedRMSNormGated,
     GatedMLP,
     RMSNorm,
-    RotaryEmbedding,
+    SimpleRMSNorm,
     activation,
 )
 
@@ -56,6 +56,12 @@ def test_norm_parameters():
     assert not FusedRMSNormGated(4, elementwise_affine=False).state_dict()
 
 
+def test_simple_rms_norm_has_no_weight():
+    norm, x = SimpleRMSNorm(8), torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), rms(x, 1e-6))
+    assert not norm.state_dict() and norm.eps == 1e-6
+
+
 def test_unknown_activations_are_named():
     with pytest.raises(ValueError, match=r"unknown activation 'tanhh'.*gelu.*relu.*swish"):
         activation("tanhh")
@@ -72,23 +78,13 @@ def test_activation_meanings():
     assert ACT2FN["identity"](x) is x
 
 
-def test_rotary_scores_depend_on_distance_alone():
-    rotary = RotaryEmbedding(16)
-    q, k = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2, 16)
-    near = (rotary(q, 5) * rotary(k, 2)).sum(-1)
-    far = (rotary(q, 105) * rotary(k, 102)).sum(-1)
-    torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
-    assert not rotary.state_dict()
-
-
-def test_rotary_continues_at_an_offset():
-    x = torch.randn(2, 9, 3, 8)
-    whole = RotaryEmbedding(8)(x)
-    rotary = RotaryEmbedding(8)
-    split = torch.cat([rotary(x[:, :4]), rotary(x[:, 4:], 4)], 1)
-    torch.testing.assert_close(split, whole)
-    with pytest.raises(ValueError, match="dim must be even, got 7"):
-        RotaryEmbedding(7)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_elu_plus_one_keeps_its_digits(dtype):
+    """elu(x) + 1 is 0 below some x, where e^x is far from the smallest number of the type."""
+    x = torch.linspace(-9, 3, 100).to(dtype)
+    exact = torch.where(x > 0, x.double() + 1, x.double().exp())
+    error = (ACT2FN["elu"](x).double() - exact).abs()
+    assert (error <= exact * torch.finfo(dtype).eps).all()
 
 
 def test_mlp_formula_and_default_width():
