@@ -71,26 +71,67 @@ Case const padded("counters/ldmatrix_padded_rows", [] { check_rows(144, 4); });
 Case const two_way("counters/ldmatrix_two_way_conflict", [] { check_rows(32, 8); });
 Case const eight_way("counters/ldmatrix_eight_way_conflict", [] { check_rows(128, 32); });
 
-template <class T>
-__global__ void store_pitch(int pitch) {
-    reinterpret_cast<T*>(dyn_smem())[static_cast<int>(threadIdx.x) * pitch] = T{};
+// A store and a load by 32 lanes, `pitch` elements apart; through the helpers or a plain pointer.
+template <class T, bool kNamed>
+__global__ void store_and_load(T* y, int pitch) {
+    T* const p = reinterpret_cast<T*>(dyn_smem()) + static_cast<int>(threadIdx.x) * pitch;
+    T const value = static_cast<T>(threadIdx.x);
+    if constexpr (kNamed) {
+        store_shared(p, value);
+        y[threadIdx.x] = load_shared(p);
+    } else {
+        *p = value;
+        y[threadIdx.x] = *static_cast<T volatile*>(p);
+    }
 }
-template <class T>
+template <class T, bool kNamed>
 void check_banks(int pitch, uint64_t wavefronts, uint64_t conflicts) {
-    launch(store_pitch<T>, dim3(1), dim3(32), sizeof(T) * 32 * static_cast<std::size_t>(pitch),
-           nullptr, pitch);
-    if (!kRace) return;
-    auto const& c = last_counters();
-    require(c.shared_accesses == 1, "accesses ", c.shared_accesses);
-    require(c.shared_wavefronts == wavefronts && c.shared_conflicts == conflicts, "wavefronts ",
-            c.shared_wavefronts, " conflicts ", c.shared_conflicts);
+    std::vector<T> y(32);
+    for (uint64_t seed : {0, 1, 2}) {
+        emu::set_seed(seed);
+        launch(store_and_load<T, kNamed>, dim3(1), dim3(32),
+               sizeof(T) * 32 * static_cast<std::size_t>(pitch), nullptr, y.data(), pitch);
+        for (int t = 0; t < 32; ++t) require(y[t] == static_cast<T>(t), "lane ", t);
+        auto const& c = last_counters();
+        uint64_t const times = kNamed || kRace ? 2 : 0;
+        require(c.shared_accesses == times, "accesses ", c.shared_accesses);
+        require(
+            c.shared_wavefronts == times * wavefronts && c.shared_conflicts == times * conflicts,
+            "wavefronts ", c.shared_wavefronts, " conflicts ", c.shared_conflicts);
+    }
 }
-Case const banks("counters/plain_shared_accesses", [] {
-    check_banks<float>(1, 1, 0);
-    check_banks<float>(2, 2, 1);
-    check_banks<float>(32, 32, 31);
-    check_banks<uint64_t>(1, 2, 0);
-    check_banks<uint16_t>(1, 1, 0);
+template <bool kNamed>
+void check_all_banks() {
+    check_banks<float, kNamed>(1, 1, 0);
+    check_banks<float, kNamed>(2, 2, 1);
+    check_banks<float, kNamed>(32, 32, 31);
+    check_banks<float, kNamed>(33, 1, 0);
+    check_banks<uint64_t, kNamed>(1, 2, 0);
+    check_banks<uint64_t, kNamed>(2, 4, 2);
+    check_banks<uint16_t, kNamed>(1, 1, 0);
+}
+Case const plain_banks("counters/plain_shared_accesses_in_the_race_build", check_all_banks<false>);
+Case const named_banks("counters/named_shared_accesses", [] {
+    check_all_banks<true>();
+    check_banks<__uint128_t, true>(1, 4, 0);
+    check_banks<__uint128_t, true>(2, 8, 4);
+    check_banks<__uint128_t, true>(8, 32, 28);
+});
+
+__global__ void broadcast(float* y) {
+    float* const s = reinterpret_cast<float*>(dyn_smem());
+    if (threadIdx.x < 2) store_shared(s + threadIdx.x * 32, 1.0f);
+    __syncwarp();
+    y[threadIdx.x] = load_shared(s) + load_shared(s + threadIdx.x % 2 * 32);
+}
+Case const broadcasts("counters/equal_words_are_read_once", [] {
+    std::vector<float> y(32);
+    launch(broadcast, dim3(1), dim3(32), 256, nullptr, y.data());
+    auto const& c = last_counters();
+    // Two stores into one bank, one word for all, two words of one bank.
+    require(c.shared_accesses == 3, "accesses ", c.shared_accesses);
+    require(c.shared_wavefronts == 2 + 1 + 2 && c.shared_conflicts == 2, "wavefronts ",
+            c.shared_wavefronts);
 });
 
 __global__ void copy_async(char const* x, int valid) {
@@ -106,6 +147,9 @@ Case const async("counters/cp_async_counts_what_it_reads", [] {
     auto const& c = last_counters();
     require(c.async_bytes == 2 * 640 && c.global_read_bytes == 2 * 640, "bytes ", c.async_bytes);
     require(c.global_read_sectors == 2 * 20, "sectors ", c.global_read_sectors);
+    // 16 bytes of each of 32 lanes, side by side, by four warps.
+    require(c.shared_accesses == 4 && c.shared_wavefronts == 16 && c.shared_conflicts == 0,
+            "shared memory ", c.shared_wavefronts);
 });
 
 }  // namespace

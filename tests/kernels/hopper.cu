@@ -1,5 +1,4 @@
-// wgmma, TMA, mbarriers, named barriers, setmaxnreg: through CuTe's own layouts, descriptors and
-// tensor maps.
+// TMA, mbarriers, named barriers, setmaxnreg: through CuTe's own layouts and tensor maps.
 #include "harness.h"
 
 #include <cute/tensor.hpp>
@@ -14,124 +13,6 @@ namespace lsm::test {
 namespace {
 
 using namespace cute;
-
-// ---- wgmma ----
-
-enum class Slip { none, no_wait, no_fence, no_proxy_fence, no_barrier };
-
-// D [64][N] = A [64][K] B [N][K]^T, one warpgroup. Operands are laid out by CuTe and described by
-// its make_gmma_desc.
-template <class MmaOp, class LayoutA, class LayoutB, int kN, int kK, Slip kSlip>
-__global__ void multiply_wgmma(cute::bfloat16_t const* a, cute::bfloat16_t const* b, float* d) {
-    auto* const smem = reinterpret_cast<cute::bfloat16_t*>(dyn_smem());
-    auto const layout_a = tile_to_shape(LayoutA{}, Shape<Int<64>, Int<kK>>{});
-    auto const layout_b = tile_to_shape(LayoutB{}, Shape<Int<kN>, Int<kK>>{});
-    Tensor sA = make_tensor(make_smem_ptr(smem), layout_a);
-    Tensor sB = make_tensor(make_smem_ptr(smem + 64 * kK), layout_b);
-    int const t = static_cast<int>(threadIdx.x);
-    for (int i = t; i < 64 * kK; i += 128) sA(i / kK, i % kK) = a[i];
-    for (int i = t; i < kN * kK; i += 128) sB(i / kK, i % kK) = b[i];
-    if constexpr (kSlip != Slip::no_proxy_fence) cutlass::arch::fence_view_async_shared();
-    if constexpr (kSlip != Slip::no_barrier) __syncthreads();
-
-    auto mma = make_tiled_mma(MmaOp{});
-    auto thread = mma.get_slice(threadIdx.x);
-    Tensor gD =
-        make_tensor(make_gmem_ptr(d), make_layout(Shape<Int<64>, Int<kN>>{}, LayoutRight{}));
-    Tensor tD = thread.partition_C(gD);
-    Tensor accumulator = thread.make_fragment_C(tD);
-    clear(accumulator);
-    Tensor rB = thread.make_fragment_B(thread.partition_B(sB));
-    if constexpr (kSlip != Slip::no_fence) warpgroup_arrive();
-    if constexpr (is_same_v<typename decltype(mma)::FrgTypeA, cute::bfloat16_t>) {
-        Tensor tA = thread.partition_A(sA);
-        Tensor rA = thread.make_fragment_A(tA);
-        copy(tA, rA);
-        warpgroup_arrive();
-        gemm(mma, rA, rB, accumulator);
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-    } else {
-        Tensor rA = thread.make_fragment_A(thread.partition_A(sA));
-        gemm(mma, rA, rB, accumulator);
-        warpgroup_commit_batch();
-        if constexpr (kSlip != Slip::no_wait) warpgroup_wait<0>();
-    }
-    copy(accumulator, tD);
-    if constexpr (kSlip == Slip::no_wait) warpgroup_wait<0>();
-}
-
-template <class MmaOp, class LayoutA, class LayoutB, int kN = 64, int kK = 64,
-          Slip kSlip = Slip::none>
-bool run_wgmma() {
-    std::vector<cute::bfloat16_t> a(64 * kK), b(kN * kK);
-    std::vector<float> d(64 * kN);
-    for (std::size_t i = 0; i < a.size(); ++i)
-        a[i] = cute::bfloat16_t(static_cast<float>(static_cast<int>(i * 7 % 31) - 15));
-    for (std::size_t i = 0; i < b.size(); ++i)
-        b[i] = cute::bfloat16_t(static_cast<float>(static_cast<int>(i * 5 % 29) - 14));
-    launch(multiply_wgmma<MmaOp, LayoutA, LayoutB, kN, kK, kSlip>, dim3(1), dim3(128),
-           std::size_t{2} * (64 + kN) * kK, nullptr, static_cast<cute::bfloat16_t const*>(a.data()),
-           static_cast<cute::bfloat16_t const*>(b.data()), d.data());
-    for (int m = 0; m < 64; ++m) {
-        for (int n = 0; n < kN; ++n) {
-            float expected = 0;
-            for (int k = 0; k < kK; ++k)
-                expected += static_cast<float>(a[m * kK + k]) * static_cast<float>(b[n * kK + k]);
-            if (d[m * kN + n] != expected) return false;
-        }
-    }
-    return true;
-}
-
-using Bf = cute::bfloat16_t;
-constexpr auto kK = GMMA::Major::K, kMn = GMMA::Major::MN;
-template <GMMA::Major A, GMMA::Major B>
-using Ss = SM90_64x64x16_F32BF16BF16_SS<A, B>;
-
-#define LSM_WGMMA_CASE(name, ...)           \
-    Case const wgmma_##name("wgmma/" #name, \
-                            [] { expect_silence([] { return run_wgmma<__VA_ARGS__>(); }); });
-LSM_WGMMA_CASE(k_major_128, Ss<kK, kK>, GMMA::Layout_K_SW128_Atom<Bf>,
-               GMMA::Layout_K_SW128_Atom<Bf>)
-LSM_WGMMA_CASE(k_major_64, Ss<kK, kK>, GMMA::Layout_K_SW64_Atom<Bf>, GMMA::Layout_K_SW64_Atom<Bf>)
-LSM_WGMMA_CASE(k_major_32, Ss<kK, kK>, GMMA::Layout_K_SW32_Atom<Bf>, GMMA::Layout_K_SW32_Atom<Bf>)
-LSM_WGMMA_CASE(k_major_plain, Ss<kK, kK>, GMMA::Layout_K_INTER_Atom<Bf>,
-               GMMA::Layout_K_INTER_Atom<Bf>)
-LSM_WGMMA_CASE(mn_major_128, Ss<kMn, kMn>, GMMA::Layout_MN_SW128_Atom<Bf>,
-               GMMA::Layout_MN_SW128_Atom<Bf>)
-LSM_WGMMA_CASE(mn_major_64, Ss<kMn, kMn>, GMMA::Layout_MN_SW64_Atom<Bf>,
-               GMMA::Layout_MN_SW64_Atom<Bf>)
-LSM_WGMMA_CASE(mn_major_32, Ss<kMn, kMn>, GMMA::Layout_MN_SW32_Atom<Bf>,
-               GMMA::Layout_MN_SW32_Atom<Bf>)
-LSM_WGMMA_CASE(mn_major_plain, Ss<kMn, kMn>, GMMA::Layout_MN_INTER_Atom<Bf>,
-               GMMA::Layout_MN_INTER_Atom<Bf>)
-LSM_WGMMA_CASE(mixed_majors, Ss<kK, kMn>, GMMA::Layout_K_SW64_Atom<Bf>,
-               GMMA::Layout_MN_SW128_Atom<Bf>)
-LSM_WGMMA_CASE(n128_k128, SM90_64x128x16_F32BF16BF16_SS<kK, kK>, GMMA::Layout_K_SW128_Atom<Bf>,
-               GMMA::Layout_K_SW128_Atom<Bf>, 128, 128)
-LSM_WGMMA_CASE(registers, SM90_64x64x16_F32BF16BF16_RS<kK, kK>, GMMA::Layout_K_SW128_Atom<Bf>,
-               GMMA::Layout_K_SW128_Atom<Bf>)
-LSM_WGMMA_CASE(registers_mn, SM90_64x64x16_F32BF16BF16_RS<kK, kMn>, GMMA::Layout_K_SW64_Atom<Bf>,
-               GMMA::Layout_MN_SW64_Atom<Bf>)
-#undef LSM_WGMMA_CASE
-
-template <Slip kSlip>
-bool run_slip() {
-    using Layout = GMMA::Layout_K_SW128_Atom<Bf>;
-    return run_wgmma<Ss<kK, kK>, Layout, Layout, 64, 64, kSlip>();
-}
-Case const early_read("planted/accumulators_read_before_wgmma_wait",
-                      [] { expect_seen(run_slip<Slip::no_wait>); });
-Case const no_fence("planted/wgmma_fence_missing",
-                    [] { expect_report("without wgmma.fence", run_slip<Slip::no_fence>); });
-Case const no_proxy("planted/fence_proxy_missing_before_wgmma",
-                    [] { expect_only_race("fence.proxy.async", run_slip<Slip::no_proxy_fence>); });
-Case const no_barrier("planted/barrier_missing_before_wgmma", [] {
-    expect_only_race("race on shared memory", run_slip<Slip::no_barrier>);
-});
-
-// ---- TMA and mbarriers ----
 
 template <int kRows, int kColumns, class Layout, class Tma>
 __global__ void load_box(__grid_constant__ Tma const tma, float* y, int rows, int columns,
@@ -277,10 +158,206 @@ Case const store_overwritten("planted/tma_store_source_overwritten_before_its_wa
     expect_race("race on shared memory", [] { return run_double_box<true, false>(); });
 });
 
-// A producer warp keeps a ring of stages full for a consumer warpgroup, by bulk copies and by
-// cp.async.
-template <bool kBulk>
+// Boxes of every rank go in and out; what came in is also handed back as it lay in shared memory.
+template <int kRank>
+struct TmaOps;
+#define LSM_TMA_RANK(n)                         \
+    template <>                                 \
+    struct TmaOps<n> {                          \
+        using Load = SM90_TMA_LOAD_##n##D;      \
+        using Store = SM90_TMA_STORE_##n##D;    \
+        using Add = SM90_TMA_REDUCE_ADD_##n##D; \
+    };
+LSM_TMA_RANK(1)
+LSM_TMA_RANK(2)
+LSM_TMA_RANK(3)
+LSM_TMA_RANK(4)
+LSM_TMA_RANK(5)
+#undef LSM_TMA_RANK
+
+// A tensor, innermost dimension first, and the boxes that cover it, some beyond its edge.
+constexpr int kSizes[5] = {12, 3, 4, 3, 2}, kBox[5] = {8, 2, 2, 1, 2}, kBoxes[5] = {2, 2, 2, 3, 1};
+
+struct Coordinates {
+    int32_t at[5];
+};
+LSM_DEVICE Coordinates corner(int box) {
+    Coordinates c{};
+    for (int d = 0; d < 5; ++d) {
+        c.at[d] = box % kBoxes[d] * kBox[d];
+        box /= kBoxes[d];
+    }
+    return c;
+}
+
+template <int kRank>
+__global__ void move_boxes(__grid_constant__ CUtensorMap const in,
+                           __grid_constant__ CUtensorMap const out, float* seen) {
+    auto* const tile = reinterpret_cast<float*>(dyn_smem());
+    auto* const barrier = reinterpret_cast<uint64_t*>(dyn_smem() + 512);
+    using Barrier = cutlass::arch::ClusterTransactionBarrier;
+    int elements = 1;
+    for (int d = 0; d < kRank; ++d) elements *= kBox[d];
+    Coordinates const c = corner(static_cast<int>(blockIdx.x));
+    auto const with_coordinates =
+        [&]<std::size_t... I>(auto const& copy, std::index_sequence<I...>) { copy(c.at[I]...); };
+    auto const each = std::make_index_sequence<kRank>{};
+    if (threadIdx.x == 0) {
+        Barrier::init(barrier, 1);
+        Barrier::arrive_and_expect_tx(barrier, static_cast<uint32_t>(4 * elements));
+        with_coordinates(
+            [&](auto... at) { TmaOps<kRank>::Load::copy(&in, barrier, 0, tile, at...); }, each);
+    }
+    __syncthreads();
+    Barrier::wait(barrier, 0);
+    for (int i = static_cast<int>(threadIdx.x); i < elements; i += 32)
+        seen[static_cast<int>(blockIdx.x) * elements + i] = tile[i];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        with_coordinates([&](auto... at) { TmaOps<kRank>::Store::copy(&out, tile, at...); }, each);
+        tma_store_arrive();
+        tma_store_wait<0>();
+        with_coordinates([&](auto... at) { TmaOps<kRank>::Add::copy(&out, tile, at...); }, each);
+        tma_store_arrive();
+        tma_store_wait<0>();
+    }
+}
+
+CUtensorMap encode(void* address, CUtensorMapDataType type, int rank, int const* sizes,
+                   int const* box, int element_bytes) {
+    alignas(64) CUtensorMap map;
+    cuuint64_t size[5], stride[4], step = static_cast<cuuint64_t>(element_bytes);
+    cuuint32_t extent[5], one[5];
+    for (int d = 0; d < rank; ++d) {
+        size[d] = static_cast<cuuint64_t>(sizes[d]);
+        extent[d] = static_cast<cuuint32_t>(box[d]);
+        one[d] = 1;
+        step *= size[d];
+        if (d + 1 < rank) stride[d] = step;
+    }
+    CUresult const status = cuTensorMapEncodeTiled(
+        &map, type, static_cast<cuuint32_t>(rank), address, size, stride, extent, one,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    require(status == CUDA_SUCCESS, "encode ", status);
+    return map;
+}
+
+template <int kRank>
+bool run_boxes() {
+    int numel = 1, elements = 1, boxes = 1;
+    for (int d = 0; d < kRank; ++d) numel *= kSizes[d], elements *= kBox[d], boxes *= kBoxes[d];
+    std::vector<float4> x_memory(static_cast<std::size_t>(numel / 4)), y_memory(x_memory.size());
+    auto *const x = reinterpret_cast<float*>(x_memory.data()), *const y = reinterpret_cast<float*>(
+                                                                   y_memory.data());
+    for (int i = 0; i < numel; ++i) x[i] = static_cast<float>(i + 1), y[i] = -1.0f;
+    std::vector<float> seen(static_cast<std::size_t>(boxes * elements));
+    auto const map = [&](float* p) {
+        return encode(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, kRank, kSizes, kBox, 4);
+    };
+    launch(move_boxes<kRank>, dim3(static_cast<unsigned>(boxes)), dim3(32), 520, nullptr, map(x),
+           map(y), seen.data());
+    for (int box = 0; box < boxes; ++box) {
+        Coordinates const first = corner(box);
+        for (int i = 0; i < elements; ++i) {
+            int at = 0, stride = 1, rest = i;
+            bool inside = true;
+            for (int d = 0; d < kRank; ++d) {
+                int const coordinate = first.at[d] + rest % kBox[d];
+                inside = inside && coordinate < kSizes[d];
+                at += coordinate * stride;
+                stride *= kSizes[d];
+                rest /= kBox[d];
+            }
+            if (seen[static_cast<std::size_t>(box * elements + i)] != (inside ? x[at] : 0.0f))
+                return false;
+        }
+    }
+    for (int i = 0; i < numel; ++i) {
+        if (y[i] != 2 * x[i]) return false;
+    }
+    return true;
+}
+Case const every_rank("tma/every_rank", [] {
+    expect_silence([] {
+        return run_boxes<1>() && run_boxes<2>() && run_boxes<3>() && run_boxes<4>() &&
+               run_boxes<5>();
+    });
+});
+
+// y += x for one row of any element type.
+__global__ void add_row(__grid_constant__ CUtensorMap const y, char const* x, int bytes) {
+    for (int i = static_cast<int>(threadIdx.x); i < bytes; i += 32) dyn_smem()[i] = x[i];
+    tma_store_fence();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    SM90_TMA_REDUCE_ADD_1D::copy(&y, dyn_smem(), 0);
+    tma_store_arrive();
+    tma_store_wait<0>();
+}
+template <class T>
+bool run_add_row(CUtensorMapDataType type) {
+    constexpr int kCount = 32 / sizeof(T);
+    alignas(16) T x[kCount], y[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = T(static_cast<float>(i - 3)), y[i] = T(0.5f);
+    int const size[1] = {kCount};
+    launch(add_row, dim3(2), dim3(32), 32, nullptr, encode(y, type, 1, size, size, sizeof(T)),
+           reinterpret_cast<char const*>(x), 32);
+    for (int i = 0; i < kCount; ++i) {
+        float const start = static_cast<float>(T(0.5f));
+        if (static_cast<float>(y[i]) != start + 2 * static_cast<float>(i - 3)) return false;
+    }
+    return true;
+}
+Case const add_types("tma/reduce_add_of_each_type", [] {
+    expect_silence([] {
+        return run_add_row<float>(CU_TENSOR_MAP_DATA_TYPE_FLOAT32) &&
+               run_add_row<int32_t>(CU_TENSOR_MAP_DATA_TYPE_INT32) &&
+               run_add_row<cute::half_t>(CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
+               run_add_row<cute::bfloat16_t>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+    });
+});
+Case const add_bytes("planted/tma_reduction_of_bytes", [] {
+    expect_report("no addition for this element type",
+                  [] { run_add_row<uint8_t>(CU_TENSOR_MAP_DATA_TYPE_UINT8); });
+});
+
+template <bool kWaited>
+__global__ void store_bulk(float* y) {
+    auto* const tile = reinterpret_cast<float*>(dyn_smem());
+    tile[threadIdx.x] = static_cast<float>(threadIdx.x);
+    tma_store_fence();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    SM90_BULK_COPY_S2G::copy(tile, y, 64);
+    tma_store_arrive();
+    SM90_BULK_COPY_S2G::copy(tile + 16, y + 16, 64);
+    tma_store_arrive();
+    if constexpr (kWaited) tma_store_wait<1>();
+    y[32] = y[0];
+    if constexpr (kWaited) tma_store_wait<0>();
+}
+template <bool kWaited>
+bool run_store_bulk() {
+    std::vector<float4> memory(9, float4{-1, -1, -1, -1});
+    auto* const y = reinterpret_cast<float*>(memory.data());
+    launch(store_bulk<kWaited>, dim3(1), dim3(32), 128, nullptr, y);
+    for (int i = 0; i < 32; ++i) {
+        if (y[i] != static_cast<float>(i)) return false;
+    }
+    return y[32] == 0.0f && last_counters().global_write_bytes == 128;
+}
+Case const bulk_store("tma/bulk_store", [] { expect_silence(run_store_bulk<true>); });
+Case const bulk_exit("planted/exit_with_tma_store_in_flight", [] {
+    expect_report("exited with a TMA store in flight", [] { run_store_bulk<false>(); });
+});
+
+// A producer warp keeps a ring of stages full for a consumer warpgroup. A cp.async announces itself
+// in place of the lane's arrival, or (counted) besides it.
+enum class Producer { bulk, async, async_counted };
+template <Producer kProducer>
 __global__ void ring(float const* x, float* y, int steps) {
+    constexpr bool kBulk = kProducer == Producer::bulk;
     constexpr int kStages = 3;
     auto* const stage = reinterpret_cast<float*>(dyn_smem());  // [3][128]
     auto* const full = reinterpret_cast<uint64_t*>(dyn_smem() + 1536);
@@ -306,7 +383,12 @@ __global__ void ring(float const* x, float* y, int steps) {
             } else {
                 int const lane = static_cast<int>(threadIdx.x) - 128;
                 cp_async16(smem_u32(stage + 128 * s + 4 * lane), x + 128 * i + 4 * lane, true);
-                cutlass::arch::cpasync_barrier_arrive_noinc(full + s);
+                if constexpr (kProducer == Producer::async) {
+                    cutlass::arch::cpasync_barrier_arrive_noinc(full + s);
+                } else {
+                    cutlass::arch::cpasync_barrier_arrive(full + s);
+                    Barrier::arrive(full + s);
+                }
             }
         }
     } else {
@@ -322,14 +404,14 @@ __global__ void ring(float const* x, float* y, int steps) {
         y[threadIdx.x] = sum;
     }
 }
-template <bool kBulk>
+template <Producer kProducer>
 bool run_ring() {
     int const steps = 8;
     std::vector<float4> memory(32 * steps);
     auto* const x = reinterpret_cast<float*>(memory.data());
     std::vector<float> y(128);
     for (int i = 0; i < 128 * steps; ++i) x[i] = static_cast<float>(i);
-    launch(ring<kBulk>, dim3(1), dim3(160), 1536 + 48, nullptr, static_cast<float const*>(x),
+    launch(ring<kProducer>, dim3(1), dim3(160), 1536 + 48, nullptr, static_cast<float const*>(x),
            y.data(), steps);
     for (int t = 0; t < 128; ++t) {
         if (y[static_cast<std::size_t>(t)] != steps * (127 - t) + 128 * steps * (steps - 1) / 2)
@@ -337,8 +419,12 @@ bool run_ring() {
     }
     return true;
 }
-Case const bulk_ring("tma/producer_warp_with_bulk_copies", [] { expect_silence(run_ring<true>); });
-Case const async_ring("tma/producer_warp_with_cp_async", [] { expect_silence(run_ring<false>); });
+Case const bulk_ring("tma/producer_warp_with_bulk_copies",
+                     [] { expect_silence(run_ring<Producer::bulk>); });
+Case const async_ring("tma/producer_warp_with_cp_async",
+                      [] { expect_silence(run_ring<Producer::async>); });
+Case const counted_ring("tma/producer_warp_with_counted_cp_async",
+                        [] { expect_silence(run_ring<Producer::async_counted>); });
 
 __global__ void unknown_barrier() {
     arrive_barrier(*reinterpret_cast<uint64_t*>(dyn_smem()));
@@ -362,6 +448,106 @@ Case const phases("tma/four_phases", [] {
         launch(four_phases, dim3(1), dim3(64), 16, nullptr);
         return true;
     });
+});
+
+// Bytes are expected and delivered by hand; then the barrier becomes plain memory, and another one.
+__global__ void transactions(int* y) {
+    using Barrier = cutlass::arch::ClusterTransactionBarrier;
+    auto* const word = reinterpret_cast<uint64_t*>(dyn_smem());
+    auto const& barrier = *reinterpret_cast<Barrier const*>(word);
+    if (threadIdx.x == 0) {
+        barrier.init(1);
+        barrier.expect_transaction(48);
+        barrier.arrive();
+        y[0] = barrier.test_wait(0);
+        barrier.complete_transaction(16);
+        y[1] = barrier.test_wait(0);
+        barrier.complete_transaction(32);
+        y[2] = barrier.test_wait(0) && !barrier.test_wait(1);
+        Barrier::invalidate(word);
+        *word = 7;
+        y[3] = static_cast<int>(*word);
+        barrier.init(1);
+        y[4] = barrier.test_wait(0);
+        barrier.arrive();
+        y[5] = barrier.test_wait(0);
+    }
+}
+Case const by_hand("tma/transactions_by_hand", [] {
+    expect_silence([] {
+        std::vector<int> y(6, -1);
+        launch(transactions, dim3(1), dim3(32), 8, nullptr, y.data());
+        return y == std::vector<int>{0, 0, 1, 7, 0, 1};
+    });
+});
+
+// ---- Misuse ----
+
+enum class Misuse { arrivals, overwritten, rank, alignment, no_map, in_flight, async_in_flight };
+template <Misuse kMisuse>
+__global__ void misuse(__grid_constant__ CUtensorMap const map, float const* x) {
+    using Barrier = cutlass::arch::ClusterTransactionBarrier;
+    auto* const barrier = reinterpret_cast<uint64_t*>(dyn_smem() + 256);
+    if (threadIdx.x != 0) return;
+    Barrier::init(barrier, 1);
+    if constexpr (kMisuse == Misuse::arrivals) {
+        Barrier::expect_transaction(barrier, 16);
+        Barrier::arrive(barrier);
+        Barrier::arrive(barrier);
+    } else if constexpr (kMisuse == Misuse::overwritten) {
+        *barrier = 0;
+        Barrier::arrive(barrier);
+    } else if constexpr (kMisuse == Misuse::rank) {
+        SM90_TMA_LOAD_2D::copy(&map, barrier, 0, dyn_smem(), 0, 0);
+    } else if constexpr (kMisuse == Misuse::alignment) {
+        SM90_TMA_LOAD_1D::copy(&map, barrier, 0, dyn_smem() + 64, 0);
+    } else if constexpr (kMisuse == Misuse::no_map) {
+        CUtensorMap const empty{};
+        SM90_TMA_LOAD_1D::copy(&empty, barrier, 0, dyn_smem(), 0);
+    } else if constexpr (kMisuse == Misuse::in_flight) {
+        Barrier::arrive_and_expect_tx(barrier, 32);
+        SM90_TMA_LOAD_1D::copy(&map, barrier, 0, dyn_smem(), 0);
+    } else {
+        cp_async16(smem_u32(dyn_smem()), x, true);
+        cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
+    }
+}
+template <Misuse kMisuse>
+void expect_misuse(char const* expected) {
+    expect_report(expected, [] {
+        alignas(16) static float x[8];
+        int const size[1] = {8};
+        launch(misuse<kMisuse>, dim3(1), dim3(32), 264, nullptr,
+               encode(x, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 1, size, size, 4),
+               static_cast<float const*>(x));
+    });
+}
+Case const arrivals("planted/mbarrier_with_too_many_arrivals",
+                    [] { expect_misuse<Misuse::arrivals>("more arrivals than the 1 expected"); });
+Case const overwritten("planted/mbarrier_overwritten",
+                       [] { expect_misuse<Misuse::overwritten>("bytes were overwritten"); });
+Case const rank("planted/tensor_map_of_another_rank",
+                [] { expect_misuse<Misuse::rank>("2 coordinates for a map of rank 1"); });
+Case const alignment("planted/tma_destination_misaligned",
+                     [] { expect_misuse<Misuse::alignment>("must be 128-byte aligned"); });
+Case const no_map("planted/tensor_map_not_encoded",
+                  [] { expect_misuse<Misuse::no_map>("not a tensor map"); });
+Case const load_left("planted/block_ends_with_tma_load_in_flight",
+                     [] { expect_misuse<Misuse::in_flight>("ended with a TMA load in flight"); });
+Case const async_left("planted/block_ends_with_announced_cp_async_in_flight", [] {
+    expect_misuse<Misuse::async_in_flight>("that an mbarrier was to announce");
+});
+
+__global__ void disagree_on_registers() {
+    if (threadIdx.x < 64) {
+        cutlass::arch::warpgroup_reg_alloc<240>();
+    } else {
+        cutlass::arch::warpgroup_reg_alloc<232>();
+    }
+}
+Case const registers("planted/setmaxnreg_differs_in_a_warpgroup", [] {
+    expect_report("setmaxnreg: the threads of a warpgroup disagree",
+                  [] { launch(disagree_on_registers, dim3(1), dim3(128), 0, nullptr); });
 });
 
 }  // namespace

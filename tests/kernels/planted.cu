@@ -108,6 +108,61 @@ Case const mask("planted/shuffle_from_outside_the_mask", [] {
     });
 });
 
+__global__ void not_in_own_mask() {
+    __syncwarp(threadIdx.x == 0 ? ~1u : 1u);
+}
+Case const own_mask("planted/lane_not_in_its_own_mask", [] {
+    expect_report("the calling lane is not in its mask",
+                  [] { launch(not_in_own_mask, dim3(1), dim3(32), 0, nullptr); });
+});
+
+__global__ void width_of_three(int* y) {
+    y[threadIdx.x] = __shfl_sync(~0u, 0, 0, 3);
+}
+Case const width("planted/shuffle_width_no_power_of_two", [] {
+    expect_report("not a power of two", [] {
+        std::vector<int> y(32);
+        launch(width_of_three, dim3(1), dim3(32), 0, nullptr, y.data());
+    });
+});
+
+__global__ void multiply_alone() {
+    float d[4] = {};
+    u32 const a[4] = {};
+    mma_16x8x16(d, a, 0, 0, static_cast<bf16 const*>(nullptr));
+}
+Case const half_warp("planted/mma_in_half_a_warp", [] {
+    expect_report("needs a warp of 32 threads",
+                  [] { launch(multiply_alone, dim3(1), dim3(16), 0, nullptr); });
+});
+
+__global__ void arrive_alone(u32 barrier, u32 threads) {
+    if (threadIdx.x < 32) emu::barrier_arrive(barrier, threads);
+}
+void expect_bad_barrier(char const* expected, u32 barrier, u32 threads) {
+    expect_report(expected,
+                  [=] { launch(arrive_alone, dim3(1), dim3(64), 0, nullptr, barrier, threads); });
+}
+Case const barrier_index("planted/barrier_index_or_count_out_of_range", [] {
+    expect_bad_barrier("there is no barrier 16", 16, 64);
+    expect_bad_barrier("48 threads", 1, 48);
+});
+Case const left_over("planted/barrier_left_incomplete",
+                     [] { expect_bad_barrier("was left with 32 of 64", 1, 64); });
+
+// ---- Launches no GPU would accept ----
+
+__global__ void nothing() {}
+void expect_refused(char const* expected, dim3 grid, dim3 block, std::size_t smem_bytes) {
+    expect_report(expected, [=] { launch(nothing, grid, block, smem_bytes, nullptr); });
+}
+Case const bad_launches("planted/impossible_launches", [] {
+    expect_refused("a block of (1025,1,1)", dim3(1), dim3(1025), 0);
+    expect_refused("a grid of (1,65536,1)", dim3(1, 65536), dim3(32), 0);
+    expect_refused("a grid of (0,1,1)", dim3(0), dim3(32), 0);
+    expect_refused("more than a block can have", dim3(1), dim3(32), 232449);
+});
+
 // ---- Addresses ----
 
 __global__ void write_shared(int index) {
@@ -134,13 +189,13 @@ Case const tile_outside("planted/ldmatrix_out_of_bounds", [] {
                   [] { launch(load_tile, dim3(1), dim3(32), 512, nullptr, 16); });
 });
 Case const tile_misaligned("planted/ldmatrix_misaligned", [] {
-    expect_report("misaligned: ldmatrix",
+    expect_report(kRace ? "misaligned: " : "misaligned: ldmatrix",
                   [] { launch(load_tile, dim3(1), dim3(32), 1024, nullptr, 8); });
 });
 
 __global__ void copy_at(char const* x, int to, int from) {
     cp_async16(smem_u32(dyn_smem()) + static_cast<u32>(to), x + from, true);
-    cp_async_wait<0>();
+    cp_async_commit();
 }
 void expect_bad_copy(char const* expected, int to, int from) {
     alignas(16) static char x[64];
@@ -176,6 +231,32 @@ Case const shared_misaligned("planted/shared_vector_store_misaligned", [] {
         expect_report("misaligned",
                       [] { launch(store_shared_pair, dim3(1), dim3(1), 64, nullptr, 4); });
     }
+});
+
+template <bool kStore>
+__global__ void access_named(float* y, int offset) {
+    auto* const p = reinterpret_cast<float2*>(dyn_smem() + offset);
+    if constexpr (kStore) {
+        store_shared(p, float2{0.0f, 0.0f});
+    } else {
+        *y = load_shared(p).x;
+    }
+}
+template <bool kStore>
+void expect_bad_access(char const* expected, int offset) {
+    expect_report(expected, [=] {
+        float y;
+        launch(access_named<kStore>, dim3(1), dim3(1), 64, nullptr, &y, offset);
+    });
+}
+Case const named_outside("planted/named_shared_access_just_past_the_end", [] {
+    expect_bad_access<true>("out of bounds: store of 8 bytes", 64);
+    expect_bad_access<false>("out of bounds: load of 8 bytes", 64);
+    expect_bad_access<true>("out of bounds", -8);
+});
+Case const named_misaligned("planted/named_shared_access_misaligned", [] {
+    expect_bad_access<true>("misaligned: store of 8 bytes", 4);
+    expect_bad_access<false>("misaligned: load of 8 bytes", 12);
 });
 
 __global__ void null_store(float* p) {

@@ -285,53 +285,194 @@ Case const groups("cp_async/groups_land_in_order", [] {
 
 // ---- Shuffles ----
 
+// Calls f(lane) with the lane's results; y is [operation][32].
+template <class F>
+void each_lane_of(std::vector<int> const& y, F&& expected) {
+    for (int t = 0; t < 32; ++t) {
+        std::vector<int> const want = expected(t);
+        require(want.size() * 32 == y.size(), "operations");
+        for (std::size_t i = 0; i < want.size(); ++i) {
+            int const got = y[32 * i + static_cast<std::size_t>(t)];
+            require(got == want[i], "operation ", i, " lane ", t, ": ", got, " != ", want[i]);
+        }
+    }
+}
+
 __global__ void shuffle_all(int* y) {
     int const t = static_cast<int>(threadIdx.x);
     y[t] = __shfl_sync(~0u, t, t + 3, 8);
     y[32 + t] = __shfl_up_sync(~0u, t, 3, 8);
     y[64 + t] = __shfl_down_sync(~0u, t, 3, 16);
     y[96 + t] = __shfl_xor_sync(~0u, t, 5, 8);
-    y[128 + t] = __reduce_max_sync(~0u, t - 40);
-    y[160 + t] = static_cast<int>(__match_any_sync(~0u, t / 16));
+    y[128 + t] = static_cast<int>(__match_any_sync(~0u, t / 16));
+    y[160 + t] = __shfl_xor_sync(~0u, 1.5 * t, 31) == 1.5 * (31 - t);
 }
-Case const shuffles("warp/shuffles_and_reductions", [] {
+Case const shuffles("warp/shuffles", [] {
     std::vector<int> y(192);
     launch(shuffle_all, dim3(1), dim3(32), 0, nullptr, y.data());
-    for (int t = 0; t < 32; ++t) {
-        int const expected[6] = {t / 8 * 8 + (t + 3) % 8,
-                                 t % 8 < 3 ? t : t - 3,
-                                 t % 16 >= 13 ? t : t + 3,
-                                 t / 8 * 8 + ((t % 8) ^ 5),
-                                 -9,
-                                 t < 16 ? 0xffff : static_cast<int>(0xffff0000u)};
-        for (int i = 0; i < 6; ++i) {
-            int const got = y[static_cast<std::size_t>(32 * i + t)];
-            require(got == expected[i], "operation ", i, " lane ", t, ": ", got,
-                    " != ", expected[i]);
-        }
-    }
+    each_lane_of(y, [](int t) {
+        return std::vector<int>{t / 8 * 8 + (t + 3) % 8,
+                                t % 8 < 3 ? t : t - 3,
+                                t % 16 >= 13 ? t : t + 3,
+                                t / 8 * 8 + ((t % 8) ^ 5),
+                                t < 16 ? 0xffff : static_cast<int>(0xffff0000u),
+                                1};
+    });
 });
 
-__global__ void atomics_of_each_type(unsigned* u, float* f, unsigned long long* l, int* i) {
-    atomicAdd(f, 0.5f);
-    atomicMax(i, static_cast<int>(threadIdx.x) - 10);
-    atomicMin(i + 1, -static_cast<int>(threadIdx.x));
-    atomicOr(u, 1u << threadIdx.x);
-    atomicAdd(l, 3000000000ull);
-    atomicCAS(u + 1, 0u, 7u);
-    atomicExch(u + 2, 9u);
-    atomicInc(u + 3, 9u);
+__global__ void vote_all(int* y) {
+    int const t = static_cast<int>(threadIdx.x);
+    u32 const odd = t % 2 == 0 ? 0x55555555u : 0xaaaaaaaau;  // the lanes of this lane's parity
+    y[t] = __any_sync(odd, t == 4);
+    y[32 + t] = __all_sync(odd, t % 2 == 1);
+    y[64 + t] = static_cast<int>(__ballot_sync(odd, t < 5));
 }
-Case const atomic_types("warp/atomics", [] {
-    std::vector<unsigned> u(4);
-    std::vector<float> f(1);
-    std::vector<unsigned long long> l(1);
-    std::vector<int> i(2);
-    launch(atomics_of_each_type, dim3(1), dim3(32), 0, nullptr, u.data(), f.data(), l.data(),
-           i.data());
-    require(u[0] == ~0u && u[1] == 7 && u[2] == 9 && u[3] == 2, "unsigned");
-    require(f[0] == 16.0f && l[0] == 96000000000ull && i[0] == 21 && i[1] == -31, "others");
-    require(last_counters().atomics == 32 * 8, "count");
+Case const votes("warp/votes", [] {
+    std::vector<int> y(96);
+    launch(vote_all, dim3(1), dim3(32), 0, nullptr, y.data());
+    each_lane_of(y, [](int t) {
+        return std::vector<int>{t % 2 == 0, t % 2 == 1, t % 2 == 0 ? 0b10101 : 0b01010};
+    });
+});
+
+__global__ void reduce_all(int* y) {
+    int const t = static_cast<int>(threadIdx.x);
+    u32 const word = 1u << t | 0x80000001u;
+    u32 const half = t < 16 ? 0xffffu : 0xffff0000u;
+    u32 const results[] = {
+        __reduce_add_sync(half, static_cast<u32>(t)),
+        __reduce_min_sync(half, word),
+        __reduce_max_sync(half, word),
+        __reduce_and_sync(half, ~word),
+        __reduce_or_sync(half, word),
+        __reduce_xor_sync(half, 1u << t),
+        static_cast<u32>(__reduce_add_sync(half, t - 20)),
+        static_cast<u32>(__reduce_min_sync(half, t - 20)),
+        static_cast<u32>(__reduce_max_sync(half, t - 20)),
+    };
+    for (int i = 0; i < 9; ++i) y[32 * i + t] = static_cast<int>(results[i]);
+}
+Case const reductions("warp/reductions", [] {
+    std::vector<int> y(9 * 32);
+    launch(reduce_all, dim3(1), dim3(32), 0, nullptr, y.data());
+    each_lane_of(y, [](int t) {
+        auto const word = [](u32 bits) { return static_cast<int>(bits); };
+        return t < 16 ? std::vector<int>{120,
+                                         word(0x80000001u),
+                                         word(0x80008001u),
+                                         word(0x7fff0000u),
+                                         word(0x8000ffffu),
+                                         0xffff,
+                                         120 - 320,
+                                         -20,
+                                         -5}
+                      : std::vector<int>{376,
+                                         word(0x80000001u),
+                                         word(0xc0000001u),
+                                         0xfffe,
+                                         word(0xffff0001u),
+                                         word(0xffff0000u),
+                                         376 - 320,
+                                         -4,
+                                         11};
+    });
+});
+
+// ---- Atomics ----
+
+__global__ void atomics_on_words(unsigned* u, int* i) {
+    unsigned const bit = 1u << threadIdx.x;
+    int const t = static_cast<int>(threadIdx.x);
+    atomicAdd(u, 2u);
+    atomicMin(u + 1, 40u - threadIdx.x);
+    atomicMax(u + 2, 40u - threadIdx.x);
+    atomicAnd(u + 3, ~bit);
+    atomicOr(u + 4, bit);
+    atomicXor(u + 5, threadIdx.x);
+    atomicExch(u + 6, 9u);
+    atomicCAS(u + 7, 0u, 7u);
+    atomicInc(u + 8, 9u);
+    atomicDec(u + 9, 9u);
+    atomicAdd(i, -t);
+    atomicMin(i + 1, -t);
+    atomicMax(i + 2, t - 10);
+}
+Case const atomic_words("atomics/words", [] {
+    std::vector<unsigned> u{0, 100, 0, ~0u, 0, 0, 0, 0, 0, 0};
+    std::vector<int> i{0, 0, -100};
+    launch(atomics_on_words, dim3(1), dim3(32), 0, nullptr, u.data(), i.data());
+    // 32 steps through 0 .. 9 up, and down.
+    require(u == std::vector<unsigned>{64, 9, 40, 0, ~0u, 0, 9, 7, 2, 8}, "unsigned");
+    require(i == std::vector<int>{-496, -31, 21}, "int");
+    require(last_counters().atomics == 32 * 13, "count");
+});
+
+__global__ void atomics_on_others(float* f, double* d, unsigned long long* l, __half2* h,
+                                  __nv_bfloat162* b) {
+    atomicAdd(f, 0.5f);
+    atomicExch(f + 1, 2.0f);
+    atomicAdd(d, 0.25);
+    atomicAdd(l, 3000000000ull);
+    atomicMax(l + 1, 1ull << threadIdx.x << 8);
+    atomicCAS(l + 2, 0ull, 1ull << 40);
+    atomicAdd(h, __floats2half2_rn(1.0f, -0.5f));
+    atomicAdd(b, __floats2bfloat162_rn(1.0f, -0.5f));
+}
+Case const atomic_others("atomics/floats_pairs_and_long_words", [] {
+    std::vector<float> f(2);
+    std::vector<double> d(1);
+    std::vector<unsigned long long> l(3);
+    std::vector<__half2> h{__floats2half2_rn(0.0f, 0.0f)};
+    std::vector<__nv_bfloat162> b{__floats2bfloat162_rn(0.0f, 0.0f)};
+    launch(atomics_on_others, dim3(1), dim3(32), 0, nullptr, f.data(), d.data(), l.data(), h.data(),
+           b.data());
+    require(f[0] == 16.0f && f[1] == 2.0f && d[0] == 8.0, "float and double");
+    require(l[0] == 96000000000ull && l[1] == 1ull << 39 && l[2] == 1ull << 40, "64 bits");
+    require(__low2float(h[0]) == 32.0f && __high2float(h[0]) == -16.0f, "half2");
+    require(__low2float(b[0]) == 32.0f && __high2float(b[0]) == -16.0f, "bfloat162");
+});
+
+// ---- Arithmetic that the host has no name for ----
+
+__global__ void count_bits(u32 const* x, u32* y) {
+    u32 const a = x[0], b = x[1];
+    u32 const results[] = {
+        static_cast<u32>(__popc(a)),
+        static_cast<u32>(__clz(static_cast<int>(b))),
+        static_cast<u32>(__ffs(static_cast<int>(b))),
+        __brev(a),
+        __byte_perm(a, b, 0x7531),
+        __byte_perm(a, b, 0x9c40),  // signs of bytes 1 and 4, bytes 4 and 0
+        __funnelshift_l(a, b, 8),
+        __funnelshift_r(a, b, 8),
+        __umulhi(a, b),
+        static_cast<u32>(__dp4a(static_cast<int>(a), static_cast<int>(b), 5)),
+    };
+    for (int i = 0; i < 10; ++i) y[i] = results[i];
+}
+Case const bits("arithmetic/bits", [] {
+    std::vector<u32> x{0x80c0ff01u, 0x00012002u}, y(10);
+    launch(count_bits, dim3(1), dim3(1), 0, nullptr, static_cast<u32 const*>(x.data()), y.data());
+    std::vector<u32> const expected{
+        12,          15,
+        2,           0x80ff0301u,
+        0x002080ffu, 0xff000201u,
+        0x01200280u, 0x0280c0ffu,
+        0x000090dau, static_cast<u32>(5 + 1 * 2 - 1 * 32 - 64 * 1 - 128 * 0)};
+    for (std::size_t i = 0; i < y.size(); ++i)
+        require(y[i] == expected[i], "operation ", i, ": ", y[i], " != ", expected[i]);
+});
+
+__global__ void approximate(float const* x, float* y) {
+    y[0] = exp2_approx(x[0]);
+    y[1] = exp2_approx(x[1]);
+    y[2] = exp2_approx(x[2]);
+}
+Case const exp2("arithmetic/exp2_approx_flushes_denormals", [] {
+    std::vector<float> x{3.0f, -126.0f, -127.0f}, y(3);
+    launch(approximate, dim3(1), dim3(1), 0, nullptr, static_cast<float const*>(x.data()),
+           y.data());
+    require(y[0] == 8.0f && y[1] == 0x1p-126f && y[2] == 0.0f, y[1], " ", y[2]);
 });
 
 }  // namespace
