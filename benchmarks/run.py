@@ -1,204 +1,243 @@
 """Times operators beside their peers in one run; refuses to time what is wrong.
 
-    python benchmarks/run.py --device cpu --threads 2 [--ops gla] [--out benchmarks/results]
+    python benchmarks/run.py --device cpu --threads 2 --out benchmarks/results
+    python benchmarks/run.py --ops gla --compare main
 
-Each cell is a median with its spread; ratios compare medians of this run only. On a GPU: CUDA
-events, L2 flushed and inputs rotated between samples. Results are json under results/<device>/;
-report.py turns them into docs.
+Ratios compare medians of one run only. Results are json under OUT/<device>/; report.py turns those
+in benchmarks/results into docs. --compare builds another commit beside this tree, takes turns
+between the two, and fails where this tree is more than a tenth slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import platform
+import os
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-import torch
-from registry import OPS, SHAPES, Inputs, Op, Peer, Shape
-from torch import Tensor
-
-import lsm_cuda
-from lsm_cuda.reference import gated_linear_attention
-
-HERE = Path(__file__).resolve().parent
-SECONDS = 1.0  # per cell, at least
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+ROOT = Path(__file__).resolve().parent.parent
+# glibc gives large tensors fresh pages on every call, which can cost a peer several times its
+# arithmetic. Keeping freed memory removes that for everybody.
+TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
+LOSS = 1.1
+TRIES, TURNS = 3, 5
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--ops", nargs="*", default=list(OPS))
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--ops", nargs="*", help="default: all")
+    parser.add_argument("--only", default="", help="regular expression: shapes to time")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per cell and implementation")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
+    parser.add_argument("--compare", metavar="REV", help="compare this tree with a commit")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a tree; used by --compare
     options = parser.parse_args()
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    import_from(options.serve or ROOT)
+    import torch
+
+    from lsm_cuda.bench.registry import OPS
+
     torch.set_num_threads(options.threads)
-    kind = torch.device(options.device).type
-    rows: list[dict[str, Any]] = []
-    for name in options.ops:
-        for shape in SHAPES[kind]:
-            for dtype in (torch.float32, torch.bfloat16) if kind == "cpu" else (torch.bfloat16,):
-                for row in measure(OPS[name], shape, dtype, options.device):
-                    rows.append(row)
-                    print(show(row), flush=True)
-    folder = options.out / device_name(kind).lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(kind, options.threads), "rows": rows}
-    path = folder / "ops.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.ops = options.ops or list(OPS)
+    if unknown := set(options.ops) - set(OPS):
+        parser.error(f"no operator {', '.join(unknown)}; there are {', '.join(OPS)}")
+    if options.serve:
+        return serve(options)
+    return compare(options) if options.compare else run(options)
+
+
+def import_from(tree: Path) -> None:
+    """lsm_cuda of ``tree``, measured by the harness of this tree."""
+    sys.path.insert(0, str(tree))
+    import lsm_cuda
+
+    if tree != ROOT:
+        harness = ROOT / "lsm_cuda" / "bench"
+        spec = importlib.util.spec_from_file_location(
+            "lsm_cuda.bench", harness / "__init__.py", submodule_search_locations=[str(harness)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["lsm_cuda.bench"] = lsm_cuda.bench = module
+        spec.loader.exec_module(module)
+        assert Path(lsm_cuda.__file__).is_relative_to(tree)
+
+
+def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is timed, as json: one per operator, shape and dtype."""
+    from lsm_cuda.bench import registry
+
+    return [
+        {"op": op, "text": shape.text, "packed": shape.packed, "dtype": str(dtype)[6:], "modes": m}
+        for op in options.ops
+        for shape, m in registry.cells(registry.OPS[op], options.device)
+        if re.search(options.only, str(shape))
+        for dtype in registry.DTYPES[options.device]
+    ]
+
+
+def clock(device: str) -> Any:
+    from lsm_cuda.bench.measure import CudaClock, HostClock
+
+    return CudaClock() if device == "cuda" else HostClock()
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from lsm_cuda.bench.measure import environment, measure
+    from lsm_cuda.bench.registry import DTYPES, OPS, Shape
+    from lsm_cuda.bench.results import save
+    from lsm_cuda.bench.roofline import ceilings
+
+    where = environment(options.device)
+    where["ceilings"] = ceilings(options.device, DTYPES[options.device])
+    record: dict[str, Any] = {"environment": where, "rows": []}
+    ticks = clock(options.device)
+    for cell in cells(options):
+        for row in measure(
+            OPS[cell["op"]],
+            Shape(cell["text"], cell["packed"]),
+            getattr(torch, cell["dtype"]),
+            options.device,
+            cell["modes"],
+            ticks,
+            seconds=options.seconds,
+        ):
+            record["rows"].append(row)
+            print(show(row), flush=True)
+    print(f"written: {save(record, options.out)}")
     return 0
 
 
-def measure(op: Op, shape: Shape, dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
-    """One row per (mode, implementation), ours first."""
-    x = op.make(shape, dtype, device)
-    gate(op, shape, dtype, device)
-    found = [(peer, peer.find()) for peer in op.peers]
-    for mode in ("forward", "backward", "step"):
-        if mode == "step" and shape != SHAPES[torch.device(device).type][0]:
-            continue
-        ours = samples(runner(op.forward, op, x, mode), device)
-        item, gate_item = x["q"].element_size(), x["g"].element_size()
-        common = {"op": op.name, "shape": str(shape), "dtype": str(dtype)[6:], "mode": mode}
-        yield (
-            common
-            | ours
-            | {
-                "implementation": "lsm_cuda",
-                "minimal_bytes": op.minimal_bytes(shape, item, gate_item, mode),
-                "flops": op.recurrence_flops(shape, mode),
-            }
-        )
-        for peer, forward in found:
-            if not comparable(peer, forward, shape, mode):
-                continue
-            assert forward is not None
-            times = samples(runner(forward, op, x, mode, peer), device)
-            ratio = times["ms"] / ours["ms"]
-            yield common | times | {"implementation": peer.name, "ratio": ratio}
-
-
-def comparable(
-    peer: Peer, forward: Callable[[Inputs], Tensor] | None, shape: Shape, mode: str
-) -> bool:
-    return (
-        forward is not None
-        and peer.longest.get(mode, shape.T) >= shape.T
-        and (peer.same or mode != "step")
-    )
-
-
-def gate(op: Op, shape: Shape, dtype: torch.dtype, device: str) -> None:
-    """Ours, and every peer that claims the same, against fp64 on a short stretch."""
-    short = Shape(shape.B, min(shape.T, 128), shape.H, shape.K, shape.V)
-    x = op.make(short, dtype, device)
-    truth, _ = gated_linear_attention(**{name: t.double() for name, t in x.items()})
-    implementations = [("lsm_cuda", op.forward)]
-    implementations += [(p.name, f) for p in op.peers if p.same and (f := p.find()) is not None]
-    for name, forward in implementations:
-        error = (forward(x).double() - truth).norm() / truth.norm()
-        if not error < TOLERANCE[dtype]:
-            raise SystemExit(
-                f"{op.name} {short} {dtype}: {name} is wrong, relative error {error:.2e}; not timed"
-            )
-
-
-def runner(
-    forward: Callable[[Inputs], Tensor], op: Op, x: Inputs, mode: str, peer: Peer | None = None
-) -> Callable[[], object]:
-    if mode == "forward":
-        return torch.no_grad()(lambda: forward(x))
-    if mode == "backward":  # forward and backward: what a training step pays
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items()}
-        grad = torch.randn_like(x["v"])
-
-        def train() -> None:
-            for t in leaves.values():
-                t.grad = None
-            forward(leaves).backward(grad)
-
-        return train
-    B, _, H, K = x["q"].shape
-    token = {name: t[:, :1].contiguous() for name, t in x.items()}
-    token["state"] = torch.zeros(B, H, K, x["v"].shape[-1], device=x["q"].device)
-    return torch.no_grad()(lambda: op.step(token) if peer is None else forward(token))
-
-
-def samples(run: Callable[[], object], device: str) -> dict[str, float]:
-    once = sample_cuda if torch.device(device).type == "cuda" else sample_cpu
-    for _ in range(2):
-        once(run)
-    times: list[float] = []
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times) < 5:
-        times.append(once(run))
-    quarter = quantiles(times, n=4)
-    return {
-        "ms": median(times),
-        "q1": quarter[0],
-        "q3": quarter[2],
-        "min": min(times),
-        "samples": len(times),
-    }
-
-
-def sample_cpu(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
-
-
-def sample_cuda(run: Callable[[], object]) -> float:
-    torch.empty(64 * 2**20, dtype=torch.int32, device="cuda").zero_()  # past any L2
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
-
-
-def device_name(kind: str) -> str:
-    return torch.cuda.get_device_name() if kind == "cuda" else "cpu"
-
-
-def environment(kind: str, threads: int) -> dict[str, Any]:
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True, cwd=HERE
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    info: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": said("git", "rev-parse", "--short", "HEAD"),
-        "python": platform.python_version(),
-        "build": {k: v for k, v in lsm_cuda.build_info().items() if k != "libraries"},
-    }
-    if kind == "cpu":
-        model = [line for line in said("lscpu").splitlines() if line.startswith("Model name")]
-        return info | {"threads": threads, "cpu": model[0].split(":")[1].strip() if model else "?"}
-    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
-    return info | {"gpu": said("nvidia-smi", query, "--format=csv,noheader")}
-
-
 def show(row: dict[str, Any]) -> str:
-    ratio = f"{row['ratio']:8.1f}x" if "ratio" in row else " " * 9
-    cell = f"{row['op']} {row['shape']} {row['dtype']:9} {row['mode']:9} {row['implementation']:26}"
-    return f"{cell} {row['ms']:10.4f} ms {ratio}  [{row['q1']:.4f}, {row['q3']:.4f}]"
+    cell = f"{row['op']} {row['shape']} {row['dtype']:9} {row['mode']:9} {row['implementation']:20}"
+    if "skipped" in row:
+        return f"{cell} skipped: {row['skipped']}"
+    ratio = f"{row['ratio']:8.2f}x" if "ratio" in row else " " * 9
+    spread = f"[{row['q1']:.4f}, {row['q3']:.4f}]"
+    return f"{cell} {row['timing']:6} {row['ms']:10.4f} ms {ratio}  {spread}"
+
+
+# --- two commits
+
+
+def compare(options: argparse.Namespace) -> int:
+    trees = {"then": checkout(options.compare), "now": ROOT}
+    for tree in trees.values():
+        build(tree, options.device)
+    then, now = (Served(tree, options) for tree in trees.values())
+    slower = 0
+    for cell in cells(options):
+        for mode in cell["modes"]:
+            ask = json.dumps({**cell, "mode": mode, "seconds": options.seconds / TURNS})
+            name = f"{cell['op']} {cell['text']} {cell['dtype']:9} {mode:9}"
+            before: list[float] = []
+            after: list[float] = []
+            for _ in range(TRIES):
+                for _ in range(TURNS):
+                    before += then.samples(ask)
+                    after += now.samples(ask)
+                if not before or not after or not is_slower(after, before):
+                    break
+            if not before or not after:
+                print(f"{name} not in {'this tree' if before else options.compare}")
+                continue
+            slower += is_slower(after, before)
+            print(
+                f"{name} {median(before):10.4f} ms then, {median(after):10.4f} now: "
+                f"{median(before) / median(after):.2f}x (best {min(before) / min(after):.2f}x)",
+                flush=True,
+            )
+    if slower:
+        print(f"{slower} cells are more than a tenth slower than {options.compare}")
+    if (load := os.getloadavg()[0]) > options.threads:
+        print(f"this machine was busy (load {load:.1f}): repeat before believing it")
+    return 1 if slower else 0
+
+
+def is_slower(after: list[float], before: list[float]) -> bool:
+    """By more than a tenth, in the middle and at best."""
+    return all(f(after) > LOSS * f(before) for f in (median, min))
+
+
+def checkout(rev: str) -> Path:
+    """The files of a commit under build/compare/; builds there are kept."""
+    name = subprocess.run(
+        ["git", "rev-parse", "--short", f"{rev}^{{commit}}"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    tree = ROOT / "build" / "compare" / name
+    tree.mkdir(parents=True, exist_ok=True)
+    archive = subprocess.Popen(["git", "archive", name], cwd=ROOT, stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-x", "--skip-old-files", "-C", tree], stdin=archive.stdout, check=True)
+    return tree
+
+
+def build(tree: Path, device: str) -> None:
+    print(f"building {tree}", file=sys.stderr)
+    environment = {"LSM_BUILD_CUDA": "0"} if device == "cpu" else {}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tree, check=True, stdout=subprocess.DEVNULL, env=os.environ | environment,
+    )  # fmt: skip
+
+
+class Served:
+    """A process that times the operators of one tree on request."""
+
+    def __init__(self, tree: Path, options: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--serve", tree, "--device", options.device]
+        self.process = subprocess.Popen(
+            [*map(str, command), "--threads", str(options.threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def samples(self, ask: str) -> list[float]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(ask + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
+        times: list[float] = json.loads(answer)
+        return times
+
+
+def serve(options: argparse.Namespace) -> int:
+    import torch
+
+    from lsm_cuda.bench.measure import OURS, race, runner
+    from lsm_cuda.bench.peers import ours
+    from lsm_cuda.bench.registry import OPS, Shape
+
+    ticks, asked, sampler = clock(options.device), "", None
+    for line in sys.stdin:
+        cell = json.loads(line)
+        op, shape = OPS.get(cell["op"]), Shape(cell["text"], cell["packed"])
+        if line != asked:
+            asked, sampler = line, None
+            if op is not None:
+                x = op.make(shape, getattr(torch, cell["dtype"]), options.device)
+                run = runner(ours(op, cell["mode"]), op, x, shape, cell["mode"])
+                sampler = ticks.sampler("eager", [run])
+        times = race({OURS: sampler}, cell["seconds"])[OURS] if sampler else []
+        print(json.dumps(times), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -145,3 +145,26 @@ def demo(
         )
     if not passed:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples: [cyan]lsm bench[/] · [cyan]lsm bench --op gla --seconds 20[/] · "
+    "[cyan]lsm bench --roofline[/]"
+)
+def bench(
+    op: Annotated[
+        list[str] | None, typer.Option(help="Operator to time; repeat for more. Default: all.")
+    ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Compare with this machine's limits, not with peers.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("bench.png"),
+    seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 45.0,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest sequence.")] = 2048,
+    device: Device = "auto",
+) -> None:
+    """Time every operator here, beside softmax attention and the other libraries installed."""
+    from .bench import BenchConfig, run_bench
+
+    with one_line_errors():
+        run_bench(BenchConfig(tuple(op or ()), out, seconds, device, roofline, longest), console)

@@ -1,0 +1,110 @@
+"""The gate on memory traffic: what the emulator counts for every kernel, held to a baseline.
+
+    python benchmarks/counters.py            # compare; 1 if anything grew by more than a tenth
+    python benchmarks/counters.py --update   # the counts of this tree are the baseline from now on
+
+A GPU's profiler in CI, where there is no GPU: bytes, sectors, matrix FLOPs and bank conflicts are
+exact and the same on every machine. Calls are chosen so that every kernel is in one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from cases import OPS, Case  # noqa: E402
+from emulated import emulator  # noqa: E402
+from inputs import make_inputs  # noqa: E402
+
+BASELINE = ROOT / "benchmarks" / "baselines" / "counters.json"
+GROWTH = 1.1
+COUNTED = (
+    "global_read_bytes", "global_write_bytes", "global_read_sectors", "global_write_sectors",
+    "mma_flops", "ldmatrix_conflicts", "atomics",
+)  # fmt: skip
+
+Counts = dict[str, dict[str, dict[str, int]]]  # call -> launch -> counter -> count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--update", action="store_true")
+    counted = count(emulator())
+    if parser.parse_args().update:
+        BASELINE.parent.mkdir(exist_ok=True)
+        BASELINE.write_text(json.dumps(counted, indent=1) + "\n")
+        return 0
+    found = regressions(json.loads(BASELINE.read_text()), counted)
+    print("\n".join(found) or f"{sum(map(len, counted.values()))} launches as in the baseline")
+    return 1 if found else 0
+
+
+def count(emu: Any) -> Counts:
+    """Every launch of every operator: each dtype's kernels, on a sequence that is whole, cut into
+    segments, and packed."""
+    emu.set_seed(0)
+    counted: Counts = {}
+    for name, multiprocessors, run in calls():
+        emu.set_multiprocessors(multiprocessors)
+        emu.reset_counters()
+        run()
+        launches = emu.counters()["launches"]
+        counted[name] = {
+            f"{i} {launch['kernel']}": {c: launch[c] for c in COUNTED if launch[c]}
+            for i, launch in enumerate(launches, 1)
+        }
+    return counted
+
+
+def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """Name, multiprocessors of the GPU that the launcher sees, and the call."""
+    for op in OPS:
+        forward, backward, step = (op.raw(kind, "lsm_emu") for kind in ("fwd", "bwd", "step"))
+        for dtype in ("bf16+f32", "f16+f32", "f32"):
+            for kind, multiprocessors, sizes in (
+                ("whole", 1, {"T": 64, "heads": (2, 2), "dims": (64, 64)}),
+                ("cut", 64, {"T": 544, "dims": (64, 64)}),
+                ("packed", 1, {"T": 80, "dims": (128, 64), "batch": "int32"}),
+            ):
+                x = make_inputs(Case(op, dtype=dtype, state="both", **sizes))
+                common = (*x.tensors.values(), x.initial_state, x.cu_seqlens, 1.0)
+                name = f"{op} {kind} {dtype}"
+                yield f"{name} forward", multiprocessors, partial(forward, *common, True)
+                gradients = (x.grad_o, x.grad_final_state)
+                yield f"{name} backward", multiprocessors, partial(backward, *common, *gradients)
+                if kind == "whole":
+                    timed = {n for n, dims in op.tensors.items() if "T" in dims.split()}
+                    token = [t[:, 0] if n in timed else t for n, t in x.tensors.items()]
+                    run = partial(step, *token, x.initial_state.clone(), 1.0)
+                    yield f"{name} step", multiprocessors, run
+
+
+def regressions(baseline: Counts, counted: Counts) -> list[str]:
+    """One line per call, launch and counter that is new, gone or grew by more than a tenth."""
+    found = []
+    for call in sorted(baseline.keys() | counted.keys()):
+        before, now = baseline.get(call, {}), counted.get(call, {})
+        if before.keys() != now.keys():
+            found.append(f"{call}: launches {list(now)}, baseline {list(before)}")
+        for launch in before.keys() & now.keys():
+            for name in COUNTED:
+                was, is_now = (counts[launch].get(name, 0) for counts in (before, now))
+                if is_now > GROWTH * was:
+                    found.append(f"{call}, launch {launch}: {name} {is_now}, baseline {was}")
+    if found:
+        found.append("if this is meant: python benchmarks/counters.py --update")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,491 @@
+"""Other people's code for the same work, used where it is installed and skipped by name where not.
+
+A peer is one row of PEERS: which operators it serves, by which function, and how our arguments
+become its own (before the clock starts, so that layouts cost nobody anything).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import operator
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import OPS, Inputs, Op, Shape
+
+__all__ = ["PEERS", "Call", "Peer", "absent", "ours", "version"]
+
+Arguments = Callable[[Op, Inputs, Shape], dict[str, Any]]
+
+
+def as_they_are(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    return dict(x)
+
+
+def first(result: Any) -> Tensor:
+    """The output, of functions that return states beside it."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def heads_second(result: Any) -> Tensor:
+    """[B, H, T, V] to [B, T, H, V]."""
+    return first(result).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function of a peer.
+
+    ``function``: ``"module:name"``, or ``"ops/…/naive.py:name"`` for a file of FLA's, whose package
+    cannot be imported without triton. ``arguments`` makes its keyword arguments, ``result`` turns
+    what it returns into our output. Tensors named in ``constants`` get no gradient.
+    """
+
+    function: str
+    arguments: Arguments = as_they_are
+    result: Callable[[Any], Tensor] = first
+    constants: tuple[str, ...] = ("cu_seqlens",)
+
+    def load(self) -> Callable[..., Any]:
+        """Raises ImportError with the reason where the function cannot be had."""
+        where, name = self.function.split(":")
+        module = fla_file(where) if where.endswith(".py") else importlib.import_module(where)
+        try:
+            found: Callable[..., Any] = operator.attrgetter(name)(module)
+        except AttributeError as error:
+            raise ImportError(f"{where} has no {name}") from error
+        return found
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's package and the operators it serves.
+
+    ``calls``: by operator and kind ("sequence" or "step"). ``same``: it computes our function and
+    must agree in value; else it is what people use instead. ``longest``: T beyond which it is not
+    tried. ``fits``: shapes it takes.
+    """
+
+    name: str
+    package: str  # the distribution whose version is recorded
+    devices: tuple[str, ...]
+    calls: dict[tuple[str, str], Call]
+    same: bool = True
+    backward: bool = True
+    longest: int = 2**40
+    fits: Callable[[Shape], bool] = field(default=lambda shape: not shape.packed)
+
+    def call(self, op: Op, shape: Shape, mode: str) -> Call | None:
+        """What to time in a mode, or None if the row has nothing there."""
+        if (mode == "training" and not self.backward) or not self.fits(shape):
+            return None
+        if mode != "step" and shape["T"] > self.longest:
+            return None
+        return self.calls.get((op.name, "step" if mode == "step" else "sequence"))
+
+
+def absent(peer: Peer) -> str | None:
+    """Why a peer cannot be used here, or None."""
+    try:
+        next(iter(peer.calls.values())).load()
+    except Exception as error:  # whatever a broken install raises is the reason it is skipped
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def ours(op: Op, mode: str) -> Call:
+    """Our own function, called like a peer's."""
+    if mode == "step":
+        return Call(f"lsm_cuda.ops:{op.step}", one_token)
+    return Call(f"lsm_cuda.ops:{op.chunk}", lambda op, x, shape: {**x, **op.options})
+
+
+def one_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """Arguments of a step: the first token of each input, and the states."""
+    token = {n: x[n][:, 0].contiguous() if op.per_token(n) else x[n] for n in op.inputs}
+    return {**token, "state": states(op, x, shape)}
+
+
+def states(op: Op, x: Inputs, shape: Shape) -> Tensor | tuple[Tensor, ...]:
+    """One of zeros, or a tuple of them."""
+    device = x[op.qkv[0]].device
+    made = tuple(torch.zeros(shape.dims(dims), device=device) for dims in op.state)
+    return made if len(made) > 1 else made[0]
+
+
+# --- FLA
+
+
+@functools.cache
+def fla_file(path: str) -> ModuleType:
+    """A file under FLA's package folder, by path; LSM_FLA_DIR names the folder, or ``fla`` is
+    installed."""
+    root = os.environ.get("LSM_FLA_DIR")
+    if root is None:
+        spec = importlib.util.find_spec("fla")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError("no module named 'fla', and LSM_FLA_DIR is not set")
+        root = spec.submodule_search_locations[0]
+    file = Path(root) / path
+    if not file.is_file():
+        raise ImportError(f"{path} is not in {root}")
+    spec = importlib.util.spec_from_file_location("fla_" + path[:-3].replace("/", "_"), file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fla(renamed: dict[str, str] | None = None, head_first: bool = False, **more: Any) -> Arguments:
+    """Our names to theirs, ``fla({"g": "gk"})``, boundaries as int64, and constants."""
+    names = renamed or {}
+
+    def arguments(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+        theirs: dict[str, Any] = {}
+        for name, t in x.items():
+            swap = head_first and name in op.inputs and op.per_token(name)
+            t = t.long() if name == "cu_seqlens" else t
+            theirs[names.get(name, name)] = t.transpose(1, 2).contiguous() if swap else t
+        return theirs | more
+
+    return arguments
+
+
+def fla_token(renamed: dict[str, str] | None = None, head_first: bool = False) -> Arguments:
+    """A decode step through a function for sequences: T = 1, a state in, a state out."""
+    sequence = fla(renamed, head_first, output_final_state=True)
+
+    def arguments(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+        token = {n: t[:, :1].contiguous() if op.per_token(n) else t for n, t in x.items()}
+        return {**sequence(op, token, shape), "initial_state": states(op, x, shape)}
+
+    return arguments
+
+
+# --- Mamba-2, whose operator has other names for v, k, q and g
+
+
+def as_ssd(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """simple_gla as an SSD: g = dt A and v = dt x, with A = −1; ssd as it is."""
+    if op.name == "ssd":
+        return dict(x)
+    q, k, v = (x[name] for name in op.qkv)
+    dt = -x["g"]
+    scaled = (v / dt.unsqueeze(-1)).to(v.dtype)
+    A = -torch.ones(dt.shape[-1], device=dt.device)
+    return {"x": scaled, "dt": dt, "A": A, "B": k, "C": q * shape["K"] ** -0.5}
+
+
+def hf_ssd(chunk_size: int) -> Arguments:
+    def arguments(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+        theirs = as_ssd(op, x, shape)
+        return {"hidden_states": theirs.pop("x"), **theirs, "chunk_size": chunk_size}
+
+    return arguments
+
+
+def hf_ssd_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    theirs = {
+        n: t[:, 0].contiguous() if t.dim() > 2 else t for n, t in as_ssd(op, x, shape).items()
+    }
+    B, HV, V, K = shape.dims("B HV V K")
+    dt, A = theirs["dt"], theirs["A"]
+    theirs |= {
+        "dt": dt.unsqueeze(-1).expand(-1, -1, V), "A": A.view(-1, 1, 1).expand(-1, V, K),
+        "state": torch.zeros(B, HV, V, K, device=dt.device),
+    }  # fmt: skip
+    return {"hidden_states": theirs.pop("x"), **theirs}
+
+
+# --- xLSTM
+
+
+def mlstm_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    token = {n: t[:, 0].contiguous() for n, t in x.items()}
+    C, n, m = states(op, x, shape)
+    gates = {name: token.pop(name).unsqueeze(-1) for name in "if"}
+    return {**token, **gates, "c": C, "n": n, "m": m.unsqueeze(-1)}
+
+
+# --- softmax attention
+
+
+def heads_first(op: Op, x: Inputs) -> list[Tensor]:
+    """q, k, v as [B, HV, T, ·]."""
+    heads = x[op.qkv[2]].shape[2]
+    grouped = (x[name].transpose(1, 2) for name in op.qkv)
+    return [t.repeat_interleave(heads // t.shape[1], 1).contiguous() for t in grouped]
+
+
+def softmax(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    q, k, v = heads_first(op, x)
+    return {"query": q, "key": k, "value": v, "is_causal": True}
+
+
+def softmax_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """One query, and a cache of T keys and values."""
+    q, k, v = heads_first(op, x)
+    return {"query": q[:, :, :1], "key": k, "value": v}
+
+
+def time_first(op: Op, x: Inputs) -> list[Tensor]:
+    """q, k, v as [B, T, HV, ·]."""
+    heads = x[op.qkv[2]].shape[2]
+    return [x[n].repeat_interleave(heads // x[n].shape[2], 2).contiguous() for n in op.qkv]
+
+
+def flash(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    q, k, v = time_first(op, x)
+    return {"q": q, "k": k, "v": v, "causal": True}
+
+
+def flash_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    q, k, v = time_first(op, x)
+    return {"q": q[:, :1].contiguous(), "k_cache": k, "v_cache": v}
+
+
+def one_row(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    q, k, v = (t[0] for t in time_first(op, x))
+    return {"q": q, "k": k, "v": v, "causal": True}
+
+
+def one_row_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    q, k, v = (t[0] for t in time_first(op, x))
+    return {"q": q[0], "k": k, "v": v}
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled
+
+
+def flex_attention(**arguments: Any) -> Any:
+    return compiled_flex()(**arguments)
+
+
+def flex(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q, k, v = heads_first(op, x)
+    T = shape["T"]
+    mask = create_block_mask(
+        lambda b, h, i, j: i >= j, None, None, T, T, device=q.device, _compile=T > 8192
+    )
+    return {"query": q, "key": k, "value": v, "block_mask": mask}
+
+
+def of_every_op(sequence: Call, step: Call | None = None) -> dict[tuple[str, str], Call]:
+    """Softmax attention stands beside every operator."""
+    found = {(name, "sequence"): sequence for name in OPS}
+    return found if step is None else found | {(name, "step"): step for name in OPS}
+
+
+def in_chunks(shape: Shape) -> bool:
+    return shape["T"] % 64 == 0 and not shape.packed
+
+
+SSD = "transformers.models.mamba2.modeling_mamba2"
+
+PEERS = [
+    Peer(
+        "FLA (Triton)",
+        "fla-core",
+        ("cuda",),
+        {
+            ("gla", "sequence"): Call("fla.ops.gla:chunk_gla", fla()),
+            ("gla", "step"): Call("fla.ops.gla:fused_recurrent_gla", fla_token({"g": "gk"})),
+            ("linear_attn", "sequence"): Call(
+                "fla.ops.linear_attn:chunk_linear_attn", fla(normalize=False)
+            ),
+            ("linear_attn", "step"): Call(
+                "fla.ops.linear_attn:fused_recurrent_linear_attn", fla_token()
+            ),
+            ("retention", "sequence"): Call("fla.ops.retention:chunk_retention", fla()),
+            ("retention", "step"): Call("fla.ops.retention:fused_recurrent_retention", fla_token()),
+            ("simple_gla", "sequence"): Call("fla.ops.simple_gla:chunk_simple_gla", fla()),
+            ("simple_gla", "step"): Call(
+                "fla.ops.simple_gla:fused_recurrent_simple_gla", fla_token()
+            ),
+            ("rwkv6", "sequence"): Call("fla.ops.rwkv6:chunk_rwkv6", fla()),
+            ("rwkv6", "step"): Call("fla.ops.rwkv6:fused_recurrent_rwkv6", fla_token()),
+            ("gsa", "sequence"): Call("fla.ops.gsa:chunk_gsa", fla()),
+            ("gsa", "step"): Call("fla.ops.gsa:fused_recurrent_gsa", fla_token()),
+        },
+        fits=lambda shape: True,
+    ),
+    Peer(
+        "FLA naive",
+        "fla-core",
+        ("cpu",),
+        {
+            ("linear_attn", "sequence"): Call(
+                "ops/linear_attn/naive.py:naive_chunk_linear_attn", fla()
+            ),
+            ("linear_attn", "step"): Call(
+                "ops/linear_attn/naive.py:naive_recurrent_linear_attn", fla_token()
+            ),
+            ("retention", "sequence"): Call(
+                "ops/retention/naive.py:naive_retention", fla(head_first=True), heads_second
+            ),
+            ("simple_gla", "sequence"): Call(
+                "ops/simple_gla/naive.py:naive_chunk_simple_gla", fla()
+            ),
+            ("simple_gla", "step"): Call(
+                "ops/simple_gla/naive.py:naive_recurrent_simple_gla", fla_token()
+            ),
+        },
+        fits=in_chunks,
+    ),
+    Peer(
+        "FLA naive, a loop",
+        "fla-core",
+        ("cpu",),
+        {
+            ("gla", "sequence"): Call("ops/gla/naive.py:naive_recurrent_gla", fla({"g": "gk"})),
+            ("gla", "step"): Call("ops/gla/naive.py:naive_recurrent_gla", fla_token({"g": "gk"})),
+            ("rwkv6", "sequence"): Call(
+                "ops/rwkv6/recurrent_naive.py:naive_recurrent_rwkv6",
+                fla({"r": "q"}, head_first=True),
+                heads_second,
+            ),
+            ("rwkv6", "step"): Call(
+                "ops/rwkv6/recurrent_naive.py:naive_recurrent_rwkv6",
+                fla_token({"r": "q"}, head_first=True),
+                heads_second,
+            ),
+            ("gsa", "sequence"): Call("ops/gsa/naive.py:naive_recurrent_gsa", fla()),
+            ("gsa", "step"): Call("ops/gsa/naive.py:naive_recurrent_gsa", fla_token()),
+        },
+        longest=2048,
+    ),
+    Peer(
+        "transformers",
+        "transformers",
+        ("cpu",),
+        {
+            (name, kind): call
+            for name in ("simple_gla", "ssd")
+            for kind, call in (
+                (
+                    "sequence",
+                    Call(f"{SSD}:mamba2_chunk_scan.__wrapped__", hf_ssd(64), first, ("A",)),
+                ),
+                ("step", Call(f"{SSD}:mamba2_selective_state_update.__wrapped__", hf_ssd_token)),
+            )
+        },
+    ),
+    Peer(
+        "mamba_ssm",
+        "mamba-ssm",
+        ("cuda",),
+        {
+            (name, "sequence"): Call(
+                "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined",
+                lambda op, x, shape: {**as_ssd(op, x, shape), "chunk_size": 256},
+                first,
+                ("A",),
+            )
+            for name in ("simple_gla", "ssd")
+        },
+    ),
+    Peer(
+        "mlstm_kernels",
+        "mlstm_kernels",
+        ("cpu",),
+        {
+            ("mlstm", "sequence"): Call(
+                "mlstm_kernels.torch.chunkwise.native.fwbw:mlstm_chunkwise__native_autograd",
+                fla(head_first=True),
+                heads_second,
+            ),
+            ("mlstm", "step"): Call(
+                "mlstm_kernels.torch.recurrent.native_step:mlstm_recurrent_step__native",
+                mlstm_token,
+            ),
+        },
+        fits=in_chunks,
+    ),
+    Peer(
+        "mlstm_kernels (Triton)",
+        "mlstm_kernels",
+        ("cuda",),
+        {
+            ("mlstm", "sequence"): Call(
+                "mlstm_kernels.torch.chunkwise.triton_xl_chunk.fwbw:mlstm_chunkwise__xl_chunk",
+                fla(head_first=True),
+                heads_second,
+            ),
+        },
+        fits=in_chunks,
+    ),
+    Peer(
+        "torch SDPA",
+        "torch",
+        ("cpu", "cuda"),
+        of_every_op(
+            Call("torch.nn.functional:scaled_dot_product_attention", softmax, heads_second),
+            Call("torch.nn.functional:scaled_dot_product_attention", softmax_token, heads_second),
+        ),
+        same=False,
+    ),
+    Peer(
+        "torch FlexAttention",
+        "torch",
+        ("cuda",),
+        of_every_op(Call("lsm_cuda.bench.peers:flex_attention", flex, heads_second)),
+        same=False,
+    ),
+    Peer(
+        "flash-attn 2",
+        "flash-attn",
+        ("cuda",),
+        of_every_op(
+            Call("flash_attn:flash_attn_func", flash),
+            Call("flash_attn:flash_attn_with_kvcache", flash_token),
+        ),
+        same=False,
+    ),
+    Peer(
+        "flash-attn 3",
+        "flash-attn-3",
+        ("cuda",),
+        of_every_op(
+            Call("flash_attn_interface:flash_attn_func", flash),
+            Call("flash_attn_interface:flash_attn_with_kvcache", flash_token),
+        ),
+        same=False,
+    ),
+    Peer(
+        "FlashInfer",
+        "flashinfer-python",
+        ("cuda",),
+        of_every_op(
+            Call("flashinfer:single_prefill_with_kv_cache", one_row),
+            Call("flashinfer:single_decode_with_kv_cache", one_row_token),
+        ),
+        same=False,
+        backward=False,
+        fits=lambda shape: shape["B"] == 1 and not shape.packed,
+    ),
+]

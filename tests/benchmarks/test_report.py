@@ -1,0 +1,124 @@
+"""Documents carry no number without a results file, and nothing of a dry run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from bench_scripts import ROOT, script
+
+pytest.importorskip("matplotlib")
+
+import report  # isort: skip
+
+
+def test_documents_are_generated_from_the_results():
+    done = script("report", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """results, page and README in a folder of their own."""
+    shutil.copytree(report.HERE / "results", tmp_path / "benchmarks" / "results")
+    (tmp_path / "docs").mkdir()
+    for path in (report.PAGE, report.README):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "performance.md")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["report.py", *arguments])
+    return report.main()
+
+
+@pytest.mark.parametrize("what", ["docs/performance.md", "README.md", "json", "picture"])
+def test_any_difference_is_noticed(copy, monkeypatch, capsys, what):
+    assert run(monkeypatch, "--check") == 0
+    results = copy / "benchmarks" / "results" / "cpu"
+    if what == "json":
+        record = json.loads((results / "ops.json").read_text())
+        record["rows"] = [r | {"ms": 7 * r["ms"]} if "ms" in r else r for r in record["rows"]]
+        (results / "ops.json").write_text(json.dumps(record))
+    elif what == "picture":
+        (results / "time.png").write_bytes(b"\x89PNG another")
+    else:
+        path = copy / what
+        path.write_text(re.sub(r"\d\.\d+×", "99.9×", path.read_text(), count=1))
+    assert run(monkeypatch, "--check") == 1
+    assert "run benchmarks/report.py" in capsys.readouterr().err
+    assert run(monkeypatch) == 0 and run(monkeypatch, "--check") == 0
+
+
+def test_a_dry_run_is_refused(copy, monkeypatch, capsys):
+    file = copy / "benchmarks" / "results" / "cpu" / "ops.json"
+    record = json.loads(file.read_text())
+    record["environment"]["emulated"] = True
+    file.write_text(json.dumps(record))
+    assert run(monkeypatch) == 1
+    assert "times of a dry run on the emulator are not to be reported" in capsys.readouterr().err
+
+
+def gpu_record():
+    """What gpu_suite.py would write, with made-up values."""
+    common = {"op": "gla", "dtype": "bfloat16", "mode": "forward", "q1": 1, "q3": 1, "min": 1}
+    common |= {"samples": 5, "shape": "B1 T2048 H32 K128 V128"}
+    ours = {"implementation": "lsm_cuda", "minimal_bytes": 10**9, "minimal_flops": 1}
+    rows = []
+    for timing, ms in (("eager", 4.0), ("graph", 2.0)):
+        rows.append(common | ours | {"timing": timing, "ms": ms})
+        peer = {"implementation": "FLA (Triton)", "timing": timing, "ms": 3 * ms, "ratio": 3.0}
+        rows.append(common | peer)
+    longer = {"shape": "B1 T32768 H32 K128 V128", "ms": 20.0}
+    rows += [r | longer for r in rows if r["timing"] == "graph"]
+    rows.append(common | {"implementation": "FlashInfer", "skipped": "ImportError: none"})
+    items = [{"name": f"correct gla {i}", "status": s} for i, s in enumerate(("ok", "failed"))]
+    limits = {"bytes_per_second": 1e12, "flops_per_second": {"bfloat16": 1e15}}
+    env = {"date": "2000-01-01", "commit": "abc", "gpu": "GPU", "cpu": "CPU", "threads": 1}
+    env |= {"ceilings": limits, "cache_bytes": 0, "peers": {"torch": "2"}}
+    return {"environment": env, "items": items, "rows": rows}
+
+
+def test_a_gpu_page(copy, monkeypatch):
+    folder = copy / "benchmarks" / "results" / "gpu"
+    folder.mkdir()
+    (folder / "ops.json").write_text(json.dumps(gpu_record()))
+    assert run(monkeypatch) == 0
+    page = (copy / "docs" / "performance.md").read_text()
+    assert "Not timed: FlashInfer (ImportError: none)" in page
+    assert "| correct | 1 | 1 | 0 |" in page
+    assert "| gla | B1 T2048 H32 K128 V128 | bfloat16 | graph | 2 | 1 | 50% | 3× |" in page
+    assert "| gla | B1 T2048 H32 K128 V128 | bfloat16 | eager | 4 | 1 | 25% | 3× |" in page
+    assert (
+        "| gla, forward: B1 T32768 H32 K128 V128 bfloat16 | 20 | 3× |"
+        in (copy / "README.md").read_text()
+    )
+
+
+MEASURED = re.compile(
+    r"\d[\d.,]*\s?"
+    r"(?:ms|µs|us|ns|[GT]B/s|[GT]FLOP/s|tokens/s|times (?:as fast|faster)|[x×] faster)\b"
+)
+
+
+def test_no_measured_number_outside_generated_text():
+    """Times, rates and speed-ups stand in what report.py makes, or nowhere."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"),
+                 *(ROOT / "benchmarks").glob("*.md")]:  # fmt: skip
+        if path == report.PAGE:
+            continue
+        text = path.read_text()
+        if path == report.README:
+            text = text.split(report.BEGIN)[0] + text.split(report.END)[1]
+        assert not (found := MEASURED.findall(text)), f"{path.relative_to(ROOT)}: {found}"
+    assert MEASURED.findall("takes 3.5 ms, 2x faster, 4.3 TB/s") == [
+        "3.5 ms",
+        "2x faster",
+        "4.3 TB/s",
+    ]
