@@ -40,7 +40,7 @@ def test_beside_peers(tmp_path, small):
 
 
 def test_roofline(tmp_path, small):
-    rows, said = run(tmp_path, seconds=3, roofline=True, longest=4096)
+    rows, said = run(tmp_path, seconds=60, roofline=True, longest=4096)
     assert {r["op"] for r in rows} == set(registry.OPS)
     assert "GB/s" in said and "GFLOP/s" in said and "compute" in said and "%" in said
     assert "torch SDPA" not in said
