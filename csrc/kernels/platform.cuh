@@ -142,6 +142,13 @@ LSM_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
                                   r[3]);
 }
 
+// Transposes an 8x8 b16 matrix: lane l holds row l / 4, columns 2 (l % 4) and the next, before and after.
+LSM_DEVICE u32 movmatrix(u32 value) {
+    u32 transposed;
+    cute::SM75_U32x1_MOVM_T::copy(value, transposed);
+    return transposed;
+}
+
 // CuTe's cp.async ops do not tell the compiler that they touch memory.
 LSM_DEVICE void keep_memory_order() {
     asm volatile("" ::: "memory");

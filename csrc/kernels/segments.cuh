@@ -139,7 +139,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace segments
 
-inline Segments plan_segments(ChunkParams const& p, i64 L, void* workspace) {
+// Of ChunkParams or DeltaParams.
+template <class Params>
+Segments plan_segments(Params const& p, i64 L, void* workspace) {
     Segments plan;
     plan.T = p.T;
     plan.L = L > 1 ? L : 1;
@@ -154,13 +156,15 @@ inline Segments plan_segments(ChunkParams const& p, i64 L, void* workspace) {
     return plan;
 }
 
-inline i64 segments_bytes(ChunkParams const& p, i64 L) {
+template <class Params>
+i64 segments_bytes(Params const& p, i64 L) {
     return p.cu_seqlens != nullptr
                ? plan_segments(p, L, nullptr).count * static_cast<i64>(sizeof(Segment))
                : 0;
 }
 
-inline void build_segments(ChunkParams const& p, Segments const& plan, void* stream) {
+template <class Params>
+void build_segments(Params const& p, Segments const& plan, void* stream) {
     if (p.cu_seqlens == nullptr || plan.count == 0) return;
     auto run = [&](auto const* cu_seqlens) {
         launch(segments::write_table<std::remove_cv_t<std::remove_pointer_t<decltype(cu_seqlens)>>>,
