@@ -3,54 +3,23 @@
 // threads, sequences are cut into segments, joined exactly: every segment's state from zero and its
 // total decay, then the states at the boundaries in order, then all segments at once. The backward
 // does the same from the end.
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <atomic>
-#include <vector>
-
 #include "chunk_kernels.h"
+#include "schedule.h"
 
 namespace lsm {
 namespace {
 
+using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::ChunkKernels;
 using cpu::ChunkTask;
 
-constexpr int64_t kAlign = 256;
 constexpr int64_t kMinSegment = 256;  // tokens; shorter ones do not pay for the additional pass
 constexpr int64_t kColumnTile = 32;   // of V, two vectors at most
 constexpr int64_t kStepGrain = int64_t(1) << 16;    // state elements worth waking a thread for
 constexpr int64_t kThreadGrain = int64_t(1) << 18;  // state elements times tokens, likewise
 
 ChunkKernels const& kernels() {
-#if LSM_CPU_X86_TIERS
-    static ChunkKernels const& chosen = [&]() -> ChunkKernels const& {
-        auto const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                              __builtin_cpu_supports("f16c");
-        auto const has_avx512 =
-            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-        if (has_avx2 && has_avx512) return cpu::avx512::chunk_kernels;
-        return has_avx2 ? cpu::avx2::chunk_kernels : cpu::baseline::chunk_kernels;
-    }();
-    return chosen;
-#else
-    return cpu::baseline::chunk_kernels;
-#endif
-}
-
-int64_t round_up(int64_t x, int64_t unit) {
-    return (x + unit - 1) / unit * unit;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-int64_t boundary(ChunkParams const& p, int64_t i) {
-    return p.cu_seqlens_is_64bit ? static_cast<int64_t const*>(p.cu_seqlens)[i]
-                                 : static_cast<int32_t const*>(p.cu_seqlens)[i];
+    return cpu::best_chunk_kernels();
 }
 
 // One sequence of one value head, cut into segments of equal length (the last may be shorter).
@@ -161,21 +130,12 @@ class Workspace {
     int64_t state_, decay_, states_, scratch_, threads_, directions_;
 };
 
-// Tasks are fetched one by one: which thread runs which has no influence on the result.
 template <class Run>
 void run_tasks(std::vector<ChunkTask> const& tasks, Plan const& plan, Workspace const& workspace,
                Run run) {
-    std::atomic<size_t> next{0};
-    auto const worker = [&](int64_t first, int64_t) {
-        void* const scratch = workspace.scratch(first);
-        for (size_t i = next++; i < tasks.size(); i = next++) run(tasks[i], scratch);
-    };
-    int64_t const threads = std::min<int64_t>(plan.threads, int64_t(tasks.size()));
-    if (threads <= 1) {
-        worker(0, 1);
-    } else {
-        torch::stable::parallel_for(0, threads, 1, worker);
-    }
+    cpu::run_tasks(tasks, plan.threads, [&](ChunkTask const& task, int64_t thread) {
+        run(task, workspace.scratch(thread));
+    });
 }
 
 ChunkTask segment_task(Plan const& plan, Chain const& chain, int64_t segment, int64_t tile,

@@ -12,6 +12,7 @@
 // so resets (a = 0) and strong gates are exact.
 #pragma once
 
+#include "arena.h"
 #include "chunk_kernels.h"
 #include "tiles.h"
 
@@ -23,27 +24,6 @@ enum class Side { key, value };
 constexpr Side opposite(Side side) {
     return side == Side::key ? Side::value : Side::key;
 }
-
-// Bump allocation inside a thread's scratch; with a null base it only counts.
-template <class T>
-class Arena {
-  public:
-    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-    T* take(int64_t count) {
-        char* p = base_ == nullptr ? nullptr : base_ + used_;
-        used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-        return reinterpret_cast<T*>(p);
-    }
-    template <class... Pointers>
-    void take_each(int64_t count, Pointers&... pointers) {
-        ((pointers = take(count)), ...);
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 template <class T>
 struct BlockSide {

@@ -3,14 +3,7 @@
 #pragma once
 
 #include "params/chunk.h"
-
-// The x86 tiers choose their instruction set by a pragma that only g++ honours; elsewhere the
-// baseline serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LSM_CPU_X86_TIERS 1
-#else
-#define LSM_CPU_X86_TIERS 0
-#endif
+#include "tier_choice.h"
 
 namespace lsm::cpu {
 
@@ -38,16 +31,6 @@ struct ChunkKernels {
     void (*step)(StepParams const& p, int64_t first, int64_t last);  // of the B * HV states
 };
 
-namespace baseline {
-extern ChunkKernels const chunk_kernels;
-}
-#if LSM_CPU_X86_TIERS
-namespace avx2 {
-extern ChunkKernels const chunk_kernels;
-}
-namespace avx512 {
-extern ChunkKernels const chunk_kernels;
-}
-#endif
+LSM_CPU_TABLES(ChunkKernels, chunk_kernels)
 
 }  // namespace lsm::cpu

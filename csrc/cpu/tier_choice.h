@@ -1,0 +1,60 @@
+// Which instruction set's kernel table serves this machine. Plain C++, no vectors.
+#pragma once
+
+// The x86 tiers choose their instruction set by a pragma that only g++ honours; elsewhere the
+// baseline serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LSM_CPU_X86_TIERS 1
+#else
+#define LSM_CPU_X86_TIERS 0
+#endif
+
+namespace lsm::cpu {
+
+enum class Tier { baseline, avx2, avx512 };
+
+inline Tier best_tier() {
+#if LSM_CPU_X86_TIERS
+    static Tier const best = [] {
+        bool const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                              __builtin_cpu_supports("f16c");
+        bool const has_avx512 =
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+        return !has_avx2 ? Tier::baseline : has_avx512 ? Tier::avx512 : Tier::avx2;
+    }();
+    return best;
+#else
+    return Tier::baseline;
+#endif
+}
+
+}  // namespace lsm::cpu
+
+// One table of kernels per tier, declared in lsm::cpu, and the choice between them.
+#if LSM_CPU_X86_TIERS
+#define LSM_CPU_TABLES(Table, table)                   \
+    namespace baseline {                               \
+    extern Table const table;                          \
+    }                                                  \
+    namespace avx2 {                                   \
+    extern Table const table;                          \
+    }                                                  \
+    namespace avx512 {                                 \
+    extern Table const table;                          \
+    }                                                  \
+    inline Table const& best_##table() {               \
+        Tier const tier = best_tier();                 \
+        return tier == Tier::avx512 ? avx512::table    \
+               : tier == Tier::avx2 ? avx2::table      \
+                                    : baseline::table; \
+    }
+#else
+#define LSM_CPU_TABLES(Table, table)     \
+    namespace baseline {                 \
+    extern Table const table;            \
+    }                                    \
+    inline Table const& best_##table() { \
+        return baseline::table;          \
+    }
+#endif
