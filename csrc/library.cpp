@@ -17,6 +17,19 @@
 #define LSM_GATED_STEP \
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, float scale) -> Tensor"
 
+// Delta engine: what comes after v (`given`), its gradients, the micro-steps (`n`).
+#define LSM_DELTA_FWD(given, n)                           \
+    "(Tensor q, Tensor k, Tensor v, " given               \
+    ", Tensor? initial_state, Tensor? cu_seqlens, float " \
+    "scale, bool output_final_state" n ") -> (Tensor o, Tensor final_state)"
+#define LSM_DELTA_BWD(given, n, grads)                    \
+    "(Tensor q, Tensor k, Tensor v, " given               \
+    ", Tensor? initial_state, Tensor? cu_seqlens, float " \
+    "scale, Tensor grad_o, Tensor? grad_final_state" n    \
+    ") -> (Tensor dq, Tensor dk, Tensor dv, " grads ", Tensor dh0)"
+#define LSM_DELTA_STEP(given, n) \
+    "(Tensor q, Tensor k, Tensor v, " given ", Tensor(a!) state, float scale" n ") -> Tensor"
+
 STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     // Chunk engine: S_t = decay(S_{t-1}) + k_t v_t^T, o_t = scale S_t^T q_t. q, k [B,T,H,K]; v [B,T,HV,V]; states
     // [N,HV,K,V]; gates natural log. An absent result is an empty tensor. *_step takes one token per sequence, without
@@ -52,4 +65,40 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def("rwkv6_fwd" LSM_GATED_FWD);
     m.def("rwkv6_bwd" LSM_GATED_BWD);
     m.def("rwkv6_step" LSM_GATED_STEP);
+
+    // Delta engine (params/delta.h has the recurrences): q [B,T,H,K]; k [B,Tn,H,K], v [B,Tn,HV,V], beta [B,Tn,HV] or
+    // [B,Tn,HV,V] with n = num_householder micro-steps per token; states [N,HV,K,V]; gates natural log. Steps as above;
+    // with n > 1 their k, v, beta have a dimension of n after B.
+
+    // S <- (I - beta k k^T) S + beta k v^T (DeltaNet, DeltaProduct, FWP; exact Longhorn with a beta per value channel).
+    m.def("delta_rule_fwd" LSM_DELTA_FWD("Tensor beta", ", int num_householder=1"));
+    m.def("delta_rule_bwd" LSM_DELTA_BWD("Tensor beta", ", int num_householder=1", "Tensor dbeta"));
+    m.def("delta_rule_step" LSM_DELTA_STEP("Tensor beta", ", int num_householder=1"));
+
+    // The same of the state decayed by e^g, g [B,T,HV] (gated DeltaNet, gated DeltaProduct).
+    m.def("gated_delta_rule_fwd" LSM_DELTA_FWD("Tensor g, Tensor beta", ", int num_householder=1"));
+    m.def("gated_delta_rule_bwd" LSM_DELTA_BWD("Tensor g, Tensor beta",
+                                               ", bool need_dg=True, int num_householder=1",
+                                               "Tensor dg, Tensor dbeta"));
+    m.def(
+        "gated_delta_rule_step" LSM_DELTA_STEP("Tensor g, Tensor beta", ", int num_householder=1"));
+
+    // The same with one decay per key channel, g [B,T,HV,K] (Kimi Delta Attention).
+    m.def("kda_fwd" LSM_DELTA_FWD("Tensor g, Tensor beta", ", int num_householder=1"));
+    m.def("kda_bwd" LSM_DELTA_BWD("Tensor g, Tensor beta",
+                                  ", bool need_dg=True, int num_householder=1",
+                                  "Tensor dg, Tensor dbeta"));
+    m.def("kda_step" LSM_DELTA_STEP("Tensor g, Tensor beta", ", int num_householder=1"));
+
+    // S <- e^g S + beta k (v - S^T p)^T: an erase key p [B,T,H,K] of its own, reading before the decay (Comba).
+    m.def("comba_fwd" LSM_DELTA_FWD("Tensor p, Tensor g, Tensor beta", ""));
+    m.def("comba_bwd" LSM_DELTA_BWD("Tensor p, Tensor g, Tensor beta", ", bool need_dg=True",
+                                    "Tensor dp, Tensor dg, Tensor dbeta"));
+    m.def("comba_step" LSM_DELTA_STEP("Tensor p, Tensor g, Tensor beta", ""));
+
+    // S <- (Diag(e^g) + b a^T) S + k v^T, a and b [B,T,H,K], g [B,T,HV,K] or none (RWKV-7, IPLR without g).
+    m.def("dplr_fwd" LSM_DELTA_FWD("Tensor a, Tensor b, Tensor? g", ""));
+    m.def("dplr_bwd" LSM_DELTA_BWD("Tensor a, Tensor b, Tensor? g", ", bool need_dg=True",
+                                   "Tensor da, Tensor db, Tensor dg"));
+    m.def("dplr_step" LSM_DELTA_STEP("Tensor a, Tensor b, Tensor? g", ""));
 }

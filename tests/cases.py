@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from definitions import quadratic
+from definitions import quadratic, transition_products
 
 from lsm_cuda import reference
-from lsm_cuda.ops import _chunk
+from lsm_cuda.ops import _chunk, _delta
 
 DTYPES = {
     "f64": torch.float64,
@@ -29,7 +29,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Op:
-    """An operator of the chunk engine: its implementations and the shapes of its arguments."""
+    """An operator of an engine: its implementations and the shapes of its arguments."""
 
     name: str  # torch.ops.lsm.<name>_fwd, <name>_bwd and <name>_step
     chunk: Callable
@@ -39,6 +39,9 @@ class Op:
     tensors: dict[str, str] = field(hash=False)  # differentiable arguments in order, with dims
     state: str = "N HV K V"
     every_pair: bool = False  # else SIBLING_PAIRS
+    # How a tensor is drawn, if it is neither normal nor a gate: inputs.py has the kinds.
+    draw: dict[str, str] = field(default_factory=dict, hash=False)
+    impls: tuple[str, ...] = ("cpu", "emulator", "cuda")
 
     @property
     def gated(self) -> bool:
@@ -89,6 +92,48 @@ OPS = [
     chunk_op("gla_value", reference.value_gated_linear_attention, "B T HV V", side="value"),
     chunk_op("rwkv6", reference.rwkv6, "B T HV K", exclusive=True),
 ]
+
+
+def delta_op(name: str, definition: Callable, own: dict[str, str], **rest) -> Op:
+    """A row of the delta engine; ``own``: what the operator takes beside q, k and v.
+
+    Keys have length 1 and beta is below 1, as in models: longer keys make states that explode.
+    """
+
+    def chunk(
+        q, k, v, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **own
+    ):
+        given = tuple(own.get(n) for n in _delta.TAKES[name])
+        return _delta.delta(
+            name, q, k, v, given, scale, initial_state, output_final_state, cu_seqlens
+        )
+
+    def step(q, k, v, *, state, scale=None, **own):
+        given = tuple(own.get(n) for n in _delta.TAKES[name])
+        return _delta.delta_step(name, q, k, v, given, state, scale, f"chunk_{name}")
+
+    return Op(
+        name=name,
+        chunk=chunk,
+        step=step,
+        reference=definition,
+        quadratic=functools.partial(transition_products, name),
+        tensors={"q": "B T H K", "k": "B T H K", "v": "B T HV V"} | own,
+        draw={"k": "unit", "p": "shrunk k", "a": "unit", "b": "against a", "beta": "strength"},
+        **rest,
+    )
+
+
+DELTA_OPS = [
+    delta_op("delta_rule", reference.delta_rule, {"beta": "B T HV"}, impls=()),
+    delta_op(
+        "gated_delta_rule", reference.gated_delta_rule, {"g": "B T HV", "beta": "B T HV"}, impls=()
+    ),
+    delta_op("kda", reference.kda, {"g": "B T HV K", "beta": "B T HV"}, impls=()),
+    delta_op("comba", reference.comba, {"p": "B T H K", "g": "B T HV", "beta": "B T HV"}, impls=()),
+    delta_op("dplr", reference.dplr, {"a": "B T H K", "b": "B T H K", "g": "B T HV K"}, impls=()),
+]
+OPS += [op for op in DELTA_OPS if op.impls]
 SCHEMAS = [GLA, LINEAR_ATTN]  # with a gate and without: for what PyTorch's tools see of an operator
 
 

@@ -35,6 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if absent:
             marks.append(pytest.mark.skip(reason=absent))
         for op in OPS if {"op", "case"} & set(names) else [None]:
+            if op is not None and impl.name not in op.impls:
+                continue
             own = cases(op, impl.name) if "case" in names else [None]
             for case in own[:1] if absent else own:
                 values = {"impl": impl, "op": op, "case": case}

@@ -70,3 +70,50 @@ def quadratic(
             first[..., :, None] if side == "key" else first[..., None, :]
         )
     return o * (K**-0.5 if scale is None else scale), state
+
+
+def transition_products(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **own: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The delta engine with every ``[K, K]`` transition written out: ``S_t = Σ_s A_t ⋯ A_{s+1} w_s
+    v_sᵀ``, where A is ``(I − β k kᵀ) D`` or ``D − β k pᵀ`` or ``D + b aᵀ``, w is ``β k`` or k."""
+    if cu_seqlens is not None:
+        pieces = []
+        for n, (start, end) in enumerate(cu_seqlens.unfold(0, 2, 1).tolist()):
+            state = None if initial_state is None else initial_state[n, None]
+            part = (x[:, start:end] for x in (q, k, v))
+            rest = {key: x[:, start:end] for key, x in own.items()}
+            pieces.append(transition_products(name, *part, scale, state, None, **rest))
+        return torch.cat([o for o, _ in pieces], 1), torch.cat([s for _, s in pieces])
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    group = torch.arange(HV, device=q.device) // (HV // H)
+    q, k = q[:, :, group], k[:, :, group]
+    g = own.get("g", v.new_zeros(B, T, HV))
+    D = torch.diag_embed((g if g.dim() == 4 else g[..., None].expand(B, T, HV, K)).exp())
+    if name == "dplr":
+        a, b = own["a"][:, :, group], own["b"][:, :, group]
+        A, written = D + b[..., :, None] * a[..., None, :], k
+    else:
+        written = own["beta"][..., None] * k
+        if name == "comba":
+            A = D - written[..., :, None] * own["p"][:, :, group][..., None, :]
+        else:
+            A = (torch.eye(K).to(D) - written[..., :, None] * k[..., None, :]) @ D
+    # The state as a product of all factors after a write, summed over writes; the initial state is
+    # the first of them.
+    terms = [v.new_zeros(B, HV, K, V) if initial_state is None else initial_state]
+    outputs = []
+    for t in range(T):
+        terms = [A[:, t] @ term for term in terms]
+        terms.append(written[:, t, :, :, None] * v[:, t, :, None, :])
+        outputs.append(torch.stack([q[:, t, :, None] @ term for term in terms]).sum(0)[:, :, 0])
+    o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
+    return o * (K**-0.5 if scale is None else scale), torch.stack(terms).sum(0)

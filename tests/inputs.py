@@ -93,6 +93,20 @@ def gates(pattern: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     return torch.full(shape, float(pattern), dtype=torch.float64)
 
 
+def drawn(kind: str, noise: Tensor, before: Tensors) -> Tensor:
+    """A tensor made of normal ``noise``, maybe of the tensors drawn before it."""
+    if kind == "unit":  # vectors of length 1
+        return torch.nn.functional.normalize(noise, dim=-1)
+    if kind == "strength":  # in (0, 1)
+        return noise.sigmoid()
+    share = noise[..., :1].sigmoid()
+    if kind == "shrunk k":
+        return share * before["k"]
+    if kind == "against a":
+        return -share * before["a"]
+    return noise
+
+
 def boundaries(T: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Six sequences in T tokens: the first, the last and one in between are empty."""
     a, b = T // 3, T // 2 + T // 5
@@ -127,10 +141,13 @@ def make_inputs(case: Case) -> Inputs:
     def normal(dims: str, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape(dims), generator=rng, dtype=torch.float64).to(dtype)
 
-    tensors = {}
+    tensors: Tensors = {}
     for name, dims in case.op.tensors.items():
-        is_gate = name == "g"
-        x = gates(case.gate, shape(dims), rng) if is_gate else normal(dims, torch.float64)
+        is_gate = name in ("g", "beta")
+        if name == "g":
+            x = gates(case.gate, shape(dims), rng)
+        else:
+            x = drawn(case.op.draw.get(name, "normal"), normal(dims, torch.float64), tensors)
         x = x.to(case.gate_dtype if is_gate else case.torch_dtype)
         # Keys and values repeat a row. A gate that did would turn "mixed" and "resets" into a
         # constant; queries that did would all read the same sum, whose cancellation no average

@@ -2,14 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
-#include "backend.h"
+#include "ops/layout.h"
 
 namespace lsm {
 namespace {
-
-constexpr int64_t kMaxDim = 256;  // of K and V on tensor cores
 
 // What sets one operator of the engine apart; its name is the schema's.
 struct Variant {
@@ -42,12 +39,7 @@ void check_gate(Checks const& c, Decay decay, Tensor const& g, Tensor const& q, 
         c.shape(g, "g", decay == Decay::value ? "[B, T, HV, V]" : "[B, T, HV, K]",
                 {B, T, HV, channels});
     }
-    c.require(g.scalar_type() == q.scalar_type() ||
-                  (g.scalar_type() == ScalarType::Float && q.scalar_type() != ScalarType::Double),
-              "g must have dtype ", name(q.scalar_type()), " like q",
-              q.scalar_type() == ScalarType::Double ? "" : ", or float32", ", got ",
-              name(g.scalar_type()));
-    c.device(g, "g", q, "q");
+    check_gate_type(c, g, "g", q);
 }
 
 void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k, Tensor const& v,
@@ -56,13 +48,7 @@ void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k
     char const* const v_dims = one_token ? "[B, HV, V]" : "[B, T, HV, V]";
     int64_t const rank = one_token ? 3 : 4;
     c.rank(q, "q", q_dims, rank);
-    c.require(is_floating(q.scalar_type()), "q must be bfloat16, float16",
-              kTensorCores ? " or float32" : ", float32 or float64", ", got ",
-              name(q.scalar_type()));
-    c.require(!kTensorCores || q.scalar_type() != ScalarType::Double,
-              "q is float64, which the CUDA kernels do not take (supported: bfloat16, float16, "
-              "float32); it runs on "
-              "CPU tensors");
+    check_floating(c, q);
     c.rank(k, "k", q_dims, rank);
     c.require(k.size(rank - 1) == q.size(rank - 1), "k must have K = ", q.size(rank - 1),
               " like q, got K = ", k.size(rank - 1));
@@ -76,66 +62,12 @@ void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k
               show(v.sizes()));
     int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1),
                   V = v.size(rank - 1);
-    c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H,
-              " heads of q and k, got HV = ", HV);
-    c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
+    check_dims(c, H, HV, K, V);
     if (g) check_gate(c, decay, *g, q, v, one_token);
     c.dtype(k, "k", q.scalar_type(), " like q");
     c.dtype(v, "v", q.scalar_type(), " like q");
     c.device(k, "k", q, "q");
     c.device(v, "v", q, "q");
-    if (kTensorCores) {
-        c.require(K <= kMaxDim, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", kMaxDim,
-                  "); it runs on CPU tensors, or split the heads");
-        c.require(V <= kMaxDim, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxDim,
-                  "); it runs on CPU tensors, or split the heads");
-    }
-}
-
-ScalarType state_type(Tensor const& q) {
-    return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_state(Checks const& c, OptionalTensor const& state, char const* arg, Tensor const& q,
-                 int64_t N, int64_t HV, int64_t K, int64_t V) {
-    if (!state) return;
-    c.shape(*state, arg, "[N, HV, K, V]", {N, HV, K, V});
-    c.dtype(*state, arg, state_type(q));
-    c.device(*state, arg, q, "q");
-}
-
-// Values of cu_seqlens are read here only where that costs no synchronisation; the CUDA kernels check them on the
-// device (kernels/chunk/segments.cuh).
-template <class Int>
-void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T) {
-    c.require(cu[0] == 0, "cu_seqlens must start at 0, got ", cu[0]);
-    for (int64_t n = 0; n < N; ++n) {
-        c.require(cu[n + 1] >= cu[n], "cu_seqlens must not decrease, got ", cu[n], " before ",
-                  cu[n + 1], " at position ", n + 1);
-    }
-    c.require(cu[N] == T, "cu_seqlens must end at T = ", T, ", got ", cu[N]);
-}
-
-void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& q) {
-    if (!cu) return;
-    c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ",
-              show(cu->sizes()));
-    auto const type = cu->scalar_type();
-    c.require(type == ScalarType::Int || type == ScalarType::Long,
-              "cu_seqlens must have dtype int32 or int64, got ", name(type));
-    c.device(*cu, "cu_seqlens", q, "q");
-    c.require(
-        q.size(0) == 1,
-        "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));
-    if (!kTensorCores) {
-        Tensor const packed = as_contiguous(*cu);
-        int64_t const N = cu->size(0) - 1;
-        if (type == ScalarType::Long) {
-            check_boundaries(c, static_cast<int64_t const*>(packed.const_data_ptr()), N, q.size(1));
-        } else {
-            check_boundaries(c, static_cast<int32_t const*>(packed.const_data_ptr()), N, q.size(1));
-        }
-    }
 }
 
 // The tensors a call reads, in the layout the kernels want, kept alive beside the params that point into them.
@@ -145,29 +77,14 @@ struct Inputs {
     ChunkParams p{};
 };
 
-// Tensor-core kernels read rows in 16-byte pieces.
-bool rows_are_aligned(Tensor const& t) {
-    int64_t const unit = 16 / static_cast<int64_t>(t.element_size());
-    bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(3) == 1;
-    for (int64_t d = 0; d < 3; ++d) ok = ok && t.stride(d) % unit == 0;
-    return ok;
-}
-
-Tensor kernel_layout(Tensor const& t) {
-    if (!kTensorCores) return last_contiguous(t);
-    return rows_are_aligned(t) ? t : contiguous_copy(t);
-}
-
 // Gates in the layout of the kernels: rows of channels like everything else, scalars at any strides.
 OptionalTensor gate_layout(Decay decay, OptionalTensor const& g) {
     if (!g || decay == Decay::scalar) return g;
     return g->dim() == 4 ? kernel_layout(*g) : last_contiguous(*g);
 }
 
-Rows gate_rows(Decay decay, Tensor const& g, bool one_token) {
-    if (decay != Decay::scalar) return rows(g);
-    return {const_cast<void*>(g.const_data_ptr()), g.stride(0), one_token ? 0 : g.stride(1),
-            g.stride(one_token ? 1 : 2)};
+Rows gate_rows(Decay decay, Tensor const& g) {
+    return decay == Decay::scalar ? scalar_rows(g) : rows(g);
 }
 
 ScalarType gate_type(OptionalTensor const& g, Tensor const& q) {
@@ -201,47 +118,13 @@ Inputs prepare(Checks const& c, Variant const& variant, Tensor const& q, Tensor 
     p.HV = v.size(2), p.V = v.size(3), p.N = N;
     p.scale = scale;
     p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v);
-    if (in.g) p.g = gate_rows(variant.decay, *in.g, false);
+    if (in.g) p.g = gate_rows(variant.decay, *in.g);
     if (in.initial_state) p.initial_state = in.initial_state->const_data_ptr();
     if (in.cu_seqlens) {
         p.cu_seqlens = in.cu_seqlens->const_data_ptr();
         p.cu_seqlens_is_64bit = in.cu_seqlens->scalar_type() == ScalarType::Long;
     }
     return in;
-}
-
-Tensor workspace(int64_t bytes, Tensor const& like) {
-    return empty({bytes}, ScalarType::Byte, like);
-}
-
-// Odd sizes on tensor cores: zero-filled up to whole 16-byte rows (zero keys, queries, values and gates change
-// nothing), then cut back. Rare enough to pay with a copy what would cost every kernel a second loader.
-int64_t padding(Tensor const& t) {
-    return (8 - t.size(t.dim() - 1) % 8) % 8;
-}
-
-bool needs_padding(Tensor const& q, Tensor const& v) {
-    return kTensorCores && (padding(q) != 0 || padding(v) != 0);
-}
-
-Tensor pad_last(Tensor const& t, int64_t columns, int64_t rows_too = 0) {
-    if (columns == 0 && rows_too == 0) return t;
-    return torch::stable::pad(t, rows_too != 0 ? std::vector<int64_t>{0, columns, 0, rows_too}
-                                               : std::vector<int64_t>{0, columns});
-}
-
-OptionalTensor pad_state(OptionalTensor const& s, int64_t dK, int64_t dV) {
-    return s ? OptionalTensor(torch::stable::pad(*s, std::vector<int64_t>{0, dV, 0, dK})) : s;
-}
-
-Tensor cut(Tensor t, int64_t columns) {
-    return as_contiguous(torch::stable::narrow(t, t.dim() - 1, 0, columns));
-}
-
-Tensor cut_state(Tensor t, int64_t K, int64_t V) {
-    if (t.dim() != 4) return t;
-    Tensor rows_cut = torch::stable::narrow(t, 2, 0, K);
-    return as_contiguous(torch::stable::narrow(rows_cut, 3, 0, V));
 }
 
 OptionalTensor pad_gate(Decay decay, OptionalTensor const& g, int64_t dK, int64_t dV) {
@@ -279,20 +162,6 @@ std::tuple<Tensor, Tensor> forward(Variant const& variant, Tensor const& q, Tens
     Tensor scratch = workspace(chunk_fwd_workspace(p), q);
     chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
     return {o, final_state};
-}
-
-// The launchers' gradients of q and k are per value head; value heads of one query head are added in order.
-Tensor sum_groups(Tensor const& per_value_head, int64_t H, ScalarType type) {
-    int64_t const HV = per_value_head.size(2);
-    if (HV == H) return per_value_head;
-    auto const view = torch::stable::view(
-        per_value_head,
-        {per_value_head.size(0), per_value_head.size(1), H, HV / H, per_value_head.size(3)});
-    std::vector<int64_t> const over{3};
-    return torch::stable::to(
-        torch::stable::sum(view, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()),
-                           false),
-        type);
 }
 
 Tensor empty_gate_gradient(ChunkParams const& p, OptionalTensor const& g, Tensor const& q,
@@ -344,7 +213,7 @@ Gradients backward(Variant const& variant, Tensor const& q, Tensor const& k, Ten
     if (grad_final) p.grad_final_state = grad_final->const_data_ptr();
     p.key_grad_dtype = to_dtype(key_type);
     p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
-    if (need_dg) p.dg = gate_rows(variant.decay, dg, false);
+    if (need_dg) p.dg = gate_rows(variant.decay, dg);
     if (initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
     Tensor scratch = workspace(chunk_bwd_workspace(p), q);
     chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
@@ -356,12 +225,7 @@ Tensor one_step(Variant const& variant, Tensor const& q, Tensor const& k, Tensor
     Checks const c(variant.step);
     check_inputs(c, variant.decay, q, k, v, g, true);
     int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
-    c.shape(state, "state", "[B, HV, K, V]", {B, HV, K, V});
-    c.dtype(state, "state", state_type(q));
-    c.device(state, "state", q, "q");
-    c.require(state.is_contiguous(),
-              "state is updated in place and must be contiguous, got strides ",
-              show(state.strides()));
+    check_step_state(c, state, q, HV, K, V);
     DeviceScope const scope(q);
     Tensor const qr = last_contiguous(q), kr = last_contiguous(k), vr = last_contiguous(v);
     OptionalTensor const gr = gate_layout(variant.decay, g);
@@ -375,7 +239,7 @@ Tensor one_step(Variant const& variant, Tensor const& q, Tensor const& k, Tensor
     p.B = B, p.H = H, p.HV = HV, p.K = K, p.V = V;
     p.scale = scale;
     p.q = rows(qr), p.k = rows(kr), p.v = rows(vr), p.o = rows(o);
-    if (gr) p.g = gate_rows(variant.decay, *gr, true);
+    if (gr) p.g = gate_rows(variant.decay, *gr);
     p.state = const_cast<void*>(state.const_data_ptr());
     step(p, scope.stream());
     return o;

@@ -25,9 +25,10 @@ struct DeltaParams {
     Dtype beta_dtype;       // of beta and dbeta: dtype, or f32
     Dtype state_dtype;      // f64 when dtype is f64 (CPU only), else f32
     int64_t B, T, H, HV, K, V;
-    int64_t N;                         // sequences: B, or the length of cu_seqlens minus one
-    int64_t n;                         // micro-steps per token, at least 1
-    void const* cu_seqlens = nullptr;  // [N + 1], in tokens (not micro-steps), nullable; then B == 1
+    int64_t N;  // sequences: B, or the length of cu_seqlens minus one
+    int64_t n;  // micro-steps per token, at least 1
+    void const* cu_seqlens =
+        nullptr;  // [N + 1], in tokens (not micro-steps), nullable; then B == 1
     bool cu_seqlens_is_64bit = false;
     double scale;
 
@@ -61,10 +62,10 @@ struct DeltaStepParams {
     Dtype dtype, gate_dtype, beta_dtype, state_dtype;
     int64_t B, H, HV, K, V, n;
     double scale;
-    Rows q, o;                  // [B, 1, H, K], [B, 1, HV, V]
-    Rows k, v, erase, write;    // [B, n, H, K], [B, n, HV, V]; time is the stride of micro-steps
-    Rows g, beta;               // [B, 1, HV(, K)], [B, n, HV(, V)]
-    void* state;                // [B, HV, K, V] contiguous, updated in place
+    Rows q, o;                // [B, 1, H, K], [B, 1, HV, V]
+    Rows k, v, erase, write;  // [B, n, H, K], [B, n, HV, V]; time is the stride of micro-steps
+    Rows g, beta;             // [B, 1, HV(, K)], [B, n, HV(, V)]
+    void* state;              // [B, HV, K, V] contiguous, updated in place
 };
 
 // What a backend (cpu/, kernels/) provides to ops/delta.cpp. Workspaces are uninitialised bytes, 256-byte aligned.

@@ -1,0 +1,20 @@
+// The delta engine on the CPU.
+#include "params/delta.h"
+
+#include <stdexcept>
+
+namespace lsm {
+
+int64_t delta_fwd_workspace(DeltaParams const&) {
+    throw std::runtime_error("the delta engine has no CPU kernels yet");
+}
+int64_t delta_bwd_workspace(DeltaParams const&) {
+    throw std::runtime_error("the delta engine has no CPU kernels yet");
+}
+void delta_fwd(DeltaParams const&, void*, void*) {}
+void delta_bwd(DeltaParams const&, void*, void*) {}
+void delta_step(DeltaStepParams const&, void*) {
+    throw std::runtime_error("the delta engine has no CPU kernels yet");
+}
+
+}  // namespace lsm
