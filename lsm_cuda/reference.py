@@ -962,8 +962,8 @@ def comba(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Comba: ``S_t = e^{g_t} S_{t-1} + β_t k_t (v_t − S_{t-1}ᵀ p_t)ᵀ``: what is erased is read with
-    a key of its own, before the decay.
+    r"""Comba: ``S_t = e^{g_t} S_{t-1} + β_t k_t (v_t − S_{t-1}ᵀ p_t)ᵀ``: what is erased is read
+    with a key of its own, before the decay.
 
     Args and returns: as :func:`gated_delta_rule` without micro-steps, and p ``[B, T, H, K]``.
 

@@ -127,8 +127,8 @@ def delta(
     num_householder: int = 1,
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Whole sequences through operator ``name``; ``own``: what TAKES lists for it. Autocast, default
-    scale, states as asked for."""
+    """Whole sequences through operator ``name``; ``own``: what TAKES lists for it. Autocast,
+    default scale, states as asked for."""
     named = dict(zip(TAKES[name], own, strict=True))
     check_no_forward_ad(f"{name}_fwd", q=q, k=k, v=v, initial_state=initial_state, **named)
     if (dtype := autocast_dtype(q.device.type)) is not None and q.dtype != torch.float64:
