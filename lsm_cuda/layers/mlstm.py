@@ -89,7 +89,10 @@ class MLSTM(RecurrentLayer):
         self.fgate_preact = nn.Linear(hidden_size, num_heads)
         self.multihead_norm = MultiHeadLayerNorm(v_dim, norm_eps, use_bias)
         self.out_proj = nn.Linear(v_dim, hidden_size, bias=use_bias)
-        # Memories start long, and writes small.
+        self.init_projections()
+
+    def init_projections(self) -> None:
+        """Memories start long, and writes small."""
         nn.init.uniform_(self.fgate_preact.bias, 3.0, 6.0)
         nn.init.constant_(self.igate_preact.bias, -10.0)
 

@@ -116,8 +116,12 @@ class RWKV6Attention(_RWKV):
         self.k_proj = DDLerpLinear(hidden_size, self.key_dim)
         self.v_proj = DDLerpLinear(hidden_size, self.value_dim)
         self.g_proj = DDLerpLinear(hidden_size, self.value_dim)
-        with torch.no_grad():
-            self.w_proj.get_parameter("linear.lora.2.bias").copy_(_spread(self.key_dim))
+        self.init_projections()
+
+    @torch.no_grad()
+    def init_projections(self) -> None:
+        """Memories of many lengths."""
+        self.w_proj.get_parameter("linear.lora.2.bias").copy_(_spread(self.key_dim))
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         delta = call.convolve(self.token_shift, x) - x

@@ -72,7 +72,11 @@ class DecoderLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights; those that write into the residual stream shrink with depth."""
+        """Normal weights; those that write into the residual stream shrink with depth.
+
+        A module whose projections start otherwise has a method ``init_projections``, which has the
+        last word.
+        """
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -83,6 +87,9 @@ class DecoderLM(nn.Module):
                 nn.init.normal_(module.weight, std=std / depth**0.5)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if (own := getattr(module, "init_projections", None)) is not None:
+                own()
 
     def forward(
         self,

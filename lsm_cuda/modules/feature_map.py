@@ -187,6 +187,10 @@ class HedgehogFeatureMap(FeatureMap):
         super().__init__(head_dim)
         self.softmax = softmax
         self.layer = nn.Linear(head_dim, head_dim)
+        self.init_projections()
+
+    def init_projections(self) -> None:
+        """The identity."""
         nn.init.eye_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
 

@@ -106,13 +106,19 @@ def chunk(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     state_v_first: bool = False,
+    as_given: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Whole sequences through operator ``name``: autocast, default scale, states as asked for."""
+    """Whole sequences through operator ``name``: autocast, default scale, states as asked for.
+
+    ``as_given``: whoever calls has looked at autocast and may have widened q, k and v since: they
+    stay, and g follows them.
+    """
     named = {"q": q, "k": k, "v": v, "initial_state": initial_state}
     if g is not None:
         named["g"] = g
     check_no_forward_ad(f"{name}_fwd", **named)
-    if (dtype := autocast_dtype(q.device.type)) is not None and q.dtype != torch.float64:
+    dtype = q.dtype if as_given else autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = (x.to(dtype) for x in (q, k, v))
         if g is not None and g.dtype != torch.float32:
             g = g.to(dtype)

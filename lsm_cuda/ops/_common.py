@@ -3,7 +3,8 @@ fine print."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch.autograd import forward_ad
 
 
 def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
-    """Forward-mode AD through a custom operator would silently give zero tangents; say so
-    instead."""
-    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+    """Forward-mode AD through a custom operator would silently give zero tangents, and torch.func's
+    gradients end in words about autograd.Function; say so instead."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        _check_no_functional_gradient(op, tensors)
+    if forward_ad._current_level < 0:
         return
     for name, t in tensors.items():
         if t is None:
@@ -25,6 +30,18 @@ def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
                 f"lsm::{op}: forward-mode AD (jvp) is not supported, got a dual tensor for {name}; "
                 "use reverse mode, or lsm_cuda.reference, which any mode can differentiate"
             )
+
+
+def _check_no_functional_gradient(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    functorch = torch._C._functorch
+    for name, t in tensors.items():
+        while t is not None and functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_gradtrackingtensor(t) and t.requires_grad:
+                raise RuntimeError(
+                    f"lsm::{op}: torch.func's grad, vjp and jacrev are not supported, got a tensor "
+                    f"of theirs for {name}; use torch.autograd.grad or backward()"
+                )
+            t = functorch.get_unwrapped(t)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -42,6 +59,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(dtype) for x in tensors)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which autocast leaves the matrix products of ``x``'s device alone."""
+    if not torch.amp.is_autocast_available(x.device.type):  # e.g. meta
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def check_same_device(op: str, q: Tensor, **tensors: Tensor | None) -> None:

@@ -58,7 +58,7 @@ def sums(
         check_shape(name, "the normaliser's initial_state", z, "[N, HV, K]", shape[:-1])
         z = z[..., None]
 
-    run = partial(_chunk.chunk, name, q, k)
+    run = partial(_chunk.chunk, name, q, k, as_given=True)
     rest = output_final_state, cu_seqlens
     more = _ROW - V % _ROW
     if V + more > _WIDEST:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _chunk
 from ._common import (
+    autocast,
     backwards,
     check_in_place,
     check_no_gradient,
@@ -30,6 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "none": lambda x: x,
 }
+# Their derivative jumps at 0, where bf16 cannot tell the sides of many scores (docs/numerics.md).
+JUMPS = ("relu",)
 
 
 def between(op: str, activation: str) -> Callable[[Tensor], Tensor]:
@@ -67,9 +70,10 @@ def two_passes(
     cu_seqlens: Tensor | None,
     activation: Callable[[Tensor], Tensor],
     total: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Slots as values, activation, slots as keys. ``total`` divides what either pass reads: the
-    weight that slots kept as sums have gathered."""
+    weight that slots kept as sums have gathered. ``exact``: scores between the passes in fp32."""
     groups = q.shape[2] // k.shape[2]
     hk, hv = states
     if groups > 1:
@@ -80,9 +84,14 @@ def two_passes(
     def mean(x: Tensor) -> Tensor:
         return x if total is None else (x / total).to(x.dtype)
 
-    x, hk = _chunk.chunk("gla_value", q, k, s, g, scale, hk, output_final_state, cu_seqlens)
-    p = mean(activation(mean(x)))
-    o, hv = _chunk.chunk("gla", p, s, v, g, 1.0, hv, output_final_state, cu_seqlens)
+    run = partial(_chunk.chunk, as_given=True)
+    rest = output_final_state, cu_seqlens
+    if exact:
+        x, hk = run("gla_value", q.float(), k.float(), s.float(), g, scale, hk, *rest)
+    else:
+        x, hk = run("gla_value", q, k, s, g, scale, hk, *rest)
+    p = mean(activation(mean(x))).to(v.dtype)
+    o, hv = run("gla", p, s, v, g, 1.0, hv, *rest)
     if hk is None or hv is None:
         return o, None
     return o, (hk[:, ::groups].contiguous(), hv[:, ::groups].contiguous())
@@ -107,6 +116,7 @@ def running_means(
     if z is not None:
         N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_shape(op, "z", z, "[N, 1, H, M]", (N, 1, *s.shape[2:]))
+    q, k, v = autocast(q, k, v)  # s are logits, and keep their dtype until they are weights
     half = q.dtype == torch.float16
     if half:  # whose range the sums may leave
         q, k, v, s = q.float(), k.float(), v.float(), s.float()
@@ -114,8 +124,8 @@ def running_means(
     if slots.first is not None and hk is not None and hv is not None:
         hk, hv = hk * slots.first.unsqueeze(-2), hv * slots.first.unsqueeze(-1)
     o, state = two_passes(
-        q, k, v, slots.weights, slots.decay, scale, (hk, hv), output_final_state, cu_seqlens,
-        activation, slots.total,
+        q, k, v, slots.weights.to(q.dtype), slots.decay, scale, (hk, hv), output_final_state,
+        cu_seqlens, activation, slots.total,
     )  # fmt: skip
     o = o.half() if half else o
     if state is None:
@@ -170,7 +180,8 @@ def chunk_gsa(
 
     Note: differentiable once in q, k, v, s, g and the state; deterministic. Two calls of the chunk
         engine; between them the slots' scores ``[B, T, HQ, M]`` are written and read twice in the
-        dtype of q. With HQ > H, k, v, s and g are repeated in memory.
+        dtype of q; for relu in bf16 the first call and its scores are in fp32. With HQ > H, k, v,
+        s and g are repeated in memory.
 
     Source: Gated Slot Attention for Efficient Linear-Time Sequence Modeling, arXiv:2409.07146.
 
@@ -193,7 +204,11 @@ def chunk_gsa(
     check_shape(op, "g", g, "[B, T, H, M]", s.shape)
     check_state(op, initial_state, "hk", "hv")
     states = (None, None) if initial_state is None else initial_state
-    return two_passes(q, k, v, s, g, scale, states, output_final_state, cu_seqlens, softmax)
+    q, k, v, s = autocast(q, k, v, s)
+    return two_passes(
+        q, k, v, s, g, scale, states, output_final_state, cu_seqlens, softmax,
+        exact=activation in JUMPS and q.dtype == torch.bfloat16,
+    )  # fmt: skip
 
 
 def fused_recurrent_gsa(

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from . import _chunk
-from ._common import check_in_place, check_no_gradient, check_rank, check_shape, check_state
+from ._common import (
+    autocast,
+    check_in_place,
+    check_no_gradient,
+    check_rank,
+    check_shape,
+    check_state,
+)
 from ._running import running_softmax, running_softmax_step
 
 __all__ = ["chunk_lightnet", "fused_recurrent_lightnet", "lightnet_step"]
@@ -75,6 +82,7 @@ def chunk_lightnet(
         check_shape(op, "z", z, "[N, 1, H, K]", (N, 1, *k.shape[2:]))
     elif S is not None:
         raise RuntimeError(f"lsm::{op}: initial_state must come with its z, got S alone")
+    q, v = autocast(q, v)  # k are logits, and keep their dtype until they are weights
     half = q.dtype == torch.float16
     if half:  # the exact recurrence on every device, so that fp32 costs nothing but memory
         q, k, v = q.float(), k.float(), v.float()
@@ -82,8 +90,8 @@ def chunk_lightnet(
     if S is not None and keys.first is not None:
         S = S * keys.first.unsqueeze(-2 if state_v_first else -1)
     o, S = _chunk.chunk(
-        "gla", (q / keys.total).to(q.dtype), keys.weights, v, keys.decay, scale, S,
-        output_final_state, cu_seqlens, state_v_first,
+        "gla", (q / keys.total).to(q.dtype), keys.weights.to(q.dtype), v, keys.decay, scale, S,
+        output_final_state, cu_seqlens, state_v_first, as_given=True,
     )  # fmt: skip
     if S is not None:
         S = S / keys.last.unsqueeze(-2 if state_v_first else -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _chunk
-from ._common import autocast, backwards, check_shape, one_minus_exp
+from ._common import autocast, backwards, check_shape, no_autocast, one_minus_exp
 from ._sums import ratio, step_sums, sums
 from .simple_gla import chunk_simple_gla, decay_of
 
@@ -298,16 +298,20 @@ def bidirectional_linear_attn(
     if g is not None and g.dim() == 1:
         check_shape("bidirectional_linear_attn", "g", g, "[HV]", v.shape[2:3])
         g = decay_of("bidirectional_linear_attn", q, v, None, g)
+    if g is not None and g.dtype != torch.float32:
+        g = g.to(q.dtype)
     if mask is not None:
         padding = mask == 0
         k = k.masked_fill(padding[..., None, None], 0)
         g = None if g is None else g.masked_fill(padding[..., None], 0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    above = _both_directions(q, k, v, g, scale, cu_seqlens)
-    if not normalize:
-        return above.to(dtype)
-    ones = v.new_ones(1).expand(*v.shape[:3], 1)
-    return ratio(above, _both_directions(q, k, ones, g, scale, cu_seqlens), eps, dtype)
+    with no_autocast(q):  # which would make fp16 again of what was widened
+        above = _both_directions(q, k, v, g, scale, cu_seqlens)
+        if not normalize:
+            return above.to(dtype)
+        ones = v.new_ones(1).expand(*v.shape[:3], 1)
+        below = _both_directions(q, k, ones, g, scale, cu_seqlens)
+    return ratio(above, below, eps, dtype)
 
 
 def _both_directions(

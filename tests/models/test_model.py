@@ -139,3 +139,38 @@ def test_embeddings_are_tied_and_start_small():
     assert not [name for name, _ in model.named_parameters() if "head" in name]
     logits, _ = model(ids(2, 10))
     assert logits.std() < 1
+
+
+def starts_as_identity(mixer: torch.nn.Module) -> bool:
+    maps = [m for m in mixer.modules() if type(m).__name__ == "HedgehogFeatureMap"]
+    eye = torch.eye(16, dtype=torch.double)
+    return bool(maps) and all(torch.equal(m.layer.weight, eye) for m in maps)
+
+
+def remembers_at_many_lengths(mixer: torch.nn.Module) -> bool:
+    spread = mixer.w_proj.linear.lora[2].bias.sort().values
+    return bool(spread[0] == -6 and spread[-1] == -1)
+
+
+def writes_little_for_long(mixer: torch.nn.Module) -> bool:
+    f = mixer.fgate_preact.bias
+    return bool((mixer.igate_preact.bias == -10).all() and (f >= 3).all() and (f <= 6).all())
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "holds"),
+    [
+        ("linear_attn", {"feature_map": "hedgehog"}, starts_as_identity),
+        ("rwkv6", {}, remembers_at_many_lengths),
+        ("mlstm", {}, writes_little_for_long),
+    ],
+)
+def test_a_layer_keeps_its_own_initial_values(mixer, options, holds):
+    """After a redraw too, which leaves other projections at the model's scale."""
+    model = make(mixer, **options)
+    assert all(holds(layer.attn) for layer in model.layers)
+    for p in model.layers.parameters():
+        p.data.fill_(7)
+    model.reset_parameters()
+    assert all(holds(layer.attn) for layer in model.layers)
+    assert model.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.15, rel=0.1)

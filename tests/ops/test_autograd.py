@@ -153,14 +153,36 @@ def test_forward_mode_is_refused(op: Op, argument: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @each_schema
-def test_vmap_and_functional_gradients(op: Op) -> None:
-    """vmap loops over calls; torch.func.grad cannot use registered formulas, and says so."""
+def test_vmap_loops_over_calls(op: Op) -> None:
     x = make_inputs(Case(op, T=8))
     stacked = torch.stack([x.tensors["q"], 2 * x.tensors["q"]])
     o = torch.vmap(lambda q: op.chunk(**(x.tensors | {"q": q}))[0])(stacked)
     assert torch.equal(o[0], op.chunk(**x.tensors)[0])
-    with pytest.raises(RuntimeError, match="with functorch transforms"):
-        torch.func.grad(lambda q: op.chunk(**(x.tensors | {"q": q}))[0].sum())(x.tensors["q"])
+
+
+@each_argument(SCHEMAS)
+def test_functional_gradients_are_refused(op: Op, argument: str) -> None:
+    """torch.func cannot use registered formulas. Tensors it does not differentiate may pass."""
+    x = make_inputs(Case(op, T=8, state="initial"))
+    args = x.tensors | {"initial_state": x.initial_state}
+    primal = args[argument]
+
+    def call(t: Tensor) -> Tensor:
+        return op.chunk(**(args | {argument: t}))[0].sum()
+
+    text = rf"lsm::{op}_fwd: torch.func's grad, vjp and jacrev are .* for {argument}; use torch.a"
+    both = torch.stack([primal, primal])
+    for run, t in (
+        (torch.func.grad(call), primal),
+        (lambda t: torch.func.vjp(call, t), primal),
+        (torch.func.jacrev(call), primal),
+        (torch.vmap(torch.func.grad(call)), both),
+        (torch.func.grad(lambda t: torch.vmap(call)(t).sum()), both),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            run(t)
+    grad = torch.func.grad(lambda t: (t * call(t.detach())).sum())(primal)
+    assert torch.equal(grad, call(primal).expand_as(primal))
 
 
 @each_schema

@@ -103,17 +103,20 @@ def test_features_that_vanish() -> None:
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("two_directions", [False, True])
-def test_fp16_sums_do_not_overflow(two_directions: bool) -> None:
+def test_fp16_sums_do_not_overflow(two_directions: bool, autocast: bool) -> None:
     """2000 scores of 100 are beyond fp16, their mean is not."""
-    q = k = torch.full((1, 2000, 1, 4), 5.0, dtype=torch.float16)
-    v = torch.full((1, 2000, 1, 4), 3.0, dtype=torch.float16)
-    if two_directions:
-        o = ops.bidirectional_linear_attn(q, k, v, scale=1.0, normalize=True)
-    else:
-        o, _ = ops.chunk_linear_attn(q, k, v, scale=1.0)
+    dtype = torch.float32 if autocast else torch.float16
+    q = k = torch.full((1, 2000, 1, 4), 5.0, dtype=dtype)
+    v = torch.full((1, 2000, 1, 4), 3.0, dtype=dtype)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        if two_directions:
+            o = ops.bidirectional_linear_attn(q, k, v, scale=1.0, normalize=True)
+        else:
+            o, _ = ops.chunk_linear_attn(q, k, v, scale=1.0)
     assert o.dtype == torch.float16
-    torch.testing.assert_close(o, v)
+    torch.testing.assert_close(o, v.half())
 
 
 @pytest.mark.parametrize("normalize", [False, True])
