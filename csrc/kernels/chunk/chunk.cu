@@ -1,4 +1,5 @@
 // The chunk engine on tensor cores: which sweeps make a forward and a backward, and how time is cut for them.
+#include "kernels/carver.h"
 #include "kernels/chunk/first_token.cuh"
 #include "kernels/chunk/gate_gradient.cuh"
 #include "kernels/chunk/head_gate_gradient.cuh"
@@ -8,24 +9,6 @@
 
 namespace lsm {
 namespace {
-
-// Hands out 256-byte aligned pieces of the workspace; with a null base it measures.
-class Carver {
-  public:
-    explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <class T>
-    T* take(int64_t count) {
-        char* const at = base_ + used_;
-        used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-        return reinterpret_cast<T*>(at);
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 // How a call cuts time, and its scratch memory. Channels: of the gates; rows and contraction: of the two sweeps that
 // the gate's gradient needs, dq and dk, or o and dv where values decay.

@@ -1,0 +1,357 @@
+// The chain of states, chunk by chunk: E, O and the next state (chunks.cuh). For a backward pass the same walk leaves the
+// states at chunk starts and E's residuals V + e X S instead of O.
+//
+// A block owns kV value columns of a head's state and walks one sequence; a warp has 16 of them. The state is kept
+// transposed, [16 values, K], in accumulators, whose layout is that of an A operand: S and E reach the tensor cores without
+// touching shared memory and warps share nothing but the tiles they read. Grid: (record, head, tile of V).
+#pragma once
+
+#include "kernels/delta/chunks.cuh"
+
+namespace lsm::delta {
+
+LSM_DEVICE float nan_value() {
+    return __int_as_float(0x7fc00000);
+}
+
+// NaN to columns [column0, column0 + kV) of rows [t0, t1).
+LSM_DEVICE void poison_rows(Rows const& x, i64 batch, i64 t0, i64 t1, int head, int column0,
+                            i64 columns) {
+    int const c = column0 + threadIdx.x % kV;
+    if (c >= columns) return;
+    bf16* const to = static_cast<bf16*>(x.data) + batch * x.batch + head * x.head + c;
+    for (i64 t = t0 + threadIdx.x / kV; t < t1; t += blockDim.x / kV)
+        store_global(to + t * x.time, bf16(nan_value()));
+}
+
+// The transposed state of one warp: S[v][k], v = value0 + lane / 4 + {0, 8}, in accumulators.
+template <int K>
+struct WarpState {
+    static constexpr int kTiles = K / 8;
+    float S[kTiles][4];
+
+    // visit(element, offset in a [K, V] matrix) for those that exist.
+    template <class Visit>
+    LSM_DEVICE void visit(DeltaParams const& p, int value0, Visit f) {
+        int const lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) {
+                int const k = 8 * n + lane % 4 * 2 + e % 2, v = value0 + lane / 4 + e / 2 * 8;
+                if (k < p.K && v < p.V) f(S[n][e], k * static_cast<int>(p.V) + v);
+            }
+        }
+    }
+
+    LSM_DEVICE void start(DeltaParams const& p, int value0, float const* from, float fill) {
+        LSM_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) S[n][e] = fill;
+        }
+        if (from != nullptr)
+            visit(p, value0, [&](float& x, int at) { x = load_global(from + at); });
+    }
+
+    LSM_DEVICE void finish(DeltaParams const& p, int value0, float* to) {
+        visit(p, value0, [&](float& x, int at) { store_global(to + at, x); });
+    }
+
+    LSM_DEVICE void scale(float by) {
+        LSM_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) S[n][e] *= by;
+        }
+    }
+
+    // As A operand of products over K.
+    LSM_DEVICE void operand(u32 (&a)[K / 16][4]) const {
+        LSM_UNROLL
+        for (int kk = 0; kk < K / 16; ++kk) {
+            float const(&left)[4] = S[2 * kk];
+            float const(&right)[4] = S[2 * kk + 1];
+            a[kk][0] = pack_bf16(left[0], left[1]), a[kk][1] = pack_bf16(left[2], left[3]);
+            a[kk][2] = pack_bf16(right[0], right[1]), a[kk][3] = pack_bf16(right[2], right[3]);
+        }
+    }
+
+    // Leaves the operand in rows [V, K] of scratch; `to` is value row value0.
+    LSM_DEVICE static void save(u32 const (&a)[K / 16][4], bf16* to) {
+        int const lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int kk = 0; kk < K / 16; ++kk) {
+            LSM_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                int const v = lane / 4 + i % 2 * 8, k = 16 * kk + i / 2 * 8 + lane % 4 * 2;
+                store_global(reinterpret_cast<u32*>(to + v * K + k), a[kk][i]);
+            }
+        }
+    }
+
+    // out[v][t] += sum over k of S[v][k] tile[t][k].
+    LSM_DEVICE static void read(u32 const (&a)[K / 16][4], u32 tile, float (&out)[kC / 8][4]) {
+        int const lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int kk = 0; kk < K / 16; ++kk) {
+            LSM_UNROLL
+            for (int j = 0; j < kC / 16; ++j) {
+                u32 b[4];
+                ldmatrix_x4(b, tile + Tile<K>::columns_first(16 * j, 16 * kk, lane));
+                mma(out[2 * j], a[kk], b[0], b[1]);
+                mma(out[2 * j + 1], a[kk], b[2], b[3]);
+            }
+        }
+    }
+
+    // S[v][k] += sum over t of x[v][t] tile[t][k].
+    LSM_DEVICE void write(u32 const (&x)[kC / 16][4], u32 tile) {
+        int const lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int kk = 0; kk < K / 16; ++kk) {
+            LSM_UNROLL
+            for (int j = 0; j < kC / 16; ++j) {
+                u32 b[4];
+                ldmatrix_x4_trans(b, tile + Tile<K>::rows_first(16 * j, 16 * kk, lane));
+                mma(S[2 * kk], x[j], b[0], b[1]);
+                mma(S[2 * kk + 1], x[j], b[2], b[3]);
+            }
+        }
+    }
+};
+
+// [16 values, kC rows] of a [kC, kV] tile, as A operand.
+LSM_DEVICE void load_values(u32 tile, int warp, u32 (&x)[kC / 16][4]) {
+    int const lane = threadIdx.x % 32;
+    LSM_UNROLL
+    for (int j = 0; j < kC / 16; ++j)
+        ldmatrix_x4_trans(x[j], tile + Tile<kV>::columns_first(16 * j, 16 * warp, lane));
+}
+
+// Accumulators [16 values, kC rows] as A operand, row t times by[t].
+LSM_DEVICE void pack_rows(float const (&x)[kC / 8][4], float const* by, u32 (&packed)[kC / 16][4]) {
+    int const lane = threadIdx.x % 32;
+    LSM_UNROLL
+    for (int n = 0; n < kC / 8; ++n) {
+        float2 const f = pair_at(by, 8 * n + lane % 4 * 2);
+        packed[n / 2][n % 2 * 2] = pack_bf16(x[n][0] * f.x, x[n][1] * f.y);
+        packed[n / 2][n % 2 * 2 + 1] = pack_bf16(x[n][2] * f.x, x[n][3] * f.y);
+    }
+}
+
+// What that leaves out, as a second operand: together 16 bits of x by.
+LSM_DEVICE void pack_rest(float const (&x)[kC / 8][4], float const* by,
+                          u32 const (&packed)[kC / 16][4], u32 (&rest)[kC / 16][4]) {
+    int const lane = threadIdx.x % 32;
+    LSM_UNROLL
+    for (int n = 0; n < kC / 8; ++n) {
+        float2 const f = pair_at(by, 8 * n + lane % 4 * 2);
+        LSM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            float2 const high = unpack(packed[n / 2][n % 2 * 2 + i]);
+            rest[n / 2][n % 2 * 2 + i] =
+                pack_bf16(x[n][2 * i] * f.x - high.x, x[n][2 * i + 1] * f.y - high.y);
+        }
+    }
+}
+
+LSM_DEVICE void copy(u32 const (&from)[kC / 16][4], u32 (&to)[kC / 16][4]) {
+    LSM_UNROLL
+    for (int i = 0; i < kC / 4; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
+}
+
+// Puts what rounding left out of Z in its place. All threads.
+template <int K, int Threads>
+LSM_DEVICE void replace_z(DeltaWork const& work, Chunk const& chunk, char const* tile) {
+    __syncthreads();  // Z is not needed any more
+    load_tile<kC, K, Threads>(work.scratch.z_rest + chunk.slot * kC * K, K, smem_u32(tile));
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+}
+
+enum class RecurKind { output, states };
+
+template <int K, RecurKind Kind>
+struct Recur {
+    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps, kStages = 3;
+    static constexpr bool kReads = Kind == RecurKind::output;
+
+    struct Stage {
+        alignas(128) char erase[kC * K * 2];
+        alignas(128) char query[kReads ? kC * K * 2 : 16];
+        alignas(128) char write[kC * K * 2];
+        alignas(128) char value[kC * kV * 2];
+        alignas(16) char relate[kReads ? Square::kBytes : 16];
+        alignas(16) Coefficients by;
+    };
+    struct SharedStorage {
+        Stage stage[kStages];
+    };
+
+    DeltaWork const& work;
+    DeltaParams const& p;
+    SharedStorage& s;
+    Segment const& segment;
+    i64 const record;
+    int const head, tile, lane, warp, value0;
+    WarpState<K> state;
+
+    LSM_DEVICE Chunk at(int index) const {
+        return chunk_at(work, segment, work.first_slot(segment, record), index, head);
+    }
+
+    LSM_DEVICE void load(int index) {
+        Stage& to = s.stage[index % kStages];
+        Chunk const chunk = at(index);
+        int const from = work.key_head(head), columns = static_cast<int>(p.K);
+        Rows const& erase = p.erase.data != nullptr ? p.erase : p.k;
+        load_rows<K, kThreads>(erase, chunk.batch, chunk.row, from, chunk.rows, 1, 0, columns,
+                               smem_u32(to.erase));
+        load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
+        load_rows<kV, kThreads>(p.v, chunk.batch, chunk.row, head, chunk.rows, 1, tile * kV,
+                                static_cast<int>(p.V) - tile * kV, smem_u32(to.value));
+        if constexpr (kReads) {
+            load_rows<K, kThreads>(p.q, chunk.batch, chunk.token, from, chunk.rows,
+                                   static_cast<int>(p.n), 0, columns, smem_u32(to.query));
+            load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
+        }
+        load_floats<kThreads>(work.scratch.coefficients + chunk.slot * 4 * kC, 4 * kC,
+                              smem_u32(to.by));
+    }
+
+    LSM_DEVICE void step(int index) {
+        Stage const& tiles = s.stage[index % kStages];
+        Chunk const chunk = at(index);
+        u32 a[K / 16][4];
+        state.operand(a);
+        float residual[kC / 8][4] = {};
+        state.read(a, smem_u32(tiles.erase), residual);
+        float o[kC / 8][4] = {};
+        if constexpr (kReads) {
+            state.read(a, smem_u32(tiles.query), o);
+        } else {
+            state.save(a, work.scratch.state + (chunk.slot * work.v_tiles * kV + value0) * K);
+        }
+
+        u32 value[kC / 16][4];
+        load_values(smem_u32(tiles.value), warp, value);
+        LSM_UNROLL
+        for (int n = 0; n < kC / 8; ++n) {
+            float2 const e = pair_at(tiles.by[kErase], 8 * n + lane % 4 * 2);
+            float2 const upper = unpack(value[n / 2][n % 2 * 2]),
+                         lower = unpack(value[n / 2][n % 2 * 2 + 1]);
+            residual[n][0] = upper.x + e.x * residual[n][0];
+            residual[n][1] = upper.y + e.y * residual[n][1];
+            residual[n][2] = lower.x + e.x * residual[n][2];
+            residual[n][3] = lower.y + e.y * residual[n][3];
+        }
+        u32 E[kC / 16][4];
+        pack_rows(residual, tiles.by[kWrite], E);
+        state.scale(tiles.by[kKeep][0]);
+        int const passes = amplifies(tiles.by) ? 3 : 1;
+        LSM_UNROLL_BY(1)
+        for (int pass = 0; pass < passes; ++pass) {
+            u32 x[kC / 16][4];
+            if (pass == 1) {
+                pack_rest(residual, tiles.by[kWrite], E, x);
+            } else {
+                copy(E, x);
+            }
+            if (pass == 2) replace_z<K, kThreads>(work, chunk, tiles.write);
+            state.write(x, smem_u32(tiles.write));
+        }
+
+        if constexpr (kReads) {
+            answer(tiles, E, o);
+            bf16* const to = static_cast<bf16*>(p.o.data) + chunk.batch * p.o.batch +
+                             chunk.token * p.o.time + head * p.o.head + value0;
+            int const n = static_cast<int>(p.n);
+            store_transposed(o, static_cast<int>(p.V) - value0, [&](int t) -> bf16* {
+                if (n == 1) return t < chunk.rows ? to + t * p.o.time : nullptr;
+                return t < chunk.rows && (t + 1) % n == 0 ? to + t / n * p.o.time : nullptr;
+            });
+        } else {
+            bf16* const to = work.scratch.residual + chunk.slot * kC * work.v_tiles * kV + value0;
+            store_transposed(residual, 16, [&](int t) { return to + t * work.v_tiles * kV; });
+        }
+    }
+
+    // o = c o + R E.
+    LSM_DEVICE void answer(Stage const& tiles, u32 const (&E)[kC / 16][4], float (&o)[kC / 8][4]) {
+        LSM_UNROLL
+        for (int n = 0; n < kC / 8; ++n) {
+            float2 const c = pair_at(tiles.by[kRead], 8 * n + lane % 4 * 2);
+            o[n][0] *= c.x, o[n][1] *= c.y, o[n][2] *= c.x, o[n][3] *= c.y;
+        }
+        LSM_UNROLL
+        for (int i = 0; i < kC / 16; ++i) {
+            LSM_UNROLL
+            for (int j = 0; j <= i; ++j) {  // R is lower triangular
+                u32 b[4];
+                ldmatrix_x4(b,
+                            smem_u32(tiles.relate) + Square::columns_first(16 * i, 16 * j, lane));
+                mma(o[2 * i], E[j], b[0], b[1]);
+                mma(o[2 * i + 1], E[j], b[2], b[3]);
+            }
+        }
+    }
+
+    LSM_DEVICE void poison() {
+        if constexpr (kReads)
+            poison_rows(p.o, segment.batch, segment.t0, segment.t1, head, tile * kV, p.V);
+    }
+
+    LSM_DEVICE void run() {
+        int const chunks = segment.poison ? 0 : work.chunks(segment);
+        LSM_UNROLL
+        for (int i = 0; i < kStages - 1; ++i) {
+            if (i < chunks) load(i);
+            cp_async_commit();
+        }
+        i64 const owner = static_cast<i64>(segment.sequence) * p.HV + head;
+        float const* const initial = static_cast<float const*>(p.initial_state);
+        state.start(p, value0,
+                    initial != nullptr && !segment.poison ? initial + owner * p.K * p.V : nullptr,
+                    segment.poison ? nan_value() : 0.f);
+        LSM_UNROLL_BY(1)
+        for (int i = 0; i < chunks; ++i) {
+            cp_async_wait<kStages - 2>();
+            __syncthreads();  // the stage has landed, and everybody is done with the one before it
+            if (i + kStages - 1 < chunks) load(i + kStages - 1);
+            cp_async_commit();
+            step(i);
+        }
+        cp_async_wait<0>();
+        if (segment.poison) poison();
+        if constexpr (kReads) {
+            if (p.final_state != nullptr && segment.sequence >= 0)
+                state.finish(p, value0, static_cast<float*>(p.final_state) + owner * p.K * p.V);
+        }
+    }
+};
+
+// What a block of a chain works on: blockIdx.x = (record, head, tile of V).
+template <class Kernel>
+LSM_DEVICE void run_chain(DeltaWork const& work) {
+    int const tile = static_cast<int>(blockIdx.x % work.v_tiles);
+    i64 const unit = blockIdx.x / work.v_tiles;
+    int const head = static_cast<int>(unit % work.p.HV);
+    i64 const record = unit / work.p.HV;
+    Segment const segment = work.segments[record];
+    if (segment.unused()) return;
+    auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(dyn_smem());
+    int const tid = threadIdx.x;
+    Kernel{work, work.p, shared,   segment,  record,
+           head, tile,   tid % 32, tid / 32, tile * kV + tid / 32 * 16,
+           {}}
+        .run();
+}
+
+template <int K, RecurKind Kind>
+__global__ void __launch_bounds__(128, 2) recur(DeltaWork const work) {
+    run_chain<Recur<K, Kind>>(work);
+}
+
+}  // namespace lsm::delta
