@@ -86,10 +86,11 @@ inline std::string show_device(Tensor const& t) {
 // Checks against one operator's name, so that call sites read as the list of what is required.
 class Checks {
   public:
-    explicit Checks(char const* op) : op_(op) {}
+    // Of an operator of that name, or of an engine's operator and its kind, as in _fwd.
+    explicit Checks(char const* op, char const* kind = "") : op_(op), kind_(kind) {}
 
     void require(bool ok, auto const&... parts) const {
-        if (!ok) fail("lsm::", op_, ": ", parts...);
+        if (!ok) fail("lsm::", op_, kind_, ": ", parts...);
     }
 
     void rank(Tensor const& t, char const* arg, char const* dims, int64_t rank) const {
@@ -120,10 +121,8 @@ class Checks {
                 show_device(t));
     }
 
-    char const* op() const { return op_; }
-
   private:
-    char const* op_;
+    char const *op_, *kind_;
 };
 
 inline Dtype to_dtype(ScalarType type) {

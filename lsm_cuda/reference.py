@@ -28,6 +28,7 @@ __all__ = [
     "gsa",
     "hgrn2",
     "kda",
+    "lcsm",
     "lightnet",
     "linear_attention",
     "log_linear_attention",
@@ -216,21 +217,56 @@ def two_sided_gated_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gk: Tensor,
+    g: Tensor,
     gv: Tensor,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""A decay per key channel and one per value channel: ``S_t = Diag(exp gk_t) S_{t-1} Diag(exp
+    r"""A decay per key channel and one per value channel: ``S_t = Diag(exp g_t) S_{t-1} Diag(exp
     gv_t) + k_t v_tᵀ``.
 
-    Args: as :func:`gated_linear_attention`, but gates gk ``[B, T, HV, K]``, gv ``[B, T, HV, V]``.
+    Args: as :func:`gated_linear_attention`, with a second gate gv ``[B, T, HV, V]``.
 
     Source: Fine-Tuning Pre-trained Transformers into Decaying Fast Weights, arXiv:2210.04243.
     """
-    g = gk[..., :, None] + gv[..., None, :]
+    g = g[..., :, None] + gv[..., None, :]
     return _recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
+
+
+def lcsm(
+    e: Tensor | None,
+    i: Tensor,
+    s: Tensor,
+    o: Tensor | None = None,
+    ov: Tensor | None = None,
+    expand: Callable[[Tensor], Tensor] = lambda x: x,
+    insert: Callable[[Tensor], Tensor] = lambda x: x,
+    shrink: Callable[[Tensor], Tensor] = lambda x: x,
+    oscillate: Callable[[Tensor], Tensor] = torch.exp,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Expand, oscillate, shrink: ``m_t = a_t ⊙ m_{t-1} + e_t i_tᵀ``, ``y_t = scale · m_tᵀ s_t``.
+
+    Args: as :func:`lsm_cuda.ops.chunk_lcsm`, but options are functions; ``oscillate`` gives a.
+
+    Source: Unlocking the Secrets of Linear Complexity Sequence Model from A Unified Perspective,
+    arXiv:2405.17383.
+    """
+    a = i.new_ones(*i.shape[:3], 1, 1)
+    if o is not None:
+        of_keys = oscillate(o if o.dim() > 1 else o.expand(i.shape[:3]))
+        a = a * (of_keys[..., None] if of_keys.dim() == 4 else of_keys[..., None, None])
+        e = 1 - of_keys if e is None else expand(e)
+    else:
+        assert e is not None
+        e = expand(e)
+    if ov is not None:
+        a = a * oscillate(ov)[..., None, :]
+    g = a.log()
+    return _recurrence(shrink(s), e, insert(i), g, scale, initial_state, cu_seqlens)
 
 
 def finch(

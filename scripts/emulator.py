@@ -38,6 +38,7 @@ def main() -> None:
     flavours = ["", "_race"] + (["_asan"] if arguments.asan else [])
     targets = [f"_emu{flavour}" for flavour in flavours]
     targets += [f"kernel_tests{flavour or '_plain'}" for flavour in flavours]
+    targets += ["_C_example", "_emu_example"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     run = ["cmake", "--build", build, "-j", jobs, "--target", *targets]
     subprocess.run(run, check=True, stdout=sys.stderr)

@@ -47,6 +47,10 @@ class Op:
     def gated(self) -> bool:
         return "g" in self.tensors
 
+    @property
+    def gates(self) -> list[str]:
+        return [name for name in ("g", "gv") if name in self.tensors]
+
     def raw(self, kind: str, namespace: str = "lsm"):
         return getattr(getattr(torch.ops, namespace), f"{self.name}_{kind}").default
 
@@ -61,16 +65,22 @@ def chunk_op(
     side: str = "key",
     exclusive: bool = False,
     every_pair: bool = False,
+    second_gate: str | None = None,
 ) -> Op:
-    """A row of the chunk engine: its gate's dims, and how the definitions see it."""
+    """A row of the chunk engine: its gates' dims, and how the definitions see them."""
 
     def chunk(
-        q, k, v, g=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
-    ):
-        return _chunk.chunk(name, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+        q, k, v, g=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+        gv=None,
+    ):  # fmt: skip
+        return _chunk.chunk(
+            name, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, gv=gv
+        )
 
-    def step(q, k, v, g=None, *, state, scale=None):
-        return _chunk.step(name, q, k, v, g, state, scale, f"chunk_{name}")
+    def step(q, k, v, g=None, *, state, scale=None, gv=None):
+        return _chunk.step(name, q, k, v, g, state, scale, f"chunk_{name}", gv)
+
+    gates = {"g": gate, "gv": second_gate}
 
     return Op(
         name=name,
@@ -78,7 +88,8 @@ def chunk_op(
         step=step,
         reference=definition,
         quadratic=functools.partial(quadratic, side=side, exclusive=exclusive),
-        tensors={"q": "B T H K", "k": "B T H K", "v": "B T HV V"} | ({"g": gate} if gate else {}),
+        tensors={"q": "B T H K", "k": "B T H K", "v": "B T HV V"}
+        | {name: dims for name, dims in gates.items() if dims},
         every_pair=every_pair,
     )
 
@@ -90,6 +101,9 @@ OPS = [
     LINEAR_ATTN,
     chunk_op("simple_gla", reference.simple_gated_linear_attention, "B T HV"),
     chunk_op("gla_value", reference.value_gated_linear_attention, "B T HV V", side="value"),
+    chunk_op(
+        "gla_both", reference.two_sided_gated_linear_attention, "B T HV K", second_gate="B T HV V"
+    ),
     chunk_op("rwkv6", reference.rwkv6, "B T HV K", exclusive=True),
 ]
 

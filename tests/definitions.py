@@ -18,6 +18,7 @@ def quadratic(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    gv: Tensor | None = None,
     side: str = "key",
     exclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -26,50 +27,55 @@ def quadratic(
     The decay between two tokens is a sum of gates over a window, taken directly (a difference of
     running sums loses what a strong gate leaves); the initial state is one more key and value row
     per channel before the first token. ``g`` has the channels of the key or, with ``side`` "value",
-    of the value; without channels it is one gate per head; None is no gate. ``exclusive`` reads the
-    state of the token before: ``s < t`` and ``G_{t-1}``.
+    of the value; without channels it is one gate per head; None is no gate. ``gv`` is a second gate,
+    of the value. ``exclusive`` reads the state of the token before: ``s < t`` and ``G_{t-1}``.
     """
     if cu_seqlens is not None:
         pieces = []
         for n, (start, end) in enumerate(cu_seqlens.unfold(0, 2, 1).tolist()):
             state = None if initial_state is None else initial_state[n, None]
-            part = (None if x is None else x[:, start:end] for x in (q, k, v, g))
-            pieces.append(quadratic(*part, scale, state, None, side, exclusive))
+            q_, k_, v_, g_, gv_ = (None if x is None else x[:, start:end] for x in (q, k, v, g, gv))
+            pieces.append(quadratic(q_, k_, v_, g_, scale, state, None, gv_, side, exclusive))
         return torch.cat([o for o, _ in pieces], 1), torch.cat([s for _, s in pieces])
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     group = torch.arange(HV, device=q.device) // (HV // H)
     q, k = q[:, :, group], k[:, :, group]
-    g = v.new_zeros(B, T, HV, 1) if g is None else g[..., None] if g.dim() == 3 else g
-    # from_first[b, h, t, s] = Σ of g over tokens s .. t-1: what decays the state before token s
-    # on its way to the state before token t, s and t in 0 .. T
-    inside = torch.ones(T + 1, T + 1, dtype=torch.bool, device=q.device).tril(-1)[1:]  # s < t
+    nothing = v.new_zeros(B, T, HV, 1)
+    g = nothing if g is None else g[..., None] if g.dim() == 3 else g
+    of_keys, of_values = (g, nothing) if side == "key" else (nothing, g)
+    if gv is not None:
+        of_values = gv
+    keys, first_key, last_key = _between(of_keys, exclusive)
+    values, first_value, last_value = _between(of_values, exclusive)
+    scores = torch.einsum("bthk,bshk,bhtsk->bhts", q, k, keys.expand(-1, -1, -1, -1, K))
+    o = torch.einsum("bhts,bshv,bhtsv->bthv", scores, v, values.expand(-1, -1, -1, -1, V))
+    state = v.new_zeros(B, HV, K, V)
+    if T:
+        left, right = k.transpose(1, 2) * last_key[:, :, 1:], v.transpose(1, 2) * last_value[:, :, 1:]
+        state = torch.einsum("bhsk,bhsv->bhkv", left, right)
+    if initial_state is not None:
+        o = o + torch.einsum("bthk,bhkv->bthv", q * first_key, initial_state) * first_value
+        decay = last_key[:, :, 0, :, None] * last_value[:, :, 0, None, :]
+        state = state + initial_state * decay
+    return o * (K**-0.5 if scale is None else scale), state
+
+
+def _between(g: Tensor, exclusive: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The decay of what token s wrote until token t reads it ``[B, HV, t, s, ·]``, 0 where it is not
+    read; of the initial state until t reads it ``[B, T, HV, ·]``; of all states to the end, of that
+    before s for s in 0 .. T ``[B, HV, s, ·]``."""
+    T = g.shape[1]
+    # window[b, h, t, s] = Σ of g over tokens s .. t-1: what decays the state before token s on its
+    # way to the state before token t, s and t in 0 .. T
+    inside = torch.ones(T + 1, T + 1, dtype=torch.bool, device=g.device).tril(-1)[1:]  # s < t
     steps = torch.where(inside[..., None], g.transpose(1, 2)[:, :, :, None], 0.0)
     window = torch.nn.functional.pad(steps.cumsum(2), (0, 0, 0, 0, 1, 0))
     upto = window[:, :, :T] if exclusive else window[:, :, 1:]  # the state that token t reads
     # token s writes into the state after it
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(-1 if exclusive else 0)
+    seen = torch.ones(T, T, dtype=torch.bool, device=g.device).tril(-1 if exclusive else 0)
     decay = torch.where(seen[..., None], upto[:, :, :, 1:], -torch.inf).exp()
-    start, to_end = upto[:, :, :, 0].transpose(1, 2).exp(), window[:, :, T].exp()
-    keys = decay.expand(-1, -1, -1, -1, K) if side == "key" else seen[..., None].to(q.dtype)
-    values = decay.expand(-1, -1, -1, -1, V) if side == "value" else seen[..., None].to(q.dtype)
-    scores = torch.einsum("bthk,bshk,bhtsk->bhts", q, k, keys.expand(B, HV, T, T, K))
-    o = torch.einsum("bhts,bshv,bhtsv->bthv", scores, v, values.expand(B, HV, T, T, V))
-    state = v.new_zeros(B, HV, K, V)
-    if T:
-        left = k.transpose(1, 2) * (to_end[:, :, 1:] if side == "key" else 1)
-        right = v.transpose(1, 2) * (to_end[:, :, 1:] if side == "value" else 1)
-        state = torch.einsum("bhsk,bhsv->bhkv", left, right)
-    if initial_state is not None:
-        left = q * (start if side == "key" else 1)
-        o = o + torch.einsum("bthk,bhkv->bthv", left, initial_state) * (
-            start if side == "value" else 1
-        )
-        first = to_end[:, :, 0]
-        state = state + initial_state * (
-            first[..., :, None] if side == "key" else first[..., None, :]
-        )
-    return o * (K**-0.5 if scale is None else scale), state
+    return decay, upto[:, :, :, 0].transpose(1, 2).exp(), window[:, :, T].exp()
 
 
 def transition_products(

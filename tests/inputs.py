@@ -143,8 +143,8 @@ def make_inputs(case: Case) -> Inputs:
 
     tensors: Tensors = {}
     for name, dims in case.op.tensors.items():
-        is_gate = name in ("g", "beta")
-        if name == "g":
+        is_gate = name in (*case.op.gates, "beta")
+        if name in case.op.gates:
             x = gates(case.gate, shape(dims), rng)
         else:
             x = drawn(case.op.draw.get(name, "normal"), normal(dims, torch.float64), tensors)
@@ -152,7 +152,7 @@ def make_inputs(case: Case) -> Inputs:
         # Keys and values repeat a row. A gate that did would turn "mixed" and "resets" into a
         # constant; queries that did would all read the same sum, whose cancellation no average
         # over tokens hides.
-        layout = "contiguous" if case.layout == "expanded" and name in ("q", "g") else case.layout
+        layout = "contiguous" if case.layout == "expanded" and (is_gate or name == "q") else case.layout
         tensors[name] = lay_out(x, layout)
     state = state_dtype(case.torch_dtype)
     return Inputs(

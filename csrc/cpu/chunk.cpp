@@ -47,20 +47,6 @@ int64_t accumulator_bytes(ChunkParams const& p) {
     return p.dtype == Dtype::f64 ? 8 : 4;
 }
 
-// Of the product of a stretch's decays.
-int64_t decay_channels(ChunkParams const& p) {
-    switch (p.decay) {
-        case Decay::none:
-            return 0;
-        case Decay::scalar:
-            return 1;
-        case Decay::key:
-            return p.K;
-        default:
-            return p.V;
-    }
-}
-
 int64_t state_bytes(ChunkParams const& p) {
     return p.K * p.V * accumulator_bytes(p);
 }
@@ -108,7 +94,7 @@ class Workspace {
     Workspace(ChunkParams const& p, Plan const& plan, void* base)
         : base_(static_cast<char*>(base)),
           state_(round_up(state_bytes(p), 64)),
-          decay_(round_up(decay_channels(p) * accumulator_bytes(p), 64)),
+          decay_(round_up(gates_per_token(p.decay, p.K, p.V) * accumulator_bytes(p), 64)),
           states_(plan.boundary_states),
           scratch_(plan.scratch),
           threads_(plan.threads),
@@ -158,10 +144,13 @@ State* state_of(State* states, ChunkParams const& p, Chain const& chain) {
 // recurrence.
 template <class T>
 void join(ChunkParams const& p, T const* decay, T const* before, T* state) {
+    T const* const of_values = decays_values(p.decay) ? decay + (decays_keys(p.decay) ? p.K : 0)
+                                                      : nullptr;
+    bool const of_state = p.decay == Decay::scalar;
     for (int64_t k = 0; k < p.K; ++k, before += p.V, state += p.V) {
-        T const of_row = p.decay == Decay::none ? T(1) : decay[p.decay == Decay::key ? k : 0];
+        T const of_row = decays_keys(p.decay) ? decay[k] : of_state ? decay[0] : T(1);
         for (int64_t v = 0; v < p.V; ++v) {
-            state[v] += (p.decay == Decay::value ? decay[v] : of_row) * before[v];
+            state[v] += (of_values != nullptr ? of_row * of_values[v] : of_row) * before[v];
         }
     }
 }

@@ -60,15 +60,15 @@ class BackwardStretch : Stretch<T, Decay> {
     // The recurrence of dS alone, and the product of all decays.
     void begin_grad() {
         read_state(dS_, static_cast<T const*>(task_.grad_end), p_.V, p_.K, p_.V);
-        StretchDecay<T> stretch_decay(task_.decay, decay_.channels());
+        StretchDecay<T> stretch_decay(task_.decay, gates_per_token(p_.decay, p_.K, p_.V));
         for (int64_t b = blocks_ - 1; b >= 0; --b) {
             read_readers(b);
             decay_.read(b);
-            decay_.to_start(Base::decaying());
+            Base::to_start();
             for_each_tile(value_.panels, [&](auto tile, int64_t i) {
                 carry_grad<Side::value, decltype(tile)::value>(i);
             });
-            stretch_decay.multiply(decay_.total());
+            stretch_decay.multiply(decay_);
         }
         write_grad_begin();
     }
@@ -92,7 +92,7 @@ class BackwardStretch : Stretch<T, Decay> {
         k_.read(key_.writer, b);
         v_.read(value_.writer, b);
         decay_.read(b);
-        decay_.to_end(Base::decaying());
+        Base::to_end();
     }
 
     void advance_transposed(T* next, T const* state, int64_t b) {
@@ -101,9 +101,8 @@ class BackwardStretch : Stretch<T, Decay> {
         v_.prefetch(b + 1);
         decay_.prefetch(b + 1);
         for_each_tile(key_.panels, [&](auto tile, int64_t i) {
-            constexpr int N = decltype(tile)::value;
-            advance_state<C, Decay::of(Side::key), N>(next, state, value_.end, value_.panels,
-                                                      key_.end, decay_.total(), i);
+            Base::template advance<Side::key, decltype(tile)::value>(next, state, value_.end,
+                                                                     key_.end, i);
         });
     }
 
@@ -124,22 +123,30 @@ class BackwardStretch : Stretch<T, Decay> {
     void block_gradients(int64_t b, T const* state) {
         read_writers(b);
         read_readers(b);
-        decay_.to_start(Base::decaying());
-        decay_.pairs(Base::decaying());
-        decay_.other_pairs(Base::other());
+        Base::to_start();
+        decay_.template pairs<Side::key>(key_);
+        decay_.template pairs<Side::value>(value_);
         if (b > 0) prefetch_gradients(b - 1);
-        if constexpr (Decay::kSide == Side::value) {
-            if (decay_.wants_gradient()) {
-                transpose_state(S_, state, key_.panels, value_.panels);
-            }
+        if (wants_gate<Side::value>()) {
+            transpose_state(S_, state, key_.panels, value_.panels);
         }
         transpose_state(dS_transposed_, dS_, value_.panels, key_.panels);
         side_gradients<Side::value>(S_);
         side_gradients<Side::key>(state);
-        decay_.gradients(Base::decaying(), Base::other(), b);
+        decay_.gradients(key_, value_, b);
         dq_.write(key_.d_reader, b, T(p_.scale));
         dk_.write(key_.d_writer, b);
         dv_.write(value_.d_writer, b);
+    }
+
+    // Whether a gradient is wanted of gates on one side.
+    template <Side kSide>
+    bool wants_gate() const {
+        if constexpr (Decay::acts_on(kSide)) {
+            return decay_.template wants_gradient<kSide>();
+        } else {
+            return false;
+        }
     }
 
     // d_reader and d_writer of one side, but for what the decay policy does in the end; dS before
@@ -148,7 +155,7 @@ class BackwardStretch : Stretch<T, Decay> {
     LSM_INLINE void side_gradients(T const* S) {
         auto const &own = Base::side(kSide), &other = Base::side(opposite(kSide));
         T* const dS = kSide == Side::key ? dS_transposed_ : dS_;
-        bool const d_gate = kSide == Decay::kSide && decay_.wants_gradient();
+        bool const d_gate = wants_gate<kSide>();
         for_each_tile(own.panels, [&](auto tile, int64_t i) {
             constexpr int N = decltype(tile)::value;
             auto const product = [&](T* out, T const* rows, T const* state, auto const& plus) {
@@ -159,7 +166,13 @@ class BackwardStretch : Stretch<T, Decay> {
                 product(own.d_reader, other.start, S, Base::template reads<kSide>());
             }
             product(own.d_writer, other.end, dS, Base::template writes<kSide>());
-            if (d_gate) sum_products<N>(decay_.flux(), S, dS, other.panels * W, i);
+            if constexpr (Decay::acts_on(kSide)) {
+                constexpr bool kWeighed = Decay::of(kSide) == DecayOf::both;
+                if (d_gate) {
+                    sum_products<kWeighed, N>(decay_.template flux<kSide>(), S, dS,
+                                              other.panels * W, decay_.total(opposite(kSide)), i);
+                }
+            }
             if (kSide == Side::value) carry_grad<kSide, N>(i);
         });
     }
@@ -170,8 +183,7 @@ class BackwardStretch : Stretch<T, Decay> {
     LSM_INLINE void carry_grad(int64_t i) {
         auto const &own = Base::side(kSide), &other = Base::side(opposite(kSide));
         T* const dS = kSide == Side::key ? dS_transposed_ : dS_;
-        advance_state<C, Decay::of(kSide), N>(dS, dS, other.start, other.panels, own.start,
-                                              decay_.total(), i);
+        Base::template advance<kSide, N>(dS, dS, other.start, own.start, i);
     }
 
     void write_grad_begin() {

@@ -13,17 +13,27 @@ namespace LSM_CPU_TIER {
 template <class T>
 class StretchDecay {
   public:
-    StretchDecay(void* decay, int64_t channels)
-        : decay_(static_cast<T*>(decay)), channels_(decay_ == nullptr ? 0 : channels) {
-        for (int64_t i = 0; i < channels_; ++i) decay_[i] = 1;
+    StretchDecay(void* decay, int64_t count) : decay_(static_cast<T*>(decay)) {
+        for (int64_t i = 0; decay_ != nullptr && i < count; ++i) decay_[i] = 1;
     }
-    void multiply(T const* total) {
-        for (int64_t i = 0; i < channels_; ++i) decay_[i] *= total[i];
+    template <class Decay>
+    void multiply(Decay const& block) {
+        if (decay_ == nullptr) return;
+        T* product = decay_;
+        take<Side::key>(block, product);
+        take<Side::value>(block, product);
     }
 
   private:
+    template <Side kSide, class Decay>
+    static void take(Decay const& block, T*& product) {
+        if constexpr (Decay::acts_on(kSide)) {
+            T const* const total = block.total(kSide);
+            for (int64_t i = 0; i < block.channels(kSide); ++i) *product++ *= total[i];
+        }
+    }
+
     T* decay_;
-    int64_t channels_;
 };
 
 // What forward and backward have in common: a stretch of one value head, seen by its two sides.
@@ -61,33 +71,58 @@ class Stretch {
         arena_.take_each(side.panels * C * W, side.reader, side.writer, side.d_reader,
                          side.d_writer);
         side.pairs = arena_.take(C * C);
-        if (which == Decay::kSide) {
-            Decay::lay_out(side, arena_);
-        } else {
-            side.start = side.reader, side.end = side.writer;
+        if constexpr (Decay::acts_on(Side::key) || Decay::acts_on(Side::value)) {
+            if (Decay::acts_on(which)) return Decay::lay_out(side, arena_);
         }
+        side.start = side.reader, side.end = side.writer;
     }
 
     BlockSide<T> const& side(Side which) const { return which == Side::key ? key_ : value_; }
-    BlockSide<T> const& decaying() const { return side(Decay::kSide); }
-    BlockSide<T> const& other() const { return side(opposite(Decay::kSide)); }
+
+    // Readers of a side as the state takes them, or writers as it gives them.
+    template <Side kSide>
+    void to_start() const {
+        if constexpr (Decay::acts_on(kSide)) decay_.template to_start<kSide>(side(kSide));
+    }
+    template <Side kSide>
+    void to_end() const {
+        if constexpr (Decay::acts_on(kSide)) decay_.template to_end<kSide>(side(kSide));
+    }
+    void to_start() const {
+        to_start<Side::key>();
+        to_start<Side::value>();
+    }
+    void to_end() const {
+        to_end<Side::key>();
+        to_end<Side::value>();
+    }
 
     // What d_reader and d_writer of one side need after the product with the state.
     template <Side kSide>
     auto reads() const {
-        if constexpr (kSide == Decay::kSide) {
-            return decay_.reads(decaying(), other());
+        auto const &own = side(kSide), &other = side(opposite(kSide));
+        if constexpr (Decay::acts_on(kSide)) {
+            return decay_.template reads<kSide>(own, other);
         } else {
-            return PlusTriangle<Triangle::past, C, T>{decaying().pairs, other().writer};
+            return PlusTriangle<Triangle::past, C, T>{other.pairs, own.writer};
         }
     }
     template <Side kSide>
     auto writes() const {
-        if constexpr (kSide == Decay::kSide) {
-            return decay_.writes(decaying(), other());
+        auto const &own = side(kSide), &other = side(opposite(kSide));
+        if constexpr (Decay::acts_on(kSide)) {
+            return decay_.template writes<kSide>(own, other);
         } else {
-            return PlusTriangle<Triangle::future, C, T>{decaying().pairs, other().reader};
+            return PlusTriangle<Triangle::future, C, T>{other.pairs, own.reader};
         }
+    }
+
+    // Panels [i, i + N) of a state with one side's channels in lanes, over a block.
+    template <Side kSide, int N>
+    LSM_INLINE void advance(T* next, T const* state, T const* rows, T const* lanes, int64_t i) {
+        constexpr Side kOther = opposite(kSide);
+        advance_state<C, Decay::of(kSide), N>(next, state, rows, side(kOther).panels, lanes,
+                                              decay_.total(kOther), decay_.total(kSide), i);
     }
 
     ChunkParams const& p_;
@@ -121,7 +156,7 @@ class ForwardStretch : Stretch<T, Decay> {
         auto const* begin = static_cast<T const*>(task_.state_begin);
         read_state(S_, begin == nullptr ? begin : begin + task_.v_begin, p_.V, p_.K,
                    value_.channels);
-        StretchDecay<T> stretch_decay(task_.decay, decay_.channels());
+        StretchDecay<T> stretch_decay(task_.decay, gates_per_token(p_.decay, p_.K, p_.V));
         for (int64_t b = 0; b < blocks_; ++b) {
             k_.read(key_.writer, b);
             k_.prefetch(b + 1);
@@ -129,17 +164,13 @@ class ForwardStretch : Stretch<T, Decay> {
             v_.prefetch(b + 1);
             decay_.read(b);
             decay_.prefetch(b + 1);
-            decay_.to_end(Base::decaying());
+            Base::to_end();
             if constexpr (kOutputs) {
                 q_.read(key_.reader, b, T(p_.scale));
                 q_.prefetch(b + 1);
                 o_.prefetch(b + 1);
-                if constexpr (Decay::kSide == Side::key) {
-                    decay_.to_start(key_);
-                    decay_.pairs(key_);
-                } else {
-                    decay_.other_pairs(key_);
-                }
+                Base::template to_start<Side::key>();
+                decay_.template pairs<Side::key>(key_);
             }
             for_each_tile(value_.panels, [&](auto tile, int64_t i) {
                 constexpr int N = decltype(tile)::value;
@@ -147,14 +178,13 @@ class ForwardStretch : Stretch<T, Decay> {
                     block_times_state<C, N>(value_.d_reader, key_.start, S_, key_.panels * W,
                                             key_.channels, i, Base::template reads<Side::value>());
                 }
-                advance_state<C, Decay::of(Side::value), N>(S_, S_, key_.end, key_.panels,
-                                                            value_.end, decay_.total(), i);
+                Base::template advance<Side::value, N>(S_, S_, key_.end, value_.end, i);
             });
             if constexpr (kOutputs) {
-                if constexpr (Decay::kSide == Side::value) decay_.finish_reads(value_, key_);
+                if constexpr (Decay::acts_on(Side::value)) decay_.finish_reads(value_, key_);
                 o_.write(value_.d_reader, b);
             }
-            stretch_decay.multiply(decay_.total());
+            stretch_decay.multiply(decay_);
         }
         if (task_.state_end != nullptr) {
             write_state(static_cast<T*>(task_.state_end) + task_.v_begin, p_.V, S_, p_.K,

@@ -13,8 +13,8 @@ struct ChunkTask {
     int64_t batch, head, begin, end;
     void const* state_begin = nullptr;  // S before the stretch; null: zeros
     void* state_end = nullptr;          // S after it, nullable
-    void* decay = nullptr;              // product of the stretch's decays, nullable; [K], [V], [1]
-                                        // or nothing, by p.decay
+    void* decay = nullptr;              // product of the stretch's decays, nullable; as many as
+                                        // a token has gates, those of keys first
 
     int64_t v_begin = 0, v_end = 0;  // forward: the value columns to work on, out of V
 

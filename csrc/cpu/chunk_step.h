@@ -2,7 +2,7 @@
 // pass.
 #pragma once
 
-#include "rows.h"
+#include "decay.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -13,10 +13,11 @@ template <class T>
 struct StepTile {
     T k[kStepChannels], q[kStepChannels];
     T v[kStepChannels], o[kStepChannels];
-    T decay[kStepChannels];  // of rows, or of columns
+    T row_decay[kStepChannels], column_decay[kStepChannels];  // whichever there are
 };
 
 enum class StepOrder { write_read, read_write };
+enum class StepDecay { rows, columns, both };
 
 // One vector, or number, of a row.
 template <StepOrder kOrder, class X, class T>
@@ -27,36 +28,45 @@ LSM_INLINE X step_row(X s, X& o, T q, T k, X v, X decay) {
     return s;
 }
 
-template <StepOrder kOrder, bool kByColumn, int N, class T>
+template <StepOrder kOrder, StepDecay kDecay, int N, class T>
 LSM_INLINE void step_panels(StepTile<T>& tile, T* S, int64_t stride, int64_t rows, int64_t column) {
     constexpr int W = kLanes<T>;
-    Vector<T> v[N], o[N], decay[N];
+    Vector<T> v[N], o[N], column_decay[N];
     for (int n = 0; n < N; ++n) v[n] = load(tile.v + column + n * W);
     for (int n = 0; n < N; ++n) o[n] = load(tile.o + column + n * W);
-    for (int n = 0; n < N; ++n) decay[n] = load(tile.decay + column + n * W);
+    if constexpr (kDecay != StepDecay::rows) {
+        for (int n = 0; n < N; ++n) column_decay[n] = load(tile.column_decay + column + n * W);
+    }
     for (int64_t i = 0; i < rows; ++i) {
         T* row = S + i * stride + column;
         for (int n = 0; n < N; ++n) {
-            if constexpr (!kByColumn) decay[n] = Vector<T>{} + tile.decay[i];
+            Vector<T> decay;
+            if constexpr (kDecay == StepDecay::columns) {
+                decay = column_decay[n];
+            } else {
+                decay = Vector<T>{} + tile.row_decay[i];
+            }
+            if constexpr (kDecay == StepDecay::both) decay *= column_decay[n];
             store(row + n * W,
-                  step_row<kOrder>(load(row + n * W), o[n], tile.q[i], tile.k[i], v[n], decay[n]));
+                  step_row<kOrder>(load(row + n * W), o[n], tile.q[i], tile.k[i], v[n], decay));
         }
     }
     for (int n = 0; n < N; ++n) store(tile.o + column + n * W, o[n]);
 }
 
-template <StepOrder kOrder, bool kByColumn, class T>
+template <StepOrder kOrder, StepDecay kDecay, class T>
 void step_columns(StepTile<T>& tile, T* S, int64_t stride, int64_t rows, int64_t columns) {
     constexpr int W = kLanes<T>;
     int64_t c = 0;
     for (; c + 4 * W <= columns; c += 4 * W)
-        step_panels<kOrder, kByColumn, 4>(tile, S, stride, rows, c);
-    for (; c + W <= columns; c += W) step_panels<kOrder, kByColumn, 1>(tile, S, stride, rows, c);
+        step_panels<kOrder, kDecay, 4>(tile, S, stride, rows, c);
+    for (; c + W <= columns; c += W) step_panels<kOrder, kDecay, 1>(tile, S, stride, rows, c);
     for (; c < columns; ++c) {
         for (int64_t i = 0; i < rows; ++i) {
             T& s = S[i * stride + c];
-            s = step_row<kOrder>(s, tile.o[c], tile.q[i], tile.k[i], tile.v[c],
-                                 tile.decay[kByColumn ? c : i]);
+            T decay = kDecay == StepDecay::columns ? tile.column_decay[c] : tile.row_decay[i];
+            if constexpr (kDecay == StepDecay::both) decay *= tile.column_decay[c];
+            s = step_row<kOrder>(s, tile.o[c], tile.q[i], tile.k[i], tile.v[c], decay);
         }
     }
 }
@@ -75,12 +85,14 @@ class StepHead {
             Row const o = row(p_.o, p_.dtype, head_, v0, columns);
             row(p_.v, p_.dtype, head_, v0, columns).read(tile_.v, 0);
             for (int64_t i = 0; i < columns; i += W) store(tile_.o + i, Vector<T>{});
-            if (p_.decay == Decay::value) read_decay(v0, columns);
+            if (decays_values(p_.decay)) {
+                read_decay(tile_.column_decay, p_.decay == Decay::both ? p_.gv : p_.g, v0, columns);
+            }
             for (int64_t k0 = 0; k0 < p_.K; k0 += kStepChannels) {
                 int64_t const rows = min_of(kStepChannels, p_.K - k0);
                 row(p_.q, p_.dtype, query_head, k0, rows).read(tile_.q, 0, T(p_.scale));
                 row(p_.k, p_.dtype, query_head, k0, rows).read(tile_.k, 0);
-                if (p_.decay != Decay::value) read_decay(k0, rows);
+                if (p_.decay != Decay::value) read_decay(tile_.row_decay, p_.g, k0, rows);
                 walk(S + k0 * p_.V + v0, rows, columns);
             }
             o.write(tile_.o, 0);
@@ -96,28 +108,37 @@ class StepHead {
     }
 
     // Decays of `count` rows or columns of the state, from `first` on.
-    void read_decay(int64_t first, int64_t count) {
-        bool const by_channel = p_.decay == Decay::key || p_.decay == Decay::value;
-        Vector<T> all = Vector<T>{} + T(1);
-        if (by_channel) {
-            row(p_.g, p_.gate_dtype, head_, first, count).read(tile_.decay, 0);
-        } else if (p_.decay == Decay::scalar) {
-            row(p_.g, p_.gate_dtype, head_, 0, 1).read(tile_.decay, 0);
-            all = Vector<T>{} + exp(load(tile_.decay))[0];
+    void read_decay(T (&decay)[kStepChannels], Rows const& gate, int64_t first, int64_t count) {
+        if (decays_keys(p_.decay) || decays_values(p_.decay)) {
+            row(gate, p_.gate_dtype, head_, first, count).read(decay, 0);
+            return decays_of(p_.gate, decay, count);
         }
-        for (int64_t i = 0; i < count; i += W) {
-            store(tile_.decay + i, by_channel ? exp(load(tile_.decay + i)) : all);
+        T all = 1;
+        if (p_.decay == Decay::scalar) {
+            row(gate, p_.gate_dtype, head_, 0, 1).read(decay, 0);
+            decays_of(p_.gate, decay, 1);
+            all = decay[0];
         }
+        for (int64_t i = 0; i < count; i += W) store(decay + i, Vector<T>{} + all);
     }
 
     void walk(T* S, int64_t rows, int64_t columns) {
-        constexpr auto kReadFirst = StepOrder::read_write, kWriteFirst = StepOrder::write_read;
-        bool const by_column = p_.decay == Decay::value;
-        auto const step = p_.exclusive ? by_column ? step_columns<kReadFirst, true, T>
-                                                   : step_columns<kReadFirst, false, T>
-                          : by_column ? step_columns<kWriteFirst, true, T>
-                                       : step_columns<kWriteFirst, false, T>;
-        step(tile_, S, p_.V, rows, columns);
+        if (p_.decay == Decay::both) {
+            walk_as<StepDecay::both>(S, rows, columns);
+        } else if (p_.decay == Decay::value) {
+            walk_as<StepDecay::columns>(S, rows, columns);
+        } else {
+            walk_as<StepDecay::rows>(S, rows, columns);
+        }
+    }
+
+    template <StepDecay kDecay>
+    void walk_as(T* S, int64_t rows, int64_t columns) {
+        if (p_.exclusive) {
+            step_columns<StepOrder::read_write, kDecay>(tile_, S, p_.V, rows, columns);
+        } else {
+            step_columns<StepOrder::write_read, kDecay>(tile_, S, p_.V, rows, columns);
+        }
     }
 
     StepParams const& p_;

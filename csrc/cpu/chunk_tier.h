@@ -27,6 +27,8 @@ auto with_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch, Ru
                 return run(Stretch<T, NoDecay<T>>(p, task, scratch));
             case Decay::scalar:
                 return run(Stretch<T, ScalarDecay<T>>(p, task, scratch));
+            case Decay::both:
+                return run(Stretch<T, BothDecay<T>>(p, task, scratch));
             case Decay::key:
                 return run(Stretch<T, ChannelDecay<T, Side::key>>(p, task, scratch));
             default:

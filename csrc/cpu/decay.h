@@ -1,52 +1,70 @@
-// Decay policies: what the gates of a block do to its sides (chunk_block.h), and their gradients.
-// A policy has
-//   kSide, kBlock       the side whose channels decay, tokens in a block
+// How decays act on a block's sides (chunk_block.h), and the gates' gradients. A class for each
+// `Decay`, with
+//   kBlock              tokens in a block
+//   acts_on(side)       whether that side's channels take part in the decays
 //   of(lanes)           where the decay of a state sits that has the channels of `lanes` in lanes
 //   read                a block's gates
-//   to_start, to_end    readers and writers of the decaying side as the state needs them
-//   pairs, other_pairs  of the decaying side and of the other
-//   reads, writes       what a product with a state on the decaying side still lacks
-//   finish, gradients   what is left to do on that side when its products are there
+// and for a side it acts on
+//   lay_out             memory for its readers and writers as the state needs them
+//   to_start, to_end    those readers and writers
+//   total, channels     the block's decays, by channel
+//   reads, writes       what a product with a state lacks on that side
+//   finish_reads        what is left to do there when the product is there (forward)
+//   flux                Σ S dS by channel, to be filled where the gate's gradient is wanted
+// and for both, on request of either,
+//   pairs               reader · writer of any two tokens
+//   gradients           what is left to do when all products are there
+// What the numbers in a gate say of a decay is another matter: policy/gate.h.
 #pragma once
 
 #include "chunk_block.h"
+#include "policy/gate.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
+
+// Numbers of gates to decays, in place.
+template <class T>
+LSM_INLINE void decays_of(int32_t gate, T* x, int64_t count) {
+    with_gate(gate, [&](auto policy) {
+        for (int64_t i = 0; i < count; i += kLanes<T>) {
+            store(x + i, exp(policy.log_decay(load(x + i))));
+        }
+    });
+}
+
+// Gradients of log decays to those of the numbers x.
+template <class T>
+LSM_INLINE void through_gate(int32_t gate, T* gradient, T const* x, int64_t count) {
+    with_gate(gate, [&](auto policy) {
+        if constexpr (!std::is_same_v<decltype(policy), LogGate>) {
+            for (int64_t i = 0; i < count; i += kLanes<T>) {
+                store(gradient + i, load(gradient + i) * policy.slope(load(x + i)));
+            }
+        }
+    });
+}
 
 // No gates.
 template <class T>
 class NoDecay {
   public:
-    static constexpr Side kSide = Side::key;
     static constexpr int kBlock = 16;
+    static constexpr bool acts_on(Side) { return false; }
     static constexpr DecayOf of(Side) { return DecayOf::nothing; }
 
     using Block = BlockSide<T>;
 
     NoDecay(ChunkParams const&, ChunkTask const&, Span const&, Arena<T>&) {}
-    static void lay_out(Block& side, Arena<T>&) {
-        side.start = side.reader, side.end = side.writer;
-    }
 
     void read(int64_t) const {}
     LSM_INLINE void prefetch(int64_t) const {}
     LSM_INLINE void prefetch_gradient(int64_t) const {}
-    void to_start(Block const&) const {}
-    void to_end(Block const&) const {}
-    void pairs(Block const& s) const { causal_dots<kBlock>(s.pairs, s.reader, s.writer, s.panels); }
-    void other_pairs(Block const& s) const { pairs(s); }
-    T const* total() const { return nullptr; }
-    int64_t channels() const { return 0; }
-
-    auto reads(Block const& s, Block const& other) const {
-        return PlusTriangle<Triangle::past, kBlock, T>{other.pairs, s.writer};
+    template <Side>
+    void pairs(Block const& s) const {
+        causal_dots<kBlock>(s.pairs, s.reader, s.writer, s.panels);
     }
-    auto writes(Block const& s, Block const& other) const {
-        return PlusTriangle<Triangle::future, kBlock, T>{other.pairs, s.reader};
-    }
-    bool wants_gradient() const { return false; }
-    T* flux() const { return nullptr; }
+    T const* total(Side) const { return nullptr; }
     void gradients(Block const&, Block const&, int64_t) const {}
 };
 
@@ -86,8 +104,8 @@ struct PlusDecayed {
 template <class T>
 class ScalarDecay {
   public:
-    static constexpr Side kSide = Side::key;
     static constexpr int kBlock = 16;
+    static constexpr bool acts_on(Side side) { return side == Side::key; }
     static constexpr DecayOf of(Side) { return DecayOf::state; }
 
     using Block = BlockSide<T>;
@@ -95,6 +113,7 @@ class ScalarDecay {
     ScalarDecay(ChunkParams const& p, ChunkTask const& task, Span const& span, Arena<T>& arena)
         : g_(p.g, p.gate_dtype, task.batch, task.head, span),
           dg_(p.dg, p.gate_dtype, task.batch, task.head, span),
+          gate_(p.gate),
           wants_gradient_(p.dg.data != nullptr) {
         arena.take_each(C, a_, prefix_, suffix_);
         arena.take_each(C * C, between_, weighed_);
@@ -107,7 +126,7 @@ class ScalarDecay {
 
     void read(int64_t block) {
         g_.read(a_, block);
-        for (int t = 0; t < C; t += W) store(a_ + t, exp(load(a_ + t)));
+        decays_of(gate_, a_, C);
         T prefix = 1, suffix = 1;
         for (int t = 0; t < C; ++t) {
             prefix_[t] = prefix *= a_[t];
@@ -124,29 +143,40 @@ class ScalarDecay {
     }
     LSM_INLINE void prefetch(int64_t) const {}
     LSM_INLINE void prefetch_gradient(int64_t) const {}
-    void to_start(Block const& s) const { weigh(s.start, s.reader, prefix_, s.panels); }
-    void to_end(Block const& s) const { weigh(s.end, s.writer, suffix_, s.panels); }
+    template <Side>
+    void to_start(Block const& s) const {
+        weigh(s.start, s.reader, prefix_, s.panels);
+    }
+    template <Side>
+    void to_end(Block const& s) const {
+        weigh(s.end, s.writer, suffix_, s.panels);
+    }
+    template <Side kSide>
     void pairs(Block const& s) const {
         causal_dots<C>(s.pairs, s.reader, s.writer, s.panels);
-        multiply(s.pairs, s.pairs, between_);
+        multiply(kSide == Side::key ? s.pairs : weighed_, s.pairs, between_);
     }
-    void other_pairs(Block const& s) {
-        causal_dots<C>(s.pairs, s.reader, s.writer, s.panels);
-        multiply(weighed_, s.pairs, between_);
-    }
-    T const* total() const { return prefix_ + C - 1; }
-    int64_t channels() const { return 1; }
+    T const* total(Side) const { return prefix_ + C - 1; }
+    int64_t channels(Side) const { return 1; }
 
+    template <Side>
     auto reads(Block const& s, Block const&) const {
         return PlusDecayed<Triangle::past, C, T>{
             prefix_, s.reader, wants_gradient_ ? reader_dots_ : nullptr, {weighed_, s.writer}};
     }
+    template <Side>
     auto writes(Block const& s, Block const&) const {
         return PlusDecayed<Triangle::future, C, T>{
             suffix_, s.writer, wants_gradient_ ? writer_dots_ : nullptr, {weighed_, s.reader}};
     }
-    bool wants_gradient() const { return wants_gradient_; }
-    T* flux() const { return flux_; }
+    template <Side>
+    bool wants_gradient() const {
+        return wants_gradient_;
+    }
+    template <Side>
+    T* flux() const {
+        return flux_;
+    }
 
     // dg_t = A(-1, last) ⟨S, dS⟩ + Σ_{s >= t} reader dot + Σ_{j < t} writer dot
     //      + Σ_{j < t <= s} pair s, j times the other's pair
@@ -159,11 +189,16 @@ class ScalarDecay {
         sum_rows(writer, writer_dots_);
         multiply(weighed_, s.pairs, other.pairs);
         crossing(dg);
-        T future = 0, past = *total() * sum_lanes<T>(all);
+        T future = 0, past = *total(Side::key) * sum_lanes<T>(all);
         for (int t = C - 1; t >= 0; --t) dg[t] += future += reader[t];
         for (int t = 0; t < C; ++t) {
             dg[t] += past;
             past += writer[t];
+        }
+        if (gate_ != kGate<LogGate>) {
+            T x[C];
+            g_.read(x, block);
+            through_gate(gate_, dg, x, C);
         }
         dg_.write(dg, block);
     }
@@ -206,6 +241,7 @@ class ScalarDecay {
     }
 
     HeadScalars<T, C> g_, dg_;
+    int32_t gate_;
     bool wants_gradient_;
     T *a_, *prefix_, *suffix_;
     T *between_, *weighed_;  // [C][C]: A(j, t), and the other side's pairs times it

@@ -1,5 +1,6 @@
-// Decay by channel: g [B, T, HV, K] or [B, T, HV, V]. On the side of the gates every pair of tokens
-// has a decay per channel; products with the state take what comes in or goes out decayed.
+// Decay by channel: g [B, T, HV, K] or [B, T, HV, V], or one of either. On a side of gates every
+// pair of tokens has a decay per channel; products with the state take what comes in or goes out
+// decayed.
 #pragma once
 
 #include "decay.h"
@@ -123,8 +124,8 @@ LSM_INLINE void finish_panel(ChannelPanel<T> const& x) {
 template <class T, Side kGated>
 class ChannelDecay {
   public:
-    static constexpr Side kSide = kGated;
     static constexpr int kBlock = kChannelBlock;
+    static constexpr bool acts_on(Side side) { return side == kGated; }
     static constexpr DecayOf of(Side lanes) {
         return lanes == kGated ? DecayOf::lanes : DecayOf::rows;
     }
@@ -132,10 +133,14 @@ class ChannelDecay {
     using Block = BlockSide<T>;
 
     ChannelDecay(ChunkParams const& p, ChunkTask const& task, Span const& span, Arena<T>& arena)
+        : ChannelDecay(p, p.g, p.dg, task, span, arena) {}
+    ChannelDecay(ChunkParams const& p, Rows const& g, Rows const& dg, ChunkTask const& task,
+                 Span const& span, Arena<T>& arena)
         : channels_(kGated == Side::key ? p.K : task.v_end - task.v_begin),
-          g_(p.g, p.gate_dtype, task.batch, task.head, span, channels_, first_channel(task)),
-          dg_(p.dg, p.gate_dtype, task.batch, task.head, span, channels_, first_channel(task)),
-          wants_gradient_(p.dg.data != nullptr) {
+          g_(g, p.gate_dtype, task.batch, task.head, span, channels_, first_channel(task)),
+          dg_(dg, p.gate_dtype, task.batch, task.head, span, channels_, first_channel(task)),
+          gate_(p.gate),
+          wants_gradient_(dg.data != nullptr) {
         int64_t const width = (channels_ + W - 1) / W * W;
         arena.take_each(width * C, a_, dg_rows_);
         arena.take_each(width, total_, flux_);
@@ -147,27 +152,31 @@ class ChannelDecay {
 
     void read(int64_t block) const {
         g_.read(a_, block);
-        for (int64_t i = 0; i < panels(channels_, W) * C * W; i += W) {
-            store(a_ + i, exp(load(a_ + i)));
-        }
+        decays_of(gate_, a_, panels(channels_, W) * C * W);
     }
     LSM_INLINE void prefetch(int64_t block) const { g_.prefetch(block); }
     LSM_INLINE void prefetch_gradient(int64_t block) const {
         if (wants_gradient_) dg_.prefetch(block);
     }
+    template <Side>
     void to_start(Block const& s) const {
         for (int64_t i = 0; i < s.panels; ++i) {
             int64_t const at = i * C * W;
             readers_to_start(s.start + at, total_ + i * W, s.reader + at, a_ + at);
         }
     }
+    template <Side>
     void to_end(Block const& s) const {
         for (int64_t i = 0; i < s.panels; ++i) {
             int64_t const at = i * C * W;
             writers_to_end(s.end + at, total_ + i * W, s.writer + at, a_ + at);
         }
     }
+    template <Side kSide>
     void pairs(Block const& s) const {
+        if constexpr (kSide != kGated) {
+            return causal_dots<C>(s.pairs, s.reader, s.writer, s.panels);
+        }
         for (int i = 0; i < C * C; ++i) store(sums_ + i * W, Vector<T>{});
         for (int64_t i = 0; i < s.panels; ++i) {
             int64_t const at = i * C * W;
@@ -179,26 +188,40 @@ class ChannelDecay {
             store(s.pairs + i, sum_each<T>(lanes));
         }
     }
-    void other_pairs(Block const& s) const {
-        causal_dots<C>(s.pairs, s.reader, s.writer, s.panels);
-    }
-    T const* total() const { return total_; }
-    int64_t channels() const { return channels_; }
+    T const* total(Side) const { return total_; }
+    int64_t channels(Side) const { return channels_; }
 
-    auto reads(Block const&, Block const&) const { return Nothing{}; }
-    auto writes(Block const&, Block const&) const { return Nothing{}; }
-    bool wants_gradient() const { return wants_gradient_; }
-    T* flux() const { return flux_; }
+    template <Side>
+    auto reads(Block const&, Block const&) const {
+        return Nothing{};
+    }
+    template <Side>
+    auto writes(Block const&, Block const&) const {
+        return Nothing{};
+    }
+    template <Side>
+    bool wants_gradient() const {
+        return wants_gradient_;
+    }
+    template <Side>
+    T* flux() const {
+        return flux_;
+    }
 
     void finish_reads(Block const& s, Block const& other) const {
         finish<true, false, false>(s, other);
     }
-    void gradients(Block const& s, Block const& other, int64_t block) {
+    void gradients(Block const& key, Block const& value, int64_t block) {
         constexpr bool kReader = kGated == Side::key;  // o is not asked for
+        Block const &s = kReader ? key : value, &other = kReader ? value : key;
         if (!wants_gradient_) {
             finish<kReader, true, false>(s, other);
         } else {
             finish<kReader, true, true>(s, other);
+            if (gate_ != kGate<LogGate>) {  // a_ has served
+                g_.read(a_, block);
+                through_gate(gate_, dg_rows_, a_, s.panels * C * W);
+            }
             dg_.write(dg_rows_, block);
         }
     }
@@ -221,8 +244,94 @@ class ChannelDecay {
 
     int64_t channels_;
     HeadRows<T, C> g_, dg_;
+    int32_t gate_;
     bool wants_gradient_;
     T *a_, *dg_rows_, *total_, *flux_, *sums_;
+};
+
+// Either side decays by channels of its own. What each does for the other is already in the pairs
+// and in what the state takes in and gives out; only the flux must be told (weights of its sums).
+template <class T>
+class BothDecay {
+  public:
+    static constexpr int kBlock = kChannelBlock;
+    static constexpr bool acts_on(Side) { return true; }
+    static constexpr DecayOf of(Side) { return DecayOf::both; }
+
+    using Block = BlockSide<T>;
+
+    BothDecay(ChunkParams const& p, ChunkTask const& task, Span const& span, Arena<T>& arena)
+        : key_(p, p.g, p.dg, task, span, arena), value_(p, p.gv, p.dgv, task, span, arena) {}
+    static void lay_out(Block& side, Arena<T>& arena) {
+        ChannelDecay<T, Side::key>::lay_out(side, arena);
+    }
+
+    void read(int64_t block) const {
+        key_.read(block);
+        value_.read(block);
+    }
+    LSM_INLINE void prefetch(int64_t block) const {
+        key_.prefetch(block);
+        value_.prefetch(block);
+    }
+    LSM_INLINE void prefetch_gradient(int64_t block) const {
+        key_.prefetch_gradient(block);
+        value_.prefetch_gradient(block);
+    }
+    template <Side kSide>
+    void to_start(Block const& s) const {
+        of_side<kSide>().template to_start<kSide>(s);
+    }
+    template <Side kSide>
+    void to_end(Block const& s) const {
+        of_side<kSide>().template to_end<kSide>(s);
+    }
+    template <Side kSide>
+    void pairs(Block const& s) const {
+        of_side<kSide>().template pairs<kSide>(s);
+    }
+    T const* total(Side side) const {
+        return side == Side::key ? key_.total(side) : value_.total(side);
+    }
+    int64_t channels(Side side) const {
+        return side == Side::key ? key_.channels(side) : value_.channels(side);
+    }
+    template <Side>
+    auto reads(Block const&, Block const&) const {
+        return Nothing{};
+    }
+    template <Side>
+    auto writes(Block const&, Block const&) const {
+        return Nothing{};
+    }
+    template <Side kSide>
+    bool wants_gradient() const {
+        return of_side<kSide>().template wants_gradient<kSide>();
+    }
+    template <Side kSide>
+    T* flux() const {
+        return of_side<kSide>().template flux<kSide>();
+    }
+    void finish_reads(Block const& value, Block const& key) const {
+        value_.finish_reads(value, key);
+    }
+    void gradients(Block const& key, Block const& value, int64_t block) {
+        key_.gradients(key, value, block);
+        value_.gradients(key, value, block);
+    }
+
+  private:
+    template <Side kSide>
+    auto const& of_side() const {
+        if constexpr (kSide == Side::key) {
+            return key_;
+        } else {
+            return value_;
+        }
+    }
+
+    ChannelDecay<T, Side::key> key_;
+    ChannelDecay<T, Side::value> value_;
 };
 
 }  // namespace LSM_CPU_TIER

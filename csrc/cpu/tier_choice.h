@@ -3,10 +3,12 @@
 
 // The x86 tiers choose their instruction set by a pragma that only g++ honours; elsewhere the
 // baseline serves.
+#ifndef LSM_CPU_X86_TIERS
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LSM_CPU_X86_TIERS 1
 #else
 #define LSM_CPU_X86_TIERS 0
+#endif
 #endif
 
 namespace lsm::cpu {

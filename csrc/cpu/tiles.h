@@ -120,19 +120,22 @@ LSM_INLINE void block_times_state(T* out, T const* A, T const* S, int64_t state_
     }
 }
 
-enum class DecayOf { nothing, state, rows, lanes };
+enum class DecayOf { nothing, state, rows, lanes, both };
 
 // Panels [p, p + N) of dst = decay * src + Aᵀ B: a state over one block of tokens. src may be dst.
+// Decays come by rows and by lanes; of the whole state, as the one number of either.
 template <int C, DecayOf kDecayOf, int N, class T>
 LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_panels, T const* B,
-                              T const* decay, int64_t p) {
+                              T const* rows, T const* lanes, int64_t p) {
     constexpr int W = kLanes<T>, M = kTileRows<T>;
+    constexpr bool kByRow = kDecayOf == DecayOf::rows || kDecayOf == DecayOf::both;
+    constexpr bool kByLane = kDecayOf == DecayOf::lanes || kDecayOf == DecayOf::both;
     int64_t const panel = row_panels * W * W;
     dst += p * panel, src += p * panel, B += p * C * W;
     Vector<T> lane_decay[N];
     for (int n = 0; n < N; ++n) {
-        if constexpr (kDecayOf == DecayOf::lanes) lane_decay[n] = load(decay + (p + n) * W);
-        if constexpr (kDecayOf == DecayOf::state) lane_decay[n] = Vector<T>{} + *decay;
+        if constexpr (kByLane) lane_decay[n] = load(lanes + (p + n) * W);
+        if constexpr (kDecayOf == DecayOf::state) lane_decay[n] = Vector<T>{} + *lanes;
     }
     for (int64_t row = 0; row < row_panels * W; row += M) {
         Vector<T> acc[M][N];
@@ -141,11 +144,8 @@ LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_pane
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
                 acc[m][n] = load(src + n * panel + (row + m) * W);
-                if constexpr (kDecayOf == DecayOf::rows) {
-                    acc[m][n] *= decay[row + m];
-                } else if constexpr (kDecayOf != DecayOf::nothing) {
-                    acc[m][n] *= lane_decay[n];
-                }
+                if constexpr (kByRow) acc[m][n] *= rows[row + m];
+                if constexpr (kByLane || kDecayOf == DecayOf::state) acc[m][n] *= lane_decay[n];
             }
         }
         add_outer_products<C>(acc, A + row / W * (C * W) + row % W, B);
@@ -157,17 +157,23 @@ LSM_INLINE void advance_state(T* dst, T const* src, T const* A, int64_t row_pane
     }
 }
 
-// Panels [p, p + N) of the column sums of A * B, element by element: [panels][rows][W] to
-// [panels][W].
-template <int N, class T>
-LSM_INLINE void sum_products(T* out, T const* A, T const* B, int64_t rows, int64_t p) {
+// Panels [p, p + N) of the column sums of A * B, element by element, rows weighed if there are
+// weights: [panels][rows][W] to [panels][W].
+template <bool kWeighed, int N, class T>
+LSM_INLINE void sum_products(T* out, T const* A, T const* B, int64_t rows, T const* weights,
+                             int64_t p) {
     constexpr int W = kLanes<T>;
     for (int n = 0; n < N; ++n) {
         T const *a = A + (p + n) * rows * W, *b = B + (p + n) * rows * W;
         Vector<T> even{}, odd{};
         for (int64_t r = 0; r < rows; r += 2, a += 2 * W, b += 2 * W) {
-            even += load(a) * load(b);
-            odd += load(a + W) * load(b + W);
+            if constexpr (kWeighed) {
+                even += weights[r] * (load(a) * load(b));
+                odd += weights[r + 1] * (load(a + W) * load(b + W));
+            } else {
+                even += load(a) * load(b);
+                odd += load(a + W) * load(b + W);
+            }
         }
         store(out + (p + n) * W, even + odd);
     }

@@ -78,7 +78,11 @@ endfunction()
 # One Python module: the operators on CPU tensors as torch.ops.<namespace>, and the controls of module.cpp.
 function(lsm_emulator_module name flavour namespace)
   add_library(${name} MODULE ${LSM_EMU_DIR}/module.cpp csrc/library.cpp ${op_sources})
-  lsm_emulated_kernels(${name} ${flavour} ${kernel_sources})
+  lsm_emulated_operators(${name} ${flavour} ${namespace} ${kernel_sources})
+endfunction()
+
+function(lsm_emulated_operators name flavour namespace)
+  lsm_emulated_kernels(${name} ${flavour} ${ARGN})
   target_link_libraries(${name} PRIVATE torch_stable pybind11::headers Python::Module)
   target_compile_definitions(${name} PRIVATE
     LSM_BACKEND_EMULATOR LSM_NAMESPACE=${namespace} LSM_EMU_MODULE=${name})
@@ -87,6 +91,27 @@ function(lsm_emulator_module name flavour namespace)
   set_target_properties(${name} PROPERTIES PREFIX "" SUFFIX ".so"
     LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
   target_link_options(${name} PRIVATE LINKER:-Bsymbolic)
+endfunction()
+
+# The example of a policy from outside the tree (docs/adding_a_policy.md), on CPU kernels and on the emulator: the chunk
+# engine once more, but for its sweeps, which know of no policy.
+function(lsm_example_policy header)
+  set(policies "LSM_MORE_POLICIES=\"${CMAKE_SOURCE_DIR}/${header}\"")
+  add_library(_C_example SHARED EXCLUDE_FROM_ALL
+    csrc/library.cpp csrc/ops/chunk.cpp csrc/cpu/chunk.cpp csrc/cpu/tier_baseline.cpp)
+  lsm_python_free_library(_C_example)
+  target_compile_definitions(_C_example PRIVATE LSM_BACKEND_CPU LSM_CPU_X86_TIERS=0
+    LSM_NAMESPACE=lsm_example ${policies})
+
+  add_library(_emu_example MODULE EXCLUDE_FROM_ALL ${LSM_EMU_DIR}/module.cpp csrc/library.cpp csrc/ops/chunk.cpp)
+  set(sources ${kernel_sources})
+  list(FILTER sources INCLUDE REGEX "kernels/(chunk|recurrence|step)/")
+  list(FILTER sources EXCLUDE REGEX "kernels/chunk/sweep_")
+  lsm_emulated_operators(_emu_example plain lsm_emu_example ${sources})
+  target_sources(_emu_example PRIVATE $<FILTER:$<TARGET_OBJECTS:_emu_kernels>,INCLUDE,kernels/chunk/sweep_>)
+  foreach(target _emu_example _emu_example_kernels)
+    target_compile_definitions(${target} PRIVATE ${policies})
+  endforeach()
 endfunction()
 
 find_package(Python COMPONENTS Interpreter Development.Module REQUIRED)
@@ -99,6 +124,7 @@ find_package(pybind11 CONFIG REQUIRED)
 
 lsm_emulator_module(_emu plain lsm_emu)
 lsm_emulator_module(_emu_race race lsm_emu_race)
+lsm_example_policy(examples/custom_policy/square_gate.h)
 if(LSM_EMULATOR_ASAN)
   lsm_emulator_module(_emu_asan asan lsm_emu_asan)
 endif()

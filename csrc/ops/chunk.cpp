@@ -1,49 +1,50 @@
 // The chunk engine's operators: check, allocate, fill the params, run. Compiled once per backend.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "ops/layout.h"
+#include "params/operators.h"
 
 namespace lsm {
 namespace {
 
-// What sets one operator of the engine apart; its name is the schema's.
-struct Variant {
-    char const *fwd, *bwd, *step;
-    Decay decay;
-    bool exclusive;
-};
-constexpr Variant kLinearAttn{"linear_attn_fwd", "linear_attn_bwd", "linear_attn_step", Decay::none,
-                              false};
-constexpr Variant kSimpleGla{"simple_gla_fwd", "simple_gla_bwd", "simple_gla_step", Decay::scalar,
-                             false};
-constexpr Variant kGla{"gla_fwd", "gla_bwd", "gla_step", Decay::key, false};
-constexpr Variant kGlaValue{"gla_value_fwd", "gla_value_bwd", "gla_value_step", Decay::value,
-                            false};
-constexpr Variant kRwkv6{"rwkv6_fwd", "rwkv6_bwd", "rwkv6_step", Decay::key, true};
+// An operator's gates, of which it has none, g, or g and gv. What one of them acts on is a Decay of its own.
+struct Gates {
+    OptionalTensor g, gv;
 
-void check_gate(Checks const& c, Decay decay, Tensor const& g, Tensor const& q, Tensor const& v,
-                bool one_token) {
+    template <class F>
+    Gates map(Decay decay, F const& f) const {
+        Gates to;
+        if (g) to.g = f(decay == Decay::both ? Decay::key : decay, *g);
+        if (gv) to.gv = f(Decay::value, *gv);
+        return to;
+    }
+};
+
+void check_gate(Checks const& c, Decay decay, char const* arg, Tensor const& g, Tensor const& q,
+                Tensor const& v, bool one_token) {
     int64_t const B = q.size(0), T = one_token ? 0 : q.size(1), HV = v.size(v.dim() - 2);
     int64_t const channels = decay == Decay::value ? v.size(v.dim() - 1) : q.size(q.dim() - 1);
     if (decay == Decay::scalar) {
         if (one_token) {
-            c.shape(g, "g", "[B, HV]", {B, HV});
+            c.shape(g, arg, "[B, HV]", {B, HV});
         } else {
-            c.shape(g, "g", "[B, T, HV]", {B, T, HV});
+            c.shape(g, arg, "[B, T, HV]", {B, T, HV});
         }
     } else if (one_token) {
-        c.shape(g, "g", decay == Decay::value ? "[B, HV, V]" : "[B, HV, K]", {B, HV, channels});
+        c.shape(g, arg, decay == Decay::value ? "[B, HV, V]" : "[B, HV, K]", {B, HV, channels});
     } else {
-        c.shape(g, "g", decay == Decay::value ? "[B, T, HV, V]" : "[B, T, HV, K]",
+        c.shape(g, arg, decay == Decay::value ? "[B, T, HV, V]" : "[B, T, HV, K]",
                 {B, T, HV, channels});
     }
-    check_gate_type(c, g, "g", q);
+    check_gate_type(c, g, arg, q);
 }
 
 void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k, Tensor const& v,
-                  OptionalTensor const& g, bool one_token) {
+                  Gates const& gates, bool one_token) {
     char const* const q_dims = one_token ? "[B, H, K]" : "[B, T, H, K]";
     char const* const v_dims = one_token ? "[B, HV, V]" : "[B, T, HV, V]";
     int64_t const rank = one_token ? 3 : 4;
@@ -63,7 +64,12 @@ void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k
     int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1),
                   V = v.size(rank - 1);
     check_dims(c, H, HV, K, V);
-    if (g) check_gate(c, decay, *g, q, v, one_token);
+    gates.map(decay, [&](Decay of, Tensor const& g) {
+        char const* const arg = gates.gv && of == Decay::value ? "gv" : "g";
+        check_gate(c, of, arg, g, q, v, one_token);
+        return g;
+    });
+    if (gates.gv) c.dtype(*gates.gv, "gv", gates.g->scalar_type(), " like g");
     c.dtype(k, "k", q.scalar_type(), " like q");
     c.dtype(v, "v", q.scalar_type(), " like q");
     c.device(k, "k", q, "q");
@@ -73,28 +79,37 @@ void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k
 // The tensors a call reads, in the layout the kernels want, kept alive beside the params that point into them.
 struct Inputs {
     Tensor q, k, v;
-    OptionalTensor g, initial_state, cu_seqlens;
+    Gates gates;
+    OptionalTensor initial_state, cu_seqlens;
     ChunkParams p{};
 };
 
 // Gates in the layout of the kernels: rows of channels like everything else, scalars at any strides.
-OptionalTensor gate_layout(Decay decay, OptionalTensor const& g) {
-    if (!g || decay == Decay::scalar) return g;
-    return g->dim() == 4 ? kernel_layout(*g) : last_contiguous(*g);
+Tensor gate_layout(Decay decay, Tensor const& g) {
+    if (decay == Decay::scalar) return g;
+    return g.dim() == 4 ? kernel_layout(g) : last_contiguous(g);
 }
 
 Rows gate_rows(Decay decay, Tensor const& g) {
     return decay == Decay::scalar ? scalar_rows(g) : rows(g);
 }
 
-ScalarType gate_type(OptionalTensor const& g, Tensor const& q) {
-    return g ? g->scalar_type() : q.scalar_type();
+// Where a kernel finds the gates, or their gradients.
+void point_at(Decay decay, Gates const& gates, Rows& g, Rows& gv) {
+    gates.map(decay, [&](Decay of, Tensor const& t) {
+        (decay == Decay::both && of == Decay::value ? gv : g) = gate_rows(of, t);
+        return t;
+    });
 }
 
-Inputs prepare(Checks const& c, Variant const& variant, Tensor const& q, Tensor const& k,
-               Tensor const& v, OptionalTensor const& g, OptionalTensor const& initial_state,
+ScalarType gate_type(Gates const& gates, Tensor const& q) {
+    return gates.g ? gates.g->scalar_type() : q.scalar_type();
+}
+
+Inputs prepare(Checks const& c, ChunkOperator const& op, Tensor const& q, Tensor const& k,
+               Tensor const& v, Gates const& gates, OptionalTensor const& initial_state,
                OptionalTensor const& cu_seqlens, double scale) {
-    check_inputs(c, variant.decay, q, k, v, g, false);
+    check_inputs(c, op.decay, q, k, v, gates, false);
     check_cu_seqlens(c, cu_seqlens, q);
     int64_t const N = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
     check_state(c, initial_state, "initial_state", q, N, v.size(2), q.size(3), v.size(3));
@@ -102,23 +117,24 @@ Inputs prepare(Checks const& c, Variant const& variant, Tensor const& q, Tensor 
     Inputs in{kernel_layout(q),
               kernel_layout(k),
               kernel_layout(v),
-              gate_layout(variant.decay, g),
+              gates.map(op.decay, gate_layout),
               {},
               {},
               {}};
     if (initial_state) in.initial_state = as_contiguous(*initial_state);
     if (cu_seqlens) in.cu_seqlens = as_contiguous(*cu_seqlens);
     ChunkParams& p = in.p;
-    p.decay = variant.decay;
-    p.exclusive = variant.exclusive;
+    p.decay = op.decay;
+    p.exclusive = op.exclusive;
+    p.gate = op.gate;
     p.dtype = to_dtype(q.scalar_type());
-    p.gate_dtype = to_dtype(gate_type(g, q));
+    p.gate_dtype = to_dtype(gate_type(gates, q));
     p.state_dtype = to_dtype(state_type(q));
     p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.K = q.size(3);
     p.HV = v.size(2), p.V = v.size(3), p.N = N;
     p.scale = scale;
     p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v);
-    if (in.g) p.g = gate_rows(variant.decay, *in.g);
+    point_at(op.decay, in.gates, p.g, p.gv);
     if (in.initial_state) p.initial_state = in.initial_state->const_data_ptr();
     if (in.cu_seqlens) {
         p.cu_seqlens = in.cu_seqlens->const_data_ptr();
@@ -127,28 +143,30 @@ Inputs prepare(Checks const& c, Variant const& variant, Tensor const& q, Tensor 
     return in;
 }
 
-OptionalTensor pad_gate(Decay decay, OptionalTensor const& g, int64_t dK, int64_t dV) {
-    if (!g || decay == Decay::scalar) return g;
-    return pad_last(*g, decay == Decay::value ? dV : dK);
+Gates pad_gates(Decay decay, Gates const& gates, int64_t dK, int64_t dV) {
+    return gates.map(decay, [&](Decay of, Tensor const& g) {
+        return of == Decay::scalar ? g : pad_last(g, of == Decay::value ? dV : dK);
+    });
 }
 
-Tensor cut_gate(Decay decay, Tensor const& dg, int64_t K, int64_t V) {
-    if (dg.dim() != 4) return dg;
-    return cut(dg, decay == Decay::value ? V : K);
+Gates cut_gates(Decay decay, Gates const& gradients, int64_t K, int64_t V) {
+    return gradients.map(decay, [&](Decay of, Tensor const& dg) {
+        return dg.dim() != 4 ? dg : cut(dg, of == Decay::value ? V : K);
+    });
 }
 
-std::tuple<Tensor, Tensor> forward(Variant const& variant, Tensor const& q, Tensor const& k,
-                                   Tensor const& v, OptionalTensor const& g,
+std::tuple<Tensor, Tensor> forward(ChunkOperator const& op, Tensor const& q, Tensor const& k,
+                                   Tensor const& v, Gates const& gates,
                                    OptionalTensor const& initial_state,
                                    OptionalTensor const& cu_seqlens, double scale,
                                    bool output_final_state) {
-    Checks const c(variant.fwd);
-    Inputs in = prepare(c, variant, q, k, v, g, initial_state, cu_seqlens, scale);
+    Checks const c(op.name, "_fwd");
+    Inputs in = prepare(c, op, q, k, v, gates, initial_state, cu_seqlens, scale);
     if (needs_padding(q, v)) {
         int64_t const dK = padding(q), dV = padding(v);
         auto [o, state] =
-            forward(variant, pad_last(q, dK), pad_last(k, dK), pad_last(v, dV),
-                    pad_gate(variant.decay, g, dK, dV), pad_state(initial_state, dK, dV),
+            forward(op, pad_last(q, dK), pad_last(k, dK), pad_last(v, dV),
+                    pad_gates(op.decay, gates, dK, dV), pad_state(initial_state, dK, dV),
                     cu_seqlens, scale, output_final_state);
         return {cut(o, v.size(3)), cut_state(state, q.size(3), v.size(3))};
     }
@@ -164,24 +182,27 @@ std::tuple<Tensor, Tensor> forward(Variant const& variant, Tensor const& q, Tens
     return {o, final_state};
 }
 
-Tensor empty_gate_gradient(ChunkParams const& p, OptionalTensor const& g, Tensor const& q,
-                           bool wanted) {
-    ScalarType const type = gate_type(g, q);
-    if (!wanted) return empty({0}, type, q);
-    if (p.decay == Decay::scalar) return empty({p.B, p.T, p.HV}, type, q);
-    return empty({p.B, p.T, p.HV, p.decay == Decay::value ? p.V : p.K}, type, q);
+Gates empty_gate_gradients(ChunkParams const& p, Gates const& gates, Tensor const& q, bool wanted) {
+    ScalarType const type = gate_type(gates, q);
+    return gates.map(p.decay, [&](Decay of, Tensor const&) {
+        if (!wanted) return empty({0}, type, q);
+        if (of == Decay::scalar) return empty({p.B, p.T, p.HV}, type, q);
+        return empty({p.B, p.T, p.HV, of == Decay::value ? p.V : p.K}, type, q);
+    });
 }
 
 struct Gradients {
-    Tensor q, k, v, g, initial_state;
+    Tensor q, k, v;
+    Gates gates;
+    Tensor initial_state;
 };
 
-Gradients backward(Variant const& variant, Tensor const& q, Tensor const& k, Tensor const& v,
-                   OptionalTensor const& g, OptionalTensor const& initial_state,
+Gradients backward(ChunkOperator const& op, Tensor const& q, Tensor const& k, Tensor const& v,
+                   Gates const& gates, OptionalTensor const& initial_state,
                    OptionalTensor const& cu_seqlens, double scale, Tensor const& grad_o,
                    OptionalTensor const& grad_final_state, bool need_dg) {
-    Checks const c(variant.bwd);
-    Inputs in = prepare(c, variant, q, k, v, g, initial_state, cu_seqlens, scale);
+    Checks const c(op.name, "_bwd");
+    Inputs in = prepare(c, op, q, k, v, gates, initial_state, cu_seqlens, scale);
     ChunkParams& p = in.p;
     c.shape(grad_o, "grad_o", "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
     c.dtype(grad_o, "grad_o", q.scalar_type(), " like q");
@@ -190,10 +211,10 @@ Gradients backward(Variant const& variant, Tensor const& q, Tensor const& k, Ten
     if (needs_padding(q, v)) {
         int64_t const dK = padding(q), dV = padding(v);
         auto [dq, dk, dv, dg, dh0] = backward(
-            variant, pad_last(q, dK), pad_last(k, dK), pad_last(v, dV),
-            pad_gate(variant.decay, g, dK, dV), pad_state(initial_state, dK, dV), cu_seqlens, scale,
+            op, pad_last(q, dK), pad_last(k, dK), pad_last(v, dV),
+            pad_gates(op.decay, gates, dK, dV), pad_state(initial_state, dK, dV), cu_seqlens, scale,
             pad_last(grad_o, dV), pad_state(grad_final_state, dK, dV), need_dg);
-        return {cut(dq, p.K), cut(dk, p.K), cut(dv, p.V), cut_gate(variant.decay, dg, p.K, p.V),
+        return {cut(dq, p.K), cut(dk, p.K), cut(dv, p.V), cut_gates(op.decay, dg, p.K, p.V),
                 cut_state(dh0, p.K, p.V)};
     }
     DeviceScope const scope(q);
@@ -206,107 +227,131 @@ Gradients backward(Variant const& variant, Tensor const& q, Tensor const& k, Ten
     Tensor dq = empty({p.B, p.T, p.HV, p.K}, key_type, q);
     Tensor dk = empty({p.B, p.T, p.HV, p.K}, key_type, q);
     Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
-    Tensor dg = empty_gate_gradient(p, g, q, need_dg);
+    Gates const dg = empty_gate_gradients(p, gates, q, need_dg);
     Tensor dh0 = initial_state ? empty({p.N, p.HV, p.K, p.V}, state_type(q), q)
                                : empty({0}, state_type(q), q);
     p.grad_o = rows(grad_o_rows);
     if (grad_final) p.grad_final_state = grad_final->const_data_ptr();
     p.key_grad_dtype = to_dtype(key_type);
     p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
-    if (need_dg) p.dg = gate_rows(variant.decay, dg);
+    if (need_dg) point_at(op.decay, dg, p.dg, p.dgv);
     if (initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
     Tensor scratch = workspace(chunk_bwd_workspace(p), q);
     chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
     return {sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, dg, dh0};
 }
 
-Tensor one_step(Variant const& variant, Tensor const& q, Tensor const& k, Tensor const& v,
-                OptionalTensor const& g, Tensor const& state, double scale) {
-    Checks const c(variant.step);
-    check_inputs(c, variant.decay, q, k, v, g, true);
+Tensor one_step(ChunkOperator const& op, Tensor const& q, Tensor const& k, Tensor const& v,
+                Gates const& gates, Tensor const& state, double scale) {
+    Checks const c(op.name, "_step");
+    check_inputs(c, op.decay, q, k, v, gates, true);
     int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
     check_step_state(c, state, q, HV, K, V);
     DeviceScope const scope(q);
     Tensor const qr = last_contiguous(q), kr = last_contiguous(k), vr = last_contiguous(v);
-    OptionalTensor const gr = gate_layout(variant.decay, g);
+    Gates const gr = gates.map(op.decay, gate_layout);
     Tensor o = empty({B, HV, V}, q.scalar_type(), q);
     StepParams p{};
-    p.decay = variant.decay;
-    p.exclusive = variant.exclusive;
+    p.decay = op.decay;
+    p.exclusive = op.exclusive;
+    p.gate = op.gate;
     p.dtype = to_dtype(q.scalar_type());
-    p.gate_dtype = to_dtype(gate_type(g, q));
+    p.gate_dtype = to_dtype(gate_type(gates, q));
     p.state_dtype = to_dtype(state_type(q));
     p.B = B, p.H = H, p.HV = HV, p.K = K, p.V = V;
     p.scale = scale;
     p.q = rows(qr), p.k = rows(kr), p.v = rows(vr), p.o = rows(o);
-    if (gr) p.g = gate_rows(variant.decay, *gr);
+    point_at(op.decay, gr, p.g, p.gv);
     p.state = const_cast<void*>(state.const_data_ptr());
     step(p, scope.stream());
     return o;
 }
 
-// The dispatcher wants plain functions; here they are, with a gate and without.
-template <Variant const& variant>
-struct Gated {
+// The dispatcher wants plain functions; here they are for row i of the operators, with as many gates as it has.
+Gates gates_of() {
+    return {};
+}
+Gates gates_of(Tensor const& g) {
+    return {g, {}};
+}
+Gates gates_of(Tensor const& g, Tensor const& gv) {
+    return {g, gv};
+}
+
+template <size_t i, class... G>
+struct Functions {
+    static constexpr ChunkOperator const& op = kChunkOperators[i];
+
     static std::tuple<Tensor, Tensor> fwd(Tensor const& q, Tensor const& k, Tensor const& v,
-                                          Tensor const& g, OptionalTensor const& initial_state,
+                                          G const&... g, OptionalTensor const& initial_state,
                                           OptionalTensor const& cu_seqlens, double scale,
                                           bool output_final_state) {
-        return forward(variant, q, k, v, g, initial_state, cu_seqlens, scale, output_final_state);
+        return forward(op, q, k, v, gates_of(g...), initial_state, cu_seqlens, scale,
+                       output_final_state);
     }
-    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
-        Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
-        OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
-        Tensor const& grad_o, OptionalTensor const& grad_final_state, bool need_dg) {
-        auto [dq, dk, dv, dg, dh0] = backward(variant, q, k, v, g, initial_state, cu_seqlens, scale,
-                                              grad_o, grad_final_state, need_dg);
-        return {dq, dk, dv, dg, dh0};
-    }
-    static Tensor step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
+    static Tensor step(Tensor const& q, Tensor const& k, Tensor const& v, G const&... g,
                        Tensor const& state, double scale) {
-        return one_step(variant, q, k, v, g, state, scale);
+        return one_step(op, q, k, v, gates_of(g...), state, scale);
     }
 };
 
-template <Variant const& variant>
-struct Ungated {
-    static std::tuple<Tensor, Tensor> fwd(Tensor const& q, Tensor const& k, Tensor const& v,
-                                          OptionalTensor const& initial_state,
-                                          OptionalTensor const& cu_seqlens, double scale,
-                                          bool output_final_state) {
-        return forward(variant, q, k, v, {}, initial_state, cu_seqlens, scale, output_final_state);
-    }
+template <size_t i>
+struct Ungated : Functions<i> {
     static std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(Tensor const& q, Tensor const& k,
                                                           Tensor const& v,
                                                           OptionalTensor const& initial_state,
                                                           OptionalTensor const& cu_seqlens,
                                                           double scale, Tensor const& grad_o,
                                                           OptionalTensor const& grad_final_state) {
-        auto [dq, dk, dv, dg, dh0] = backward(variant, q, k, v, {}, initial_state, cu_seqlens,
-                                              scale, grad_o, grad_final_state, false);
-        return {dq, dk, dv, dh0};
-    }
-    static Tensor step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& state,
-                       double scale) {
-        return one_step(variant, q, k, v, {}, state, scale);
+        Gradients d = backward(kChunkOperators[i], q, k, v, {}, initial_state, cu_seqlens, scale,
+                               grad_o, grad_final_state, false);
+        return {d.q, d.k, d.v, d.initial_state};
     }
 };
 
-template <class Op>
-void implement(torch::stable::detail::StableLibrary& m, Variant const& variant) {
-    m.impl(variant.fwd, TORCH_BOX(&Op::fwd));
-    m.impl(variant.bwd, TORCH_BOX(&Op::bwd));
-    m.impl(variant.step, TORCH_BOX(&Op::step));
+template <size_t i>
+struct Gated : Functions<i, Tensor> {
+    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+        Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
+        OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
+        Tensor const& grad_o, OptionalTensor const& grad_final_state, bool need_dg) {
+        Gradients d = backward(kChunkOperators[i], q, k, v, {g, {}}, initial_state, cu_seqlens,
+                               scale, grad_o, grad_final_state, need_dg);
+        return {d.q, d.k, d.v, *d.gates.g, d.initial_state};
+    }
+};
+
+template <size_t i>
+struct GatedTwice : Functions<i, Tensor, Tensor> {
+    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+        Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, Tensor const& gv,
+        OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
+        Tensor const& grad_o, OptionalTensor const& grad_final_state, bool need_dg) {
+        Gradients d = backward(kChunkOperators[i], q, k, v, {g, gv}, initial_state, cu_seqlens,
+                               scale, grad_o, grad_final_state, need_dg);
+        return {d.q, d.k, d.v, *d.gates.g, *d.gates.gv, d.initial_state};
+    }
+};
+
+template <size_t i>
+void implement(torch::stable::detail::StableLibrary& m) {
+    constexpr Decay decay = kChunkOperators[i].decay;
+    using Op = std::conditional_t<decay == Decay::none, Ungated<i>,
+                                  std::conditional_t<decay == Decay::both, GatedTwice<i>, Gated<i>>>;
+    std::string const name = kChunkOperators[i].name;
+    m.impl((name + "_fwd").c_str(), TORCH_BOX(&Op::fwd));
+    m.impl((name + "_bwd").c_str(), TORCH_BOX(&Op::bwd));
+    m.impl((name + "_step").c_str(), TORCH_BOX(&Op::step));
+}
+
+template <size_t... i>
+void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<i...>) {
+    (implement<i>(m), ...);
 }
 
 }  // namespace
 }  // namespace lsm
 
 STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
-    using namespace lsm;
-    implement<Ungated<kLinearAttn>>(m, kLinearAttn);
-    implement<Gated<kSimpleGla>>(m, kSimpleGla);
-    implement<Gated<kGla>>(m, kGla);
-    implement<Gated<kGlaValue>>(m, kGlaValue);
-    implement<Gated<kRwkv6>>(m, kRwkv6);
+    lsm::implement_all(m, std::make_index_sequence<lsm::kChunkOperators.size()>{});
 }

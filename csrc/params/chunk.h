@@ -19,15 +19,29 @@ enum class Decay : int32_t {
     scalar,  // exp(g_t) S               g [B, T, HV]; strides 0 where it is constant in time
     key,     // Diag(exp g_t) S          g [B, T, HV, K]
     value,   // S Diag(exp g_t)          g [B, T, HV, V]
+    both,    // Diag(exp g_t) S Diag(exp gv_t), g as by key, gv as by value
 };
+
+inline bool decays_keys(Decay decay) {
+    return decay == Decay::key || decay == Decay::both;
+}
+inline bool decays_values(Decay decay) {
+    return decay == Decay::value || decay == Decay::both;
+}
+// Numbers that a token's gates have in one head.
+inline int64_t gates_per_token(Decay decay, int64_t K, int64_t V) {
+    if (decay == Decay::scalar) return 1;
+    return (decays_keys(decay) ? K : 0) + (decays_values(decay) ? V : 0);
+}
 
 // S_t = decay(S_{t-1}) + k_t v_t^T,   o_t = scale · S_t^T q_t,   or o_t = scale · S_{t-1}^T q_t if exclusive.
 // H query/key heads serve HV value heads (HV % H == 0): value head h reads query/key head h / (HV / H).
 struct ChunkParams {
     Decay decay;
     bool exclusive;     // tokens read the state as it was before their own decay and write
+    int32_t gate;       // what the numbers in a gate say: a place in policy/gate.h's list
     Dtype dtype;        // of q, k, v, o and their gradients
-    Dtype gate_dtype;   // of g and dg: dtype, or f32
+    Dtype gate_dtype;   // of gates and their gradients: dtype, or f32
     Dtype state_dtype;  // f64 when dtype is f64 (CPU only), else f32
     int64_t B, T, H, HV, K, V;
     int64_t N;                         // sequences: B, or the length of cu_seqlens minus one
@@ -37,7 +51,7 @@ struct ChunkParams {
 
     Rows q, k;  // [B, T, H, K]
     Rows v;     // [B, T, HV, V]
-    Rows g;     // natural log, shape by `decay`; its last dimension is contiguous
+    Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
 
     // Forward.
@@ -49,7 +63,7 @@ struct ChunkParams {
     Rows grad_o;                             // [B, T, HV, V]
     void const* grad_final_state = nullptr;  // [N, HV, K, V], nullable (zeros)
     Rows dq, dk, dv;
-    Rows dg;                             // like g, contiguous; null: not wanted
+    Rows dg, dgv;                        // like g and gv, contiguous; null: not wanted
     void* grad_initial_state = nullptr;  // [N, HV, K, V], nullable
 };
 
@@ -57,12 +71,13 @@ struct ChunkParams {
 struct StepParams {
     Decay decay;
     bool exclusive;
+    int32_t gate;
     Dtype dtype, gate_dtype, state_dtype;
     int64_t B, H, HV, K, V;
     double scale;
     Rows q, k;    // [B, 1, H, K]
     Rows v, o;    // [B, 1, HV, V]
-    Rows g;       // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
+    Rows g, gv;   // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
     void* state;  // [B, HV, K, V] contiguous, updated in place
 };
 

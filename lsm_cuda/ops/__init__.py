@@ -13,6 +13,7 @@ from .based import (
 from .chunk import chunk_gla, fused_chunk_gla, fused_recurrent_gla, gla_step
 from .gsa import chunk_gsa, fused_recurrent_gsa, gsa_step
 from .hgrn2 import chunk_hgrn2, chunk_metala, hgrn2_step, metala_step
+from .lcsm import chunk_lcsm, lcsm_step
 from .lightnet import chunk_lightnet, fused_recurrent_lightnet, lightnet_step
 from .linear_attn import (
     bidirectional_linear_attn,
@@ -35,6 +36,7 @@ from .mlstm import (
     mlstm_siging_chunkwise,
     mlstm_step,
 )
+from .prefix_scan import PrefixScanState, prefix_scan
 from .regla import chunk_regla, log_refined_gate, regla_step
 from .retention import (
     chunk_lightning_attn,
@@ -73,6 +75,7 @@ from .ssd import (
 
 __all__ = [
     "LogLinearAttentionState",
+    "PrefixScanState",
     "abc_step",
     "based_step",
     "bidirectional_linear_attn",
@@ -81,6 +84,7 @@ __all__ = [
     "chunk_gla",
     "chunk_gsa",
     "chunk_hgrn2",
+    "chunk_lcsm",
     "chunk_lightnet",
     "chunk_lightning_attn",
     "chunk_linear_attn",
@@ -111,6 +115,7 @@ __all__ = [
     "gla_step",
     "gsa_step",
     "hgrn2_step",
+    "lcsm_step",
     "lightnet_step",
     "lightning_attn_step",
     "lightning_slopes",
@@ -129,6 +134,7 @@ __all__ = [
     "parallel_rebased",
     "parallel_retention",
     "parallel_simple_gla",
+    "prefix_scan",
     "rebased_step",
     "regla_step",
     "retention_log_decay",

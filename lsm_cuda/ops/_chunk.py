@@ -4,7 +4,8 @@ the two calls that every public function makes.
     S_t = decay(S_{t-1}) + k_t v_tᵀ,        o_t = scale · S_tᵀ q_t
 
 ``linear_attn`` has no decay, ``simple_gla`` one per head, ``gla`` one per key channel,
-``gla_value`` one per value channel; ``rwkv6`` decays like ``gla`` but reads ``S_{t-1}``.
+``gla_value`` one per value channel, ``gla_both`` one per channel of either; ``rwkv6`` decays like
+``gla`` but reads ``S_{t-1}``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ from ._common import (
     no_double_backward,
 )
 
-GATED = ("simple_gla", "gla", "gla_value", "rwkv6")
-OPERATORS = ("linear_attn", *GATED)
+# Operators and the names of their gates, as in csrc/params/operators.h.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "linear_attn": (),
+    "simple_gla": ("g",),
+    "gla": ("g",),
+    "gla_value": ("g",),
+    "gla_both": ("g", "gv"),
+    "rwkv6": ("g",),
+}
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
@@ -31,14 +39,14 @@ def _state_dtype(q: Tensor) -> torch.dtype:
 
 
 def _register(name: str) -> None:
-    """Fake kernels and autograd of one operator; ``gate`` below holds its g, or nothing."""
+    """Fake kernels and autograd of one operator; ``gate`` below holds its gates, 0 to 2."""
     namespace = torch.ops.lsm
-    gates = 1 if name in GATED else 0
+    gates = len(OPERATORS[name])
 
     def same_device(
         kind: str, q: Tensor, k: Tensor, v: Tensor, gate: Sequence[Tensor], **rest: Tensor | None
     ) -> None:
-        named = dict(zip("g", gate, strict=False))
+        named = dict(zip(OPERATORS[name], gate, strict=True))
         check_same_device(f"{name}_{kind}", q, k=k, v=v, **named, **rest)
 
     def fwd_fake(q, k, v, *rest):  # type: ignore[no-untyped-def]
@@ -73,12 +81,14 @@ def _register(name: str) -> None:
         grad_o = torch.zeros_like(v) if grad_o is None else grad_o
         if not ctx.output_final_state:
             grad_final_state = None
-        need_dg: tuple[bool, ...] = (ctx.needs_input_grad[3],) if gates else ()
+        wanted = ctx.needs_input_grad[3 : 3 + gates]
+        need_dg: tuple[bool, ...] = (any(wanted),) if gates else ()
         *grads, dh0 = getattr(namespace, f"{name}_bwd")(
             *tensors, ctx.scale, grad_o, grad_final_state, *need_dg
         )
-        if gates and not need_dg[0]:
-            grads[3] = None
+        for i, want in enumerate(wanted):
+            if not want:
+                grads[3 + i] = None
         return (*grads, None if h0 is None else dh0, None, None, None)
 
     def refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -107,27 +117,25 @@ def chunk(
     cu_seqlens: Tensor | None,
     state_v_first: bool = False,
     as_given: bool = False,
+    gv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Whole sequences through operator ``name``: autocast, default scale, states as asked for.
 
     ``as_given``: whoever calls has looked at autocast and may have widened q, k and v since: they
-    stay, and g follows them.
+    stay, and gates follow them.
     """
+    gate = tuple(x for x in (g, gv) if x is not None)
     named = {"q": q, "k": k, "v": v, "initial_state": initial_state}
-    if g is not None:
-        named["g"] = g
-    check_no_forward_ad(f"{name}_fwd", **named)
+    check_no_forward_ad(f"{name}_fwd", **named, **dict(zip(OPERATORS[name], gate, strict=True)))
     dtype = q.dtype if as_given else autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        if g is not None and g.dtype != torch.float32:
-            g = g.to(dtype)
+        gate = tuple(x if x.dtype == torch.float32 else x.to(dtype) for x in gate)
     if state_v_first and initial_state is not None:
         initial_state = initial_state.transpose(-1, -2)
     if initial_state is not None and initial_state.dtype in (torch.bfloat16, torch.float16):
         initial_state = initial_state.float()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gate = () if g is None else (g,)
     operator = getattr(torch.ops.lsm, f"{name}_fwd")
     o, state = operator(q, k, v, *gate, initial_state, cu_seqlens, scale, output_final_state)
     if not output_final_state:
@@ -144,10 +152,11 @@ def step(
     state: Tensor,
     scale: float | None,
     chunk_name: str,
+    gv: Tensor | None = None,
 ) -> Tensor:
     """One token through operator ``name``; ``chunk_name`` is what to use where gradients are
     needed."""
-    gate = () if g is None else (g,)
+    gate = tuple(x for x in (g, gv) if x is not None)
     check_no_gradient(f"{name}_step", chunk_name, q, k, v, *gate, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     operator = getattr(torch.ops.lsm, f"{name}_step")

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
 from . import _chunk
-from ._common import (
-    accumulation_dtype,
-    backwards,
-    check_in_place,
-    check_no_gradient,
-    check_rank,
-    check_shape,
-)
+from ._common import backwards
 
 __all__ = ["chunk_gla", "fused_chunk_gla", "fused_recurrent_gla", "gla_step"]
 
@@ -52,7 +44,7 @@ def chunk_gla(
             On a GPU it is checked on the device, without synchronising: outputs of a call whose
             boundaries are wrong are NaN.
         gv (Tensor, optional): log decay of the value channels ``[B, T, HV, V]``, like g. Default:
-            none. Either gate alone is one call of the engine; see the note for both.
+            none.
 
     Returns:
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
@@ -61,9 +53,8 @@ def chunk_gla(
         RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
 
     Note: differentiable once in q, k, v, the gates and initial_state; deterministic. Under autocast
-        q, k and v are cast, the gate and the state keep their dtype. With both gates each value
-        channel is run as a head of its own, whose gate is the sum: exact for any gates, at V times
-        the gate traffic of one, a few channels at a time.
+        q, k and v are cast, gates and state keep their dtype. With both gates CUDA runs the exact
+        recurrence in every dtype: tensor cores take gates on one side only.
 
     Source: Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635;
     both gates: Fine-Tuning Pre-trained Transformers into Decaying Fast Weights, arXiv:2210.04243.
@@ -75,84 +66,22 @@ def chunk_gla(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 32]), torch.Size([1, 2, 32, 32]))
     """
-    name, gate = "linear_attn", None
-    if g is not None:
-        name, gate = "gla", g
-    elif gv is not None:
-        name, gate = "gla_value", gv
-    if g is None or gv is None:
-        return _chunk.chunk(
-            name, q, k, v, gate, scale, initial_state, output_final_state, cu_seqlens, state_v_first
-        )
-    if state_v_first and initial_state is not None:
-        initial_state = initial_state.mT
-    o, state = _two_sided(q, k, v, g, gv, scale, initial_state, output_final_state, cu_seqlens)
-    return o, state.mT if state_v_first and state is not None else state
-
-
-# Gate values per token and head that a call with both gates holds at a time.
-_GATES_AT_ONCE = 1024
-
-
-def _value_channels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    gv: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Both gates, each of the few channels of v a head with one value channel."""
-    HV, V = v.shape[2:]
-    g, gv = (x.to(accumulation_dtype(x)) for x in (g, gv))
-    gates = (g.unsqueeze(-2) + gv.unsqueeze(-1)).flatten(2, 3)  # [B, T, HV V, K]
-    if initial_state is not None:
-        initial_state = initial_state.mT.flatten(1, 2).unsqueeze(-1)
-    o, state = _chunk.chunk(
-        "gla", q, k, v.flatten(2).unsqueeze(-1), gates, scale, initial_state, output_final_state,
-        cu_seqlens,
+    name, first, second = _gates(g, gv)
+    return _chunk.chunk(
+        name, q, k, v, first, scale, initial_state, output_final_state, cu_seqlens, state_v_first,
+        gv=second,
     )  # fmt: skip
-    if state is not None:
-        state = state.view(state.shape[0], HV, V, q.shape[-1]).mT
-    return o.view(*o.shape[:2], HV, V), state
 
 
-def _two_sided(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    gv: Tensor,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Value channels a few at a time; backward makes their gates again instead of keeping them."""
-    op = "chunk_gla"
-    check_rank(op, "q", q, "[B, T, H, K]")
-    check_rank(op, "v", v, "[B, T, HV, V]")
-    check_shape(op, "g", g, "[B, T, HV, K]", (*v.shape[:3], q.shape[-1]))
-    check_shape(op, "gv", gv, "[B, T, HV, V]", v.shape)
-    if initial_state is not None:
-        N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        expected = (N, v.shape[2], q.shape[-1], v.shape[-1])
-        check_shape(op, "initial_state", initial_state, "[N, HV, K, V]", expected)
-    outputs, states = [], []
-    width = max(1, _GATES_AT_ONCE // q.shape[-1])
-    for start in range(0, v.shape[-1], width):
-        columns = slice(start, start + width)
-        o, state = torch.utils.checkpoint.checkpoint(
-            _value_channels, q, k, v[..., columns], g, gv[..., columns],
-            None if initial_state is None else initial_state[..., columns],
-            cu_seqlens, scale, output_final_state, use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
-        outputs.append(o)
-        states.append(state)
-    return torch.cat(outputs, -1), torch.cat(states, -1) if output_final_state else None
+def _gates(g: Tensor | None, gv: Tensor | None) -> tuple[str, Tensor | None, Tensor | None]:
+    """The operator for these gates, and its own."""
+    if gv is None:
+        return ("linear_attn" if g is None else "gla"), g, None
+    if g is None:
+        return "gla_value", gv, None
+    if g.dtype != gv.dtype:  # what rounds neither; the operator tells q's dtype or fp32
+        g, gv = g.to(dtype := torch.promote_types(g.dtype, gv.dtype)), gv.to(dtype)
+    return "gla_both", g, gv
 
 
 def fused_chunk_gla(
@@ -217,8 +146,7 @@ def gla_step(
             dtype of q or fp32.
         state (Tensor): ``[B, HV, K, V]`` fp32 (fp64 for fp64 inputs), contiguous, updated in place.
         scale (float, optional): default ``K ** -0.5``.
-        gv (Tensor, optional): log decay of the value channels ``[B, HV, V]``, like g. With both,
-            the state is read and written once more.
+        gv (Tensor, optional): log decay of the value channels ``[B, HV, V]``, like g.
 
     Returns:
         ``o [B, HV, V]`` in the dtype of v.
@@ -234,17 +162,5 @@ def gla_step(
         >>> gla_step(q, k, v, torch.zeros(1, 2, 32), state).shape
         torch.Size([1, 2, 32])
     """
-    if gv is None:
-        name = "linear_attn" if g is None else "gla"
-        return _chunk.step(name, q, k, v, g, state, scale, "chunk_gla")
-    if g is not None:
-        op = "gla_step"
-        check_no_gradient(op, "chunk_gla", q, k, v, g, gv, state)
-        check_rank(op, "q", q, "[B, H, K]")
-        check_rank(op, "v", v, "[B, HV, V]")
-        check_shape(op, "k", k, "[B, H, K]", q.shape)
-        check_shape(op, "g", g, "[B, HV, K]", (*v.shape[:-1], q.shape[-1]))
-        check_shape(op, "gv", gv, "[B, HV, V]", v.shape)
-        check_in_place(op, "state", state, "[B, HV, K, V]", (*g.shape, v.shape[-1]), q)
-        state.mul_(g.to(state.dtype).exp().unsqueeze(-1))
-    return _chunk.step("gla_value", q, k, v, gv, state, scale, "chunk_gla")
+    name, first, second = _gates(g, gv)
+    return _chunk.step(name, q, k, v, first, state, scale, "chunk_gla", second)

@@ -6,6 +6,7 @@
 #include "kernels/chunk/join.cuh"
 #include "kernels/chunk/launch.h"
 #include "kernels/recurrence/launch.h"
+#include "policy/gate.h"
 
 namespace lsm {
 namespace {
@@ -33,9 +34,7 @@ struct Plan {
 
     Plan(ChunkParams const& p, bool backward, void* workspace)
         : has_dg(backward && p.dg.data != nullptr),
-          channels(p.decay == Decay::key     ? p.K
-                   : p.decay == Decay::value ? p.V
-                                             : 1),
+          channels(p.decay == Decay::none ? 1 : gates_per_token(p.decay, p.K, p.V)),
           rows(p.decay == Decay::value ? p.V : p.K),
           contraction(p.decay == Decay::value ? p.K : p.V) {
         int64_t const tiles = (p.V + 127) / 128;
@@ -190,7 +189,7 @@ void join_boundaries(ChunkParams const& p, Plan const& plan, bool reverse, void*
     auto const* const initial =
         static_cast<float const*>(reverse ? p.grad_final_state : p.initial_state);
     run_join({states, sums, initial, static_cast<int>(p.HV), static_cast<int>(p.K),
-              static_cast<int>(p.V), p.decay, reverse},
+              static_cast<int>(p.V), static_cast<int>(plan.channels), p.decay, reverse},
              plan.segments, stream);
 }
 
@@ -265,9 +264,10 @@ FirstTokenParams first_token_of(ChunkParams const& p) {
 }
 
 // Only bf16 goes to tensor cores: frames scale operands by powers of two far beyond fp16's range, and fp32 would lose
-// 16 bits. Both keep their precision on the recurrence.
+// 16 bits. Both keep their precision on the recurrence. It also serves what sweeps do not: decays on either side, and gates
+// that are not log decays.
 bool on_tensor_cores(ChunkParams const& p) {
-    return p.dtype == Dtype::bf16;
+    return p.dtype == Dtype::bf16 && p.decay != Decay::both && p.gate == kGate<LogGate>;
 }
 
 }  // namespace

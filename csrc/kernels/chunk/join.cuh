@@ -2,7 +2,7 @@
 //
 //     S = initial;  for every segment in order:  (local, S) <- (S, S 2^gate_sum + local)
 //
-// gate_sum being of the element's row, of its column, or of the whole state.
+// gate_sum being of the element's row, of its column, of both, or of the whole state.
 //
 // One thread per state element, in a fixed order: the same bits every time. Grid: (record, head) x pieces of K V.
 #pragma once
@@ -14,10 +14,9 @@ namespace lsm {
 
 struct JoinParams {
     float* local;  // [records, heads, K, V]; the last segment of a walk left none
-    float const*
-        gate_sum;          // log2; [records, heads, K], [.., V] or [..], by `decay`; none: not read
+    float const* gate_sum;  // log2; [records, heads, gates per token], those of keys first; none: not read
     float const* initial;  // [N, heads, K, V], nullable (zeros)
-    int heads, K, V;
+    int heads, K, V, gates;  // gates: per token and head
     Decay decay;
     bool reverse;  // walk segments from the last to the first
 };
@@ -26,9 +25,21 @@ namespace join {
 constexpr int kThreads = 256;
 }
 
-// Where the sum that decays `element` lies among the sums of one head.
-LSM_DEVICE i64 gate_of(JoinParams const& p, i64 element) {
-    return p.decay == Decay::key ? element / p.V : p.decay == Decay::value ? element % p.V : 0;
+// The sum that decays an element, among the sums of one head.
+LSM_DEVICE float gate_sum_of(JoinParams const& p, float const* sums, i64 element) {
+    i64 const row = element / p.V, column = element % p.V;
+    switch (p.decay) {
+        case Decay::none:
+            return 0.f;
+        case Decay::scalar:
+            return load_global(sums);
+        case Decay::key:
+            return load_global(sums + row);
+        case Decay::value:
+            return load_global(sums + column);
+        default:
+            return load_global(sums + row) + load_global(sums + p.K + column);
+    }
 }
 
 static __global__ void __launch_bounds__(join::kThreads)
@@ -42,8 +53,6 @@ static __global__ void __launch_bounds__(join::kThreads)
     i64 const size = static_cast<i64>(p.K) * p.V;
     i64 const element = static_cast<i64>(blockIdx.x % pieces) * join::kThreads + threadIdx.x;
     if (element >= size) return;
-    int const gates = p.decay == Decay::key ? p.K : p.decay == Decay::value ? p.V : 1;
-    i64 const gate = gate_of(p, element);
     float S = p.initial == nullptr
                   ? 0.f
                   : load_global(p.initial + (segment.sequence * p.heads + head) * size + element);
@@ -54,9 +63,8 @@ static __global__ void __launch_bounds__(join::kThreads)
             store_global(at, S);
             return;
         }
-        float const sum = p.decay == Decay::none
-                              ? 0.f
-                              : load_global(p.gate_sum + (record * p.heads + head) * gates + gate);
+        float const* const sums = p.gate_sum + (record * p.heads + head) * p.gates;
+        float const sum = gate_sum_of(p, sums, element);
         float const local = load_global(at);
         store_global(at, S);
         S = S * exp2_approx(sum) + local;

@@ -1,4 +1,4 @@
-// The exact token-by-token recurrence on CUDA cores, for float32 and float16.
+// The exact token-by-token recurrence on CUDA cores: any decay, any gate.
 #pragma once
 
 #include "params/chunk.h"

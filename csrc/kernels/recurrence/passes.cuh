@@ -31,9 +31,14 @@ class Passes {
         : call_(call),
           p_(transposed ? transpose(call) : call),
           plan_(plan),
-          gates_(gate_loader<T>(call)),
+          gates_(gate_loaders<T>(call)),
+          gate_gradients_(by_side(call.decay, call.dg, call.dgv)),
           transposed_(transposed),
-          stream_(stream) {}
+          stream_(stream) {
+        if (!transposed) return;
+        std::swap(gates_.rows, gates_.columns);
+        std::swap(gate_gradients_.rows, gate_gradients_.columns);
+    }
 
     // o and the final state, in reverse dv and the gradient of the initial state; or what they are
     // of the transposed state.
@@ -43,31 +48,38 @@ class Passes {
     }
 
     // Computes what every segment starts from, if there is more than one per sequence.
+    template <DecayOn on>
     void join_boundaries(bool reverse) const {
         Boundary const& boundary = reverse ? plan_.reverse : plan_.forward;
         if (boundary.states == nullptr) return;
         SweepParams<T> local = params(reverse);
         local.end = states(boundary.states, true);
         local.gate_sum = boundary.gate_sums;
-        run<true, DecayOn::rows>(local);
+        run<true, on>(local);
         auto const* const initial =
             static_cast<float const*>(reverse ? call_.grad_final_state : call_.initial_state);
         run_join({boundary.states, boundary.gate_sums, initial, static_cast<int>(call_.HV),
-                  static_cast<int>(call_.K), static_cast<int>(call_.V), call_.decay, reverse},
+                  static_cast<int>(call_.K), static_cast<int>(call_.V),
+                  static_cast<int>(gates_per_token(call_.decay, call_.K, call_.V)), call_.decay,
+                  reverse},
                  plan_.segments, stream_);
     }
 
-    void row_gradients() const {
+    // dq, dk and the gradient of gates of rows; or the last alone.
+    template <DecayOn on>
+    void row_gradients(bool gates_alone = false) const {
+        if (gates_alone && gate_gradients_.rows.data == nullptr) return;
         RowParams<T> r{};
         r.q = p_.q, r.k = p_.k, r.v = p_.v, r.grad_o = p_.grad_o;
-        r.gates = gates_, r.dq = p_.dq, r.dk = p_.dk, r.dg = p_.dg;
+        r.gates = gates_, r.dg = gate_gradients_.rows;
+        if (!gates_alone) r.dq = p_.dq, r.dk = p_.dk;
         r.gate_shares = plan_.gate_shares, r.gate_share_size = p_.B * p_.T * p_.HV;
         r.start = start(false), r.end = start(true);
         r.groups = groups();
         r.HV = static_cast<int>(p_.HV), r.K = static_cast<int>(p_.K), r.V = static_cast<int>(p_.V);
         r.exclusive = p_.exclusive;
         r.scale = static_cast<float>(p_.scale);
-        run_row_gradients<T>(r, plan_.segments, stream_);
+        run_row_gradients<T, on>(r, plan_.segments, stream_);
     }
 
   private:
@@ -93,13 +105,16 @@ class Passes {
         s.query = reverse ? p_.k : p_.q, s.key = reverse ? p_.q : p_.k;
         s.value = reverse ? p_.grad_o : p_.v, s.out = reverse ? p_.dv : p_.o;
         s.gates = gates_;
-        for (Rows* const x : {&s.query, &s.key, &s.value, &s.out, &s.gates.g})
+        for (Rows* const x :
+             {&s.query, &s.key, &s.value, &s.out, &s.gates.rows.g, &s.gates.columns.g})
             if (reverse) x->time = -x->time;
         s.start = start(reverse);
         s.end = states(reverse ? p_.grad_initial_state : p_.final_state, false);
         s.groups = groups();
         s.HV = static_cast<int>(p_.HV), s.K = static_cast<int>(p_.K), s.V = static_cast<int>(p_.V);
-        s.gate_sums = static_cast<int>(gates_per_token(call_));
+        s.gate_sums = static_cast<int>(gates_per_token(call_.decay, call_.K, call_.V));
+        s.row_sums = s.gate_sums;
+        if (!transposed_ && decays_values(call_.decay)) s.row_sums -= s.V;
         s.reverse = reverse;
         s.decay_lag = reverse || p_.exclusive, s.write_lag = p_.exclusive;
         float const scale = static_cast<float>(p_.scale);
@@ -115,7 +130,8 @@ class Passes {
 
     ChunkParams const call_, p_;  // the call; as the kernels see it
     Plan const& plan_;
-    GateLoader<T> const gates_;
+    BySide<GateLoader<T>> gates_;
+    BySide<Rows> gate_gradients_;
     bool const transposed_;
     void* const stream_;
 };
@@ -123,7 +139,7 @@ class Passes {
 template <class T>
 void run_forward(ChunkParams const& p, Plan const& plan, void* stream) {
     bool const by_value = p.decay == Decay::value;
-    Passes<T>(p, plan, by_value, stream).join_boundaries(false);
+    Passes<T>(p, plan, by_value, stream).template join_boundaries<DecayOn::rows>(false);
     Passes<T> const passes(p, plan, false, stream);
     by_value ? passes.template sweep<DecayOn::columns>(false)
              : passes.template sweep<DecayOn::rows>(false);
@@ -133,11 +149,28 @@ template <class T>
 void run_backward(ChunkParams const& p, Plan const& plan, void* stream) {
     bool const by_value = p.decay == Decay::value;
     Passes<T> const passes(p, plan, by_value, stream);
-    passes.join_boundaries(false);
-    passes.join_boundaries(true);
+    passes.template join_boundaries<DecayOn::rows>(false);
+    passes.template join_boundaries<DecayOn::rows>(true);
     if (by_value) passes.template sweep<DecayOn::rows>(false);  // dq
     passes.template sweep<DecayOn::rows>(true);                 // dv, or dk
-    passes.row_gradients();
+    passes.template row_gradients<DecayOn::rows>();
+}
+
+template <class T>
+void run_either_side_forward(ChunkParams const& p, Plan const& plan, void* stream) {
+    Passes<T> const passes(p, plan, false, stream);
+    passes.template join_boundaries<DecayOn::both>(false);
+    passes.template sweep<DecayOn::both>(false);
+}
+
+template <class T>
+void run_either_side_backward(ChunkParams const& p, Plan const& plan, void* stream) {
+    Passes<T> const passes(p, plan, false, stream);
+    passes.template join_boundaries<DecayOn::both>(false);
+    passes.template join_boundaries<DecayOn::both>(true);
+    passes.template sweep<DecayOn::both>(true);    // dv
+    passes.template row_gradients<DecayOn::both>();  // dq, dk, gates of keys
+    Passes<T>(p, plan, true, stream).template row_gradients<DecayOn::both>(true);  // of values
 }
 
 }  // namespace lsm::recurrence

@@ -4,7 +4,8 @@
 // the join of segments, and the sweep of all segments at once. Backward: segments of at most
 // kRowSegment tokens always, joined in both directions, then dv and the gradient of the initial
 // state by columns, dq, dk and dg by rows. A decay of the state's columns is one of the rows of the
-// transposed state, where dq and dk are by columns, dv and dg by rows.
+// transposed state, where dq and dk are by columns, dv and dg by rows. Where either side decays, the
+// gates of columns get their gradient from a second pass by rows, of the transposed state.
 #pragma once
 
 #include "kernels/segments.cuh"
@@ -13,7 +14,11 @@
 namespace lsm::recurrence {
 
 constexpr int kSweepColumns = 32;  // of the state, per block of a sweep
-constexpr int kRowSegment = 256;   // most tokens per segment of a backward
+constexpr int kRowSegment = 256;   // most tokens per segment of a backward;
+constexpr int kRowSegmentOfBoth = 128;  // where either side decays
+
+// Which side of the state decays.
+enum class DecayOn { rows, columns, both };
 
 // Boundary states of all segments in one direction; null where sequences are not cut.
 struct Boundary {
@@ -21,11 +26,11 @@ struct Boundary {
     float* gate_sums = nullptr;  // [records, HV, gates_per_token], log2
 };
 
-// In one head.
-inline i64 gates_per_token(ChunkParams const& p) {
-    if (p.decay == Decay::none) return 0;
-    if (p.decay == Decay::scalar) return 1;
-    return p.decay == Decay::key ? p.K : p.V;
+// Whether a call runs on the kernels that let either side of the state decay. They serve any decay,
+// for about twice the work of the others; bf16 comes here only with gates that tensor cores do not
+// take, and has no others.
+inline bool either_side(ChunkParams const& p) {
+    return p.decay == Decay::both || p.dtype == Dtype::bf16;
 }
 
 struct Plan {
@@ -37,10 +42,14 @@ struct Plan {
     Plan(ChunkParams const& p, bool backward, void* workspace);
 };
 
-// Instances: one device file per type (passes_*.cu), compiled in parallel.
+// Instances: one device file per type (passes_*.cu, either_side_*.cu), compiled in parallel.
 template <class T>
 void run_forward(ChunkParams const& p, Plan const& plan, void* stream);
 template <class T>
 void run_backward(ChunkParams const& p, Plan const& plan, void* stream);
+template <class T>
+void run_either_side_forward(ChunkParams const& p, Plan const& plan, void* stream);
+template <class T>
+void run_either_side_backward(ChunkParams const& p, Plan const& plan, void* stream);
 
 }  // namespace lsm::recurrence

@@ -16,6 +16,9 @@
 // leaving the state before every short run of tokens in shared memory; then each run, from the last
 // to the first, is walked forwards once more with all its states kept in registers, and backwards.
 // What a segment starts from, on either side, comes from joined boundary states.
+//
+// Where columns decay too, by b_t, it stands beside the row's a in every product with a state, and dO
+// is read through it: S_{t-1} b dO, S_{t-1} b · G, b (G + q dO^T).
 #pragma once
 
 #include "kernels/dispatch.h"
@@ -26,18 +29,20 @@
 namespace lsm::recurrence {
 
 // V: smallest supported number of columns that holds the actual one.
-template <int V>
+template <int V, DecayOn on = DecayOn::rows>
 struct RowConfig {
+    static constexpr bool kByColumn = on == DecayOn::both;
     static constexpr int kThreads = 128;
     static constexpr int kLanes = V / 4 < 32 ? V / 4 : 32;  // threads along V
     static constexpr int kColumns = V / kLanes;             // per thread, in pieces of 4
     static constexpr int kRows = 8 / kColumns;              // per thread
     static constexpr int kTileRows = kThreads / kLanes * kRows;
 
-    static constexpr int kRun = V > 128 ? 8 : 16;  // tokens whose states are held in registers
+    // Tokens whose states are held in registers.
+    static constexpr int kRun = V > 128 || kByColumn ? 8 : 16;
     // Starts kept in shared memory: not the first, which is the segment's, nor the last, which is
     // at hand when the walk turns.
-    static constexpr int kStarts = kRowSegment / kRun - 2;
+    static constexpr int kStarts = (kByColumn ? kRowSegmentOfBoth : kRowSegment) / kRun - 2;
     static constexpr int kPitch = kRun + 4;  // floats; spreads the rows over the banks
 
     // Numbers per row and token: q, k, the gate, as each thread loads them;
@@ -49,13 +54,14 @@ struct RowConfig {
     static_assert(V % 64 == 0 && V <= 256);
 };
 
-template <class T, int V>
+template <class T, int V, DecayOn on>
 struct RowStorage {
-    using C = RowConfig<V>;
+    using C = RowConfig<V, on>;
     using Scalars = float[C::kTileRows][C::kPitch];
     float start[C::kStarts][C::kRows * C::kColumns][C::kThreads];  // every thread reads its own
     struct Stage {
         alignas(16) T value[C::kRun][V], grad_out[C::kRun][V];
+        alignas(16) float column_decay[C::kByColumn ? C::kRun : 1][C::kByColumn ? V : 4];
         alignas(16) Scalars q, k, decay, x, y, z;
         float own[C::kRun];
     } stage[2];
@@ -64,9 +70,9 @@ struct RowStorage {
 template <class T>
 struct RowParams {
     Rows q, k, v, grad_o;
-    Rows dq, dk;  // dq: null if not wanted
-    Rows dg;      // null if not wanted
-    GateLoader<T> gates;
+    Rows dq, dk;  // null if not wanted
+    Rows dg;      // of gates of rows; null if not wanted
+    BySide<GateLoader<T>> gates;
     // Where all rows share a gate: what each tile of rows has in its gradient, [tiles, B, T, HV].
     float* gate_shares;
     i64 gate_share_size;  // B T HV
@@ -77,11 +83,11 @@ struct RowParams {
     float scale;
 };
 
-template <class T, int V>
+template <class T, int V, DecayOn on>
 struct RowGradients {
     using Gates = GateLoader<T>;
-    using C = RowConfig<V>;
-    using Storage = RowStorage<T, V>;
+    using C = RowConfig<V, on>;
+    using Storage = RowStorage<T, V, on>;
     using Stage = typename Storage::Stage;
     using State = float[C::kRows][C::kColumns];
     using Row = float[C::kColumns];
@@ -147,8 +153,9 @@ struct RowGradients {
             };
             raw_q[i] = load(p.q, inside && with_queries);
             raw_k[i] = load(p.k, inside);
-            raw_gate[i] = inside ? p.gates.load(p.gates.at(segment.batch, t, work.head, c))
-                                 : Gates::kIdentity;
+            Gates const& gates = p.gates.rows;
+            raw_gate[i] =
+                inside ? gates.load(gates.at(segment.batch, t, work.head, c)) : Gates::kIdentity;
         }
     }
 
@@ -159,11 +166,24 @@ struct RowGradients {
             if (t >= C::kRun) continue;
             stage.q[r][t] = p.scale * static_cast<float>(raw_q[i]);
             stage.k[r][t] = static_cast<float>(raw_k[i]);
-            stage.decay[r][t] = p.gates.factor(raw_gate[i]);
+            stage.decay[r][t] = p.gates.rows.factor(raw_gate[i]);
         }
     }
 
-    LSM_DEVICE void load_row(T const (&tile)[V], Row& x) const {
+    // Of columns there are too many to keep them in registers while they arrive.
+    LSM_DEVICE void load_column_decays(Stage& stage, int run) {
+        Gates const& gates = p.gates.columns;
+        LSM_UNROLL_BY(4)
+        for (int i = tid; i < C::kRun * V; i += C::kThreads) {
+            int const n = i / V, c = i % V, step = run * C::kRun + n;
+            bool const inside = c < p.V && walk.has(step);
+            i64 const at = gates.at(segment.batch, walk.token(step), work.head, c);
+            stage.column_decay[n][c] = gates.factor(inside ? gates.load(at) : Gates::kIdentity);
+        }
+    }
+
+    template <class Element>
+    LSM_DEVICE void load_row(Element const (&tile)[V], Row& x) const {
         LSM_UNROLL
         for (int j = 0; j < C::kColumns; j += 4) {
             float piece[4];
@@ -173,21 +193,33 @@ struct RowGradients {
         }
     }
 
-    LSM_DEVICE void advance(Stage& stage, int t, Row const& value) {
+    // Decays of columns, 1 where they do not decay.
+    LSM_DEVICE void load_column_decay(Stage& stage, int t, Row& b) const {
+        if constexpr (C::kByColumn) {
+            load_row(stage.column_decay[t], b);
+        } else {
+            LSM_UNROLL
+            for (int j = 0; j < C::kColumns; ++j) b[j] = 1.f;
+        }
+    }
+
+    LSM_DEVICE void advance(Stage& stage, int t, Row const& value, Row const& b) {
         LSM_UNROLL
         for (int r = 0; r < C::kRows; ++r) {
             float const decay = stage.decay[row + r][t], key = stage.k[row + r][t];
             LSM_UNROLL
-            for (int j = 0; j < C::kColumns; ++j) S[r][j] = decay * S[r][j] + key * value[j];
+            for (int j = 0; j < C::kColumns; ++j)
+                S[r][j] = decay * (b[j] * S[r][j]) + key * value[j];
         }
     }
 
     LSM_DEVICE void walk_forwards(Stage& stage) {
         LSM_UNROLL_BY(4)
         for (int t = 0; t < C::kRun; ++t) {
-            Row value;
+            Row value, b;
             load_row(stage.value[t], value);
-            advance(stage, t, value);
+            load_column_decay(stage, t, b);
+            advance(stage, t, value, b);
         }
     }
 
@@ -236,6 +268,14 @@ struct RowGradients {
         if (tid % kShare == 0) stage.own[t] = sum;
     }
 
+    // What a token reads after its own decay has passed the columns' too.
+    LSM_DEVICE void read_through(Row const& b, Row& grad_out) const {
+        if constexpr (C::kByColumn) {
+            LSM_UNROLL
+            for (int j = 0; j < C::kColumns; ++j) grad_out[j] *= p.exclusive ? 1.f : b[j];
+        }
+    }
+
     // Forwards through a run, keeping the state before every token, and back.
     LSM_DEVICE void differentiate(Stage& stage) {
         multiply_own(stage);
@@ -243,9 +283,11 @@ struct RowGradients {
         float x[C::kSums];
         LSM_UNROLL
         for (int t = 0; t < C::kRun; ++t) {
-            Row value, grad_out;
+            Row value, grad_out, b;
             load_row(stage.value[t], value);
             load_row(stage.grad_out[t], grad_out);
+            load_column_decay(stage, t, b);
+            read_through(b, grad_out);
             LSM_UNROLL
             for (int r = 0; r < C::kRows; ++r) {
                 float dot = 0.f;
@@ -256,16 +298,18 @@ struct RowGradients {
                 }
                 x[r * C::kRun + t] = dot;
             }
-            advance(stage, t, value);
+            advance(stage, t, value, b);
         }
         put(stage.x, x);
 
         float y[C::kSums], z[C::kSums];
         LSM_UNROLL
         for (int t = C::kRun - 1; t >= 0; --t) {
-            Row value, grad_out;
+            Row value, grad_out, b;
             load_row(stage.value[t], value);
             load_row(stage.grad_out[t], grad_out);
+            load_column_decay(stage, t, b);
+            read_through(b, grad_out);
             LSM_UNROLL
             for (int r = 0; r < C::kRows; ++r) {
                 float const decay = stage.decay[row + r][t];
@@ -274,8 +318,9 @@ struct RowGradients {
                 LSM_UNROLL
                 for (int j = 0; j < C::kColumns; ++j) {
                     with_value += G[r][j] * value[j];
-                    with_state += G[r][j] * before[t][r][j];
-                    G[r][j] = decay * G[r][j] + query * grad_out[j];
+                    float const decayed = b[j] * G[r][j];
+                    with_state += decayed * before[t][r][j];
+                    G[r][j] = decay * decayed + query * grad_out[j];
                 }
                 y[r * C::kRun + t] = with_value;
                 z[r * C::kRun + t] = with_state;
@@ -318,9 +363,12 @@ struct RowGradients {
         if (!inside) return;
         if (p.dq.data != nullptr)
             store_global(row_at<T>(p.dq, segment.batch, t, work.head) + c, static_cast<T>(dq));
-        store_global(row_at<T>(p.dk, segment.batch, t, work.head) + c, static_cast<T>(dk));
-        if (p.dg.data != nullptr && p.gate_shares == nullptr)
-            p.gates.store(p.dg.data, gate_at(t) + c, dg);
+        if (p.dk.data != nullptr)
+            store_global(row_at<T>(p.dk, segment.batch, t, work.head) + c, static_cast<T>(dk));
+        if (p.dg.data != nullptr && p.gate_shares == nullptr) {
+            i64 const gate = p.gates.rows.at(segment.batch, t, work.head, c);
+            p.gates.rows.store(p.dg.data, gate_at(t) + c, p.gates.rows.through(dg, gate));
+        }
     }
 
     LSM_DEVICE i64 gate_at(i64 t) const {
@@ -337,6 +385,7 @@ struct RowGradients {
             Stage& other = shared.stage[1 - visit % 2];
             int const run = run_of(visit);
             store_scalars(stage);
+            if constexpr (C::kByColumn) load_column_decays(stage, run);
             cp_async_wait<0>();
             __syncthreads();  // this run has arrived, and nobody computes with the other any more
             if (visit >= runs) store_run(other, run_of(visit - 1));
@@ -364,13 +413,13 @@ struct RowGradients {
     }
 };
 
-template <class T, int V>
+template <class T, int V, DecayOn on>
 __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
     row_gradients(RowParams<T> const p, Segments const segments, int tiles) {
     Work const work(p.HV, p.groups, tiles);
     Segment const segment = segments[work.record];
     if (segment.t0 == segment.t1) return;
-    RowGradients<T, V> s(p, segment, work);
+    RowGradients<T, V, on> s(p, segment, work);
     if (segment.poison) return s.poison();
     s.load_state(s.S, p.start);
     s.load_state(s.G, p.end);
@@ -385,7 +434,10 @@ __global__ void __launch_bounds__(256) sum_gate_shares(RowParams<T> const p, int
     float sum = 0.f;
     for (int tile = 0; tile < tiles; ++tile)
         sum += load_global(p.gate_shares + tile * p.gate_share_size + at);
-    p.gates.store(p.dg.data, at, sum);
+    // dg is contiguous, the gate may not be
+    i64 const row = at / p.HV, time = p.dg.batch / p.HV;
+    i64 const gate = p.gates.rows.at(row / time, row % time, at % p.HV, 0);
+    p.gates.rows.store(p.dg.data, at, p.gates.rows.through(sum, gate));
 }
 
 inline i64 row_tiles(i64 K, i64 V) {
@@ -394,12 +446,12 @@ inline i64 row_tiles(i64 K, i64 V) {
     return (K + tile - 1) / tile;
 }
 
-template <class T>
+template <class T, DecayOn on>
 void run_row_gradients(RowParams<T> const& p, Segments const& segments, void* stream) {
     i64 const tiles = row_tiles(p.K, p.V);
     dispatch(Buckets<64, 128, 256>{}, p.V, [&](auto V) {
-        launch(row_gradients<T, V>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
-               dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V>), stream, p, segments,
+        launch(row_gradients<T, V, on>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
+               dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V, on>), stream, p, segments,
                static_cast<int>(tiles));
     });
     if (p.gate_shares == nullptr || p.gate_share_size == 0) return;

@@ -1,7 +1,7 @@
 // The recurrence, token by token, with the state in registers, tiled over its columns: one block
 // walks one segment of one value head with a [K, 32] tile. Every step decays, writes and reads:
 //
-//     S = Diag(a) S + key value^T   (or S Diag(a), by DecayOn);   out = S^T query
+//     S = Diag(a) S + key value^T   (or S Diag(a), or Diag(a) S Diag(b), by DecayOn);   out = S^T query
 //
 // A pass is an order of tokens and two lags: the step of token t reads for t, writes for the token
 // write_lag steps before it and decays for the token decay_lag steps before it.
@@ -26,8 +26,6 @@
 
 namespace lsm::recurrence {
 
-enum class DecayOn { rows, columns };
-
 template <int K, DecayOn on>
 struct SweepConfig {
     static constexpr int kRows = 8,
@@ -35,11 +33,11 @@ struct SweepConfig {
     static constexpr int kThreads = K, kWarps = kThreads / 32;
     static constexpr int kTokens = 8;  // per stage
     static constexpr int kPair = 2;    // tokens whose sums over K are taken together
-    // Per multiprocessor: leaves 128 registers, 168 for 64 rows, where 128 spill.
-    static constexpr int kBlocks = K == 64 ? 6 : 512 / K;
-    static constexpr bool kByRow = on == DecayOn::rows;
-    static constexpr int kGates = kByRow ? K : kColumns;           // of a token
-    static constexpr int kOwnGates = kTokens * kGates / kThreads;  // per thread and stage
+    // Per multiprocessor: leaves 128 registers, 168 for 64 rows, where 128 spill; 168 for either side.
+    static constexpr int kBlocks = K == 64 ? 6 : (on == DecayOn::both ? 384 : 512) / K;
+    static constexpr bool kByRow = on != DecayOn::columns, kByColumn = on != DecayOn::rows;
+    static constexpr int kRowGates = kByRow ? K : 0,
+                         kColumnGates = kByColumn ? kColumns : 0;  // of a token
     static_assert(K % 32 == 0 && K / kRows * (kColumns / 4) == kThreads);
 };
 
@@ -49,20 +47,55 @@ struct SweepStorage {
     using C = SweepConfig<K, on>;
     struct Stage {
         alignas(16) T query[C::kTokens][K], key[C::kTokens][K], value[C::kTokens][C::kColumns];
-        alignas(16) float decay[C::kTokens][C::kGates];
+        alignas(16) float decay[C::kTokens][C::kRowGates + C::kColumnGates];  // rows', columns'
         // S^T query, a share per warp.
         alignas(16) float partial[C::kTokens][C::kWarps][C::kColumns];
     } stage[2];
 };
 
+// The gates of a stage on one side of the state. A thread loads kOwn of them, all of one channel.
+template <class T, class C, int Channels>
+struct StageGates {
+    using Loader = GateLoader<T>;
+    static constexpr int kOwn = C::kTokens * Channels / C::kThreads;
+
+    i64 at;  // of the next stage's first
+    typename Loader::Raw raw[kOwn];
+    float sum = 0.f;  // log2
+
+    LSM_DEVICE static int channel() { return threadIdx.x % Channels; }
+    LSM_DEVICE static int token(int i) { return (threadIdx.x + i * C::kThreads) / Channels; }
+
+    LSM_DEVICE void load(Loader const& gates, Walk const& walk, int step, bool exists) {
+        LSM_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+            bool const inside = exists && walk.has(step + token(i));
+            raw[i] = inside ? gates.load(at) : Loader::kIdentity;
+            at += C::kTokens / kOwn * gates.g.time;
+        }
+    }
+
+    template <bool Sum, int N>
+    LSM_DEVICE void store(Loader const& gates, float (&decay)[C::kTokens][N], int first) {
+        LSM_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+            decay[token(i)][first + channel()] = gates.factor(raw[i]);
+            if constexpr (Sum) sum += gates.log2(raw[i]);
+        }
+    }
+};
+
+template <class T, class C>
+struct StageGates<T, C, 0> {};
+
 template <class T>
 struct SweepParams {
     Rows query, key, value, out;  // strides of time are negative in reverse
     States start, end;  // end: of a local sweep per record, else per sequence and nullable
-    GateLoader<T> gates;
-    float* gate_sum;  // [records, HV, gate_sums], log2; local sweeps
+    BySide<GateLoader<T>> gates;
+    float* gate_sum;  // [records, HV, gate_sums], log2, those of rows first; local sweeps
     Groups groups;
-    int HV, K, V, gate_sums;
+    int HV, K, V, gate_sums, row_sums;
     bool reverse;
     int decay_lag, write_lag;  // decay_lag >= write_lag
     float value_scale, out_scale;
@@ -77,7 +110,6 @@ struct Sweep {
     using C = SweepConfig<K, on>;
     using Storage = SweepStorage<T, K, on>;
     using Stage = typename Storage::Stage;
-    using Gates = GateLoader<T>;
 
     SweepParams<T> const& p;
     Segment const segment;
@@ -86,13 +118,12 @@ struct Sweep {
     // Where the next stage's rows come from and the last one's go to, and its gates.
     T const *query, *key, *value;
     T* out;
-    i64 gate;
+    StageGates<T, C, C::kRowGates> row_gates;
+    StageGates<T, C, C::kColumnGates> column_gates;
     Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
     int const tid = threadIdx.x, lane = tid % 32;
     int const row = tid / 8 * C::kRows, column = tid % 8 * 4;  // first of this thread in the tile
     float S[C::kRows][4];
-    typename Gates::Raw raw[C::kOwnGates];  // of the next stage
-    float gate_sum = 0.f;                   // of channel tid
 
     LSM_DEVICE Sweep(SweepParams<T> const& p, Segment const& segment, Work const& work)
         : p(p), segment(segment), work(work), walk(segment, p.reverse) {
@@ -104,8 +135,12 @@ struct Sweep {
         }
         key = row_at<T const>(p.key, batch, write, work.row_head);
         value = row_at<T const>(p.value, batch, write, work.column_head) + first_column();
-        gate = p.gates.at(batch, walk.token(gate_token(0) - p.decay_lag), work.head,
-                          first_gate() + gate_channel());
+        auto const point = [&](auto& gates, GateLoader<T> const& from, int first) {
+            i64 const token = walk.token(gates.token(0) - p.decay_lag);
+            gates.at = from.at(batch, token, work.head, first + gates.channel());
+        };
+        if constexpr (C::kByRow) point(row_gates, p.gates.rows, 0);
+        if constexpr (C::kByColumn) point(column_gates, p.gates.columns, first_column());
     }
 
     LSM_DEVICE int first_column() const { return work.tile * C::kColumns; }
@@ -150,11 +185,6 @@ struct Sweep {
         }
     }
 
-    // The i-th of this thread's gates in a stage; the channel is the same for all.
-    LSM_DEVICE int gate_token(int i) const { return (tid + i * C::kThreads) / C::kGates; }
-    LSM_DEVICE int gate_channel() const { return tid % C::kGates; }
-    LSM_DEVICE int first_gate() const { return C::kByRow ? 0 : first_column(); }
-
     // Of the piece of a stage's output that this thread adds up, if out_token() < kTokens.
     LSM_DEVICE int out_token() const { return tid / (C::kColumns / 4); }
     LSM_DEVICE int out_column() const { return tid % (C::kColumns / 4) * 4; }
@@ -169,27 +199,43 @@ struct Sweep {
         copy(stage.key, key, p.key, write, p.K);
         copy(stage.value, value, p.value, write, p.V - first_column());
         cp_async_commit();
-        bool const channel = first_gate() + gate_channel() < (C::kByRow ? p.K : p.V);
-        LSM_UNROLL
-        for (int i = 0; i < C::kOwnGates; ++i) {
-            bool const inside = channel && walk.has(decay + gate_token(i));
-            raw[i] = inside ? p.gates.load(gate) : Gates::kIdentity;
-            gate += C::kTokens / C::kOwnGates * p.gates.g.time;
+        if constexpr (C::kByRow)
+            row_gates.load(p.gates.rows, walk, decay, row_gates.channel() < p.K);
+        if constexpr (C::kByColumn) {
+            bool const exists = first_column() + column_gates.channel() < p.V;
+            column_gates.load(p.gates.columns, walk, decay, exists);
         }
     }
 
     LSM_DEVICE void store_decays(Stage& stage) {
-        LSM_UNROLL
-        for (int i = 0; i < C::kOwnGates; ++i) {
-            stage.decay[gate_token(i)][gate_channel()] = p.gates.factor(raw[i]);
-            if constexpr (Local) gate_sum += p.gates.log2(raw[i]);
+        if constexpr (C::kByRow)
+            row_gates.template store<Local>(p.gates.rows, stage.decay, 0);
+        if constexpr (C::kByColumn)
+            column_gates.template store<Local>(p.gates.columns, stage.decay, C::kRowGates);
+    }
+
+    LSM_DEVICE void store_gate_sums() {
+        float* const sums = p.gate_sum + (work.record * p.HV + work.head) * p.gate_sums;
+        if constexpr (C::kByRow) {
+            if (work.tile == 0 && tid < p.row_sums) store_global(sums + tid, row_gates.sum);
+        }
+        if constexpr (C::kByColumn) {  // several threads have some of a column's tokens each
+            static_assert(sizeof(Stage::partial) >= C::kThreads * sizeof(float));
+            float* const shares = &shared.stage[0].partial[0][0][0];
+            __syncthreads();
+            shares[tid] = column_gates.sum;
+            __syncthreads();
+            if (tid >= C::kColumns || p.row_sums + first_column() + tid >= p.gate_sums) return;
+            float sum = 0.f;
+            for (int i = tid; i < C::kThreads; i += C::kColumns) sum += shares[i];
+            store_global(sums + p.row_sums + first_column() + tid, sum);
         }
     }
 
     LSM_DEVICE void token(Stage& stage, int i, float* out) {
-        float value[4], decay[4];
+        float value[4], decay[4], column_decay[4];
         load4(&stage.value[i][column], value);
-        if constexpr (!C::kByRow) load4(&stage.decay[i][column], decay);
+        if constexpr (C::kByColumn) load4(&stage.decay[i][C::kRowGates + column], column_decay);
         LSM_UNROLL
         for (int j = 0; j < 4; ++j) out[j] = 0.f, value[j] *= p.value_scale;
         LSM_UNROLL
@@ -203,7 +249,8 @@ struct Sweep {
                 LSM_UNROLL
                 for (int j = 0; j < 4; ++j) {
                     float& s = S[half + c][j];
-                    s = decay[C::kByRow ? c : j] * s + key[c] * value[j];
+                    if constexpr (on == DecayOn::both) s *= column_decay[j];
+                    s = (C::kByRow ? decay[c] : column_decay[j]) * s + key[c] * value[j];
                     if constexpr (!Local) out[j] += query[c] * s;
                 }
             }
@@ -298,12 +345,7 @@ __global__ void __launch_bounds__(SweepConfig<K, on>::kThreads, SweepConfig<K, o
         s.walk_segment();
     }
     if (s.leaves_state()) s.store_state();
-    if constexpr (Local) {
-        if (work.tile == 0 && s.tid < p.gate_sums) {
-            store_global(p.gate_sum + (work.record * p.HV + work.head) * p.gate_sums + s.tid,
-                         s.gate_sum);
-        }
-    }
+    if constexpr (Local) s.store_gate_sums();
 }
 
 template <class T, int K, bool Local, DecayOn on>

@@ -5,7 +5,7 @@
 // all its loads of the state, in 16-byte pieces, and only then touches q, k, v and the gate. A
 // block owns Columns columns of one head's state: Columns / 4 lanes side by side along V, the other
 // threads along K. Narrow tiles make enough blocks of few heads. The arithmetic is free beside the
-// state's traffic: every element is decayed by its row and by its column, one of which is 1.
+// state's traffic: every element is decayed by its row and by its column, whose gates may be absent.
 #pragma once
 
 #include "kernels/platform.cuh"
@@ -36,7 +36,7 @@ struct Operands {
     unsigned HV, heads_per_group;
     int K, V;
     float scale;
-    bool by_column, exclusive;  // decay is one of columns; o reads the old state
+    bool exclusive;  // o reads the old state
     bool whole_vectors;  // every row of the state starts on 16 bytes and has whole pieces of 16
 };
 
@@ -47,7 +47,7 @@ LSM_DEVICE T* row_of(Rows const& x, i64 batch, i64 head) {
 
 template <class T, int K, int Columns>
 __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
-    step_kernel(Operands const p, GateLoader<T> const gates) {
+    step_kernel(Operands const p, BySide<GateLoader<T>> const gates) {
     using C = Config<K, Columns>;
     auto& shared = *reinterpret_cast<SharedStorage<K, Columns>*>(dyn_smem());
     int const tid = threadIdx.x, lane = tid % C::kLanes, group = tid / C::kLanes;
@@ -82,8 +82,10 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
     }
 
     // The token's query, key and decay, as floats; each thread's four values and columns' decays.
-    auto decay = [&](bool wanted, int channel) {
-        return wanted ? gates.factor(gates.load(gates.at(batch, 0, head, channel))) : 1.f;
+    auto decay = [&](bool inside, GateLoader<T> const& side, int channel) {
+        return inside && side.g.data != nullptr
+                   ? side.factor(side.load(side.at(batch, 0, head, channel)))
+                   : 1.f;
     };
     T const* const q = row_of<T const>(p.q, batch, group_head);
     T const* const k = row_of<T const>(p.k, batch, group_head);
@@ -95,14 +97,14 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
         bool const inside = c < p.K;
         shared.q[c] = inside ? p.scale * static_cast<float>(load_global(q + c)) : 0.f;
         shared.k[c] = inside ? static_cast<float>(load_global(k + c)) : 0.f;
-        shared.decay[c] = decay(inside && !p.by_column, c);
+        shared.decay[c] = decay(inside, gates.rows, c);
     }
     float value[4], column_decay[4];
     LSM_UNROLL
     for (int j = 0; j < 4; ++j) {
         bool const inside = column + j < p.V;
         value[j] = inside ? static_cast<float>(load_global(v + j)) : 0.f;
-        column_decay[j] = decay(inside && p.by_column, column + j);
+        column_decay[j] = decay(inside, gates.columns, column + j);
     }
     __syncthreads();
 
@@ -172,13 +174,12 @@ void run_step(StepParams const& p, void* stream) {
                             static_cast<int>(p.K),
                             static_cast<int>(p.V),
                             static_cast<float>(p.scale),
-                            p.decay == Decay::value,
                             p.exclusive,
                             p.V % 4 == 0 && reinterpret_cast<uintptr_t>(p.state) % 16 == 0};
     i64 const blocks = p.B * p.HV * ((p.V + Columns - 1) / Columns);
     launch(step_kernel<T, K, Columns>, dim3(static_cast<unsigned>(blocks)),
            dim3(Config<K, Columns>::kThreads), sizeof(SharedStorage<K, Columns>), stream, operands,
-           gate_loader<T>(p));
+           gate_loaders<T>(p));
 }
 
 }  // namespace lsm::step_kernel
