@@ -27,7 +27,7 @@ def quadratic(
     The decay between two tokens is a sum of gates over a window, taken directly (a difference of
     running sums loses what a strong gate leaves); the initial state is one more key and value row
     per channel before the first token. ``g`` has the channels of the key or, with ``side`` "value",
-    of the value; without channels it is one gate per head; None is no gate. ``gv`` is a second gate,
+    of the value; without channels it is one gate per head; None is no gate. ``gv`` is one more,
     of the value. ``exclusive`` reads the state of the token before: ``s < t`` and ``G_{t-1}``.
     """
     if cu_seqlens is not None:
@@ -52,7 +52,10 @@ def quadratic(
     o = torch.einsum("bhts,bshv,bhtsv->bthv", scores, v, values.expand(-1, -1, -1, -1, V))
     state = v.new_zeros(B, HV, K, V)
     if T:
-        left, right = k.transpose(1, 2) * last_key[:, :, 1:], v.transpose(1, 2) * last_value[:, :, 1:]
+        left, right = (
+            k.transpose(1, 2) * last_key[:, :, 1:],
+            v.transpose(1, 2) * last_value[:, :, 1:],
+        )
         state = torch.einsum("bhsk,bhsv->bhkv", left, right)
     if initial_state is not None:
         o = o + torch.einsum("bthk,bhkv->bthv", q * first_key, initial_state) * first_value
@@ -62,9 +65,9 @@ def quadratic(
 
 
 def _between(g: Tensor, exclusive: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The decay of what token s wrote until token t reads it ``[B, HV, t, s, ·]``, 0 where it is not
-    read; of the initial state until t reads it ``[B, T, HV, ·]``; of all states to the end, of that
-    before s for s in 0 .. T ``[B, HV, s, ·]``."""
+    """The decay of what token s wrote until t reads it ``[B, HV, t, s, ·]``, 0 where it is not; of
+    the initial state until t reads it ``[B, T, HV, ·]``; of the state before token s until the end,
+    for s in 0 .. T ``[B, HV, s, ·]``."""
     T = g.shape[1]
     # window[b, h, t, s] = Σ of g over tokens s .. t-1: what decays the state before token s on its
     # way to the state before token t, s and t in 0 .. T

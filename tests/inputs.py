@@ -152,7 +152,9 @@ def make_inputs(case: Case) -> Inputs:
         # Keys and values repeat a row. A gate that did would turn "mixed" and "resets" into a
         # constant; queries that did would all read the same sum, whose cancellation no average
         # over tokens hides.
-        layout = "contiguous" if case.layout == "expanded" and (is_gate or name == "q") else case.layout
+        layout = (
+            "contiguous" if case.layout == "expanded" and (is_gate or name == "q") else case.layout
+        )
         tensors[name] = lay_out(x, layout)
     state = state_dtype(case.torch_dtype)
     return Inputs(

@@ -4,6 +4,7 @@ from .abc import ABCAttention
 from .attention import Attention
 from .based import BasedLinearAttention, ReBasedLinearAttention
 from .diag_attention import DiagAttention
+from .focused import FocusedLinearAttention
 from .gla import GatedLinearAttention
 from .gsa import GatedSlotAttention
 from .hgrn2 import HGRN2Attention
@@ -29,6 +30,7 @@ __all__ = [
     "Attention",
     "BasedLinearAttention",
     "DiagAttention",
+    "FocusedLinearAttention",
     "GatedLinearAttention",
     "GatedSlotAttention",
     "HGRN2Attention",

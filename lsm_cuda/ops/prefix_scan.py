@@ -22,10 +22,11 @@ class PrefixScanState:
     :func:`prefix_scan` returns continues here.
 
     Example:
+        >>> agg = lambda older, newer: (older[0] + newer[0],)
         >>> state = PrefixScanState()
         >>> for x in torch.arange(5.0):
-        ...     state.push(lambda a, b: (a[0] + b[0],), (x,))
-        >>> state.count, len(state.roots), state.prefix(lambda a, b: (a[0] + b[0],), (torch.zeros(()),))
+        ...     state.push(agg, (x,))
+        >>> state.count, len(state.roots), state.prefix(agg, (torch.zeros(()),))
         (5, 2, (tensor(10.),))
     """
 
@@ -53,9 +54,7 @@ class PrefixScanState:
         return initial
 
 
-def prefix_scan(
-    agg: Agg, elements: Element, initial: Element
-) -> tuple[Element, PrefixScanState]:
+def prefix_scan(agg: Agg, elements: Element, initial: Element) -> tuple[Element, PrefixScanState]:
     r"""The aggregates of all proper prefixes: before the first element, before the second, ...
 
     Element n sees ``initial`` and the elements 0 .. n−1, bracketed as by Blelloch's scan: every
@@ -114,9 +113,7 @@ def prefix_scan(
         right = trees // 2
         lefts = _every_second(levels[level], 0, right)
         rights = agg(tuple(p[:, :right] for p in prefixes), lefts)
-        prefixes = tuple(
-            _interleave(p, r, trees) for p, r in zip(prefixes, rights, strict=True)
-        )
+        prefixes = tuple(_interleave(p, r, trees) for p, r in zip(prefixes, rights, strict=True))
     if N == 0:
         prefixes = tuple(p[:, :0] for p in prefixes)
     return prefixes, PrefixScanState(N, roots)

@@ -11,6 +11,7 @@ from torch import nn
 from lsm_cuda.cache import Cache
 from lsm_cuda.layers import (
     DiagAttention,
+    FocusedLinearAttention,
     LinformerAttention,
     LunaAttention,
     NystromformerAttention,
@@ -25,6 +26,7 @@ LAYERS = {
     "luna tied": (LunaAttention, {"pool_size": 3, "tie_kv": True}),
     "nystromformer": (NystromformerAttention, {"num_landmarks": 4, "conv_kernel_size": 3}),
     "nystromformer plain": (NystromformerAttention, {"num_landmarks": 4, "conv_kernel_size": None}),
+    "focused": (FocusedLinearAttention, {"conv_kernel_size": 3}),
     "skyformer": (SkyformerAttention, {"num_landmarks": 6, "sampling": "even"}),
     "diag": (DiagAttention, {"block_size": 4, "causal": False}),
     "diag causal": (DiagAttention, {"block_size": 4}),
@@ -161,6 +163,7 @@ def test_compiles_as_one_graph(name):
         ),
         ("nystromformer", {}, [*NAMES, *BIASES, "conv.weight"]),
         ("nystromformer plain", {"qkv_bias": False}, NAMES),
+        ("focused", {}, [*NAMES, *BIASES, "conv.weight", "conv.bias"]),
         ("skyformer", {"qkv_bias": False}, NAMES),
         ("diag", {}, [*NAMES, *BIASES]),
     ],

@@ -69,7 +69,9 @@ def test_affine_aggregation_is_the_engine() -> None:
     v = torch.randn(B, N * C, H, V, dtype=torch.float64)
     g = -torch.rand(B, N * C, H, dtype=torch.float64)
     chunks = [
-        ops.chunk_simple_gla(*(t[:, n * C : n * C + C] for t in (q, k, v, g)), None, None, None, True)
+        ops.chunk_simple_gla(
+            *(t[:, n * C : n * C + C] for t in (q, k, v, g)), None, None, None, True
+        )
         for n in range(N)
     ]
     decay = g.unflatten(1, (N, C)).sum(2).exp()[..., None, None]
@@ -80,9 +82,7 @@ def test_affine_aggregation_is_the_engine() -> None:
         (torch.ones_like(decay[:, 0]), torch.zeros_like(states[:, 0])),
     )
     for n in range(N):
-        _, S = ops.chunk_simple_gla(
-            *(t[:, : n * C] for t in (q, k, v, g)), output_final_state=True
-        )
+        _, S = ops.chunk_simple_gla(*(t[:, : n * C] for t in (q, k, v, g)), output_final_state=True)
         torch.testing.assert_close(prefixes[:, n], S)
 
 

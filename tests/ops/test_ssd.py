@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, SSD, assert_rule, definition, draw, gradients, operator, row, ssd
+from peers import mamba_ssm_module
 from torch import Tensor
 
 from lsm_cuda import ops, reference
@@ -39,6 +41,11 @@ def arguments(**replaced: Any) -> dict[str, Any]:
     return x.tensors | {"initial_states": x.states[0], "dt_softplus": True} | replaced
 
 
+def outputs(call):  # type: ignore[no-untyped-def]
+    """Without states."""
+    return lambda **x: (call(**x)[0], None)
+
+
 def peer(name: str):  # type: ignore[no-untyped-def]
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     return getattr(modeling, name).__wrapped__
@@ -59,6 +66,30 @@ def test_is_the_scan_of_transformers() -> None:
     expected = definition(FAMILY, x)
     assert_rule(gradients(theirs, FAMILY, x), expected, x)
     assert_rule(gradients(operator(FAMILY), FAMILY, x), expected, x)
+
+
+def test_is_the_reference_of_mamba_ssm() -> None:
+    """Its PyTorch definition, with D and z, in fp32; outputs, since it has no states."""
+    with mamba_ssm_module("ops.triton.ssd_combined") as module:
+        scan = module.ssd_chunk_scan_combined_ref
+
+        def theirs(initial_state=None, cu_seqlens=None, **x):  # type: ignore[no-untyped-def]
+            return scan(**x, chunk_size=8, dt_softplus=True), None
+
+        family = dataclasses.replace(FAMILY, definition=outputs(FAMILY.definition), state=())
+        x = draw(family, T=40, states=False)
+        expected = definition(family, x)
+        assert_rule(gradients(theirs, family, x), expected, x)
+        assert_rule(gradients(operator(family), family, x), expected, x)
+
+
+def test_listing_is_that_of_mamba_ssm() -> None:
+    x = draw(FAMILY, T=32, dtype=torch.float64, HV=2).tensors
+    arguments = x["x"], -x["dt"].abs(), x["B"], x["C"], 8
+    with mamba_ssm_module("modules.ssd_minimal") as module:
+        expected = module.ssd_minimal_discrete(*arguments)
+    for got, want in zip(ops.ssd_minimal_discrete(*arguments), expected, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -1,0 +1,30 @@
+"""docs/catalogue.md names what exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "catalogue.md").read_text().splitlines()
+    if re.match(r"\| (A\d+|LAvv) \|", line)
+]
+
+
+def test_every_row_is_there():
+    assert [row[0] for row in ROWS] == [f"A{n}" for n in range(1, 35)] + ["LAvv"]
+
+
+def test_names_exist():
+    for row, _, served_by, tests in ROWS:
+        symbols = re.findall(r"`(\w+)\.(\w+)`", served_by)
+        assert symbols, row
+        for module, name in symbols:
+            assert hasattr(importlib.import_module(f"lsm_cuda.{module}"), name), (row, name)
+        places = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert places, row
+        for path, name in places:
+            assert f"def {name}(" in (ROOT / path).read_text(), (row, path, name)
