@@ -144,8 +144,8 @@ State* state_of(State* states, ChunkParams const& p, Chain const& chain) {
 // recurrence.
 template <class T>
 void join(ChunkParams const& p, T const* decay, T const* before, T* state) {
-    T const* const of_values = decays_values(p.decay) ? decay + (decays_keys(p.decay) ? p.K : 0)
-                                                      : nullptr;
+    T const* const of_values =
+        decays_values(p.decay) ? decay + (decays_keys(p.decay) ? p.K : 0) : nullptr;
     bool const of_state = p.decay == Decay::scalar;
     for (int64_t k = 0; k < p.K; ++k, before += p.V, state += p.V) {
         T const of_row = decays_keys(p.decay) ? decay[k] : of_state ? decay[0] : T(1);

@@ -336,8 +336,9 @@ struct GatedTwice : Functions<i, Tensor, Tensor> {
 template <size_t i>
 void implement(torch::stable::detail::StableLibrary& m) {
     constexpr Decay decay = kChunkOperators[i].decay;
-    using Op = std::conditional_t<decay == Decay::none, Ungated<i>,
-                                  std::conditional_t<decay == Decay::both, GatedTwice<i>, Gated<i>>>;
+    using Op =
+        std::conditional_t<decay == Decay::none, Ungated<i>,
+                           std::conditional_t<decay == Decay::both, GatedTwice<i>, Gated<i>>>;
     std::string const name = kChunkOperators[i].name;
     m.impl((name + "_fwd").c_str(), TORCH_BOX(&Op::fwd));
     m.impl((name + "_bwd").c_str(), TORCH_BOX(&Op::bwd));

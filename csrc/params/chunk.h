@@ -49,8 +49,8 @@ struct ChunkParams {
     bool cu_seqlens_is_64bit = false;
     double scale;
 
-    Rows q, k;  // [B, T, H, K]
-    Rows v;     // [B, T, HV, V]
+    Rows q, k;   // [B, T, H, K]
+    Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
 

@@ -12,7 +12,7 @@ namespace lsm {
 struct ChunkOperator {
     char const* name;  // torch.ops.lsm.<name>_fwd, <name>_bwd and <name>_step
     Decay decay;
-    bool exclusive;             // tokens read the state as it was before their own decay and write
+    bool exclusive;  // tokens read the state as it was before their own decay and write
     int32_t gate = kGate<LogGate>;  // what the numbers in a gate say
 };
 

@@ -20,5 +20,7 @@ using MoreGates = GatePolicies<SquareGate>;
 }  // namespace lsm
 
 // One row: gated linear attention, one such gate per key channel, read after the write.
-#define LSM_MORE_OPERATORS \
-    { {"square_gla", Decay::key, false, kGate<SquareGate>}, }
+#define LSM_MORE_OPERATORS                                    \
+    {                                                         \
+        {"square_gla", Decay::key, false, kGate<SquareGate>}, \
+    }

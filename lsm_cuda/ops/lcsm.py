@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
@@ -12,7 +14,7 @@ from ._common import accumulation_dtype, check_shape, one_minus_exp
 __all__ = ["chunk_lcsm", "lcsm_step"]
 
 # From what a model computes to log decays.
-_OSCILLATIONS = {
+_OSCILLATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "log": lambda x: x,  # they are
     "sigmoid": logsigmoid,  # a = σ(o): GLA, HGRN2
     "softplus": lambda x: -softplus(x),  # a = exp(−softplus(o)): Mamba-2 with A = −1

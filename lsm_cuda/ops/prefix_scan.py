@@ -110,9 +110,9 @@ def prefix_scan(agg: Agg, elements: Element, initial: Element) -> tuple[Element,
         trees = -(-N >> level)
         if trees == prefixes[0].shape[1]:
             continue
-        right = trees // 2
-        lefts = _every_second(levels[level], 0, right)
-        rights = agg(tuple(p[:, :right] for p in prefixes), lefts)
+        halves = trees // 2
+        lefts = _every_second(levels[level], 0, halves)
+        rights = agg(tuple(p[:, :halves] for p in prefixes), lefts)
         prefixes = tuple(_interleave(p, r, trees) for p, r in zip(prefixes, rights, strict=True))
     if N == 0:
         prefixes = tuple(p[:, :0] for p in prefixes)

@@ -115,6 +115,8 @@ def test_low_precision_is_near_the_exact_layer(name, dtype):
 @every
 def test_autocast(name):
     layer, x = make(name).float(), tokens(2, 15).float()
+    if name == "focused":  # jumps where rounding takes a query's last positive channel
+        torch.nn.init.ones_(layer.q_proj.bias)
     exact = layer(x)[0]
     with torch.autocast("cpu", torch.bfloat16):
         o = layer(x)[0]

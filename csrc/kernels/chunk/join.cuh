@@ -14,8 +14,9 @@ namespace lsm {
 
 struct JoinParams {
     float* local;  // [records, heads, K, V]; the last segment of a walk left none
-    float const* gate_sum;  // log2; [records, heads, gates per token], those of keys first; none: not read
-    float const* initial;  // [N, heads, K, V], nullable (zeros)
+    float const*
+        gate_sum;  // log2; [records, heads, gates per token], those of keys first; none: not read
+    float const* initial;    // [N, heads, K, V], nullable (zeros)
     int heads, K, V, gates;  // gates: per token and head
     Decay decay;
     bool reverse;  // walk segments from the last to the first

@@ -21,8 +21,9 @@ Plan::Plan(ChunkParams const& p, bool backward, void* workspace) {
     i64 const chains = (p.cu_seqlens != nullptr ? 1 : p.B) * p.HV * tiles;
     i64 const slots = multiprocessors() * (256 / std::max<i64>(rows, 64));
     i64 L = segment_length(p.T, chains, slots, kLeastSegment);
-    i64 const most = !backward ? i64(1) << 30  // steps are counted in 32 bits
-                     : either_side(p) ? kRowSegmentOfBoth : kRowSegment;
+    i64 const most = !backward        ? i64(1) << 30  // steps are counted in 32 bits
+                     : either_side(p) ? kRowSegmentOfBoth
+                                      : kRowSegment;
     L = std::min(L, most);
     bool const cut = L < p.T;  // sequences may have several segments
 

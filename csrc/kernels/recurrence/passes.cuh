@@ -168,7 +168,7 @@ void run_either_side_backward(ChunkParams const& p, Plan const& plan, void* stre
     Passes<T> const passes(p, plan, false, stream);
     passes.template join_boundaries<DecayOn::both>(false);
     passes.template join_boundaries<DecayOn::both>(true);
-    passes.template sweep<DecayOn::both>(true);    // dv
+    passes.template sweep<DecayOn::both>(true);      // dv
     passes.template row_gradients<DecayOn::both>();  // dq, dk, gates of keys
     Passes<T>(p, plan, true, stream).template row_gradients<DecayOn::both>(true);  // of values
 }

@@ -13,8 +13,8 @@
 
 namespace lsm::recurrence {
 
-constexpr int kSweepColumns = 32;  // of the state, per block of a sweep
-constexpr int kRowSegment = 256;   // most tokens per segment of a backward;
+constexpr int kSweepColumns = 32;       // of the state, per block of a sweep
+constexpr int kRowSegment = 256;        // most tokens per segment of a backward;
 constexpr int kRowSegmentOfBoth = 128;  // where either side decays
 
 // Which side of the state decays.

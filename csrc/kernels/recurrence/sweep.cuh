@@ -208,8 +208,7 @@ struct Sweep {
     }
 
     LSM_DEVICE void store_decays(Stage& stage) {
-        if constexpr (C::kByRow)
-            row_gates.template store<Local>(p.gates.rows, stage.decay, 0);
+        if constexpr (C::kByRow) row_gates.template store<Local>(p.gates.rows, stage.decay, 0);
         if constexpr (C::kByColumn)
             column_gates.template store<Local>(p.gates.columns, stage.decay, C::kRowGates);
     }

@@ -36,7 +36,7 @@ struct Operands {
     unsigned HV, heads_per_group;
     int K, V;
     float scale;
-    bool exclusive;  // o reads the old state
+    bool exclusive;      // o reads the old state
     bool whole_vectors;  // every row of the state starts on 16 bytes and has whole pieces of 16
 };
 
