@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "chunk_kernels.h"
+#include "delta_kernels.h"
 
 #if LSM_CPU_X86_TIERS
 #include <immintrin.h>

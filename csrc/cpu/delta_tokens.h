@@ -1,0 +1,226 @@
+// The delta engine takes the recurrence as it is written, a token at a time: every value column is a
+// recurrence of its own, so columns are lanes, and a tile of them stays in the first-level cache.
+// One pass over a tile writes a slot's values, reads its output, and reads what the next slot will
+// erase. Nothing is rearranged: repeated keys, keys of any norm, resets and reflections are as exact
+// as their arithmetic.
+//
+// Slots are micro-steps: n of them make a token. The first decays, the last has an output.
+#pragma once
+
+#include "arena.h"
+#include "delta_kernels.h"
+#include "rows.h"
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+
+// What a slot does to the state. Rows are per key channel, values per column:
+//   S <- decay S,  r = S^T erase   (or r from the undecayed state),  S <- S + Σ write value^T
+template <Transition kTransition, bool kWithDecay>
+struct DeltaRule {
+    static constexpr bool kDecays = kWithDecay;
+    static constexpr bool kErasesDecayed = kTransition == Transition::householder;
+    static constexpr bool kOwnErase = kTransition != Transition::householder;  // else it is k
+    static constexpr bool kHasBeta = kTransition != Transition::dplr;
+    // beta (v - r) along k; or r along b and v along k.
+    static constexpr int kWrites = kTransition == Transition::dplr ? 2 : 1;
+};
+
+// Rows of K channels of one slot, or their gradients.
+template <class T>
+struct SlotRows {
+    T *q, *erase, *decay;
+    T* write[2];
+};
+
+inline constexpr int kDeltaBlock = 16;  // slots read at a time; with more per token, one token
+
+// A block of tokens of one value head: rows of the accumulation type, zero beyond K and V.
+template <class T, class Rule>
+class DeltaTokens {
+  public:
+    using Row = HeadRows<T, 1>;
+    static constexpr int W = kLanes<T>;
+
+    DeltaTokens(DeltaParams const& p, DeltaTask const& task, Arena<T>& arena)
+        : n(p.n),
+          block_tokens(p.n < kDeltaBlock ? kDeltaBlock / p.n : 1),
+          key_width(panels(p.K, W) * W),
+          value_width(panels(task.v_end - task.v_begin, W) * W),
+          scale_(T(p.scale)),
+          per_channel_beta_(p.beta_per_channel),
+          per_channel_decay_(p.decay == Decay::key),
+          p_(p),
+          task_(task),
+          q_(key_rows(p.q, 1)),
+          k_(key_rows(p.k, n)),
+          erase_(key_rows(p.erase, n)),
+          write_(key_rows(p.write, n)),
+          g_(p.g, p.gate_dtype, task.batch, task.head, tokens(1), per_channel_decay_ ? p.K : 1),
+          v_(value_rows(p.v, n)),
+          beta_(beta_rows(p.beta)) {
+        arena.take_each((slots() + 1) * key_width, q, k, erase, write, decay);  // one to end with
+        arena.take_each(slots() * value_width, v, beta);
+    }
+
+    // Rows no token fills: those of slots that do not decay or have no output.
+    void clear() {
+        fill(q, (slots() + 1) * key_width, T(0));
+        if (Rule::kDecays) fill(decay, (slots() + 1) * key_width, T(1));
+    }
+
+    int64_t slots() const { return block_tokens * n; }
+    int64_t blocks() const { return ceil_div(task_.end - task_.begin, block_tokens); }
+    Span tokens(int64_t slots_per_token) const {
+        return {task_.begin * slots_per_token, task_.end * slots_per_token};
+    }
+
+    // A block, and a request for the one that is `ahead` blocks away. Returns its slots.
+    int64_t read(int64_t block, int64_t ahead) {
+        int64_t const first = block * block_tokens;
+        int64_t const count = min_of(block_tokens, task_.end - task_.begin - first);
+        int64_t const far = ahead * block_tokens;
+        for (int64_t t = 0; t < count; ++t) {
+            q_.read(q + last_slot(t) * key_width, first + t, scale_);
+            q_.prefetch(first + t + far);
+            if constexpr (Rule::kDecays) {
+                read_decay(decay + t * n * key_width, first + t);
+                if (per_channel_decay_) g_.prefetch(first + t + far);
+            }
+        }
+        for (int64_t s = 0, i = first * n; s < count * n; ++s, ++i) {
+            read_row(k_, k + s * key_width, i, far * n);
+            read_row(v_, v + s * value_width, i, far * n);
+            if constexpr (Rule::kOwnErase) read_row(erase_, erase + s * key_width, i, far * n);
+            if constexpr (Rule::kWrites == 2) read_row(write_, write + s * key_width, i, far * n);
+            if constexpr (Rule::kHasBeta) read_beta(beta + s * value_width, i);
+        }
+        T* const end = (Rule::kOwnErase ? erase : k) + count * n * key_width;
+        fill(end, key_width, T(0));
+        if constexpr (Rule::kDecays) fill(decay + count * n * key_width, key_width, T(1));
+        return count * n;
+    }
+
+    int64_t last_slot(int64_t token) const { return token * n + n - 1; }
+    bool has_output(int64_t slot) const { return slot % n == n - 1; }
+    SlotRows<T> rows(int64_t slot) const {
+        int64_t const at = slot * key_width;
+        if constexpr (Rule::kWrites == 2) {
+            return {q + at, erase + at, decay + at, {write + at, k + at}};
+        } else {
+            return {q + at, (Rule::kOwnErase ? erase : k) + at, decay + at, {k + at, nullptr}};
+        }
+    }
+
+    Row key_rows(lsm::Rows const& rows, int64_t per_token) const {
+        return {rows, p_.dtype, task_.batch, task_.head / (p_.HV / p_.H), tokens(per_token), p_.K};
+    }
+    Row value_rows(lsm::Rows const& rows, int64_t per_token) const {
+        return {rows,         p_.dtype,          task_.batch,
+                task_.head,   tokens(per_token), task_.v_end - task_.v_begin,
+                task_.v_begin};
+    }
+    Row beta_rows(lsm::Rows const& rows) const {
+        return {rows,
+                p_.beta_dtype,
+                task_.batch,
+                task_.head,
+                tokens(n),
+                per_channel_beta_ ? task_.v_end - task_.v_begin : 1,
+                per_channel_beta_ ? task_.v_begin : 0};
+    }
+
+    static void fill(T* row, int64_t count, T value) {
+        for (int64_t i = 0; i < count; i += W) store(row + i, Vector<T>{} + value);
+    }
+
+    int64_t n, block_tokens, key_width, value_width;
+    T *q, *k, *erase, *write, *decay, *v, *beta;  // erase, write, decay, beta: where Rule has them
+
+  private:
+    static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+    LSM_INLINE static void read_row(Row const& from, T* row, int64_t i, int64_t far) {
+        from.read(row, i);
+        from.prefetch(i + far);
+    }
+    void read_decay(T* row, int64_t i) const {
+        if (per_channel_decay_) {
+            g_.read(row, i);
+            for (int64_t c = 0; c < key_width; c += W) store(row + c, exp(load(row + c)));
+        } else {
+            T g[W];
+            g_.read(g, i);
+            fill(row, key_width, exp(load(g))[0]);
+        }
+    }
+    void read_beta(T* row, int64_t i) const {
+        if (per_channel_beta_) {
+            beta_.read(row, i);
+        } else {
+            T one[W];
+            beta_.read(one, i);
+            fill(row, value_width, one[0]);
+        }
+    }
+
+    T scale_;
+    bool per_channel_beta_, per_channel_decay_;
+    DeltaParams const& p_;
+    DeltaTask const& task_;
+    Row q_, k_, erase_, write_, g_, v_, beta_;
+};
+
+// Tiles of a state: N panels of columns from panel p on, [K][N W] at S + p K W.
+
+template <int kValue>
+struct Panels {
+    static constexpr int value = kValue;
+};
+
+// f(Panels<N>, p): as many panels at a time as leave half of the first-level cache free.
+template <class T, class F>
+LSM_INLINE void for_each_state_tile(int64_t K, int64_t column_panels, F const& f) {
+    int64_t const fit = (int64_t(20) << 10) / (K * kVectorBytes);
+    int64_t p = 0;
+    if (fit >= 4) {
+        for (; p + 4 <= column_panels; p += 4) f(Panels<4>{}, p);
+    }
+    if (fit >= 2) {
+        for (; p + 2 <= column_panels; p += 2) f(Panels<2>{}, p);
+    }
+    for (; p < column_panels; ++p) f(Panels<1>{}, p);
+}
+
+template <class T>
+void read_state_tiles(T* dst, void const* src, int64_t stride, int64_t K, int64_t V) {
+    constexpr int W = kLanes<T>;
+    for_each_state_tile<T>(K, panels(V, W), [&](auto tile, int64_t p) {
+        constexpr int64_t kWidth = decltype(tile)::value * W;
+        size_t const bytes = size_t(min_of(kWidth, V - p * W)) * sizeof(T);
+        T* out = dst + p * K * W;
+        if (src == nullptr || bytes < kWidth * sizeof(T)) {
+            std::memset(out, 0, size_t(K * kWidth) * sizeof(T));
+        }
+        if (src == nullptr) return;
+        T const* row = static_cast<T const*>(src) + p * W;
+        for (int64_t k = 0; k < K; ++k) std::memcpy(out + k * kWidth, row + k * stride, bytes);
+    });
+}
+
+template <class T>
+void write_state_tiles(void* dst, T const* src, int64_t stride, int64_t K, int64_t V) {
+    constexpr int W = kLanes<T>;
+    if (dst == nullptr) return;
+    for_each_state_tile<T>(K, panels(V, W), [&](auto tile, int64_t p) {
+        constexpr int64_t kWidth = decltype(tile)::value * W;
+        size_t const bytes = size_t(min_of(kWidth, V - p * W)) * sizeof(T);
+        T* row = static_cast<T*>(dst) + p * W;
+        for (int64_t k = 0; k < K; ++k) {
+            std::memcpy(row + k * stride, src + p * K * W + k * kWidth, bytes);
+        }
+    });
+}
+
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu
