@@ -23,14 +23,19 @@ LSM_INLINE void enter_slot(T* G, int64_t K, SlotRows<T> const& x, Vector<T> cons
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) d_values[w][n] = Vector<T>{};
     }
-    for (int64_t i = 0; i < K; ++i) {
+    for (int64_t first = 0; first < K; first += kSumRows) {
+        Vector<T> sum[Rule::kWrites][N] = {};
+        for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            Vector<T> const g = load(G + (i * N + n) * W) + x.q[i] * grad_o[n];
-            store(G + (i * N + n) * W, g);
+            for (int n = 0; n < N; ++n) {
+                Vector<T> const g = load(G + (i * N + n) * W) + x.q[i] * grad_o[n];
+                store(G + (i * N + n) * W, g);
 #pragma GCC unroll 2
-            for (int w = 0; w < Rule::kWrites; ++w) d_values[w][n] += x.write[w][i] * g;
+                for (int w = 0; w < Rule::kWrites; ++w) sum[w][n] += x.write[w][i] * g;
+            }
         }
+#pragma GCC unroll 2
+        for (int w = 0; w < Rule::kWrites; ++w) add_panels<T>(d_values[w], sum[w]);
     }
 }
 
@@ -54,43 +59,48 @@ LSM_INLINE void retreat(T* G, T const* S, int64_t K, SlotRows<T> const& x,
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) d_values[w][n] = Vector<T>{};
     }
-    for (int64_t i = 0; i < K; ++i) {
-        Vector<T> d_q{}, d_erase{}, d_decay{}, d_write[Rule::kWrites] = {};
+    for (int64_t first = 0; first < K; first += kSumRows) {
+        Vector<T> sum[Rule::kWrites][N] = {};
+        for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
+            Vector<T> d_q{}, d_erase{}, d_decay{}, d_write[Rule::kWrites] = {};
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            Vector<T> const s = load(S + (i * N + n) * W);
-            Vector<T> g = load(G + (i * N + n) * W);
-            d_q += s * grad_o[n];
-            d_erase += s * dr[n];
+            for (int n = 0; n < N; ++n) {
+                Vector<T> const s = load(S + (i * N + n) * W);
+                Vector<T> g = load(G + (i * N + n) * W);
+                d_q += s * grad_o[n];
+                d_erase += s * dr[n];
 #pragma GCC unroll 2
-            for (int w = 0; w < Rule::kWrites; ++w) d_write[w] += g * values[w][n];
-            if constexpr (Rule::kErasesDecayed) {
-                g += x.erase[i] * dr[n];
-                if constexpr (Rule::kDecays) {
-                    d_decay += s * g;
-                    g *= x.decay[i];
+                for (int w = 0; w < Rule::kWrites; ++w) d_write[w] += g * values[w][n];
+                if constexpr (Rule::kErasesDecayed) {
+                    g += x.erase[i] * dr[n];
+                    if constexpr (Rule::kDecays) {
+                        d_decay += s * g;
+                        g *= x.decay[i];
+                    }
+                } else {
+                    if constexpr (Rule::kDecays) {
+                        d_decay += s * g;
+                        g *= x.decay[i];
+                    }
+                    g += x.erase[i] * dr[n];
                 }
-            } else {
-                if constexpr (Rule::kDecays) {
-                    d_decay += s * g;
-                    g *= x.decay[i];
-                }
-                g += x.erase[i] * dr[n];
+                g += before.q[i] * grad_o_before[n];
+                store(G + (i * N + n) * W, g);
+#pragma GCC unroll 2
+                for (int w = 0; w < Rule::kWrites; ++w) sum[w][n] += before.write[w][i] * g;
             }
-            g += before.q[i] * grad_o_before[n];
-            store(G + (i * N + n) * W, g);
+            store(sums.q + i * W, d_q);
+            if constexpr (Rule::kOwnErase) {
+                store(sums.erase + i * W, d_erase);
+            } else {
+                d_write[0] += d_erase;
+            }
 #pragma GCC unroll 2
-            for (int w = 0; w < Rule::kWrites; ++w) d_values[w][n] += before.write[w][i] * g;
-        }
-        store(sums.q + i * W, d_q);
-        if constexpr (Rule::kOwnErase) {
-            store(sums.erase + i * W, d_erase);
-        } else {
-            d_write[0] += d_erase;
+            for (int w = 0; w < Rule::kWrites; ++w) store(sums.write[w] + i * W, d_write[w]);
+            if constexpr (Rule::kDecays) store(sums.decay + i * W, d_decay);
         }
 #pragma GCC unroll 2
-        for (int w = 0; w < Rule::kWrites; ++w) store(sums.write[w] + i * W, d_write[w]);
-        if constexpr (Rule::kDecays) store(sums.decay + i * W, d_decay);
+        for (int w = 0; w < Rule::kWrites; ++w) add_panels<T>(d_values[w], sum[w]);
     }
 }
 
@@ -102,6 +112,19 @@ LSM_INLINE Vector<T> row_sums(T const* sums, int64_t i) {
 #pragma GCC unroll 16
     for (int j = 0; j < W; ++j) rows[j] = load(sums + (i + j) * W);
     return sum_each<T>(rows);
+}
+
+// The same, of all of them together, in lanes that are still to be added up.
+template <class T>
+LSM_INLINE Vector<T> row_total(T const* sums, int64_t i) {
+    constexpr int W = kLanes<T>;
+    Vector<T> even{}, odd{};
+#pragma GCC unroll 8
+    for (int j = 0; j < W; j += 2) {
+        even += load(sums + (i + j) * W);
+        odd += load(sums + (i + j + 1) * W);
+    }
+    return even + odd;
 }
 
 template <class T>
@@ -129,6 +152,7 @@ class DeltaBackward {
                    p.decay == Decay::key ? p.K : 1),
           rows_dv_(tokens_.value_rows(p.dv, p.n)),
           rows_d_beta_(tokens_.beta_rows(p.dbeta)),
+          per_channel_decay_(p.decay == Decay::key),
           state_(p.K * tokens_.value_width) {
         int64_t const slots = tokens_.slots(), keys = slots * tokens_.key_width;
         arena_.take_each(slots * tokens_.value_width, grad_o_, kept_, dv_, d_beta_);
@@ -291,7 +315,8 @@ class DeltaBackward {
             }
             if constexpr (Rule::kOwnErase) add_to(d_erase_ + at + i, row_sums(sums_.erase, i));
             if constexpr (Rule::kDecays) {
-                Vector<T> d_decay = row_sums(sums_.decay, i);
+                Vector<T> d_decay =
+                    per_channel_decay_ ? row_sums(sums_.decay, i) : row_total(sums_.decay, i);
                 if constexpr (kDecaysLater) d_decay *= load(x.decay + i);
                 add_to(d_decay_ + at + i, d_decay);
             }
@@ -334,6 +359,7 @@ class DeltaBackward {
     Tokens tokens_;
     Row rows_grad_o_, rows_dq_, rows_dk_, rows_d_erase_, rows_d_write_, rows_dg_, rows_dv_,
         rows_d_beta_;
+    bool per_channel_decay_;
     int64_t state_, slots_ = 0;
     T *grad_o_, *kept_, *dv_, *d_beta_;                     // [slots][V]; kept_: v - r, or r
     T *dq_, *d_erase_, *d_decay_, *d_write_[2], *nothing_;  // [slots][K]

@@ -19,6 +19,14 @@ LSM_INLINE void store_panels(T* p, Vector<T> const (&x)[N]) {
     for (int n = 0; n < N; ++n) store(p + n * kLanes<T>, x[n]);
 }
 
+inline constexpr int kSumRows = 32;  // of K, added up before they join the others: rounds less
+
+template <class T, int N>
+LSM_INLINE void add_panels(Vector<T> (&x)[N], Vector<T> const (&y)[N]) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] += y[n];
+}
+
 // What the first slot of a block erases: r = S^T erase. dst may be src.
 template <class Rule, int N, class T>
 LSM_INLINE void read_erased(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
@@ -26,14 +34,18 @@ LSM_INLINE void read_erased(T* dst, T const* src, int64_t K, SlotRows<T> const& 
     constexpr int W = kLanes<T>;
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) r[n] = Vector<T>{};
-    for (int64_t i = 0; i < K; ++i) {
+    for (int64_t first = 0; first < K; first += kSumRows) {
+        Vector<T> sum[N] = {};
+        for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            Vector<T> s = load(src + (i * N + n) * W);
-            if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= x.decay[i];
-            r[n] += x.erase[i] * s;
-            store(dst + (i * N + n) * W, s);
+            for (int n = 0; n < N; ++n) {
+                Vector<T> s = load(src + (i * N + n) * W);
+                if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= x.decay[i];
+                sum[n] += x.erase[i] * s;
+                store(dst + (i * N + n) * W, s);
+            }
         }
+        add_panels<T>(r, sum);
     }
 }
 
@@ -45,18 +57,23 @@ LSM_INLINE void advance(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
     constexpr int W = kLanes<T>;
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) o[n] = r[n] = Vector<T>{};
-    for (int64_t i = 0; i < K; ++i) {
+    for (int64_t first = 0; first < K; first += kSumRows) {
+        Vector<T> read[N] = {}, erased[N] = {};
+        for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            Vector<T> s = load(src + (i * N + n) * W);
-            if constexpr (Rule::kDecays && !Rule::kErasesDecayed) s *= x.decay[i];
+            for (int n = 0; n < N; ++n) {
+                Vector<T> s = load(src + (i * N + n) * W);
+                if constexpr (Rule::kDecays && !Rule::kErasesDecayed) s *= x.decay[i];
 #pragma GCC unroll 2
-            for (int w = 0; w < Rule::kWrites; ++w) s += x.write[w][i] * values[w][n];
-            if constexpr (kOutputs) o[n] += x.q[i] * s;
-            if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= next.decay[i];
-            r[n] += next.erase[i] * s;
-            store(dst + (i * N + n) * W, s);
+                for (int w = 0; w < Rule::kWrites; ++w) s += x.write[w][i] * values[w][n];
+                if constexpr (kOutputs) read[n] += x.q[i] * s;
+                if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= next.decay[i];
+                erased[n] += next.erase[i] * s;
+                store(dst + (i * N + n) * W, s);
+            }
         }
+        add_panels<T>(o, read);
+        add_panels<T>(r, erased);
     }
 }
 

@@ -215,6 +215,20 @@ def hf_ssd_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     return {"hidden_states": theirs.pop("x"), **theirs}
 
 
+# --- delta rules of transformers
+
+
+def hf_delta(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    names = {"q": "query", "k": "key", "v": "value"}
+    return {names.get(name, name): t for name, t in x.items()}
+
+
+def hf_delta_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    token = {n: t[:, :1].contiguous() if op.per_token(n) else t for n, t in x.items()}
+    state = {"initial_state": states(op, x, shape), "output_final_state": True}
+    return hf_delta(op, token, shape) | state
+
+
 # --- xLSTM
 
 
@@ -306,6 +320,9 @@ def in_chunks(shape: Shape) -> bool:
 
 
 SSD = "transformers.models.mamba2.modeling_mamba2"
+GDN = "transformers.models.qwen3_next.modeling_qwen3_next"
+KIMI = "transformers.models.kimi_linear.modeling_kimi_linear"
+DPLR = {"a": "alpha", "b": "beta"}
 
 PEERS = [
     Peer(
@@ -331,6 +348,26 @@ PEERS = [
             ("rwkv6", "step"): Call("fla.ops.rwkv6:fused_recurrent_rwkv6", fla_token()),
             ("gsa", "sequence"): Call("fla.ops.gsa:chunk_gsa", fla()),
             ("gsa", "step"): Call("fla.ops.gsa:fused_recurrent_gsa", fla_token()),
+            ("delta_rule", "sequence"): Call("fla.ops.delta_rule:chunk_delta_rule", fla()),
+            ("delta_rule", "step"): Call(
+                "fla.ops.delta_rule:fused_recurrent_delta_rule", fla_token()
+            ),
+            ("gated_delta_rule", "sequence"): Call(
+                "fla.ops.gated_delta_rule:chunk_gated_delta_rule", fla()
+            ),
+            ("gated_delta_rule", "step"): Call(
+                "fla.ops.gated_delta_rule:fused_recurrent_gated_delta_rule", fla_token()
+            ),
+            ("kda", "sequence"): Call("fla.ops.kda:chunk_kda", fla()),
+            ("kda", "step"): Call("fla.ops.kda:fused_recurrent_kda", fla_token()),
+            ("comba", "sequence"): Call("fla.ops.comba:chunk_comba", fla()),
+            ("comba", "step"): Call("fla.ops.comba:fused_recurrent_comba", fla_token()),
+            ("dplr", "sequence"): Call(
+                "fla.ops.generalized_delta_rule.dplr:chunk_dplr_delta_rule", fla()
+            ),
+            ("dplr", "step"): Call(
+                "fla.ops.generalized_delta_rule.dplr:fused_recurrent_dplr_delta_rule", fla_token()
+            ),
         },
         fits=lambda shape: True,
     ),
@@ -353,6 +390,27 @@ PEERS = [
             ),
             ("simple_gla", "step"): Call(
                 "ops/simple_gla/naive.py:naive_recurrent_simple_gla", fla_token()
+            ),
+            ("delta_rule", "sequence"): Call(
+                "ops/delta_rule/naive.py:delta_rule_chunkwise", fla(head_first=True), heads_second
+            ),
+            ("gated_delta_rule", "sequence"): Call(
+                "ops/gated_delta_rule/naive.py:naive_chunk_gated_delta_rule", fla()
+            ),
+            ("gated_delta_rule", "step"): Call(
+                "ops/gated_delta_rule/naive.py:naive_recurrent_gated_delta_rule", fla_token()
+            ),
+            ("kda", "sequence"): Call("ops/kda/naive.py:naive_chunk_kda", fla()),
+            ("kda", "step"): Call("ops/kda/naive.py:naive_recurrent_kda", fla_token()),
+            ("dplr", "sequence"): Call(
+                "ops/generalized_delta_rule/dplr/naive.py:dplr_chunkwise",
+                fla(DPLR, head_first=True),
+                heads_second,
+            ),
+            ("dplr", "step"): Call(
+                "ops/generalized_delta_rule/dplr/naive.py:dplr_recurrence",
+                fla_token(DPLR, head_first=True),
+                heads_second,
             ),
         },
         fits=in_chunks,
@@ -393,6 +451,18 @@ PEERS = [
                 ),
                 ("step", Call(f"{SSD}:mamba2_selective_state_update.__wrapped__", hf_ssd_token)),
             )
+        }
+        | {
+            ("gated_delta_rule", "sequence"): Call(
+                f"{GDN}:torch_chunk_gated_delta_rule.__wrapped__", hf_delta
+            ),
+            ("gated_delta_rule", "step"): Call(
+                f"{GDN}:torch_recurrent_gated_delta_rule.__wrapped__", hf_delta_token
+            ),
+            ("kda", "sequence"): Call(f"{KIMI}:chunk_kimi_delta_attention.__wrapped__", hf_delta),
+            ("kda", "step"): Call(
+                f"{KIMI}:recurrent_kimi_delta_attention.__wrapped__", hf_delta_token
+            ),
         },
     ),
     Peer(

@@ -71,6 +71,7 @@ class Shape:
 Draw = tuple[Callable[[Tensor], Tensor], torch.dtype | None]
 DRAWS: dict[str, Draw] = {
     "normal": (lambda x: x, None),
+    "direction": (lambda x: F.normalize(x, dim=-1), None),
     "unit": (torch.sigmoid, None),
     "positive": (torch.exp, None),
     "gate": (lambda x: F.logsigmoid(x) / 16, torch.float32),  # log decays as in trained models
@@ -161,16 +162,24 @@ class Op:
         rebuilds the state, keeps that of the gradients, and reads dq, dk and dv. By pairs, scores
         cost 2 K and outputs 2 V for each of the (T + 1) / 2 keys of a token; a backward makes
         scores, their gradients, dq, dk and dv. Scaling by decays is of lower order in either form.
+
+        A delta rule's token reads the state once more, for what it erases: 2 KV, and 6 in a
+        backward (again, its gradient, and what that takes from the state's); by pairs, scores with
+        what is erased, and a sum of values for each, 2 K + 2 V, and 6 K + 6 V in a backward.
         """
         if mode == "training":
             return self.minimal_flops(shape, "forward") + self.minimal_flops(shape, "backward")
         T = shape["T"] // max(1, shape.packed)  # a packed sequence, on average
         flops = 0
         for _, heads, K, V in (shape.dims(dims) for dims in self.state if len(dims.split()) == 4):
+            erased = 1 if self.engine == "delta" else 0
             by_state, by_pairs = {
-                "forward": (4 * K * V, (T + 1) * (K + V)),
-                "backward": (10 * K * V, (T + 1) * (3 * K + 2 * V)),
-                "step": (4 * K * V, 4 * K * V),
+                "forward": ((4 + 2 * erased) * K * V, (1 + erased) * (T + 1) * (K + V)),
+                "backward": (
+                    (10 + 6 * erased) * K * V,
+                    (T + 1) * (3 * (1 + erased) * K + (2 + 3 * erased) * V),
+                ),
+                "step": ((4 + 2 * erased) * K * V, (4 + 2 * erased) * K * V),
             }[mode]
             tokens = shape["B"] * (1 if mode == "step" else shape["T"])
             flops += tokens * heads * min(by_state, by_pairs)
@@ -181,6 +190,8 @@ QKV = {"q": "B T H K", "k": "B T H K", "v": "B T HV V"}
 RWKV = {"r": "B T H K", "k": "B T H K", "v": "B T HV V", "w": "B T HV K gate", "u": "HV K"}
 SLOTS = {**QKV, "v": "B T H V", "s": "B T H M unit", "g": "B T H M gate"}
 POSITIVE = {"q": "B T H K positive", "k": "B T H K positive", "v": "B T HV V"}
+DELTA = {"q": "B T H K direction", "k": "B T H K direction", "v": "B T HV V"}
+STRENGTH = {"beta": "B T HV unit"}
 SSD = {"x": "B T HV V", "dt": "B T HV step", "A": "HV rate", "B": "B T H K", "C": "B T H K"}
 
 
@@ -261,6 +272,52 @@ ROWS = (
         state=("N HV V K",),
         engine="ssd",
     ),
+    Op(
+        name="delta_rule",
+        chunk="chunk_delta_rule",
+        step="delta_rule_step",
+        reference="delta_rule",
+        inputs={**DELTA, **STRENGTH},
+        engine="delta",
+    ),
+    Op(
+        name="gated_delta_rule",
+        chunk="chunk_gated_delta_rule",
+        step="gated_delta_rule_step",
+        reference="gated_delta_rule",
+        inputs={**DELTA, "g": "B T HV gate", **STRENGTH},
+        engine="delta",
+    ),
+    Op(
+        name="kda",
+        chunk="chunk_kda",
+        step="kda_step",
+        reference="kda",
+        inputs={**DELTA, "g": "B T HV K gate", **STRENGTH},
+        engine="delta",
+    ),
+    Op(
+        name="comba",
+        chunk="chunk_comba",
+        step="comba_step",
+        reference="comba",
+        inputs={**DELTA, "p": "B T H K direction", "g": "B T HV gate", **STRENGTH},
+        engine="delta",
+    ),
+    Op(
+        name="dplr",
+        chunk="chunk_dplr_delta_rule",
+        step="dplr_delta_rule_step",
+        reference="dplr",
+        inputs={
+            **DELTA,
+            "a": "B T H K direction",
+            "b": "B T H K direction",
+            "gk": "B T HV K gate",
+        },
+        engine="delta",
+        adapt=lambda dplr: lambda gk, **x: dplr(g=gk, **x),
+    ),
 )
 OPS = {op.name: op for op in ROWS if op.available}
 
@@ -322,6 +379,8 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("tiny decode", ("step",), (Shape("B2 T16 H1 HV2 K64 V32"),)),
     ),
 }
+for _device in ("cuda", "cpu", "emulator"):
+    SETS["delta", _device] = SETS["chunk", _device]
 
 
 def cells(op: Op, device: str) -> list[tuple[Shape, tuple[str, ...]]]:
