@@ -52,6 +52,9 @@ struct Scratch {
     bf16* z;              // [kC, K]
     bf16* z_rest;         // [kC, K]: what rounding left out of z; written only if T amplifies
     bf16* r;              // [kC, kC]
+    // Decay by key channel: X and Y with the decay since the chunk began, and gamma.
+    bf16 *erase, *query;  // [kC, K]
+    float* decay;         // [K]
     // Backward.
     bf16* solve;     // [2, kC, kC]: T diag(w) as high + low
     bf16* state;     // [V, K]: before the chunk

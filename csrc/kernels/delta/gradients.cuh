@@ -15,8 +15,18 @@
 
 namespace lsm::delta {
 
+// What takes the place of tiles of values once they are contracted: products of rows, and what pairs of rows give to dg and
+// dbeta.
+template <int K, bool Channels>
+struct PairScratch {
+    alignas(16) char P[Square::kBytes], M[Square::kBytes];
+    float pairs[kC][kC + 1], erased[kC][kC + 1];  // c D dP (q.k), D dA (x.k)
+};
+template <int K>
+struct PairScratch<K, true>;  // gradients_channels.cuh
+
 // OwnErase: what erases is not k, and has a gradient of its own (and the value is erased before the row's own decay).
-template <int K, bool OwnErase>
+template <int K, bool OwnErase, bool Channels = false>
 struct Gradients {
     static constexpr int kThreads = 256, kWarps = 8;
     static constexpr int kColumns = K / 4, kTiles = kColumns / 8;  // of a warp; 16 rows
@@ -27,38 +37,47 @@ struct Gradients {
         alignas(128) char k[kC * K * 2];
         alignas(128) char q[kC * K * 2];
         alignas(128) char x[OwnErase ? kC * K * 2 : 16];
-        alignas(128) char grad_o[kC * kV * 2];
-        alignas(128) char de[kC * kV * 2];
-        alignas(128) char residual[kC * kV * 2];
-        alignas(128) char u[kC * kV * 2];
         union {
             struct {
+                alignas(128) char grad_o[kC * kV * 2];
+                alignas(128) char de[kC * kV * 2];
+                alignas(128) char residual[kC * kV * 2];
+                alignas(128) char u[kC * kV * 2];
                 alignas(128) char state[kV * K * 2];
                 alignas(128) char dstate[kV * K * 2];
+                alignas(16) char solve[2][Square::kBytes];
             };
-            struct {  // once all values are contracted
-                alignas(16) char P[Square::kBytes], M[Square::kBytes];
-                float pairs[kC][kC + 1], erased[kC][kC + 1];  // c D dP (q.k), D dA (x.k)
-            };
+            PairScratch<K, Channels> after;
         };
-        alignas(16) char solve[2][Square::kBytes];
-        float ends[3][4]
-                  [kC];  // parts of q.dq and x.dx of what the state gives, of k.dk of what it takes
+        // In parts by columns: q.dq and x.dx of what the state gives, k.dk of what it takes.
+        float ends[3][4][kC];
         float beta[kC], sum[kC], before[kC], dbeta[kC];
-        float flux[kWarps];
+        float flux[Channels ? 2 * kThreads : kWarps];
+        Chunk chunk;  // here rather than in registers, which are short
     };
 
     DeltaWork const& work;
     DeltaParams const& p;
     SharedStorage& s;
-    Chunk const chunk;
+    Chunk const& chunk;
     int const head, lane, warp;
     int const m, j;  // 16 rows and kColumns columns of the warp
 
-    float dq[kTiles][4], dx[kTiles][4], dk[kTiles][4];
-    float relation[2]
-                  [4];  // warps j < 2: of dP, 16 columns from 16 j; else of dE U^T, from 16 (j - 2)
-    float flux;
+    float dq[kTiles][4] = {}, dx[kTiles][4] = {}, dk[kTiles][4] = {};
+    float relation[2][4] =
+        {};  // warps j < 2: dO U^T, 16 columns from 16 j; else dE U^T, from 16 (j - 2)
+    float flux[Channels ? 2 : 1] = {};
+
+    LSM_DEVICE Gradients(DeltaWork const& delta_work, SharedStorage& storage, int value_head)
+        : work(delta_work),
+          p(delta_work.p),
+          s(storage),
+          chunk(storage.chunk),
+          head(value_head),
+          lane(threadIdx.x % 32),
+          warp(threadIdx.x / 32),
+          m(threadIdx.x / 128),
+          j(threadIdx.x / 32 % 4) {}
 
     LSM_DEVICE bool reads() const { return j < 2; }
     LSM_DEVICE int block() const { return j % 2; }
@@ -131,8 +150,19 @@ struct Gradients {
             if (lane == 0) s.dbeta[4 * warp + i] = dot + (tile == 0 ? 0.f : s.dbeta[4 * warp + i]);
         }
         LSM_UNROLL_BY(4)
-        for (int i = threadIdx.x; i < kV * K / 2; i += kThreads)
-            flux = add_products(flux, s.state + 4 * i, s.dstate + 4 * i);
+        for (int i = threadIdx.x; i < kV * K / 2; i += kThreads) add_flux(4 * i);
+    }
+
+    // <S, dS>; by channel, a thread has the same two in every row it visits.
+    LSM_DEVICE void add_flux(int at) {
+        if constexpr (Channels) {
+            u32 const place = Wide::offset(at / (2 * K), at % (2 * K) / 2);
+            float2 const x = unpack(*reinterpret_cast<u32 const*>(s.state + place)),
+                         y = unpack(*reinterpret_cast<u32 const*>(s.dstate + place));
+            flux[0] += x.x * y.x, flux[1] += x.y * y.y;
+        } else {
+            flux[0] = add_products(flux[0], s.state + at, s.dstate + at);
+        }
     }
 
     LSM_DEVICE static float warp_sum(float x) {
@@ -211,11 +241,11 @@ struct Gradients {
                     float const d = relation[n][2 * half_ + e] * exp2_approx(from - s.sum[c]);
                     float const r = raw[n][2 * half_ + e];
                     x[e] = keep ? (reads() ? by * d : -by * d) : 0.f;
-                    (reads() ? s.pairs : s.erased)[t][c] =
+                    (reads() ? s.after.pairs : s.after.erased)[t][c] =
                         keep ? (reads() ? by * d * r : -d * r) : 0.f;
                 }
-                *reinterpret_cast<u32*>((reads() ? s.P : s.M) + Square::offset(t, column)) =
-                    pack_bf16(x[0], x[1]);
+                *reinterpret_cast<u32*>((reads() ? s.after.P : s.after.M) +
+                                        Square::offset(t, column)) = pack_bf16(x[0], x[1]);
             }
         }
     }
@@ -256,13 +286,15 @@ struct Gradients {
         for (int kk = 0; kk < 2; ++kk) {
             u32 a[4], b[4], c[4], d[4];
             if (kk <= m) {
-                ldmatrix_x4(a, smem_u32(s.P) + Square::rows_first(16 * m, 16 * kk, lane));
-                ldmatrix_x4(b, smem_u32(s.M) + Square::rows_first(16 * m, 16 * kk, lane));
+                ldmatrix_x4(a, smem_u32(s.after.P) + Square::rows_first(16 * m, 16 * kk, lane));
+                ldmatrix_x4(b, smem_u32(s.after.M) + Square::rows_first(16 * m, 16 * kk, lane));
                 add_rows(s.k, kk, a, dq, b, dx);
             }
             if (kk >= m) {
-                ldmatrix_x4_trans(c, smem_u32(s.P) + Square::columns_first(16 * kk, 16 * m, lane));
-                ldmatrix_x4_trans(d, smem_u32(s.M) + Square::columns_first(16 * kk, 16 * m, lane));
+                ldmatrix_x4_trans(
+                    c, smem_u32(s.after.P) + Square::columns_first(16 * kk, 16 * m, lane));
+                ldmatrix_x4_trans(
+                    d, smem_u32(s.after.M) + Square::columns_first(16 * kk, 16 * m, lane));
                 LSM_UNROLL
                 for (int i = 0; i < kTiles / 2; ++i) {
                     u32 const at = Wide::rows_first(16 * kk, j * kColumns + 16 * i, lane);
@@ -337,11 +369,11 @@ struct Gradients {
         float before = end(0, t) + (eraser < kC ? end(1, eraser) : 0.f), dbeta = s.dbeta[t];
         LSM_UNROLL_BY(4)
         for (int u = 0; u < kC; ++u) {
-            float const erased = eraser < kC ? beta * s.erased[eraser][u] : 0.f;
-            float const pair = s.pairs[t][u] + erased;
-            s.pairs[t][u] = before;
+            float const erased = eraser < kC ? beta * s.after.erased[eraser][u] : 0.f;
+            float const pair = s.after.pairs[t][u] + erased;
+            s.after.pairs[t][u] = before;
             before += pair;
-            dbeta += s.erased[t][u];
+            dbeta += s.after.erased[t][u];
         }
         if (t < chunk.rows) {
             store_as(
@@ -355,14 +387,14 @@ struct Gradients {
         float through = 0.f, sum = 0.f;
         for (int w = 0; w < kWarps; ++w) through += s.flux[w];
         sum = through * exp2_approx(s.sum[kC - 1]);
-        for (int i = kC - 1; i >= t; --i) sum += s.pairs[i][t];
+        for (int i = kC - 1; i >= t; --i) sum += s.after.pairs[i][t];
         for (int i = 0; i < t; ++i) sum += s.dbeta[i];
         store_as(p.dg.data, p.gate_dtype,
                  chunk.batch * p.dg.batch + (chunk.token + t / n) * p.dg.time + head * p.dg.head,
                  sum);
     }
 
-    LSM_DEVICE void run() {
+    LSM_DEVICE void contract() {
         load_keys();
         LSM_UNROLL_BY(1)
         for (int tile = 0; tile < work.v_tiles; ++tile) {
@@ -375,10 +407,14 @@ struct Gradients {
             contract_values();
             __syncthreads();  // nobody needs the tiles any more
         }
+    }
+
+    LSM_DEVICE void run() {
+        contract();
         scale_ends();
         relate();
-        flux = warp_sum(flux);
-        if (lane == 0) s.flux[warp] = flux;
+        float const through = warp_sum(flux[0]);
+        if (lane == 0) s.flux[warp] = through;
         __syncthreads();  // P~, M, pairs and parts are complete
         contract_rows();
         store(p.dq, chunk.token, static_cast<int>(p.n), dq);
@@ -395,8 +431,7 @@ struct Gradients {
         if (warp == 0) store_scalars();
     }
 
-    // NaN in everything.
-    LSM_DEVICE void poison() {
+    LSM_DEVICE void poison_rows_and_beta() {
         LSM_UNROLL
         for (int i = 0; i < kTiles; ++i) {
             LSM_UNROLL
@@ -405,35 +440,44 @@ struct Gradients {
         store(p.dq, chunk.token, static_cast<int>(p.n), dq);
         store(p.dk, chunk.row, 1, dq);
         if constexpr (OwnErase) store(p.derase, chunk.row, 1, dq);
-        int const n = static_cast<int>(p.n);
         if (warp != 0 || lane >= chunk.rows) return;
         store_as(
             p.dbeta.data, p.beta_dtype,
             chunk.batch * p.dbeta.batch + (chunk.row + lane) * p.dbeta.time + head * p.dbeta.head,
             nan_value());
-        if (p.dg.data == nullptr || lane % n != 0) return;
+    }
+
+    // NaN in everything.
+    LSM_DEVICE void poison() {
+        poison_rows_and_beta();
+        int const n = static_cast<int>(p.n);
+        if (p.dg.data == nullptr || warp != 0 || lane >= chunk.rows || lane % n != 0) return;
         store_as(p.dg.data, p.gate_dtype,
                  chunk.batch * p.dg.batch + (chunk.token + lane / n) * p.dg.time + head * p.dg.head,
                  nan_value());
     }
 };
 
-template <int K, bool OwnErase>
-__global__ void __launch_bounds__(256, 2) gradients(DeltaWork const work) {
-    using Kernel = Gradients<K, OwnErase>;
+template <class Kernel>
+LSM_DEVICE void run_chunk(DeltaWork const& work) {
     int head;
     bool poison;
     Chunk const chunk = chunk_of_block(work, head, poison);
     if (chunk.rows == 0) return;
     auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(dyn_smem());
-    int const tid = threadIdx.x, warp = tid / 32;
-    Kernel kernel{work,     work.p,   shared, chunk, head, tid % 32, warp,
-                  warp / 4, warp % 4, {},     {},    {},   {},       0.f};
+    if (threadIdx.x == 0) shared.chunk = chunk;
+    __syncthreads();
+    Kernel kernel(work, shared, head);
     if (poison) {
         kernel.poison();
     } else {
         kernel.run();
     }
+}
+
+template <int K, bool OwnErase>
+__global__ void __launch_bounds__(256, 2) gradients(DeltaWork const work) {
+    run_chunk<Gradients<K, OwnErase>>(work);
 }
 
 }  // namespace lsm::delta

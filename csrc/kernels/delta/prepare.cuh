@@ -149,7 +149,8 @@ struct Prepare {
         }
     }
 
-    // T, column by column, in registers.
+    // T, column by column, in registers; Weighted: its rows with e^{G_end - G}, too.
+    template <bool Weighted>
     LSM_DEVICE void solve() {
         float T[kC], largest = 0.f;
         LSM_UNROLL
@@ -169,7 +170,7 @@ struct Prepare {
         LSM_UNROLL
         for (int d = 16; d > 0; d /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
-        s.largest = largest;
+        if (lane == 0) s.largest = largest;
         float* const to = work.scratch.coefficients + (chunk.slot * 4 + kKeep) * kC;
         if (lane > 0) store_global(to + lane, largest);
 
@@ -184,7 +185,7 @@ struct Prepare {
                 *reinterpret_cast<bf16*>(to[1] + Square::offset(t, lane)) = low;
             };
             put(T[t], s.solve);
-            put(T[t] * exp2_approx(s.sum[kC - 1] - s.sum[t]), s.written);
+            if constexpr (Weighted) put(T[t] * exp2_approx(s.sum[kC - 1] - s.sum[t]), s.written);
             if (backward) {
                 bf16 high, low;
                 split(T[t] * beta, high, low);
@@ -214,7 +215,7 @@ struct Prepare {
     }
 
     // Z: warp w has rows 16 (w % 2) and half of the columns.
-    LSM_DEVICE void fold_writes() {
+    LSM_DEVICE void fold_writes(char const (&inverse)[2][Square::kBytes]) {
         int const m = warp % 2;
         bf16* const z = work.scratch.z + chunk.slot * kC * K;
         LSM_UNROLL_BY(2)
@@ -228,8 +229,8 @@ struct Prepare {
                 ldmatrix_x4_trans(b, smem_u32(s.k) + Wide::rows_first(16 * kk, column, lane));
                 LSM_UNROLL
                 for (int part = 1; part >= 0; --part) {
-                    ldmatrix_x4_trans(a, smem_u32(s.written[part]) +
-                                             Square::columns_first(16 * kk, 16 * m, lane));
+                    ldmatrix_x4_trans(
+                        a, smem_u32(inverse[part]) + Square::columns_first(16 * kk, 16 * m, lane));
                     mma(acc[0], a, b[0], b[1]);
                     mma(acc[1], a, b[2], b[3]);
                 }
@@ -256,16 +257,22 @@ struct Prepare {
         }
     }
 
+    // From A, P and the rows of k: T, R and Z.
+    template <bool Weighted>
+    LSM_DEVICE void finish() {
+        if (warp == 0) solve<Weighted>();
+        __syncthreads();
+        fold_reads();
+        fold_writes(Weighted ? s.written : s.solve);
+    }
+
     LSM_DEVICE void run() {
         load();
         cp_async_wait<0>();
         __syncthreads();
         relate();
         __syncthreads();
-        if (warp == 0) solve();
-        __syncthreads();
-        fold_reads();
-        fold_writes();
+        finish<true>();
     }
 };
 

@@ -66,6 +66,16 @@ struct WarpState {
         }
     }
 
+    // By key channel.
+    LSM_DEVICE void scale(float const* by) {
+        int const lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            float2 const f = pair_at(by, 8 * n + lane % 4 * 2);
+            S[n][0] *= f.x, S[n][1] *= f.y, S[n][2] *= f.x, S[n][3] *= f.y;
+        }
+    }
+
     // As A operand of products over K.
     LSM_DEVICE void operand(u32 (&a)[K / 16][4]) const {
         LSM_UNROLL
@@ -173,7 +183,39 @@ LSM_DEVICE void replace_z(DeltaWork const& work, Chunk const& chunk, char const*
 
 enum class RecurKind { output, states };
 
-template <int K, RecurKind Kind>
+// Where X and Y of a chunk come from: the tensors, or scratch if channels decay; and gamma.
+template <int K, bool Channels, int Threads>
+LSM_DEVICE void load_erase(DeltaWork const& work, Chunk const& chunk, int head, char* to) {
+    DeltaParams const& p = work.p;
+    if constexpr (Channels) {
+        load_tile<kC, K, Threads>(work.scratch.erase + chunk.slot * kC * K, K, smem_u32(to));
+    } else {
+        load_rows<K, Threads>(p.erase.data != nullptr ? p.erase : p.k, chunk.batch, chunk.row,
+                              work.key_head(head), chunk.rows, 1, 0, static_cast<int>(p.K),
+                              smem_u32(to));
+    }
+}
+
+template <int K, bool Channels, int Threads>
+LSM_DEVICE void load_query(DeltaWork const& work, Chunk const& chunk, int head, char* to) {
+    DeltaParams const& p = work.p;
+    if constexpr (Channels) {
+        load_tile<kC, K, Threads>(work.scratch.query + chunk.slot * kC * K, K, smem_u32(to));
+    } else {
+        load_rows<K, Threads>(p.q, chunk.batch, chunk.token, work.key_head(head), chunk.rows,
+                              static_cast<int>(p.n), 0, static_cast<int>(p.K), smem_u32(to));
+    }
+}
+
+template <int K, bool Channels, int Threads>
+LSM_DEVICE void load_coefficients(DeltaWork const& work, Chunk const& chunk, Coefficients& by,
+                                  float* decay) {
+    load_floats<Threads>(work.scratch.coefficients + chunk.slot * 4 * kC, 4 * kC, smem_u32(by));
+    if constexpr (Channels)
+        load_floats<Threads>(work.scratch.decay + chunk.slot * K, K, smem_u32(decay));
+}
+
+template <int K, RecurKind Kind, bool Channels>
 struct Recur {
     static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps, kStages = 3;
     static constexpr bool kReads = Kind == RecurKind::output;
@@ -185,6 +227,7 @@ struct Recur {
         alignas(128) char value[kC * kV * 2];
         alignas(16) char relate[kReads ? Square::kBytes : 16];
         alignas(16) Coefficients by;
+        alignas(16) float decay[Channels ? K : 4];
     };
     struct SharedStorage {
         Stage stage[kStages];
@@ -205,20 +248,15 @@ struct Recur {
     LSM_DEVICE void load(int index) {
         Stage& to = s.stage[index % kStages];
         Chunk const chunk = at(index);
-        int const from = work.key_head(head), columns = static_cast<int>(p.K);
-        Rows const& erase = p.erase.data != nullptr ? p.erase : p.k;
-        load_rows<K, kThreads>(erase, chunk.batch, chunk.row, from, chunk.rows, 1, 0, columns,
-                               smem_u32(to.erase));
+        load_erase<K, Channels, kThreads>(work, chunk, head, to.erase);
         load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
         load_rows<kV, kThreads>(p.v, chunk.batch, chunk.row, head, chunk.rows, 1, tile * kV,
                                 static_cast<int>(p.V) - tile * kV, smem_u32(to.value));
         if constexpr (kReads) {
-            load_rows<K, kThreads>(p.q, chunk.batch, chunk.token, from, chunk.rows,
-                                   static_cast<int>(p.n), 0, columns, smem_u32(to.query));
+            load_query<K, Channels, kThreads>(work, chunk, head, to.query);
             load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
         }
-        load_floats<kThreads>(work.scratch.coefficients + chunk.slot * 4 * kC, 4 * kC,
-                              smem_u32(to.by));
+        load_coefficients<K, Channels, kThreads>(work, chunk, to.by, to.decay);
     }
 
     LSM_DEVICE void step(int index) {
@@ -249,7 +287,11 @@ struct Recur {
         }
         u32 E[kC / 16][4];
         pack_rows(residual, tiles.by[kWrite], E);
-        state.scale(tiles.by[kKeep][0]);
+        if constexpr (Channels) {
+            state.scale(tiles.decay);
+        } else {
+            state.scale(tiles.by[kKeep][0]);
+        }
         int const passes = amplifies(tiles.by) ? 3 : 1;
         LSM_UNROLL_BY(1)
         for (int pass = 0; pass < passes; ++pass) {
@@ -349,9 +391,9 @@ LSM_DEVICE void run_chain(DeltaWork const& work) {
         .run();
 }
 
-template <int K, RecurKind Kind>
+template <int K, RecurKind Kind, bool Channels>
 __global__ void __launch_bounds__(128, 2) recur(DeltaWork const work) {
-    run_chain<Recur<K, Kind>>(work);
+    run_chain<Recur<K, Kind, Channels>>(work);
 }
 
 }  // namespace lsm::delta

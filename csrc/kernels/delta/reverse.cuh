@@ -10,7 +10,7 @@
 
 namespace lsm::delta {
 
-template <int K>
+template <int K, bool Channels>
 struct Reverse {
     static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps, kStages = 3;
 
@@ -21,6 +21,7 @@ struct Reverse {
         alignas(128) char grad_o[kC * kV * 2];
         alignas(16) char relate[Square::kBytes];
         alignas(16) Coefficients by;
+        alignas(16) float decay[Channels ? K : 4];
     };
     struct SharedStorage {
         Stage stage[kStages];
@@ -41,19 +42,14 @@ struct Reverse {
     LSM_DEVICE void load(int index) {
         Stage& to = s.stage[index % kStages];
         Chunk const chunk = at(index);
-        int const from = work.key_head(head), columns = static_cast<int>(p.K),
-                  n = static_cast<int>(p.n);
-        Rows const& erase = p.erase.data != nullptr ? p.erase : p.k;
-        load_rows<K, kThreads>(erase, chunk.batch, chunk.row, from, chunk.rows, 1, 0, columns,
-                               smem_u32(to.erase));
-        load_rows<K, kThreads>(p.q, chunk.batch, chunk.token, from, chunk.rows, n, 0, columns,
-                               smem_u32(to.query));
+        load_erase<K, Channels, kThreads>(work, chunk, head, to.erase);
+        load_query<K, Channels, kThreads>(work, chunk, head, to.query);
         load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
-        load_rows<kV, kThreads>(p.grad_o, chunk.batch, chunk.token, head, chunk.rows, n, tile * kV,
-                                static_cast<int>(p.V) - tile * kV, smem_u32(to.grad_o));
+        load_rows<kV, kThreads>(p.grad_o, chunk.batch, chunk.token, head, chunk.rows,
+                                static_cast<int>(p.n), tile * kV, static_cast<int>(p.V) - tile * kV,
+                                smem_u32(to.grad_o));
         load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
-        load_floats<kThreads>(work.scratch.coefficients + chunk.slot * 4 * kC, 4 * kC,
-                              smem_u32(to.by));
+        load_coefficients<K, Channels, kThreads>(work, chunk, to.by, to.decay);
     }
 
     LSM_DEVICE void step(int index) {
@@ -91,7 +87,11 @@ struct Reverse {
 
         u32 E[kC / 16][4];
         pack_rows(de, tiles.by[kErase], E);
-        state.scale(tiles.by[kKeep][0]);
+        if constexpr (Channels) {
+            state.scale(tiles.decay);
+        } else {
+            state.scale(tiles.by[kKeep][0]);
+        }
         state.write(grad_o, smem_u32(tiles.query));
         LSM_UNROLL_BY(1)
         for (int pass = 0; pass < passes; ++pass) {
@@ -151,9 +151,9 @@ struct Reverse {
     }
 };
 
-template <int K>
+template <int K, bool Channels>
 __global__ void __launch_bounds__(128, 2) reverse(DeltaWork const work) {
-    run_chain<Reverse<K>>(work);
+    run_chain<Reverse<K, Channels>>(work);
 }
 
 }  // namespace lsm::delta

@@ -2,7 +2,7 @@
 #include "kernels/delta/tensor.h"
 
 #include "kernels/carver.h"
-#include "kernels/delta/prepare.cuh"
+#include "kernels/delta/prepare_channels.cuh"
 #include "kernels/delta/recur.cuh"
 #include "kernels/delta/tensor_backward.h"
 #include "kernels/dispatch.h"
@@ -10,6 +10,10 @@
 namespace lsm {
 namespace delta {
 namespace {
+
+bool channels(DeltaParams const& p) {
+    return p.decay == Decay::key;
+}
 
 int bucket(int64_t K) {
     return K <= 64 ? 64 : 128;
@@ -37,6 +41,11 @@ struct Plan {
         s.z = carve.take<bf16>(pieces * kC * K);
         s.z_rest = carve.take<bf16>(pieces * kC * K);
         s.r = carve.take<bf16>(pieces * kC * kC);
+        if (channels(p)) {
+            s.erase = carve.take<bf16>(pieces * kC * K);
+            s.query = carve.take<bf16>(pieces * kC * K);
+            s.decay = carve.take<float>(pieces * K);
+        }
         if (backward) {
             s.solve = carve.take<bf16>(pieces * 2 * kC * kC);
             s.state = carve.take<bf16>(pieces * V * K);
@@ -51,22 +60,30 @@ struct Plan {
     dim3 per_chain() const { return dim3(static_cast<unsigned>(chains)); }
 };
 
-template <int K>
-void run_prepare(Plan const& plan, bool backward, void* stream) {
-    launch(prepare<K>, plan.per_chunk(), dim3(Prepare<K>::kThreads), Prepare<K>::bytes(plan.work.p),
-           stream, plan.work, backward);
-}
-
-template <int K, RecurKind Kind>
-void run_recur(Plan const& plan, void* stream) {
-    using Kernel = Recur<K, Kind>;
-    launch(recur<K, Kind>, plan.per_chain(), dim3(Kernel::kThreads),
+template <int K, RecurKind Kind, bool Channels>
+void run_chain(Plan const& plan, void* stream) {
+    using Kernel = Recur<K, Kind, Channels>;
+    launch(recur<K, Kind, Channels>, plan.per_chain(), dim3(Kernel::kThreads),
            sizeof(typename Kernel::SharedStorage), stream, plan.work);
 }
 
-template <class F>
-void dispatch_keys(DeltaParams const& p, F const& f) {
-    dispatch(Buckets<64, 128>{}, p.K, f);
+// What does not need the state, then the chain of states.
+template <RecurKind Kind>
+void run_forward(Plan const& plan, void* stream) {
+    DeltaParams const& p = plan.work.p;
+    bool const backward = Kind == RecurKind::states;
+    dispatch(Buckets<64, 128>{}, p.K, [&](auto K) {
+        if (channels(p)) {
+            using Kernel = PrepareChannels<K>;
+            launch(prepare_channels<K>, plan.per_chunk(), dim3(Kernel::kThreads),
+                   sizeof(typename Kernel::SharedStorage), stream, plan.work, backward);
+            run_chain<K, Kind, true>(plan, stream);
+        } else {
+            launch(prepare<K>, plan.per_chunk(), dim3(Prepare<K>::kThreads), Prepare<K>::bytes(p),
+                   stream, plan.work, backward);
+            run_chain<K, Kind, false>(plan, stream);
+        }
+    });
 }
 
 }  // namespace
@@ -76,7 +93,8 @@ using namespace delta;
 
 bool tensor_cores_take(DeltaParams const& p) {
     return p.dtype == Dtype::bf16 && !p.beta_per_channel && p.transition != Transition::dplr &&
-           p.decay != Decay::key && p.K <= 128 && p.n <= kC;
+           (p.decay != Decay::key || p.transition == Transition::householder) && p.K <= 128 &&
+           p.n <= kC;
 }
 
 int64_t tensor_fwd_workspace(DeltaParams const& p) {
@@ -91,20 +109,14 @@ void tensor_fwd(DeltaParams const& p, void* workspace, void* stream) {
     Plan const plan(p, false, workspace);
     if (plan.chains == 0) return;
     build_segments(p, plan.work.segments, stream);
-    dispatch_keys(p, [&](auto K) {
-        run_prepare<K>(plan, false, stream);
-        run_recur<K, RecurKind::output>(plan, stream);
-    });
+    run_forward<RecurKind::output>(plan, stream);
 }
 
 void tensor_bwd(DeltaParams const& p, void* workspace, void* stream) {
     Plan const plan(p, true, workspace);
     if (plan.chains == 0) return;
     build_segments(p, plan.work.segments, stream);
-    dispatch_keys(p, [&](auto K) {
-        run_prepare<K>(plan, true, stream);
-        run_recur<K, RecurKind::states>(plan, stream);
-    });
+    run_forward<RecurKind::states>(plan, stream);
     run_reverse(plan.work, plan.chains, stream);
     run_gradients(plan.work, plan.slots * p.HV, stream);
 }

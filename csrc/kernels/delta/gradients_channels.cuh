@@ -1,0 +1,364 @@
+// gradients.cuh for decay by key channel. What rows give each other is summed level by level (levels.cuh): at each, dP and dA are
+// masked to its pairs, meet the level's rows of k and q, and the result takes the other factor, row by row.
+//
+// The gate's gradient likewise: a level's pair (s, t) has its gates in two pieces, of the right half up to t and of the left half
+// after s. So with r_t = q.dq + x.dx and l_s = k.dk of that level alone, by channel,
+//
+//     dg_u += sum of r_t over t >= u in u's half, if that is a right one, else of l_s over s < u in it,
+//
+// and the same once for the chunk as a whole and what crosses its ends. Again nothing is subtracted.
+#pragma once
+
+#include "kernels/delta/gradients.cuh"
+#include "kernels/delta/levels.cuh"
+
+namespace lsm::delta {
+
+template <int K>
+struct PairScratch<K, true> {
+    static constexpr int kPitch = K + 8;  // rows of a fragment fall into different banks
+    alignas(128) char x[kC * K * 2];      // k, by its factor at the level
+    alignas(128) char y[kC * K * 2];      // q, right of the cut; zeros left of it
+    alignas(16) char P[Square::kBytes];   // c dP
+    alignas(16) char M[Square::kBytes];   // w dA
+    alignas(16) char N[Square::kBytes];   // dA
+    alignas(16) float prefix[kC][kPitch], suffix[kC][kPitch];
+    alignas(16) float crossing[kC][kPitch];  // r_t right of the cut, l_s left of it
+    alignas(16) float dg[kC][K];
+    float diagonal[kC];  // of c dP
+};
+
+template <int K>
+struct GradientsChannels : Gradients<K, false, true> {
+    using Base = Gradients<K, false, true>;
+    using Base::Base;
+    using Base::dq, Base::dx, Base::dk, Base::relation, Base::flux;
+    using Base::kColumns, Base::kThreads, Base::kTiles;
+    using Base::p, Base::s, Base::chunk, Base::head, Base::lane, Base::warp, Base::m, Base::j;
+    using typename Base::Wide;
+
+    LSM_DEVICE void store_pairs() {
+        bool const reads = this->reads();
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            int const t = 16 * m + lane / 4 + 8 * half_;
+            float const by = reads ? static_cast<float>(p.scale) : -1.f, beta = s.beta[t];
+            LSM_UNROLL
+            for (int n = 0; n < 2; ++n) {
+                int const column = 16 * this->block() + 8 * n + lane % 4 * 2;
+                float x[2];
+                LSM_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    bool const keep = reads ? column + e <= t : column + e < t;
+                    x[e] = keep ? by * relation[n][2 * half_ + e] : 0.f;
+                    if (reads && column + e == t) s.after.diagonal[t] = x[e];
+                }
+                u32 const at = Square::offset(t, column);
+                if (reads) {
+                    *reinterpret_cast<u32*>(s.after.P + at) = pack_bf16(x[0], x[1]);
+                } else {
+                    *reinterpret_cast<u32*>(s.after.N + at) = pack_bf16(x[0], x[1]);
+                    *reinterpret_cast<u32*>(s.after.M + at) = pack_bf16(beta * x[0], beta * x[1]);
+                }
+            }
+        }
+    }
+
+    // Factors of the chunk as a whole. A thread per channel.
+    LSM_DEVICE void chunk_factors() {
+        int const c = threadIdx.x;
+        if (c >= K) return;
+        float product = 1.f;
+        LSM_UNROLL_BY(2)
+        for (int t = 0; t < kC; ++t) {
+            float const a = channel_factor(p, chunk, head, t, c);
+            product *= a;
+            s.after.prefix[t][c] = product;
+            s.after.crossing[t][c] = a;
+        }
+        product = 1.f;
+        LSM_UNROLL_BY(2)
+        for (int t = kC - 1; t >= 0; --t) {
+            s.after.suffix[t][c] = product;
+            product *= s.after.crossing[t][c];
+        }
+    }
+
+    LSM_DEVICE int row(int half_) const { return 16 * m + lane / 4 + 8 * half_; }
+    LSM_DEVICE int column(int n) const { return j * kColumns + 8 * n + lane % 4 * 2; }
+    LSM_DEVICE static float2 pair_of(char const* tile, int t, int c) {
+        return unpack(*reinterpret_cast<u32 const*>(tile + Wide::offset(t, c)));
+    }
+
+    // What the states gave, by the rows' factors; and the own terms of P.
+    LSM_DEVICE void scale_ends() {
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            int const t = row(half_);
+            float const scale = static_cast<float>(p.scale), beta = s.beta[t],
+                        own = s.after.diagonal[t];
+            LSM_UNROLL
+            for (int n = 0; n < kTiles; ++n) {
+                int const c = column(n);
+                float2 const k = pair_of(s.k, t, c), q = pair_of(s.q, t, c);
+                float2 const before = pair_at(&s.after.prefix[t][c], 0),
+                             after = pair_at(&s.after.suffix[t][c], 0);
+                LSM_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    int const i = 2 * half_ + e;
+                    float const ke = e == 0 ? k.x : k.y, qe = e == 0 ? q.x : q.y;
+                    dq[n][i] *= scale * (e == 0 ? before.x : before.y);
+                    dx[n][i] *= -beta * (e == 0 ? before.x : before.y);
+                    dk[n][i] *= e == 0 ? after.x : after.y;
+                    s.after.crossing[t][c + e] = qe * dq[n][i] + ke * dx[n][i];
+                    s.after.dg[t][c + e] = ke * dk[n][i];
+                    dq[n][i] += own * ke;
+                    dk[n][i] += own * qe;
+                }
+            }
+        }
+    }
+
+    // dg of what crosses the chunk's ends. A thread per channel.
+    LSM_DEVICE void sum_ends() {
+        int const c = threadIdx.x;
+        if (c >= K) return;
+        float through = 0.f;
+        for (int i = c / 2; i < kThreads; i += K / 2) through += s.flux[2 * i + c % 2];
+        through *= s.after.prefix[kC - 1][c];
+        float sum = 0.f;
+        LSM_UNROLL_BY(2)
+        for (int t = kC - 1; t >= 0; --t) {
+            sum += s.after.crossing[t][c];
+            s.after.crossing[t][c] = sum;
+        }
+        sum = through;
+        LSM_UNROLL_BY(2)
+        for (int t = 0; t < kC; ++t) {
+            float const left = s.after.dg[t][c];
+            s.after.dg[t][c] = s.after.crossing[t][c] + sum;
+            sum += left;
+        }
+    }
+
+    // A thread per channel and half of the chunk.
+    LSM_DEVICE int channel() const { return threadIdx.x % K; }
+    LSM_DEVICE int first() const { return threadIdx.x / K * 16; }
+    LSM_DEVICE bool owns() const { return threadIdx.x < 2 * K; }
+
+    LSM_DEVICE void start_levels() {
+        LSM_UNROLL_BY(2)
+        for (int t = first(); t < first() + 16; ++t) {
+            s.after.prefix[t][channel()] = channel_factor(p, chunk, head, t, channel());
+            s.after.suffix[t][channel()] = 1.f;
+        }
+    }
+
+    LSM_DEVICE void scale_level(int w) {
+        int const c = channel();
+        LSM_UNROLL_BY(2)
+        for (int t = first(); t < first() + 16; ++t) {
+            bool const right = (t & w) != 0;
+            float const f = right ? s.after.prefix[t][c] : s.after.suffix[t][c];
+            set_element<K>(s.after.x, t, c, element<K>(s.k, t, c) * f);
+            set_element<K>(s.after.y, t, c, right ? element<K>(s.q, t, c) * f : 0.f);
+        }
+    }
+
+    LSM_DEVICE void sum_level(int w) {
+        int const c = channel(), begin = first();
+        float sum = 0.f;
+        LSM_UNROLL_BY(2)
+        for (int t = begin + 15; t >= begin; --t) {
+            if (((t + 1) & (w - 1)) == 0) sum = 0.f;
+            sum += s.after.crossing[t][c];
+            if (t & w) s.after.dg[t][c] += sum;
+        }
+        LSM_UNROLL_BY(2)
+        for (int t = begin; t < begin + 16; ++t) {
+            if ((t & (w - 1)) == 0) sum = 0.f;
+            if (!(t & w)) s.after.dg[t][c] += sum;
+            sum += s.after.crossing[t][c];
+        }
+    }
+
+    // The pairs of a 16 x 16 block that part at level w, in an A operand.
+    LSM_DEVICE void keep_level(int w, u32 (&a)[4]) const {
+        LSM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            int const r = lane / 4 + i % 2 * 8, c = lane % 4 * 2 + i / 2 * 8;
+            auto const parts = [&](int d) { return d >= w && d < 2 * w; };
+            if (!parts(r ^ c)) a[i] &= 0xffff0000u;
+            if (!parts(r ^ (c + 1))) a[i] &= 0xffffu;
+        }
+    }
+
+    // A level's products, by the rows' factors. Of rows right of the cut: dq and dx; dots: of x with dx, before beta, for the
+    // warp's rows lane / 4 and that + 8.
+    LSM_DEVICE void level_reads(int w, float (&dots)[2]) {
+        int const left = w == 16 ? 0 : 16 * m;
+        u32 reads[4], erases[4];
+        ldmatrix_x4(reads, smem_u32(s.after.P) + Square::rows_first(16 * m, left, lane));
+        ldmatrix_x4(erases, smem_u32(s.after.N) + Square::rows_first(16 * m, left, lane));
+        if (w < 16) keep_level(w, reads), keep_level(w, erases);
+        LSM_UNROLL
+        for (int i = 0; i < kTiles / 2; ++i) {
+            float q[2][4] = {}, x[2][4] = {};
+            u32 b[4];
+            ldmatrix_x4_trans(
+                b, smem_u32(s.after.x) + Wide::rows_first(left, j * kColumns + 16 * i, lane));
+            mma(q[0], reads, b[0], b[1]), mma(q[1], reads, b[2], b[3]);
+            mma(x[0], erases, b[0], b[1]), mma(x[1], erases, b[2], b[3]);
+            LSM_UNROLL
+            for (int n = 0; n < 2; ++n) take_reads(w, 2 * i + n, q[n], x[n], dots);
+        }
+    }
+
+    LSM_DEVICE void take_reads(int w, int n, float const (&q)[4], float const (&x)[4],
+                               float (&dots)[2]) {
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            int const t = row(half_), c = column(n), i = 2 * half_;
+            if (!(t & w)) continue;
+            float2 const f = pair_at(&s.after.prefix[t][c], 0);
+            float2 const k = pair_of(s.k, t, c), own = pair_of(s.q, t, c);
+            float2 const from_q = {f.x * q[i], f.y * q[i + 1]};
+            float2 const from_x = {f.x * x[i], f.y * x[i + 1]};
+            float const beta = s.beta[t];
+            dq[n][i] += from_q.x, dq[n][i + 1] += from_q.y;
+            dx[n][i] += beta * from_x.x, dx[n][i + 1] += beta * from_x.y;
+            dots[half_] += k.x * from_x.x + k.y * from_x.y;
+            *reinterpret_cast<float2*>(&s.after.crossing[t][c]) = {
+                own.x * from_q.x + beta * k.x * from_x.x, own.y * from_q.y + beta * k.y * from_x.y};
+        }
+    }
+
+    // Of rows left of the cut: dk.
+    LSM_DEVICE void level_writes(int w) {
+        int const right = w == 16 ? 16 : 16 * m;
+        u32 reads[4], erases[4];
+        ldmatrix_x4_trans(reads, smem_u32(s.after.P) + Square::columns_first(right, 16 * m, lane));
+        ldmatrix_x4_trans(erases, smem_u32(s.after.M) + Square::columns_first(right, 16 * m, lane));
+        if (w < 16) keep_level(w, reads), keep_level(w, erases);
+        LSM_UNROLL
+        for (int i = 0; i < kTiles / 2; ++i) {
+            float k[2][4] = {};
+            u32 const at = Wide::rows_first(right, j * kColumns + 16 * i, lane);
+            u32 b[4];
+            ldmatrix_x4_trans(b, smem_u32(s.after.y) + at);
+            mma(k[0], reads, b[0], b[1]), mma(k[1], reads, b[2], b[3]);
+            ldmatrix_x4_trans(b, smem_u32(s.after.x) + at);
+            mma(k[0], erases, b[0], b[1]), mma(k[1], erases, b[2], b[3]);
+            LSM_UNROLL
+            for (int n = 0; n < 2; ++n) take_writes(w, 2 * i + n, k[n]);
+        }
+    }
+
+    LSM_DEVICE void take_writes(int w, int n, float const (&k)[4]) {
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            int const t = row(half_), c = column(n), i = 2 * half_;
+            if (t & w) continue;
+            float2 const f = pair_at(&s.after.suffix[t][c], 0), own = pair_of(s.k, t, c);
+            float2 const from = {f.x * k[i], f.y * k[i + 1]};
+            dk[n][i] += from.x, dk[n][i + 1] += from.y;
+            *reinterpret_cast<float2*>(&s.after.crossing[t][c]) = {own.x * from.x, own.y * from.y};
+        }
+    }
+
+    LSM_DEVICE void store_gates() {
+        if (p.dg.data == nullptr || !owns() || channel() >= p.K) return;
+        int const n = static_cast<int>(p.n);
+        i64 const base = chunk.batch * p.dg.batch + chunk.token * p.dg.time + head * p.dg.head;
+        for (int t = first(); t < first() + 16 && t < chunk.rows; ++t) {
+            if (t % n == 0) {
+                this->store_as(p.dg.data, p.gate_dtype, base + t / n * p.dg.time + channel(),
+                               s.after.dg[t][channel()]);
+            }
+        }
+    }
+
+    LSM_DEVICE void store_betas() {
+        if (warp != 0 || lane >= chunk.rows) return;
+        float const* const parts = &s.ends[0][0][lane];
+        this->store_as(
+            p.dbeta.data, p.beta_dtype,
+            chunk.batch * p.dbeta.batch + (chunk.row + lane) * p.dbeta.time + head * p.dbeta.head,
+            s.dbeta[lane] + (parts[0] + parts[kC] + (parts[2 * kC] + parts[3 * kC])));
+    }
+
+    LSM_DEVICE void run() {
+        this->contract();
+        s.flux[2 * threadIdx.x] = flux[0], s.flux[2 * threadIdx.x + 1] = flux[1];
+        store_pairs();
+        chunk_factors();
+        __syncthreads();  // pairs and factors of the chunk
+        scale_ends();
+        __syncthreads();  // what crosses the ends
+        sum_ends();
+        __syncthreads();  // factors may be replaced
+        if (owns()) start_levels();
+        float dots[2] = {};
+        LSM_UNROLL_BY(1)
+        for (int w = 1; w < kC; w *= 2) {
+            if (owns()) scale_level(w);
+            __syncthreads();  // the level's rows are complete
+            if (w < 16 || m == 1) level_reads(w, dots);
+            if (w < 16 || m == 0) level_writes(w);
+            __syncthreads();  // as are its results
+            if (!owns()) continue;
+            sum_level(w);
+            if (w < 16) merge_level(w);
+        }
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            dots[half_] += __shfl_xor_sync(0xffffffffu, dots[half_], 1);
+            dots[half_] += __shfl_xor_sync(0xffffffffu, dots[half_], 2);
+            if (lane % 4 == 0) s.ends[0][j][row(half_)] = dots[half_];
+        }
+        store_gates();
+        __syncthreads();
+        store_betas();
+        this->store(p.dq, chunk.token, static_cast<int>(p.n), dq);
+        LSM_UNROLL
+        for (int i = 0; i < kTiles; ++i) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) dk[i][e] += dx[i][e];
+        }
+        this->store(p.dk, chunk.row, 1, dk);
+    }
+
+    LSM_DEVICE void merge_level(int w) {
+        int const c = channel(), begin = first();
+        LSM_UNROLL_BY(1)
+        for (int block = begin; block < begin + 16; block += 2 * w) {
+            float const left = s.after.prefix[block + w - 1][c],
+                        right = s.after.prefix[block + 2 * w - 1][c];
+            LSM_UNROLL_BY(1)
+            for (int i = 0; i < w; ++i) {
+                s.after.suffix[block + i][c] *= right;
+                s.after.prefix[block + w + i][c] *= left;
+            }
+        }
+    }
+
+    // NaN in everything.
+    LSM_DEVICE void poison() {
+        this->poison_rows_and_beta();
+        if (p.dg.data == nullptr || !owns() || channel() >= p.K) return;
+        int const n = static_cast<int>(p.n);
+        i64 const base = chunk.batch * p.dg.batch + chunk.token * p.dg.time + head * p.dg.head;
+        for (int t = first(); t < first() + 16 && t < chunk.rows; ++t) {
+            if (t % n == 0)
+                this->store_as(p.dg.data, p.gate_dtype, base + t / n * p.dg.time + channel(),
+                               nan_value());
+        }
+    }
+};
+
+template <int K>
+__global__ void __launch_bounds__(256, 2) gradients_channels(DeltaWork const work) {
+    run_chunk<GradientsChannels<K>>(work);
+}
+
+}  // namespace lsm::delta
