@@ -88,4 +88,27 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def("dplr_bwd" LSM_DELTA_BWD("Tensor a, Tensor b, Tensor? g", ", bool need_dg=True",
                                    "Tensor da, Tensor db, Tensor dg"));
     m.def("dplr_step" LSM_DELTA_STEP("Tensor a, Tensor b, Tensor? g", ""));
+    // Scan engine: h_t = a_t * h_{t-1} + x_t, element by element. x, h [B,T,D]; states [N,D]. Positions are walked in
+    // order or in reverse, each at token order[position].
+
+    // a [B,T,D] or [D], or its logarithm; real or complex.
+    m.def(
+        "scan_fwd(Tensor x, Tensor a, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
+        "bool log, bool reverse, bool output_final_state) -> (Tensor h, Tensor final_state)");
+    m.def(
+        "scan_bwd(Tensor x, Tensor a, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
+        "bool log, bool reverse, Tensor h, Tensor grad_h, Tensor? grad_final_state, bool "
+        "need_da=True) -> (Tensor dx, Tensor da, Tensor dh0)");
+    m.def("scan_step(Tensor x, Tensor a, Tensor(a!) state, bool log) -> Tensor");
+
+    // RG-LRU: a = exp(c sigmoid(r)), x scaled by sqrt(1 - a^2) sigmoid(i). i, r [B,T,D], c [D].
+    m.def(
+        "rg_lru_fwd(Tensor x, Tensor i, Tensor r, Tensor c, Tensor? initial_state, Tensor? "
+        "cu_seqlens, Tensor? order, bool reverse, bool output_final_state) -> (Tensor h, Tensor "
+        "final_state)");
+    m.def(
+        "rg_lru_bwd(Tensor x, Tensor i, Tensor r, Tensor c, Tensor? initial_state, Tensor? "
+        "cu_seqlens, Tensor? order, bool reverse, Tensor h, Tensor grad_h, Tensor? "
+        "grad_final_state) -> (Tensor dx, Tensor di, Tensor dr, Tensor dc, Tensor dh0)");
+    m.def("rg_lru_step(Tensor x, Tensor i, Tensor r, Tensor c, Tensor(a!) state) -> Tensor");
 }

@@ -38,7 +38,9 @@ __all__ = [
     "normalized_linear_attention",
     "rebased",
     "regla",
+    "rg_lru",
     "rwkv6",
+    "scan",
     "simple_gated_linear_attention",
     "two_sided_gated_linear_attention",
     "value_gated_linear_attention",
@@ -1040,3 +1042,90 @@ def dplr(
         return kept + _outer(b, read) + _outer(k, v)
 
     return _rank_one(update, q, (v, k, a, b, g), scale, initial_state, cu_seqlens)
+def scan(
+    x: Tensor,
+    a: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    log: bool = False,
+    reverse: bool = False,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The element-wise linear recurrence: ``h_t = a_t ⊙ h_{t-1} + x_t``.
+
+    Args:
+        x (Tensor): ``[B, T, D]``, real or complex.
+        a (Tensor): ``[B, T, D]`` or ``[D]``, or its natural logarithm if ``log``.
+        initial_state (Tensor, optional): ``[N, D]``.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of packed sequences.
+        reverse (bool): ``h_t = a_t ⊙ h_{t+1} + x_t``.
+        order (Tensor, optional): ``[T]``, the token of each position.
+
+    Returns:
+        ``h [B, T, D]`` and the final state ``[N, D]``.
+    """
+    a = (a.exp() if log else a).expand(x.shape)
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    starts = [(0, x.shape[1])] if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
+    tokens = range(x.shape[1]) if order is None else order.tolist()
+    h0 = x.new_zeros(N, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+    outputs: dict[int, Tensor] = {}
+    final = []
+    for n, (start, end) in enumerate(starts):
+        h = h0 if cu_seqlens is None else h0[n, None]
+        for p in reversed(range(start, end)) if reverse else range(start, end):
+            t = tokens[p]
+            h = a[:, t] * h + x[:, t]
+            outputs[t] = h
+        final.append(h)
+    state = torch.cat(final) if final else h0
+    if not outputs:
+        return x.new_empty(x.shape), state
+    return torch.stack([outputs[t] for t in range(x.shape[1])], 1), state
+
+
+def rg_lru(
+    x: Tensor,
+    i: Tensor,
+    r: Tensor,
+    c: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The real-gated linear recurrent unit: ``h_t = a_t ⊙ h_{t-1} + sqrt(1 − a_t²) ⊙ (σ(i_t) ⊙
+    x_t)`` with ``log a_t = c ⊙ σ(r_t)``.
+
+    Without an initial state, the first token of a sequence has the factor 1 for its root. The slope
+    of the root ends at 1000.
+
+    Args:
+        x, i, r (Tensor): ``[B, T, D]``.
+        c (Tensor): ``[D]``, ≤ 0; Griffin has −8 softplus of its parameter.
+
+    Returns: as :func:`scan`.
+
+    Source: Griffin, arXiv:2402.19427, eqs. 1-4, and the authors' code for first tokens and slope.
+    """
+    log_a = c * r.sigmoid()
+    square = -(2 * log_a).expm1()  # 1 − a²
+    multiplier = _bounded_sqrt(square)
+    if initial_state is None and x.shape[1]:
+        positions = torch.arange(x.shape[1], device=x.device)
+        bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        firsts = {(b - 1 if reverse else a) for a, b in pairwise(bounds) if b > a}
+        first = torch.tensor([int(p) in firsts for p in positions], device=x.device)
+        if order is not None:
+            first = torch.zeros_like(first).index_put((order.long(),), first)
+        multiplier = torch.where(first[None, :, None], 1.0, multiplier)
+    return scan(
+        multiplier * i.sigmoid() * x, log_a, initial_state, cu_seqlens, True, reverse, order
+    )
+
+
+def _bounded_sqrt(x: Tensor) -> Tensor:
+    """sqrt with its slope, ``1 / (2 sqrt x)``, bounded by 1000."""
+    root = x.detach().sqrt()
+    slope = 0.5 / root.clamp(min=0.5e-3)
+    return root + slope * (x - x.detach())

@@ -11,6 +11,7 @@
 
 #include "chunk_kernels.h"
 #include "delta_kernels.h"
+#include "scan_kernels.h"
 
 #if LSM_CPU_X86_TIERS
 #include <immintrin.h>

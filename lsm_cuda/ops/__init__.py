@@ -59,6 +59,7 @@ from .rwkv import (
     rwkv5_step,
     rwkv6_step,
 )
+from .scan import scan, scan_step
 from .simple_gla import (
     chunk_simple_gla,
     fused_chunk_simple_gla,
@@ -142,6 +143,8 @@ __all__ = [
     "rfa_step",
     "rwkv5_step",
     "rwkv6_step",
+    "scan",
+    "scan_step",
     "selective_state_update",
     "simple_gla_step",
     "ssd_minimal_discrete",

@@ -1,0 +1,346 @@
+// The scan engine's kernels for one instruction set: token after token, all channels of a block, whose
+// states lie in the first cache. What a token does to a channel is a policy: Gate, ConstantGate, RgLru.
+#pragma once
+
+#include "numbers.h"
+#include "scan_kernels.h"
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+namespace {
+
+// h -> a h + x
+template <class N>
+struct Affine {
+    N a, x;
+};
+
+// One block of channels of a task: rows of its tokens, and of states.
+template <class N_, class In_>
+struct Block {
+    using N = N_;
+    using T = typename N::Component;
+    using In = In_;
+    static constexpr int W = kLanes<T>;
+
+    ScanParams const& p;
+    ScanTask const& task;
+
+    int64_t position(int64_t i) const { return p.reverse ? task.end - 1 - i : task.begin + i; }
+    int64_t token(int64_t position) const {
+        return p.order == nullptr ? position : p.order[position];
+    }
+    template <class E>
+    E* row(Rows const& r, int64_t token) const {
+        return static_cast<E*>(r.data) + (task.batch * r.batch + token * r.time) * N::kComponents;
+    }
+    // f(c, count, index of the vector in the block)
+    template <class F>
+    LSM_INLINE void channels(F const& f) const {
+        int64_t c = task.c_begin, v = 0;
+        for (; c + W <= task.c_end; c += W, ++v) f(c, int64_t(W), v);
+        if (c < task.c_end) f(c, task.c_end - c, v);
+    }
+    N read_row(void const* row, int64_t c, int64_t count) const {
+        return row == nullptr ? N{}
+                              : read<N>(static_cast<T const*>(row) + c * N::kComponents, count);
+    }
+    void write_row(void* row, int64_t c, int64_t count, N x) const {
+        if (row != nullptr) write(static_cast<T*>(row) + c * N::kComponents, x, count);
+    }
+};
+
+// a [B, T, D], or its logarithm.
+template <class B, class G, bool kLog>
+struct Gate {
+    using N = typename B::N;
+    using In = typename B::In;
+    struct Token {
+        In const* x;
+        G const* a;
+        In* dx;
+        G* da;
+    };
+    B const& b;
+
+    void prepare(N*) const {}
+    Token at(int64_t token, bool, bool backward) const {
+        Token t{b.template row<In const>(b.p.x, token), b.template row<G const>(b.p.a, token),
+                nullptr, nullptr};
+        if (backward) t.dx = b.template row<In>(b.p.dx, token);
+        if (backward && b.p.da.data != nullptr) t.da = b.template row<G>(b.p.da, token);
+        return t;
+    }
+    LSM_INLINE N gate(Token const& t, int64_t c, int64_t count, N const*) const {
+        N const a = read<N>(t.a + c * N::kComponents, count);
+        return kLog ? exp(a) : a;
+    }
+    LSM_INLINE Affine<N> load(Token const& t, int64_t c, int64_t count, N const* channel) const {
+        return {gate(t, c, count, channel), read<N>(t.x + c * N::kComponents, count)};
+    }
+    // dh: gradient of the state after the token; before: the state before it.
+    LSM_INLINE void gradients(Token const& t, int64_t c, int64_t count, N const*, N a, N dh,
+                              N before, N&) const {
+        write(t.dx + c * N::kComponents, dh, count);
+        if (t.da == nullptr) return;
+        N const da = dh * conj(before);
+        write(t.da + c * N::kComponents, kLog ? da * conj(a) : da, count);
+    }
+    LSM_INLINE N finish(N sum, N const*) const { return sum; }
+    bool needs_before(Token const& t) const { return t.da != nullptr; }
+};
+
+// a [D], or its logarithm.
+template <class B>
+struct ConstantGate {
+    using N = typename B::N;
+    using In = typename B::In;
+    struct Token {
+        In const* x;
+        In* dx;
+    };
+    B const& b;
+
+    void prepare(N* channel) const {
+        b.channels([&](int64_t c, int64_t count, int64_t v) {
+            N const a = b.read_row(b.p.channel, c, count);
+            channel[v] = b.p.log ? exp(a) : a;
+        });
+    }
+    Token at(int64_t token, bool, bool backward) const {
+        return {b.template row<In const>(b.p.x, token),
+                backward ? b.template row<In>(b.p.dx, token) : nullptr};
+    }
+    LSM_INLINE N gate(Token const&, int64_t, int64_t, N const* channel) const { return *channel; }
+    LSM_INLINE Affine<N> load(Token const& t, int64_t c, int64_t count, N const* channel) const {
+        return {*channel, read<N>(t.x + c * N::kComponents, count)};
+    }
+    LSM_INLINE void gradients(Token const& t, int64_t c, int64_t count, N const*, N, N dh, N before,
+                              N& sum) const {
+        write(t.dx + c * N::kComponents, dh, count);
+        sum = sum + dh * conj(before);
+    }
+    LSM_INLINE N finish(N sum, N const* channel) const {
+        return b.p.log ? sum * conj(*channel) : sum;
+    }
+    bool needs_before(Token const&) const { return b.task.channel_grad != nullptr; }
+};
+
+// log a = c σ(r), x scaled by m σ(i), m = sqrt(1 - a²), or 1 at a first token.
+template <class B>
+struct RgLru {
+    using N = typename B::N;
+    using In = typename B::In;
+    using V = Vector<typename B::T>;
+    struct Token {
+        In const *x, *i, *r;
+        In *dx, *di, *dr;
+        bool first;
+    };
+    B const& b;
+
+    void prepare(N* channel) const {
+        b.channels([&](int64_t c, int64_t count, int64_t v) {
+            channel[v] = b.read_row(b.p.channel, c, count);
+        });
+    }
+    Token at(int64_t token, bool first, bool backward) const {
+        Token t{b.template row<In const>(b.p.x, token),
+                b.template row<In const>(b.p.i, token),
+                b.template row<In const>(b.p.a, token),
+                nullptr,
+                nullptr,
+                nullptr,
+                first && b.p.initial_state == nullptr};
+        if (backward) {
+            t.dx = b.template row<In>(b.p.dx, token), t.di = b.template row<In>(b.p.di, token);
+            t.dr = b.template row<In>(b.p.da, token);
+        }
+        return t;
+    }
+    LSM_INLINE V log_gate(Token const& t, int64_t c, int64_t count, N const* channel) const {
+        return channel->re * sigmoid(read<N>(t.r + c, count).re);
+    }
+    LSM_INLINE N gate(Token const& t, int64_t c, int64_t count, N const* channel) const {
+        return {exp(log_gate(t, c, count, channel))};
+    }
+    LSM_INLINE Affine<N> load(Token const& t, int64_t c, int64_t count, N const* channel) const {
+        V const log_a = log_gate(t, c, count, channel);
+        V const x = read<N>(t.x + c, count).re, i = read<N>(t.i + c, count).re;
+        V const m = t.first ? V{} + 1 : sqrt(one_minus_exp(2 * log_a));
+        return {{exp(log_a)}, {m * sigmoid(i) * x}};
+    }
+    LSM_INLINE void gradients(Token const& t, int64_t c, int64_t count, N const* channel, N a, N dh,
+                              N before, N& sum) const {
+        V const x = read<N>(t.x + c, count).re, i = sigmoid(read<N>(t.i + c, count).re);
+        V const r = sigmoid(read<N>(t.r + c, count).re);
+        V const m = t.first ? V{} + 1 : sqrt(one_minus_exp(2 * channel->re * r));
+        write(t.dx + c, N{dh.re * m * i}, count);
+        write(t.di + c, N{dh.re * m * x * i * (1 - i)}, count);
+        // The root's slope ends at 1000, as in the paper's code.
+        V const slope = a.re * a.re / max_of(m, V{} + typename B::T(0.0005));
+        V const through_m = t.first ? V{} : dh.re * i * x * slope;
+        V const d = a.re * dh.re * before.re - through_m;  // of log a
+        write(t.dr + c, N{d * channel->re * r * (1 - r)}, count);
+        sum.re += d * r;
+    }
+    LSM_INLINE N finish(N sum, N const*) const { return sum; }
+    bool needs_before(Token const&) const { return true; }
+};
+
+template <class N>
+N* panels_of(void* scratch, int64_t which, int64_t vectors) {
+    return static_cast<N*>(scratch) + which * vectors;
+}
+
+template <class B>
+int64_t vectors_of(int64_t channels) {
+    return (channels + B::W - 1) / B::W;
+}
+
+template <class B, class Policy, bool kOutputs>
+void scan_forward(B const& b, Policy const& policy, void* scratch) {
+    using N = typename B::N;
+    int64_t const vectors = vectors_of<B>(b.task.c_end - b.task.c_begin);
+    N* const channel = panels_of<N>(scratch, 0, vectors);
+    N* const state = panels_of<N>(scratch, 1, vectors);
+    N* const decay = panels_of<N>(scratch, 2, vectors);
+    policy.prepare(channel);
+    b.channels([&](int64_t c, int64_t count, int64_t v) {
+        state[v] = b.read_row(b.task.state_begin, c, count);
+        if (!kOutputs) decay[v] = one<N>();
+    });
+    for (int64_t i = 0, n = b.task.end - b.task.begin; i < n; ++i) {
+        int64_t const token = b.token(b.position(i));
+        auto const t = policy.at(token, b.task.first && i == 0, false);
+        auto* const h = b.template row<typename B::In>(b.p.h, token);
+        b.channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
+            Affine<N> const e = policy.load(t, c, count, channel + v);
+            state[v] = e.a * state[v] + e.x;
+            if constexpr (kOutputs) {
+                write(h + c * N::kComponents, state[v], count);
+            } else {
+                decay[v] = e.a * decay[v];
+            }
+        });
+    }
+    b.channels([&](int64_t c, int64_t count, int64_t v) {
+        b.write_row(b.task.state_end, c, count, state[v]);
+        if (!kOutputs) b.write_row(b.task.decay, c, count, decay[v]);
+    });
+}
+
+template <class B, class Policy, bool kOutputs>
+void scan_backward(B const& b, Policy const& policy, void* scratch) {
+    using N = typename B::N;
+    using In = typename B::In;
+    int64_t const vectors = vectors_of<B>(b.task.c_end - b.task.c_begin);
+    N* const channel = panels_of<N>(scratch, 0, vectors);
+    N* const grad = panels_of<N>(scratch, 1, vectors);   // of the state after the token, less dy
+    N* const extra = panels_of<N>(scratch, 2, vectors);  // sums per channel, or the decay
+    policy.prepare(channel);
+    b.channels([&](int64_t c, int64_t count, int64_t v) {
+        grad[v] = b.read_row(b.task.grad_end, c, count);
+        extra[v] = kOutputs ? N{} : one<N>();
+    });
+    for (int64_t i = b.task.end - b.task.begin; i-- > 0;) {
+        int64_t const position = b.position(i), token = b.token(position);
+        bool const first = b.task.first && i == 0;
+        auto const t = policy.at(token, first, true);
+        auto const* const dy = b.template row<In const>(b.p.grad_h, token);
+        if constexpr (!kOutputs) {
+            b.channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
+                N const a = conj(policy.gate(t, c, count, channel + v));
+                grad[v] = a * (read<N>(dy + c * N::kComponents, count) + grad[v]);
+                extra[v] = a * extra[v];
+            });
+        } else {
+            In const* before = nullptr;
+            if (!first && policy.needs_before(t)) {
+                before = b.template row<In const>(
+                    b.p.h, b.token(b.p.reverse ? position + 1 : position - 1));
+            }
+            void const* const start = first ? b.task.state_begin : nullptr;
+            b.channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
+                N const a = policy.gate(t, c, count, channel + v);
+                N const dh = read<N>(dy + c * N::kComponents, count) + grad[v];
+                N const h = before != nullptr ? read<N>(before + c * N::kComponents, count)
+                                              : b.read_row(start, c, count);
+                policy.gradients(t, c, count, channel + v, a, dh, h, extra[v]);
+                grad[v] = conj(a) * dh;
+            });
+        }
+    }
+    b.channels([&](int64_t c, int64_t count, int64_t v) {
+        b.write_row(b.task.grad_begin, c, count, grad[v]);
+        if constexpr (kOutputs) {
+            b.write_row(b.task.channel_grad, c, count, policy.finish(extra[v], channel + v));
+        } else {
+            b.write_row(b.task.decay, c, count, extra[v]);
+        }
+    });
+}
+
+// run(block, policy) with the numbers, the dtype and the policy at hand.
+template <class N, class In, class Run>
+void with_policy(ScanParams const& p, ScanTask const& task, Run const& run) {
+    using B = Block<N, In>;
+    B const b{p, task};
+    auto const gated = [&](auto gate) {
+        using G = decltype(gate);
+        if (p.log) {
+            run(b, Gate<B, G, true>{b});
+        } else {
+            run(b, Gate<B, G, false>{b});
+        }
+    };
+    if (p.kind == Scan::constant) return run(b, ConstantGate<B>{b});
+    if constexpr (N::kComponents == 1) {
+        if (p.kind == Scan::rg_lru) return run(b, RgLru<B>{b});
+    }
+    if constexpr (sizeof(In) < sizeof(typename N::Component)) {
+        if (p.gate_dtype == Dtype::f32) return gated(float{});
+    }
+    gated(In{});
+}
+
+template <class Run>
+void with_scan(ScanParams const& p, ScanTask const& task, Run const& run) {
+    if (p.is_complex) {
+        if (p.dtype == Dtype::f64) return with_policy<Complex<double>, double>(p, task, run);
+        return with_policy<Complex<float>, float>(p, task, run);
+    }
+    if (p.dtype == Dtype::f64) return with_policy<Real<double>, double>(p, task, run);
+    with_element<float>(p.dtype,
+                        [&](auto zero) { with_policy<Real<float>, decltype(zero)>(p, task, run); });
+}
+
+int64_t scan_scratch_bytes(ScanParams const& p, int64_t channels) {
+    int64_t const lanes = p.dtype == Dtype::f64 ? kLanes<double> : kLanes<float>;
+    return 3 * ((channels + lanes - 1) / lanes) * kVectorBytes * (p.is_complex ? 2 : 1);
+}
+
+template <bool kOutputs>
+void scan_forward_any(ScanParams const& p, ScanTask const& task, void* scratch) {
+    with_scan(p, task, [&](auto const& b, auto const& policy) {
+        scan_forward<std::decay_t<decltype(b)>, std::decay_t<decltype(policy)>, kOutputs>(b, policy,
+                                                                                          scratch);
+    });
+}
+
+template <bool kOutputs>
+void scan_backward_any(ScanParams const& p, ScanTask const& task, void* scratch) {
+    with_scan(p, task, [&](auto const& b, auto const& policy) {
+        scan_backward<std::decay_t<decltype(b)>, std::decay_t<decltype(policy)>, kOutputs>(
+            b, policy, scratch);
+    });
+}
+
+}  // namespace
+
+constinit ScanKernels const scan_kernels{scan_scratch_bytes, scan_forward_any<true>,
+                                         scan_forward_any<false>, scan_backward_any<true>,
+                                         scan_backward_any<false>};
+
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu

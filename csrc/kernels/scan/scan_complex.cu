@@ -1,0 +1,9 @@
+#include "kernels/scan/instances.cuh"
+
+namespace lsm::scan_kernel {
+
+int64_t launch_complex(ScanParams const& p, Direction direction, void* workspace, void* stream) {
+    return launch_typed<Complex>(p, direction, workspace, stream);
+}
+
+}  // namespace lsm::scan_kernel

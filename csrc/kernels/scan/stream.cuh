@@ -1,0 +1,373 @@
+// One pass over a segment of a sequence by one block per column of channels. Tokens arrive through a ring of
+// shared-memory stages filled by cp.async; a tile is kTokens consecutive positions per warp, a lane owns neighbouring
+// channels. Per tile every warp
+//   - reads its elements and folds them, from nothing, into one aggregate,
+//   - publishes it, and after a barrier walks all warps' aggregates in order: so it knows the state before its own
+//     positions, and the state after the tile without asking again,
+//   - steps through its positions from the right state and stores what they give.
+// The order is fixed, so results repeat to the last bit. What an element is, how it changes the state and what it
+// gives is the pass P (passes.cuh):
+//
+//     T, Monoid                    element type of most tensors; Aggregate and State of one channel
+//     kInputs, Input<I>            streamed tensors and their types; Input I of kBefore == I is read one position
+//                                  ahead of the walk (the state before, in a backward)
+//     rows(I), start(), end()      where they are; states at the two ends
+//     begin, read, fold, step      see passes.cuh
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/scan/numbers.cuh"
+#include "kernels/segments.cuh"
+#include "params/scan.h"
+
+namespace lsm::scan_kernel {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+template <class P>
+struct Config {
+    using T = typename P::T;
+    static constexpr int kLane = Lane<T>::kChannels;
+    static constexpr int kColumn = 32 * kLane;              // channels of a block
+    static constexpr int kTokens = sizeof(T) == 2 ? 8 : 4;  // positions of a warp in a tile
+    static constexpr int kTile = kWarps * kTokens;
+    static constexpr int kStages = P::kInputs <= 2 ? 4 : P::kInputs == 3 ? 3 : 2;
+
+    // Bytes of a stage before input I.
+    template <int I>
+    static constexpr int offset() {
+        if constexpr (I == 0) {
+            return 0;
+        } else {
+            return offset<I - 1>() +
+                   kTile * kColumn * static_cast<int>(sizeof(typename P::template Input<I - 1>));
+        }
+    }
+    static constexpr int kStageBytes = offset<P::kInputs>();
+    using Aggregate = typename P::Monoid::Aggregate;
+    static constexpr int kSharedBytes =
+        kStages * kStageBytes + kThreads * kLane * static_cast<int>(sizeof(Aggregate));
+    static_assert(kStageBytes % 16 == 0 && kSharedBytes <= 160 * 1024);
+};
+
+// The positions of a segment in the order of a pass.
+struct Walk {
+    Segment segment;
+    i64 first;   // position of step 0
+    i64 length;  // steps
+    i64 record;  // of the segment
+    int direction;
+    bool starts, ends;  // the sequence does, with this segment
+
+    LSM_DEVICE Walk(Segment const& s, i64 record, int direction)
+        : segment(s),
+          first(direction > 0 ? s.t0 : s.t1 - 1),
+          length(s.t1 - s.t0),
+          record(record),
+          direction(direction),
+          starts(direction > 0 ? s.index == 0 : s.is_last),
+          ends(direction > 0 ? s.is_last : s.index == 0) {}
+
+    LSM_DEVICE i64 position(i64 step) const { return first + direction * step; }
+};
+
+// -1 for an order that is none.
+LSM_DEVICE i64 token_at(ScanParams const& p, i64 position) {
+    if (p.order == nullptr) return position;
+    i64 const token = load_global(p.order + position);
+    return token >= 0 && token < p.T ? token : -1;
+}
+
+template <class T>
+LSM_DEVICE T* row_at(Rows const& r, i64 batch, i64 token) {
+    return static_cast<T*>(r.data) + batch * r.batch + token * r.time;
+}
+
+template <class P>
+struct Stream {
+    using C = Config<P>;
+    using Monoid = typename P::Monoid;
+    using Aggregate = typename Monoid::Aggregate;
+    using State = typename Monoid::State;
+
+    ScanParams const& p;
+    Walk const& walk;
+    i64 column;  // first channel of the block
+
+    LSM_DEVICE char* stage(i64 tile) const {
+        return dyn_smem() + static_cast<int>(tile % C::kStages) * C::kStageBytes;
+    }
+    LSM_DEVICE Aggregate* carry() const {
+        return reinterpret_cast<Aggregate*>(dyn_smem() + C::kStages * C::kStageBytes);
+    }
+
+    // Asks for input I of a tile; rows outside the walk and channels outside the tensor become zeros.
+    template <int I>
+    LSM_DEVICE void ask(i64 tile) const {
+        using In = typename P::template Input<I>;
+        constexpr int kPerPiece = 16 / sizeof(In), kPerRow = C::kColumn / kPerPiece;
+        constexpr bool kIsBefore = I == P::kBefore;
+        Rows const rows = P::template rows<I>(p);
+        if (rows.data == nullptr) return;
+        u32 const destination = smem_u32(stage(tile) + C::template offset<I>());
+        LSM_UNROLL
+        for (int piece = threadIdx.x; piece < C::kTile * kPerRow; piece += kThreads) {
+            i64 const step = tile * C::kTile + piece / kPerRow;
+            i64 const channel = column + piece % kPerRow * kPerPiece;
+            bool valid = step < walk.length && channel < p.D;
+            // The state before the sequence is nobody's output.
+            if (kIsBefore) valid = valid && (step + 1 < walk.length || !walk.ends);
+            i64 const position = walk.position(step + (kIsBefore ? 1 : 0));
+            i64 const token = valid ? token_at(p, position) : -1;
+            valid = valid && token >= 0;
+            In const* const source = row_at<In const>(rows, walk.segment.batch, valid ? token : 0) +
+                                     (valid ? channel : 0);
+            cp_async16(destination + piece * 16, source, valid);
+        }
+    }
+
+    template <int... I>
+    LSM_DEVICE void ask_all(i64 tile, i64 tiles, std::integer_sequence<int, I...>) const {
+        if (tile < tiles) (ask<I>(tile), ...);
+        cp_async_commit();
+    }
+    LSM_DEVICE void ask_all(i64 tile, i64 tiles) const {
+        ask_all(tile, tiles, std::make_integer_sequence<int, P::kInputs>{});
+    }
+};
+
+// A lane's channels of input I, at a row of a stage.
+template <class P>
+struct TileRow {
+    char const* stage;
+    int row;
+
+    template <int I>
+    LSM_DEVICE void read(
+        typename Lane<typename P::template Input<I>>::V (&x)[Config<P>::kLane]) const {
+        using In = typename P::template Input<I>;
+        using Raw = typename Lane<In>::Raw;
+        auto const* const at = reinterpret_cast<Raw const*>(
+            stage + Config<P>::template offset<I>() + row * Config<P>::kColumn * sizeof(In));
+        Lane<In>::unpack(load_shared(at + threadIdx.x % 32), x);
+    }
+};
+
+// What the two passes over segments leave for each other, [record][D].
+template <class Monoid>
+struct Boundaries {
+    typename Monoid::Aggregate* aggregates = nullptr;  // null: segments are whole sequences
+    typename Monoid::State* states = nullptr;
+};
+
+// kAggregate: only folds, and leaves the segment's aggregate.
+template <class P, bool kAggregate>
+__global__ void __launch_bounds__(kThreads, 2)
+    stream(ScanParams const p, Segments const plan, Boundaries<typename P::Monoid> const boundaries,
+           void* partial, unsigned columns) {
+    using C = Config<P>;
+    using Monoid = typename P::Monoid;
+    using Aggregate = typename Monoid::Aggregate;
+    constexpr int kLane = C::kLane;
+    unsigned const record = blockIdx.x / columns;
+    Segment const segment = plan[record];
+    if (segment.unused()) return;
+    Walk const walk(segment, record, P::direction(p));
+    Stream<P> const self{p, walk, i64(blockIdx.x % columns) * C::kColumn};
+    int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    i64 const channel = self.column + lane * kLane;
+    bool const inside = channel < p.D;
+    P pass;
+    pass.begin(p, walk, channel, inside);
+
+    if (segment.poison) {
+        if constexpr (!kAggregate) {
+            for (i64 t = segment.t0 + warp; inside && t < segment.t1; t += kWarps)
+                pass.poison(p, segment.batch, t, channel);
+            if (inside && warp == 0)
+                pass.poison_ends(p, segment.sequence, channel, partial, record);
+        }
+        return;
+    }
+
+    typename Monoid::State state[kLane];
+    Aggregate total[kLane];
+    LSM_UNROLL
+    for (int j = 0; j < kLane; ++j) state[j] = Monoid::nothing(), total[j] = Monoid::identity();
+    if (!kAggregate && inside) {
+        if (!walk.starts) {
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j)
+                state[j] = boundaries.states[i64(record) * p.D + channel + j];
+        } else {
+            P::start(p, segment.sequence, channel, state);
+        }
+    }
+
+    i64 const tiles = (walk.length + C::kTile - 1) / C::kTile;
+    LSM_UNROLL_BY(1)
+    for (int tile = 0; tile < C::kStages - 1; ++tile) self.ask_all(tile, tiles);
+    LSM_UNROLL_BY(1)
+    for (i64 tile = 0; tile < tiles; ++tile) {
+        cp_async_wait<C::kStages - 2>();
+        __syncthreads();  // the tile is there for all, and all have left the one before
+        self.ask_all(tile + C::kStages - 1, tiles);
+        char const* const stage = self.stage(tile);
+        i64 const left = walk.length - tile * C::kTile - warp * C::kTokens;
+
+        // kWhole: no bounds in the loops.
+        auto const run = [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            typename P::Element element[C::kTokens];
+            Aggregate mine[kLane];
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) mine[j] = Monoid::identity();
+            LSM_UNROLL
+            for (int i = 0; i < C::kTokens; ++i) {
+                if (!kWhole && i >= left) break;
+                TileRow<P> const row{stage, warp * C::kTokens + i};
+                pass.read(row, walk, tile * C::kTile + warp * C::kTokens + i, element[i]);
+                LSM_UNROLL
+                for (int j = 0; j < kLane; ++j) pass.fold(mine[j], element[i], j);
+            }
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) self.carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
+            __syncthreads();
+            typename Monoid::State before[kLane];
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) {
+                LSM_UNROLL
+                for (int w = 0; w < kWarps; ++w) {
+                    if (w == warp) before[j] = state[j];
+                    Aggregate const other = self.carry()[(j * kWarps + w) * 32 + lane];
+                    if (kAggregate) {
+                        Monoid::combine(total[j], other);
+                    } else {
+                        Monoid::apply(state[j], other);
+                    }
+                }
+            }
+            if constexpr (!kAggregate) {
+                LSM_UNROLL
+                for (int i = 0; i < C::kTokens; ++i) {
+                    if (!kWhole && i >= left) break;
+                    i64 const step = tile * C::kTile + warp * C::kTokens + i;
+                    i64 const token = token_at(p, walk.position(step));
+                    pass.step(p, walk, TileRow<P>{stage, warp * C::kTokens + i}, step, token,
+                              channel, inside && token >= 0, element[i], before);
+                }
+            }
+        };
+        if (walk.length - tile * C::kTile >= C::kTile) {
+            run(std::true_type{});
+        } else {
+            run(std::false_type{});
+        }
+    }
+    cp_async_wait<0>();
+
+    if constexpr (kAggregate) {
+        if (inside && warp == 0) {
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j)
+                boundaries.aggregates[i64(record) * p.D + channel + j] = total[j];
+        }
+    } else {
+        if (inside && warp == 0 && walk.ends) P::end(p, segment.sequence, channel, state);
+        if constexpr (P::kChannelSums > 0) {
+            pass.store_sums(p, reinterpret_cast<char*>(self.carry()), partial, record, channel,
+                            inside);
+        }
+    }
+}
+
+// The states before every segment of a sequence, from its aggregates; one thread per channel and sequence.
+template <class P>
+__global__ void __launch_bounds__(128)
+    join(ScanParams const p, Segments const plan, Boundaries<typename P::Monoid> const boundaries) {
+    using Monoid = typename P::Monoid;
+    i64 const index = i64(blockIdx.x) * 128 + threadIdx.x;
+    i64 const first = index / p.D, channel = index % p.D;
+    if (first >= plan.count) return;
+    Segment segment = plan[first];
+    if (segment.unused() || segment.poison) return;
+    int const direction = P::direction(p);
+    if (!(direction > 0 ? segment.index == 0 : segment.is_last)) return;
+    typename Monoid::State state = Monoid::nothing();
+    P::start_one(p, segment.sequence, channel, state);
+    for (i64 record = first;; record += direction) {
+        boundaries.states[record * p.D + channel] = state;
+        if (direction > 0 ? plan[record].is_last : plan[record].index == 0) break;
+        Monoid::apply(state, boundaries.aggregates[record * p.D + channel]);
+    }
+}
+
+// The records' shares of sums per channel, added in order.
+template <class V>
+__global__ void __launch_bounds__(128)
+    add_shares(Segments const plan, V const* shares, V* sums, i64 D) {
+    i64 const channel = i64(blockIdx.x) * 128 + threadIdx.x;
+    if (channel >= D) return;
+    V sum = number<V>(0.f);
+    for (i64 record = 0; record < plan.count; ++record) {
+        if (!plan[record].unused()) sum = add(sum, load_global(shares + record * D + channel));
+    }
+    store_global(sums + channel, sum);
+}
+
+template <class P>
+struct Plan {
+    using Monoid = typename P::Monoid;
+    Segments segments;
+    Boundaries<Monoid> boundaries;
+    void* partial = nullptr;
+    i64 bytes = 0;
+    unsigned columns = 0;
+
+    // Lays the workspace out; with a null base it only counts its bytes.
+    Plan(ScanParams const& p, void* base) {
+        using C = Config<P>;
+        auto const take = [&](i64 size) {
+            void* const at = static_cast<char*>(base) + bytes;
+            bytes += (size + 255) / 256 * 256;
+            return base == nullptr ? nullptr : at;
+        };
+        columns = static_cast<unsigned>((p.D + C::kColumn - 1) / C::kColumn);
+        // One block per multiprocessor keeps enough bytes in flight; cutting costs a second pass.
+        i64 const L = segment_length(p.T, p.N * columns, multiprocessors(), 4 * C::kTile);
+        segments = plan_segments(p, L, take(segments_bytes(p, L)));
+        if (L < p.T) {
+            i64 const numbers = segments.count * p.D;
+            boundaries.aggregates = static_cast<typename Monoid::Aggregate*>(
+                take(numbers * static_cast<i64>(sizeof(typename Monoid::Aggregate))));
+            boundaries.states = static_cast<typename Monoid::State*>(
+                take(numbers * static_cast<i64>(sizeof(typename Monoid::State))));
+        }
+        if constexpr (P::kChannelSums > 0) {
+            partial = take(P::kChannelSums * segments.count * p.D *
+                           static_cast<i64>(sizeof(typename P::V)));
+        }
+    }
+};
+
+template <class P>
+void run_stream(ScanParams const& p, void* workspace, void* stream_) {
+    using C = Config<P>;
+    Plan<P> const plan(p, workspace);
+    if (plan.segments.count == 0) return;
+    build_segments(p, plan.segments, stream_);
+    dim3 const grid(static_cast<unsigned>(plan.segments.count) * plan.columns);
+    if (plan.boundaries.aggregates != nullptr) {
+        launch(stream<P, true>, grid, dim3(kThreads), C::kSharedBytes, stream_, p, plan.segments,
+               plan.boundaries, plan.partial, plan.columns);
+        i64 const threads = plan.segments.count * p.D;
+        launch(join<P>, dim3(static_cast<unsigned>((threads + 127) / 128)), dim3(128), 0, stream_,
+               p, plan.segments, plan.boundaries);
+    }
+    launch(stream<P, false>, grid, dim3(kThreads), C::kSharedBytes, stream_, p, plan.segments,
+           plan.boundaries, plan.partial, plan.columns);
+}
+
+}  // namespace lsm::scan_kernel
