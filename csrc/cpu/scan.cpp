@@ -2,46 +2,26 @@
 // sequence and block of channels; when that is too little for the threads, sequences are cut into
 // segments, joined exactly: every segment's end state from zero and its total decay, then the states
 // at the boundaries in order, then all segments at once. The backward does the same from the end.
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <atomic>
 #include <complex>
 #include <cstring>
-#include <vector>
 
 #include "scan_kernels.h"
-#include "tier.h"
+#include "schedule.h"
 
 namespace lsm {
 namespace {
 
+using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::ScanKernels;
 using cpu::ScanTask;
 
-constexpr int64_t kAlign = 64;
-constexpr int64_t kBlock =
-    1024;                      // channels of a task at most: their states stay in the first cache
-constexpr int64_t kUnit = 64;  // blocks are multiples of it
+constexpr int64_t kBlock = 1024;  // channels of a task at most: their states stay in the first cache
+constexpr int64_t kUnit = 64;     // blocks are multiples of it
 constexpr int64_t kMinSegment = 256;                // positions
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
 ScanKernels const& kernels() {
-    static ScanKernels const& chosen = LSM_CPU_BEST_TIER(scan_kernels);
-    return chosen;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-int64_t round_up(int64_t x, int64_t unit) {
-    return ceil_div(x, unit) * unit;
-}
-
-int64_t boundary(ScanParams const& p, int64_t i) {
-    return p.cu_seqlens_is_64bit ? static_cast<int64_t const*>(p.cu_seqlens)[i]
-                                 : static_cast<int32_t const*>(p.cu_seqlens)[i];
+    return cpu::best_scan_kernels();
 }
 
 // One sequence, cut into segments of equal length (the last may be shorter); numbered as they are
@@ -114,21 +94,11 @@ class Workspace {
     int64_t row_, segments_, scratch_, threads_;
 };
 
-// Tasks are fetched one by one: which thread runs which has no influence on the result.
-template <class Run>
-void run_tasks(std::vector<ScanTask> const& tasks, Plan const& plan, Workspace const& w,
-               ScanParams const& p, Run const run) {
-    std::atomic<size_t> next{0};
-    auto const worker = [&](int64_t first, int64_t) {
-        void* const scratch = w.scratch(first);
-        for (size_t i = next++; i < tasks.size(); i = next++) run(p, tasks[i], scratch);
-    };
-    int64_t const threads = std::min<int64_t>(plan.threads, int64_t(tasks.size()));
-    if (threads <= 1) {
-        worker(0, 1);
-    } else {
-        torch::stable::parallel_for(0, threads, 1, worker);
-    }
+void run_all(std::vector<ScanTask> const& tasks, Plan const& plan, Workspace const& w,
+             ScanParams const& p, void (*run)(ScanParams const&, ScanTask const&, void*)) {
+    cpu::run_tasks(tasks, plan.threads, [&](ScanTask const& task, int64_t thread) {
+        run(p, task, w.scratch(thread));
+    });
 }
 
 // f(task, chain, segment) for every segment and block of channels.
@@ -186,7 +156,7 @@ void boundary_states(ScanParams const& p, Plan const& plan, Workspace const& w) 
         task.decay = w.row(Workspace::kDecay, chain.first_row + s);
         return s + 1 < chain.segments;
     });
-    run_tasks(tasks, plan, w, p, kernels().end_state);
+    run_all(tasks, plan, w, p, kernels().end_state);
     for (Chain const& chain : plan.chains) {
         void const* before = state_of(p.initial_state, p, chain);
         for (int64_t s = 0; s + 1 < chain.segments; ++s) {
@@ -204,7 +174,7 @@ void boundary_grads(ScanParams const& p, Plan const& plan, Workspace const& w) {
         task.decay = w.row(Workspace::kDecay, chain.first_row + s);
         return s > 0;
     });
-    run_tasks(tasks, plan, w, p, kernels().begin_grad);
+    run_all(tasks, plan, w, p, kernels().begin_grad);
     for (Chain const& chain : plan.chains) {
         void const* after = state_of(p.grad_final_state, p, chain);
         for (int64_t s = chain.segments - 1; s > 0; --s) {
@@ -248,7 +218,7 @@ void scan_fwd(ScanParams const& p, void* workspace, void*) {
         if (s + 1 == chain.segments) task.state_end = state_of(p.final_state, p, chain);
         return true;
     });
-    run_tasks(tasks, plan, w, p, kernels().forward);
+    run_all(tasks, plan, w, p, kernels().forward);
 }
 
 void scan_bwd(ScanParams const& p, void* workspace, void*) {
@@ -266,7 +236,7 @@ void scan_bwd(ScanParams const& p, void* workspace, void*) {
             task.channel_grad = w.row(Workspace::kChannelGrad, chain.first_row + s);
         return true;
     });
-    run_tasks(tasks, plan, w, p, kernels().backward);
+    run_all(tasks, plan, w, p, kernels().backward);
     if (p.channel_grad != nullptr) sum_channel_grads(p, plan, w);
 }
 

@@ -2,8 +2,8 @@
 // vectors.
 #pragma once
 
-#include "chunk_kernels.h"
 #include "params/scan.h"
+#include "tier_choice.h"
 
 namespace lsm::cpu {
 
@@ -29,16 +29,6 @@ struct ScanKernels {
     void (*begin_grad)(ScanParams const& p, ScanTask const& task, void* scratch);  // dh and decay
 };
 
-namespace baseline {
-extern ScanKernels const scan_kernels;
-}
-#if LSM_CPU_X86_TIERS
-namespace avx2 {
-extern ScanKernels const scan_kernels;
-}
-namespace avx512 {
-extern ScanKernels const scan_kernels;
-}
-#endif
+LSM_CPU_TABLES(ScanKernels, scan_kernels)
 
 }  // namespace lsm::cpu

@@ -77,14 +77,15 @@ void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T) {
     c.require(cu[N] == T, "cu_seqlens must end at T = ", T, ", got ", cu[N]);
 }
 
-inline void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& q) {
+inline void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& q,
+                             char const* like = "q") {
     if (!cu) return;
     c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ",
               show(cu->sizes()));
     auto const type = cu->scalar_type();
     c.require(type == ScalarType::Int || type == ScalarType::Long,
               "cu_seqlens must have dtype int32 or int64, got ", name(type));
-    c.device(*cu, "cu_seqlens", q, "q");
+    c.device(*cu, "cu_seqlens", q, like);
     c.require(
         q.size(0) == 1,
         "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));

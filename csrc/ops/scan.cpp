@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "backend.h"
+#include "layout.h"
 
 namespace lsm {
 namespace {
@@ -33,7 +33,7 @@ Dtype component_dtype(ScalarType type) {
 }
 
 // Of states and of what is per channel.
-ScalarType state_type(Tensor const& x) {
+ScalarType number_type(Tensor const& x) {
     auto const type = x.scalar_type();
     return is_complex(type) || type == ScalarType::Double ? type : ScalarType::Float;
 }
@@ -76,44 +76,13 @@ void check_inputs(Checks const& c, Arguments const& in, bool one_token) {
     if (in.channel) {
         char const* const arg = in.kind == Scan::rg_lru ? "c" : "a";
         c.shape(*in.channel, arg, "[D]", {D});
-        c.dtype(*in.channel, arg, state_type(in.x));
+        c.dtype(*in.channel, arg, number_type(in.x));
         c.device(*in.channel, arg, in.x, "x");
     }
 }
 
-template <class Int>
-void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T) {
-    c.require(cu[0] == 0, "cu_seqlens must start at 0, got ", cu[0]);
-    for (int64_t n = 0; n < N; ++n) {
-        c.require(cu[n + 1] >= cu[n], "cu_seqlens must not decrease, got ", cu[n], " before ",
-                  cu[n + 1], " at position ", n + 1);
-    }
-    c.require(cu[N] == T, "cu_seqlens must end at T = ", T, ", got ", cu[N]);
-}
-
 bool is_index(Tensor const& t) {
     return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
-}
-
-void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& x) {
-    if (!cu) return;
-    c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ",
-              show(cu->sizes()));
-    c.require(is_index(*cu), "cu_seqlens must have dtype int32 or int64, got ",
-              name(cu->scalar_type()));
-    c.device(*cu, "cu_seqlens", x, "x");
-    c.require(
-        x.size(0) == 1,
-        "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", x.size(0));
-    if (!kTensorCores) {
-        Tensor const packed = as_contiguous(*cu);
-        int64_t const N = cu->size(0) - 1;
-        if (cu->scalar_type() == ScalarType::Long) {
-            check_boundaries(c, static_cast<int64_t const*>(packed.const_data_ptr()), N, x.size(1));
-        } else {
-            check_boundaries(c, static_cast<int32_t const*>(packed.const_data_ptr()), N, x.size(1));
-        }
-    }
 }
 
 // The order as the kernels want it; on the CPU held to be a permutation.
@@ -144,17 +113,8 @@ void check_state(Checks const& c, OptionalTensor const& state, char const* arg, 
                  int64_t N) {
     if (!state) return;
     c.shape(*state, arg, "[N, D]", {N, x.size(x.dim() - 1)});
-    c.dtype(*state, arg, state_type(x));
+    c.dtype(*state, arg, number_type(x));
     c.device(*state, arg, x, "x");
-}
-
-// CUDA kernels read rows in 16-byte pieces.
-Tensor kernel_layout(Tensor const& t) {
-    if (!kTensorCores) return last_contiguous(t);
-    int64_t const unit = 16 / static_cast<int64_t>(t.element_size()), last = t.dim() - 1;
-    bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(last) == 1;
-    for (int64_t d = 0; d < last; ++d) ok = ok && t.stride(d) % unit == 0;
-    return ok ? t : contiguous_copy(t);
 }
 
 OptionalTensor kernel_layout(OptionalTensor const& t) {
@@ -186,7 +146,7 @@ ScanParams prepare(Checks const& c, Arguments& in, bool one_token) {
     p.is_complex = is_complex(in.x.scalar_type());
     p.dtype = component_dtype(in.x.scalar_type());
     p.gate_dtype = in.a ? component_dtype(in.a->scalar_type()) : p.dtype;
-    p.state_dtype = component_dtype(state_type(in.x));
+    p.state_dtype = component_dtype(number_type(in.x));
     p.B = in.x.size(0), p.T = one_token ? 1 : in.x.size(1), p.D = in.x.size(in.x.dim() - 1);
     p.N = in.cu_seqlens ? in.cu_seqlens->size(0) - 1 : p.B;
     if (in.cu_seqlens) {
@@ -204,23 +164,15 @@ ScanParams prepare(Checks const& c, Arguments& in, bool one_token) {
 
 void check_sequences(Checks const& c, Arguments& in) {
     c.rank(in.x, "x", "[B, T, D]", 3);
-    check_cu_seqlens(c, in.cu_seqlens, in.x);
+    check_cu_seqlens(c, in.cu_seqlens, in.x, "x");
     in.order = prepare_order(c, in.order, in.x);
     check_state(c, in.initial_state, "initial_state", in.x,
                 in.cu_seqlens ? in.cu_seqlens->size(0) - 1 : in.x.size(0));
 }
 
 // Odd sizes on CUDA: zero-filled up to whole 16-byte rows (a channel of zeros stays zero), then cut back.
-int64_t padding(Tensor const& x) {
-    return kTensorCores ? (8 - x.size(x.dim() - 1) % 8) % 8 : 0;
-}
-
-Tensor pad_last(Tensor const& t, int64_t columns) {
-    return torch::stable::pad(t, std::vector<int64_t>{0, columns});
-}
-
-OptionalTensor pad_last(OptionalTensor const& t, int64_t columns) {
-    return t ? OptionalTensor(pad_last(*t, columns)) : t;
+int64_t missing_channels(Tensor const& x) {
+    return kTensorCores ? padding(x) : 0;
 }
 
 Arguments pad_all(Arguments const& in, int64_t columns) {
@@ -236,25 +188,21 @@ Tensor cut(Tensor const& t, int64_t D) {
     return as_contiguous(torch::stable::narrow(const_cast<Tensor&>(t), int64_t(t.dim() - 1), 0, D));
 }
 
-Tensor workspace(int64_t bytes, Tensor const& like) {
-    return empty({bytes}, ScalarType::Byte, like);
-}
-
 std::tuple<Tensor, Tensor> forward(char const* op, Arguments in, bool output_final_state) {
     Checks const c(op);
     check_inputs(c, in, false);
-    if (int64_t const columns = padding(in.x); columns != 0) {
+    if (int64_t const columns = missing_channels(in.x); columns != 0) {
         check_sequences(c, in);
         int64_t const D = in.x.size(2);
         auto [h, state] = forward(op, pad_all(in, columns), output_final_state);
-        return {cut(h, D), cut(state, D)};
+        return {cut_channels(h, D), cut_channels(state, D)};
     }
     check_sequences(c, in);
     ScanParams p = prepare(c, in, false);
     DeviceScope const scope(in.x);
     Tensor h = empty({p.B, p.T, p.D}, in.x.scalar_type(), in.x);
-    Tensor final_state = output_final_state ? empty({p.N, p.D}, state_type(in.x), in.x)
-                                            : empty({0}, state_type(in.x), in.x);
+    Tensor final_state = output_final_state ? empty({p.N, p.D}, number_type(in.x), in.x)
+                                            : empty({0}, number_type(in.x), in.x);
     p.h = token_rows(h);
     if (output_final_state) p.final_state = final_state.mutable_data_ptr();
     Tensor scratch = workspace(scan_fwd_workspace(p), in.x);
@@ -275,12 +223,12 @@ Gradients backward(char const* op, Arguments in, Tensor const& h, Tensor const& 
     check_sequences(c, in);
     check_state(c, grad_final_state, "grad_final_state", in.x,
                 in.cu_seqlens ? in.cu_seqlens->size(0) - 1 : in.x.size(0));
-    if (int64_t const columns = padding(in.x); columns != 0) {
+    if (int64_t const columns = missing_channels(in.x); columns != 0) {
         int64_t const D = in.x.size(2);
         auto [dx, di, da, dchannel, dh0] =
             backward(op, pad_all(in, columns), pad_last(h, columns), pad_last(grad_h, columns),
                      pad_last(grad_final_state, columns), need_da);
-        return {cut(dx, D), cut(di, D), cut(da, D), cut(dchannel, D), cut(dh0, D)};
+        return {cut_channels(dx, D), cut_channels(di, D), cut_channels(da, D), cut_channels(dchannel, D), cut_channels(dh0, D)};
     }
     ScanParams p = prepare(c, in, false);
     DeviceScope const scope(in.x);
@@ -292,9 +240,9 @@ Gradients backward(char const* op, Arguments in, Tensor const& h, Tensor const& 
     Tensor dx = tokens(type), di = in.i ? tokens(type) : nothing(type);
     Tensor da = in.a && need_da ? tokens(in.a->scalar_type()) : nothing(type);
     Tensor dchannel =
-        in.channel && need_da ? empty({p.D}, state_type(in.x), in.x) : nothing(state_type(in.x));
+        in.channel && need_da ? empty({p.D}, number_type(in.x), in.x) : nothing(number_type(in.x));
     Tensor dh0 =
-        in.initial_state ? empty({p.N, p.D}, state_type(in.x), in.x) : nothing(state_type(in.x));
+        in.initial_state ? empty({p.N, p.D}, number_type(in.x), in.x) : nothing(number_type(in.x));
     p.h = token_rows(h_rows), p.grad_h = token_rows(grad_rows);
     p.grad_final_state = data_or_null(grad_final);
     p.dx = token_rows(dx);
@@ -315,13 +263,13 @@ Tensor one_step(char const* op, Arguments in, Tensor const& state) {
     c.require(state.is_contiguous(),
               "state is updated in place and must be contiguous, got strides ",
               show(state.strides()));
-    if (int64_t const columns = padding(in.x); columns != 0) {
+    if (int64_t const columns = missing_channels(in.x); columns != 0) {
         int64_t const D = in.x.size(1);
         Tensor wide = pad_last(state, columns);
         Tensor const h = one_step(op, pad_all(in, columns), wide);
         Tensor original = state;
-        torch::stable::copy_(original, cut(wide, D));
-        return cut(h, D);
+        torch::stable::copy_(original, cut_channels(wide, D));
+        return cut_channels(h, D);
     }
     ScanParams p = prepare(c, in, true);
     DeviceScope const scope(in.x);

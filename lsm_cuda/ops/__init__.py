@@ -11,7 +11,9 @@ from .based import (
     rebased_step,
 )
 from .chunk import chunk_gla, fused_chunk_gla, fused_recurrent_gla, gla_step
+from .gated import gateloop, glru, min_gru, min_lstm
 from .gsa import chunk_gsa, fused_recurrent_gsa, gsa_step
+from .hgrn import chunk_hgrn, fused_recurrent_hgrn, hgrn_step
 from .hgrn2 import chunk_hgrn2, chunk_metala, hgrn2_step, metala_step
 from .lcsm import chunk_lcsm, lcsm_step
 from .lightnet import chunk_lightnet, fused_recurrent_lightnet, lightnet_step
@@ -29,6 +31,7 @@ from .log_linear_attn import (
     chunk_log_linear_attn,
     log_linear_attn_step,
 )
+from .lru import lru, lru_step, rg_lru, rg_lru_step
 from .mlstm import (
     chunk_mlstm,
     mlstm_chunkwise,
@@ -84,6 +87,7 @@ __all__ = [
     "chunk_based",
     "chunk_gla",
     "chunk_gsa",
+    "chunk_hgrn",
     "chunk_hgrn2",
     "chunk_lcsm",
     "chunk_lightnet",
@@ -106,6 +110,7 @@ __all__ = [
     "fused_chunk_simple_gla",
     "fused_recurrent_gla",
     "fused_recurrent_gsa",
+    "fused_recurrent_hgrn",
     "fused_recurrent_lightnet",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
@@ -113,19 +118,26 @@ __all__ = [
     "fused_recurrent_rwkv5",
     "fused_recurrent_rwkv6",
     "fused_recurrent_simple_gla",
+    "gateloop",
     "gla_step",
+    "glru",
     "gsa_step",
     "hgrn2_step",
     "lcsm_step",
+    "hgrn_step",
     "lightnet_step",
     "lightning_attn_step",
     "lightning_slopes",
     "linear_attn_step",
     "log_linear_attn_step",
     "log_refined_gate",
+    "lru",
+    "lru_step",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
     "metala_step",
+    "min_gru",
+    "min_lstm",
     "minimax_slopes",
     "mlstm_chunkwise",
     "mlstm_recurrent_step",
@@ -141,6 +153,8 @@ __all__ = [
     "retention_log_decay",
     "retention_step",
     "rfa_step",
+    "rg_lru",
+    "rg_lru_step",
     "rwkv5_step",
     "rwkv6_step",
     "scan",

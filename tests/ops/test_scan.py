@@ -2,24 +2,271 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from impls import IMPLS
-from scans import RG_LRU, SCAN, SCANS, ScanCase, assert_scan, scan_cases
+from impls import IMPLS, Impl, threads
+from peers import fla_module
+from scans import SCANS, ScanCase, assert_scan, scan_cases
 
 from lsm_cuda import ops, reference
 
 
-def each_case():
+def each_case() -> list:
+    rows = []
     for impl in IMPLS.values():
         absent = impl.absent()
         marks = [pytest.mark.gpu] if impl.name == "cuda" else []
         marks += [pytest.mark.skip(reason=absent)] if absent else []
         for op in SCANS:
             for case in scan_cases(op, impl.name)[: 1 if absent else None]:
-                yield pytest.param(impl, case, marks=marks, id=f"{impl}-{case}")
+                rows.append(pytest.param(impl, case, marks=marks, id=f"{impl}-{case}"))
+    return rows
 
 
-@pytest.mark.parametrize(("impl", "case"), each_case())
-def test_definition(impl, case):
-    assert_scan(impl, case)
+@pytest.mark.parametrize(("where", "scan_case"), each_case())
+def test_definition(where: Impl, scan_case: ScanCase) -> None:
+    assert_scan(where, scan_case)
+
+
+def arguments(T: int = 37, D: int = 12, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(2, T, D, dtype=dtype)
+    a = torch.rand(2, T, D, dtype=dtype)
+    return x, a, torch.randn(2, D, dtype=dtype)
+
+
+def close(got, want, **tolerance) -> None:  # type: ignore[no-untyped-def]
+    torch.testing.assert_close(tuple(got), tuple(want), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_laws(dtype: torch.dtype) -> None:
+    x, a, h0 = arguments(dtype=dtype)
+    whole = ops.scan(x, a, h0, True)
+    first, state = ops.scan(x[:, :20], a[:, :20], h0, True)
+    second, state = ops.scan(x[:, 20:], a[:, 20:], state, True)
+    close((torch.cat([first, second], 1), state), whole)
+    turned = ops.scan(x.flip(1), a.flip(1), h0, True, reverse=True)
+    close((turned[0].flip(1), turned[1]), whole)
+    order = torch.randperm(37)
+    placed = ops.scan(x, a, h0, True, order=order)
+    gathered = ops.scan(x[:, order], a[:, order], h0, True)
+    close((placed[0][:, order], placed[1]), gathered)
+    state = h0.clone()
+    steps = [ops.scan_step(x[:, t], a[:, t], state) for t in range(37)]
+    close((torch.stack(steps, 1), state), whole)
+    close(ops.scan(x, a.log(), h0, True, log=True), whole)
+    close(ops.scan(x, a[0, 0], h0, True), ops.scan(x, a[0, 0].expand(x.shape), h0, True))
+
+
+def test_complex_without_phase_is_real() -> None:
+    x, a, h0 = arguments()
+    h, state = ops.scan(x.to(torch.complex128), (a.log(), torch.zeros_like(a)), h0 + 0j, True)
+    close((h.real, state.real), ops.scan(x, a, h0, True))
+    assert not h.imag.any() and not state.imag.any()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", ["token", "constant"])
+def test_long_sequences_are_cut_and_joined(form: str, reverse: bool) -> None:
+    """One row of few channels on two threads: segments, forwards and backwards."""
+    T, D = 40_000, 5
+    x = torch.randn(1, T, D, dtype=torch.float64)
+    g = -torch.rand_like(x) / 1000
+    a = (g[0, 0] if form == "constant" else g).requires_grad_()
+    h0 = torch.randn(1, D, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    results = []
+    for n in (1, 2):
+        with threads(n):
+            h, state = ops.scan(x, a, h0, True, log=True, reverse=reverse)
+            grads = torch.autograd.grad([h, state], [a, h0], [grad, torch.ones_like(h0)])
+            results.append((h.detach(), state.detach(), *grads))
+    close(*results)
+    assert not torch.equal(results[0][0], results[1][0])  # it was cut
+
+
+def test_phase_near_the_unit_circle_over_65k_steps() -> None:
+    """Against fp64, and no worse than a loop in the same dtype."""
+    T, D = 65_536, 8
+    theta = torch.linspace(0.01, 3.1, D)
+    g = torch.complex(-torch.logspace(-6, -3, D), theta)
+    x = torch.zeros(1, T, D, dtype=torch.complex64)
+    x[:, 0] = 1
+    h, state = ops.scan(x, g, None, True, log=True)
+    exact = (g.to(torch.complex128) * (T - 1)).exp()
+    step = g.exp().to(torch.complex64)
+    loop = torch.ones(D, dtype=torch.complex64)
+    for _ in range(T - 1):
+        loop = loop * step
+    error, of_loop = ((z - exact).abs().max() for z in (state[0], loop))
+    assert error <= 2 * of_loop + 1e-6
+    wide = ops.scan(x.to(torch.complex128), g.to(torch.complex128), None, True, log=True)[1]
+    torch.testing.assert_close(wide[0], exact, rtol=1e-9, atol=1e-12)
+
+
+def test_hgrn_is_flas() -> None:
+    naive = fla_module("ops/hgrn/naive.py").naive_recurrent_hgrn
+    x, a, h0 = arguments(dtype=torch.float32)
+    want = naive(x, a.log(), h0, True)
+    close(ops.chunk_hgrn(x, a.log(), h0, True), want, rtol=1e-4, atol=1e-5)
+    close(ops.fused_recurrent_hgrn(x, a.log(), h0, True), ops.chunk_hgrn(x, a.log(), h0, True))
+
+
+def test_rg_lru_is_transformers() -> None:
+    modeling = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma")
+    configuration = pytest.importorskip("transformers").RecurrentGemmaConfig
+    unit = modeling.RecurrentGemmaRglru(configuration(lru_width=12, num_attention_heads=2))
+    for parameter in unit.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 37, 12)
+    heads = x.reshape(-1, 2, 6).transpose(0, 1)
+    logits = [
+        torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(2, 37, 12)
+        for weight, bias in (
+            (unit.input_gate_weight, unit.input_gate_bias),
+            (unit.recurrent_gate_weight, unit.recurrent_gate_bias),
+        )
+    ]
+    want = unit(x, torch.arange(37).expand(2, -1))
+    got, _ = ops.rg_lru(x, *logits, unit.recurrent_param)
+    close((got,), (want,), rtol=1e-4, atol=1e-5)
+    leaves = [unit.recurrent_param, unit.input_gate_weight, unit.recurrent_gate_bias]
+    upstream = torch.randn_like(want)
+    close(*(torch.autograd.grad(y, leaves, upstream) for y in (got, want)), rtol=1e-3, atol=1e-4)
+
+
+def test_rg_lru_step_is_prefill() -> None:
+    x, i, r = torch.randn(3, 2, 9, 12)
+    param, h0 = torch.randn(12), torch.randn(2, 12)
+    h, final = ops.rg_lru(x, i, r, param, h0, True)
+    state = h0.clone()
+    steps = [ops.rg_lru_step(x[:, t], i[:, t], r[:, t], param, state) for t in range(9)]
+    close((torch.stack(steps, 1), state), (h, final))
+
+
+def test_lru_is_its_definition() -> None:
+    x, nu, theta = torch.randn(2, 9, 4, dtype=torch.complex128), *torch.randn(2, 4).double()
+    lam = torch.exp(-nu.exp() + 1j * theta.exp())
+    want = reference.scan((1 - lam.abs() ** 2).sqrt() * x, lam)
+    close(ops.lru(x, nu, theta, output_final_state=True), want)
+    state = torch.zeros(2, 4, dtype=torch.complex128)
+    steps = [ops.lru_step(x[:, t], nu, theta, state) for t in range(9)]
+    close((torch.stack(steps, 1), state), want)
+
+
+def test_min_units_and_glru_are_their_definitions() -> None:
+    f, i, c, o = torch.randn(4, 2, 9, 4).double()
+    wanted = reference.scan(i.sigmoid() * c, f.sigmoid())
+    h, state = ops.glru(f.sigmoid(), i.sigmoid(), c, o, output_final_state=True)
+    close((h, state), (o * wanted[0], wanted[1]))
+    positive = torch.where(c >= 0, c + 0.5, c.sigmoid())
+    close(
+        ops.min_gru(i, c, output_final_state=True),
+        reference.scan(i.sigmoid() * positive, 1 - i.sigmoid()),
+    )
+    total = f.sigmoid() + i.sigmoid()
+    close(
+        ops.min_lstm(f, i, c, output_final_state=True, positive=False),
+        reference.scan(i.sigmoid() / total * c, f.sigmoid() / total),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (3, 5)])
+def test_gateloop_is_its_definition(shape: tuple[int, ...]) -> None:
+    K, V = shape or (1, 1)
+    q, k, m, theta = torch.randn(4, 2, 9, 2, K).double()
+    v, m = torch.randn(2, 9, 2, V).double(), torch.nn.functional.logsigmoid(m)
+    S = torch.randn(2, 2, K, V, dtype=torch.complex128)
+    outputs, state = [], S
+    for t in range(9):
+        gate = torch.exp(m[:, t] + 1j * theta[:, t])
+        state = gate[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state.real, q[:, t]))
+    want = torch.stack(outputs, 1), state
+    if not shape:
+        arguments, S = [x.squeeze(-1) for x in (q, k, v, m, theta)], S[..., 0, 0]
+        want = want[0].squeeze(-1), state[..., 0, 0]
+    else:
+        arguments = [q, k, v, m, theta]
+    close(ops.gateloop(*arguments, S, True), want)
+
+
+def test_gradients_by_differences() -> None:
+    x, a, h0 = (t[:, :4].detach().requires_grad_() for t in arguments(D=3, dtype=torch.complex128))
+    h0 = h0.detach()[:, :3].requires_grad_()
+
+    def run(x, a, h0):  # type: ignore[no-untyped-def]
+        return ops.scan(x, a, h0, True, log=True)
+
+    assert torch.autograd.gradcheck(run, (x, a, h0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_operator_is_well_formed(dtype: torch.dtype) -> None:
+    x, a, h0 = (t.requires_grad_() for t in arguments(T=5, D=4, dtype=dtype))
+    cu = torch.tensor([0, 2, 5])
+    torch.library.opcheck(torch.ops.lsm.scan_fwd, (x, a, h0, None, None, True, False, True))
+    torch.library.opcheck(torch.ops.lsm.scan_fwd, (x[:1], a[:1], h0, cu, None, False, True, False))
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.lsm.scan_step, (x[:, 0], a[:, 0], h0.clone(), False))
+    if not dtype.is_complex:
+        c = -torch.rand(4).requires_grad_()
+        torch.library.opcheck(torch.ops.lsm.rg_lru_fwd, (x, a, x, c, h0, None, None, False, True))
+
+
+def test_compiles_as_one_graph() -> None:
+    x, a, h0 = (t.requires_grad_() for t in arguments(dtype=torch.float32))
+
+    def loss(x, a, h0):  # type: ignore[no-untyped-def]
+        h, state = ops.scan(x, a, h0, True, reverse=True)
+        return h.square().sum() + state.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(*(torch.autograd.grad(f(x, a, h0), (x, a, h0)) for f in (compiled, loss)))
+
+
+def test_no_second_derivative() -> None:
+    x, a, _ = (t.requires_grad_() for t in arguments())
+    (grad,) = torch.autograd.grad(ops.scan(x, a)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="lsm::scan_bwd: the backward pass is itself not"):
+        torch.autograd.grad(grad.sum(), a)
+
+
+ERRORS = {
+    "x must have shape [B, T, D], got [2, 37]": lambda x, a, h: ops.scan(x[..., 0], a),
+    "a must have shape [B, T, D] = [2, 37, 12] like x, got [2, 36, 12]": lambda x, a, h: ops.scan(
+        x, a[:, :-1]
+    ),
+    "a must have dtype bfloat16 like x, or float32, got float64": lambda x, a, h: ops.scan(
+        x.bfloat16(), a
+    ),
+    "x must be bfloat16, float16, float32, float64, complex64 or complex128, got int64": lambda x,
+    a, h: ops.scan(x.long(), a.long()),
+    "initial_state must have shape [N, D] = [2, 12], got [1, 12]": lambda x, a, h: ops.scan(
+        x, a, h[:1]
+    ),
+    "initial_state must have dtype float64, got float32": lambda x, a, h: ops.scan(x, a, h.float()),
+    "order must be a permutation of 0 .. T - 1 = 36, got 0 at position 1": lambda x, a, h: ops.scan(
+        x, a, order=torch.zeros(37).long()
+    ),
+    "order must have shape [T] = [37], got [3]": lambda x, a, h: ops.scan(
+        x, a, order=torch.arange(3)
+    ),
+    "cu_seqlens must end at T = 37, got 36": lambda x, a, h: ops.scan(
+        x[:1], a[:1], cu_seqlens=torch.tensor([0, 36])
+    ),
+    "state is updated in place and must be contiguous": lambda x, a, h: ops.scan_step(
+        x[:, 0], a[:, 0], h.T.contiguous().T
+    ),
+    "r must have dtype float64 like x, got float32": lambda x, a, h: ops.rg_lru(
+        x, a, a.float(), h[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_say_what_is_wrong(message: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ERRORS[message](*arguments())
