@@ -1042,6 +1042,8 @@ def dplr(
         return kept + _outer(b, read) + _outer(k, v)
 
     return _rank_one(update, q, (v, k, a, b, g), scale, initial_state, cu_seqlens)
+
+
 def scan(
     x: Tensor,
     a: Tensor,

@@ -1,4 +1,4 @@
-"""The scan engine's operators for the tests: rows, drawn cases, and one way to run them anywhere."""
+"""The scan engine's operators for the tests: rows, drawn cases, one way to run them anywhere."""
 
 from __future__ import annotations
 

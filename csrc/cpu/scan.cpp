@@ -15,8 +15,9 @@ using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::ScanKernels;
 using cpu::ScanTask;
 
-constexpr int64_t kBlock = 1024;  // channels of a task at most: their states stay in the first cache
-constexpr int64_t kUnit = 64;     // blocks are multiples of it
+constexpr int64_t kBlock =
+    1024;                      // channels of a task at most: their states stay in the first cache
+constexpr int64_t kUnit = 64;  // blocks are multiples of it
 constexpr int64_t kMinSegment = 256;                // positions
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
@@ -96,9 +97,8 @@ class Workspace {
 
 void run_all(std::vector<ScanTask> const& tasks, Plan const& plan, Workspace const& w,
              ScanParams const& p, void (*run)(ScanParams const&, ScanTask const&, void*)) {
-    cpu::run_tasks(tasks, plan.threads, [&](ScanTask const& task, int64_t thread) {
-        run(p, task, w.scratch(thread));
-    });
+    cpu::run_tasks(tasks, plan.threads,
+                   [&](ScanTask const& task, int64_t thread) { run(p, task, w.scratch(thread)); });
 }
 
 // f(task, chain, segment) for every segment and block of channels.

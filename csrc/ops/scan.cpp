@@ -183,9 +183,9 @@ Arguments pad_all(Arguments const& in, int64_t columns) {
     return wide;
 }
 
-Tensor cut(Tensor const& t, int64_t D) {
-    if (t.dim() == 1 && t.size(0) == 0) return t;
-    return as_contiguous(torch::stable::narrow(const_cast<Tensor&>(t), int64_t(t.dim() - 1), 0, D));
+// Absent results are empty.
+Tensor cut_channels(Tensor const& t, int64_t D) {
+    return t.dim() == 1 && t.size(0) == 0 ? t : cut(t, D);
 }
 
 std::tuple<Tensor, Tensor> forward(char const* op, Arguments in, bool output_final_state) {
@@ -228,7 +228,8 @@ Gradients backward(char const* op, Arguments in, Tensor const& h, Tensor const& 
         auto [dx, di, da, dchannel, dh0] =
             backward(op, pad_all(in, columns), pad_last(h, columns), pad_last(grad_h, columns),
                      pad_last(grad_final_state, columns), need_da);
-        return {cut_channels(dx, D), cut_channels(di, D), cut_channels(da, D), cut_channels(dchannel, D), cut_channels(dh0, D)};
+        return {cut_channels(dx, D), cut_channels(di, D), cut_channels(da, D),
+                cut_channels(dchannel, D), cut_channels(dh0, D)};
     }
     ScanParams p = prepare(c, in, false);
     DeviceScope const scope(in.x);

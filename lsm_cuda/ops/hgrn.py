@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .scan import scan, scan_step
@@ -24,7 +23,8 @@ def chunk_hgrn(
 ) -> tuple[Tensor, Tensor | None]:
     r"""HGRN over whole sequences: ``h_t = exp(g_t) ⊙ h_{t-1} + x_t``.
 
-    The layer's input is ``x = (1 - exp g) ⊙ c``; with a lower bound, ``exp g = lb + (1 - lb) σ(f)``.
+    The layer's input is ``x = (1 - exp g) ⊙ c``, and with a lower bound ``exp g = lb + (1 - lb)
+    σ(f)``.
 
     Args:
         x (Tensor): ``[B, T, D]``, bf16, fp16 or fp32 (fp64 too on CPU); complex for the complex

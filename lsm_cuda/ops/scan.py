@@ -16,17 +16,17 @@ def _gate(x: Tensor, a: Tensor | tuple[Tensor, Tensor], log: bool) -> tuple[Tens
     if isinstance(a, tuple):
         magnitude, phase = a
         wide = torch.promote_types(magnitude.dtype, torch.float32)
-        magnitude, phase = torch.broadcast_tensors(magnitude.to(wide), phase.to(wide))
-        a, log = torch.complex(magnitude, phase), True
+        shape = torch.broadcast_shapes(magnitude.shape, phase.shape)
+        parts = (t.to(wide).expand(shape) for t in (magnitude, phase))
+        a, log = torch.complex(*parts), True
     if a.is_complex() != x.is_complex():
         dtype = torch.promote_types(x.dtype, a.dtype)
         x = x.to(torch.promote_types(dtype, torch.complex64))
         a = a.to(x.dtype)
-    elif (dtype := autocast_dtype(x.device.type)) and x.dtype.is_floating_point:
-        if x.dtype != torch.float64:
-            x = x.to(dtype)
-            if a.dtype != torch.float32:
-                a = a.to(dtype)
+    elif not x.is_complex() and x.dtype != torch.float64:
+        half = autocast_dtype(x.device.type)
+        if half is not None:
+            x, a = x.to(half), a if a.dtype == torch.float32 else a.to(half)
     if a.dim() == 1:
         a = a.to(_scan.state_dtype(x))
     return x, a, log

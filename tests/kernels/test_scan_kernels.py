@@ -1,4 +1,4 @@
-"""The scan engine's kernels on the emulator: traffic held to its floor, races, schedules, poison."""
+"""The scan engine's kernels on the emulator: traffic held to its floor, races, poison."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ def test_definition(where: Impl, scan_case: ScanCase) -> None:
     assert_scan(where, scan_case)
 
 
-def arguments(T: int = 37, D: int = 12, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def arguments(
+    T: int = 37, D: int = 12, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
     x = torch.randn(2, T, D, dtype=dtype)
     a = torch.rand(2, T, D, dtype=dtype)
     return x, a, torch.randn(2, D, dtype=dtype)
@@ -94,7 +96,7 @@ def test_phase_near_the_unit_circle_over_65k_steps() -> None:
     g = torch.complex(-torch.logspace(-6, -3, D), theta)
     x = torch.zeros(1, T, D, dtype=torch.complex64)
     x[:, 0] = 1
-    h, state = ops.scan(x, g, None, True, log=True)
+    _, state = ops.scan(x, g, None, True, log=True)
     exact = (g.to(torch.complex128) * (T - 1)).exp()
     step = g.exp().to(torch.complex64)
     loop = torch.ones(D, dtype=torch.complex64)
@@ -242,8 +244,9 @@ ERRORS = {
     "a must have dtype bfloat16 like x, or float32, got float64": lambda x, a, h: ops.scan(
         x.bfloat16(), a
     ),
-    "x must be bfloat16, float16, float32, float64, complex64 or complex128, got int64": lambda x,
-    a, h: ops.scan(x.long(), a.long()),
+    "x must be bfloat16, float16, float32, float64, complex64 or complex128, got int64": lambda x, a, h: (
+        ops.scan(x.long(), a.long())
+    ),
     "initial_state must have shape [N, D] = [2, 12], got [1, 12]": lambda x, a, h: ops.scan(
         x, a, h[:1]
     ),
