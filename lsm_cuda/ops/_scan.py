@@ -86,7 +86,7 @@ def _register(op: Operator) -> None:
         else:
             grad_final_state = grad_final_state.resolve_conj()
         at = op.tensors.index(op.optional_gradient) if op.optional_gradient else None
-        wanted = () if at is None else (ctx.needs_input_grad[at],)
+        wanted: tuple[bool, ...] = () if at is None else (ctx.needs_input_grad[at],)
         *grads, dh0 = getattr(torch.ops.lsm, backward_op)(
             *tensors, *ctx.options, h, grad_h, grad_final_state, *wanted
         )

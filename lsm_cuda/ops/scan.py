@@ -16,9 +16,9 @@ def _gate(x: Tensor, a: Tensor | tuple[Tensor, Tensor], log: bool) -> tuple[Tens
     if isinstance(a, tuple):
         magnitude, phase = a
         wide = torch.promote_types(magnitude.dtype, torch.float32)
-        shape = torch.broadcast_shapes(magnitude.shape, phase.shape)
-        parts = (t.to(wide).expand(shape) for t in (magnitude, phase))
-        a, log = torch.complex(*parts), True
+        magnitude, phase = magnitude.to(wide), phase.to(wide)
+        shape = max(magnitude.shape, phase.shape, key=len)
+        a, log = torch.complex(magnitude.expand(shape), phase.expand(shape)), True
     if a.is_complex() != x.is_complex():
         dtype = torch.promote_types(x.dtype, a.dtype)
         x = x.to(torch.promote_types(dtype, torch.complex64))
