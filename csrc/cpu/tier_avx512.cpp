@@ -10,5 +10,4 @@
 #define LSM_CPU_HARDWARE_F16 1
 #include "chunk_tier.h"
 #include "delta_tier.h"
-#include "scan_tier.h"
 #endif

@@ -7,4 +7,3 @@
 #define LSM_CPU_HARDWARE_F16 0
 #include "chunk_tier.h"
 #include "delta_tier.h"
-#include "scan_tier.h"

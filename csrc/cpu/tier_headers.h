@@ -11,7 +11,6 @@
 
 #include "chunk_kernels.h"
 #include "delta_kernels.h"
-#include "scan_kernels.h"
 
 #if LSM_CPU_X86_TIERS
 #include <immintrin.h>
