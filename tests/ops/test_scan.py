@@ -244,8 +244,8 @@ ERRORS = {
     "a must have dtype bfloat16 like x, or float32, got float64": lambda x, a, h: ops.scan(
         x.bfloat16(), a
     ),
-    "x must be bfloat16, float16, float32, float64, complex64 or complex128, got int64": lambda x, a, h: (
-        ops.scan(x.long(), a.long())
+    "x must be bfloat16, float16, float32, float64, complex64 or complex128, got int64": (
+        lambda x, a, h: ops.scan(x.long(), a.long())
     ),
     "initial_state must have shape [N, D] = [2, 12], got [1, 12]": lambda x, a, h: ops.scan(
         x, a, h[:1]
