@@ -29,6 +29,7 @@ namespace lsm {
 struct alignas(16) Segment {
     i64 t0, t1;        // tokens [t0, t1) of row `batch`
     i64 first;         // record of segment 0 of this sequence; the others follow it in order
+    i64 end;           // of the sequence
     int32_t batch;     // row of q, k, v, ...: the sequence in a dense batch, 0 when packed
     int32_t sequence;  // owner of initial_state[sequence] and final_state[sequence]; -1: none
     int32_t index;     // of this segment in its sequence
@@ -40,6 +41,7 @@ struct alignas(16) Segment {
 
 struct Segments {
     i64 T = 0, L = 1;          // tokens per row; tokens per segment, at least 1
+    i64 unit = 1;              // what cu_seqlens counts, in tokens of the above
     i64 per_sequence = 1;      // dense only
     i64 count = 0;             // records, used or not
     Segment* table = nullptr;  // packed only
@@ -49,8 +51,8 @@ struct Segments {
         int32_t const sequence = static_cast<int32_t>(record / per_sequence);
         int32_t const index = static_cast<int32_t>(record - sequence * per_sequence);
         i64 const t0 = index * L;
-        return {t0,    t0 + L < T ? t0 + L : T,   record - index, sequence, sequence,
-                index, index == per_sequence - 1, false};
+        return {t0,       t0 + L < T ? t0 + L : T, record - index,            T,    sequence,
+                sequence, index,                   index == per_sequence - 1, false};
     }
 };
 
@@ -66,8 +68,8 @@ struct SharedStorage {
 };
 
 template <class Int>
-LSM_DEVICE bool out_of_order(Int const* cu_seqlens, i64 N, i64 T) {
-    bool bad = threadIdx.x == 0 && (cu_seqlens[0] != 0 || cu_seqlens[N] != T);
+LSM_DEVICE bool out_of_order(Int const* cu_seqlens, i64 N, Segments const& plan) {
+    bool bad = threadIdx.x == 0 && (cu_seqlens[0] != 0 || cu_seqlens[N] != plan.T / plan.unit);
     for (i64 n = threadIdx.x; n < N; n += kThreads) bad |= cu_seqlens[n] > cu_seqlens[n + 1];
     return __syncthreads_or(bad) != 0;
 }
@@ -96,11 +98,11 @@ __global__ void __launch_bounds__(kThreads)
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dyn_smem());
     i64 const T = plan.T, L = plan.L;
 
-    if (out_of_order(cu_seqlens, N, T)) {
+    if (out_of_order(cu_seqlens, N, plan)) {
         for (i64 y = threadIdx.x; y < plan.count; y += kThreads) {
             i64 const t0 = y * L < T ? y * L : T, t1 = t0 + L < T ? t0 + L : T;
             int32_t const sequence = y < N ? static_cast<int32_t>(y) : -1;
-            plan.table[y] = {t0, t1, y, 0, sequence, 0, true, true};
+            plan.table[y] = {t0, t1, y, t1, 0, sequence, 0, true, true};
         }
         return;
     }
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
     i64 first = 0;  // record of the tile
     for (i64 tile = 0; tile < N; tile += kThreads) {
         i64 const n = tile + threadIdx.x;
-        i64 const length = n < N ? cu_seqlens[n + 1] - cu_seqlens[n] : 0;
+        i64 const length = n < N ? (cu_seqlens[n + 1] - cu_seqlens[n]) * plan.unit : 0;
         i64 const whole = (length + L - 1) / L;
         scan_counts(shared, n >= N ? 0 : whole > 1 ? static_cast<int>(whole) : 1);
         int const records = shared.offset[kThreads];
@@ -118,12 +120,14 @@ __global__ void __launch_bounds__(kThreads)
                 int const middle = (low + high) / 2;
                 (shared.offset[middle] <= y ? low : high) = middle;
             }
-            i64 const begin = cu_seqlens[tile + low], end = cu_seqlens[tile + low + 1];
+            i64 const begin = cu_seqlens[tile + low] * plan.unit,
+                      end = cu_seqlens[tile + low + 1] * plan.unit;
             int const index = y - shared.offset[low];
             i64 const t0 = begin + index * L;
             plan.table[first + y] = {t0,
                                      t0 + L < end ? t0 + L : end,
                                      first + shared.offset[low],
+                                     end,
                                      0,
                                      static_cast<int32_t>(tile + low),
                                      index,
@@ -134,18 +138,19 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();  // offsets are read until here, and rewritten by the next tile
     }
     for (i64 y = first + threadIdx.x; y < plan.count; y += kThreads)
-        plan.table[y] = {0, 0, y, 0, -1, 0, false, false};
+        plan.table[y] = {0, 0, y, 0, 0, -1, 0, false, false};
 }
 
 }  // namespace segments
 
-// Of ChunkParams or DeltaParams.
+// Of ChunkParams or DeltaParams. With `unit`, times and lengths are in micro-steps, `unit` per token.
 template <class Params>
-Segments plan_segments(Params const& p, i64 L, void* workspace) {
+Segments plan_segments(Params const& p, i64 L, void* workspace, i64 unit = 1) {
     Segments plan;
-    plan.T = p.T;
+    plan.T = p.T * unit;
     plan.L = L > 1 ? L : 1;
-    i64 const pieces = (p.T + plan.L - 1) / plan.L;
+    plan.unit = unit;
+    i64 const pieces = (plan.T + plan.L - 1) / plan.L;
     if (p.cu_seqlens != nullptr) {
         plan.count = pieces + p.N;
         plan.table = static_cast<Segment*>(workspace);
@@ -157,9 +162,9 @@ Segments plan_segments(Params const& p, i64 L, void* workspace) {
 }
 
 template <class Params>
-i64 segments_bytes(Params const& p, i64 L) {
+i64 segments_bytes(Params const& p, i64 L, i64 unit = 1) {
     return p.cu_seqlens != nullptr
-               ? plan_segments(p, L, nullptr).count * static_cast<i64>(sizeof(Segment))
+               ? plan_segments(p, L, nullptr, unit).count * static_cast<i64>(sizeof(Segment))
                : 0;
 }
 
