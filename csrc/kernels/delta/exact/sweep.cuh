@@ -119,12 +119,16 @@ struct Sweep {
         }
     }
 
+    // By a moving pointer: offsets of all rows would stay in registers from one boundary to the next.
     LSM_DEVICE void store_state(float* states, i64 index) const {
         if (first_column() + column >= p.V) return;
-        float* const to = states + (index * p.HV + work.head) * p.K * p.V + first_column() + column;
+        i64 const at = ((index * p.HV + work.head) * p.K + row(0)) * p.V;
+        float* to = states + at + first_column() + column;
         LSM_UNROLL
         for (int i = 0; i < C::kRows; ++i) {
-            if (row(i) < p.K) store4_global(to + row(i) * p.V, S[i]);
+            if (row(i) >= p.K) break;
+            store4_global(to, S[i]);
+            to += i % 4 < 3 ? p.V : (4 * C::kLanes - 3) * p.V;
         }
     }
 
