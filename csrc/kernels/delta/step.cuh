@@ -32,10 +32,10 @@ struct Config {
 template <int K, int Columns>
 struct SharedStorage {
     using C = Config<K, Columns>;
-    float query[K], decay[K];
-    struct Keys {
-        float dot[K], add[K], plain[K];
-    } keys[2];
+    struct MicroStep {
+        float query[K], decay[K], dot[K], add[K], plain[K];
+        alignas(16) float value[Columns], beta[Columns];
+    } micro[2];
     float partial[2][C::kThreads / 32][C::kSums][C::kLanes];  // a share per warp
 };
 
@@ -61,15 +61,17 @@ struct Step {
     int const tid = threadIdx.x, lane = tid % C::kLanes, group = tid / C::kLanes;
     unsigned const tiles = (p.V + Columns - 1) / Columns;
     unsigned const chain = blockIdx.x / tiles;  // batch · HV + head
-    int const column = static_cast<int>(blockIdx.x % tiles) * Columns + lane * 4;
+    int const column = first_column() + lane * 4;
     unsigned const batch = chain / p.HV, head = chain % p.HV, group_head = head / p.heads_per_group;
     float* const state = p.state + i64(chain) * p.K * p.V + column;
     float S[C::kRows][4];
     // Of the next micro-step.
-    float key[C::kOwn], erase[C::kOwn], written[C::kOwn], value[4], beta[4];
+    float query[C::kOwn], decay[C::kOwn], key[C::kOwn], erase[C::kOwn], written[C::kOwn];
+    float value, beta;
 
     LSM_DEVICE explicit Step(StepOperands<T> const& p) : p(p) {}
 
+    LSM_DEVICE int first_column() const { return static_cast<int>(blockIdx.x % tiles) * Columns; }
     LSM_DEVICE int row(int i) const { return group + i * C::kGroups; }
     LSM_DEVICE int channel(int i) const { return tid + i * C::kThreads; }
 
@@ -111,50 +113,43 @@ struct Step {
         }
     }
 
-    LSM_DEVICE float element(Rows const& x, int micro, unsigned head, int c, int size) const {
+    LSM_DEVICE float element(Rows const& x, int time, unsigned head, int c, int size) const {
         if (x.data == nullptr || c >= size) return 0.f;
-        i64 const at = batch * x.batch + micro * x.time + head * x.head + c;
+        i64 const at = batch * x.batch + time * x.time + head * x.head + c;
         return static_cast<float>(load_global(static_cast<T const*>(x.data) + at));
     }
 
+    // A token decays in its first micro-step.
     LSM_DEVICE void fetch(int micro) {
         LSM_UNROLL
         for (int i = 0; i < C::kOwn; ++i) {
-            key[i] = element(p.k, micro, group_head, channel(i), p.K);
-            erase[i] = element(p.erase, micro, group_head, channel(i), p.K);
-            written[i] = element(p.write, micro, group_head, channel(i), p.K);
+            int const c = channel(i);
+            query[i] = micro == p.n - 1 ? element(p.q, 0, group_head, c, p.K) : 0.f;
+            decay[i] = micro == 0 && c < p.K
+                           ? p.gates.factor(p.gates.load(p.gates.at(batch, 0, head, c)))
+                           : 1.f;
+            key[i] = element(p.k, micro, group_head, c, p.K);
+            erase[i] = element(p.erase, micro, group_head, c, p.K);
+            written[i] = element(p.write, micro, group_head, c, p.K);
         }
-        LSM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            value[j] = element(p.v, micro, head, column + j, p.V);
-            beta[j] = column + j < p.V
-                          ? p.betas.value(p.betas.load(p.betas.at(batch, micro, head, column + j)))
-                          : 0.f;
-        }
+        int const v = tid < Columns ? first_column() + tid : p.V;
+        value = element(p.v, micro, head, v, p.V);
+        beta = v < p.V ? p.betas.value(p.betas.load(p.betas.at(batch, micro, head, v))) : 0.f;
     }
 
-    LSM_DEVICE void store_query() {
+    LSM_DEVICE void store(typename Storage::MicroStep& to) const {
+        bool const dplr = p.transition == Transition::dplr;
         LSM_UNROLL
         for (int i = 0; i < C::kOwn; ++i) {
             int const c = channel(i);
             if (c >= K) break;
-            shared.query[c] = element(p.q, 0, group_head, c, p.K);
-            shared.decay[c] =
-                c < p.K ? p.gates.factor(p.gates.load(p.gates.at(batch, 0, head, c))) : 1.f;
+            to.query[c] = query[i];
+            to.decay[c] = decay[i];
+            to.dot[c] = p.transition == Transition::householder ? decay[i] * key[i] : erase[i];
+            to.add[c] = dplr ? written[i] : key[i];
+            to.plain[c] = dplr ? key[i] : 0.f;
         }
-    }
-
-    LSM_DEVICE void store_keys(typename Storage::Keys& keys, int micro) {
-        LSM_UNROLL
-        for (int i = 0; i < C::kOwn; ++i) {
-            int const c = channel(i);
-            if (c >= K) break;
-            bool const dplr = p.transition == Transition::dplr;
-            bool const erases_key = p.transition == Transition::householder;
-            keys.dot[c] = !erases_key ? erase[i] : micro == 0 ? shared.decay[c] * key[i] : key[i];
-            keys.add[c] = dplr ? written[i] : key[i];
-            keys.plain[c] = dplr ? key[i] : 0.f;
-        }
+        if (tid < Columns) to.value[tid] = value, to.beta[tid] = beta;
     }
 
     // Over K, the same in all threads along it.
@@ -180,11 +175,8 @@ struct Step {
     }
 
     LSM_DEVICE void advance(int micro) {
-        auto& keys = shared.keys[micro % 2];
-        store_keys(keys, micro);
-        float x[4], b[4];
-        LSM_UNROLL
-        for (int j = 0; j < 4; ++j) x[j] = value[j], b[j] = beta[j];
+        auto& token = shared.micro[micro % 2];
+        store(token);
         __syncthreads();
         bool const last = micro == p.n - 1;
         if (!last) fetch(micro + 1);
@@ -193,27 +185,28 @@ struct Step {
         LSM_UNROLL
         for (int i = 0; i < C::kRows; ++i) {
             int const c = row(i);
-            float const a = micro == 0 ? shared.decay[c] : 1.f, q = shared.query[c];
-            float const dot = keys.dot[c], aq = a * q;
+            float const q = token.query[c], dot = token.dot[c], aq = token.decay[c] * q;
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) {
                 sums[j] += dot * S[i][j];
                 sums[4 + j] += aq * S[i][j];
             }
-            sums[8] += q * keys.add[c];
-            sums[9] += q * keys.plain[c];
+            sums[8] += q * token.add[c];
+            sums[9] += q * token.plain[c];
         }
         reduce(sums, micro);
 
         bool const dplr = p.transition == Transition::dplr;
-        float u[4];
+        float x[4], u[4];
         LSM_UNROLL
-        for (int j = 0; j < 4; ++j) u[j] = dplr ? sums[j] : b[j] * (x[j] - sums[j]);
+        for (int j = 0; j < 4; ++j) {
+            x[j] = token.value[lane * 4 + j];
+            u[j] = dplr ? sums[j] : token.beta[lane * 4 + j] * (x[j] - sums[j]);
+        }
         LSM_UNROLL
         for (int i = 0; i < C::kRows; ++i) {
             int const c = row(i);
-            float const a = micro == 0 ? shared.decay[c] : 1.f;
-            float const add = keys.add[c], plain = keys.plain[c];
+            float const a = token.decay[c], add = token.add[c], plain = token.plain[c];
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) S[i][j] = a * S[i][j] + add * u[j] + plain * x[j];
         }
@@ -233,7 +226,6 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
     Step<T, K, Columns> s(p);
     s.load_state();
     s.fetch(0);
-    s.store_query();
     LSM_UNROLL_BY(1)
     for (int micro = 0; micro < p.n; ++micro) s.advance(micro);
     s.store_state();
