@@ -51,8 +51,8 @@ struct Segments {
         int32_t const sequence = static_cast<int32_t>(record / per_sequence);
         int32_t const index = static_cast<int32_t>(record - sequence * per_sequence);
         i64 const t0 = index * L;
-        return {t0,       t0 + L < T ? t0 + L : T, record - index,            T,    sequence,
-                sequence, index,                   index == per_sequence - 1, false};
+        return {t0,    t0 + L < T ? t0 + L : T,   record - index, T, sequence, sequence,
+                index, index == per_sequence - 1, false};
     }
 };
 

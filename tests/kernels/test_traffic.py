@@ -1,5 +1,5 @@
-"""Memory traffic and matrix work of the chunk engine, counted by the emulator and held to
-docs/kernels/chunk.md.
+"""Memory traffic and matrix work of the chunk and delta engines, counted by the emulator and held
+to docs/kernels/chunk.md and docs/kernels/delta.md.
 
 What replaces a profiler where there is no GPU: a pass over memory more than documented fails here.
 """
@@ -16,7 +16,7 @@ from emulators import emulator
 
 T, H, D = 512, 2, 128
 X = T * H * D * 2  # bytes of one bf16 tensor
-DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "chunk.md"
+DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "kernels"
 TOLERANCE = 0.05
 
 
@@ -30,9 +30,9 @@ ALL = [(op, name) for op, names in LAUNCHES.items() for name in names]
 each_launch = pytest.mark.parametrize(("op", "name"), ALL)
 
 
-def documented_traffic() -> dict[tuple[str, str], tuple[float, float]]:
+def documented_traffic(engine: str = "chunk") -> dict[tuple[str, str], tuple[float, float]]:
     row = r"^\| (\w+) (\w+) \| ([\d.]+) \| ([\d.]+) \|"
-    rows = re.findall(row, DOCUMENTED.read_text(), re.MULTILINE)
+    rows = re.findall(row, (DOCUMENTED / f"{engine}.md").read_text(), re.MULTILINE)
     return {(op, name): (float(reads), float(writes)) for op, name, reads, writes in rows}
 
 
@@ -96,3 +96,47 @@ def test_matrix_work(op, name):
     launch = launches(op)[name]
     assert launch["mma_instructions"] == hmma * warps * blocks
     assert launch["ldmatrix_conflicts"] == 0
+
+
+EXACT = {  # of the delta engine, on CUDA cores
+    "gated_delta_rule": ["forward", "states", "reverse", "rows", "dg", "dbeta"],
+    "kda": ["forward", "states", "reverse", "rows", "dbeta"],
+    "dplr": ["forward", "states", "reverse", "rows"],
+}
+
+
+@pytest.mark.parametrize("op", EXACT)
+def test_traffic_of_the_exact_delta_recurrence(op):
+    emu = emulator("_emu")
+    emu.set_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    heads, keys = (1, T, 1), (1, T, 1, D)
+    q, k, v, grad_o, a, b = (torch.randn(keys, generator=draw) / D**0.5 for _ in range(6))
+    gate = -torch.rand(heads if op == "gated_delta_rule" else keys, generator=draw) / 10
+    own = (a, b, gate) if op == "dplr" else (gate, torch.rand(heads, generator=draw))
+    forward, backward = (getattr(torch.ops.lsm_emu, f"{op}_{kind}") for kind in ("fwd", "bwd"))
+    emu.reset_counters()
+    forward(q, k, v, *own, None, None, 1.0, False)
+    backward(q, k, v, *own, None, None, 1.0, grad_o, None)
+    counted = emu.counters()["launches"]
+    assert len(counted) == len(EXACT[op]), [launch["kernel"] for launch in counted]
+    documented = documented_traffic("delta")
+    for name, launch in zip(EXACT[op], counted, strict=True):
+        moved = [launch[f"global_{kind}_bytes"] / (T * D * 4) for kind in ("read", "write")]
+        assert moved == pytest.approx(documented[op, name], rel=TOLERANCE, abs=0.005), name
+
+
+def test_the_delta_step_moves_the_state_once():
+    emu = emulator("_emu")
+    emu.set_multiprocessors(1)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, D, generator=draw).bfloat16() for _ in range(3))
+    state = torch.randn(2, 2, D, D, generator=draw)
+    emu.reset_counters()
+    torch.ops.lsm_emu.kda_step(q, k, v, -torch.rand(2, 2, D), torch.rand(2, 2), state, 1.0)
+    (launch,) = emu.counters()["launches"]
+    states = state.numel() * 4
+    assert 1 <= launch["global_read_bytes"] / states < 1.15
+    assert 1 <= launch["global_write_bytes"] / states < 1.01
+    moved = 32 * (launch["global_read_sectors"] + launch["global_write_sectors"])
+    assert moved < 2.2 * states

@@ -3,21 +3,29 @@
 #include "kernels/delta/tensor.h"
 
 namespace lsm {
+namespace {
+
+// Of keys with 8 channels, seven eighths of the narrowest tile would be padding.
+bool on_tensor_cores(DeltaParams const& p) {
+    return p.K > 8 && tensor_cores_take(p);
+}
+
+}  // namespace
 
 int64_t delta_fwd_workspace(DeltaParams const& p) {
-    return tensor_cores_take(p) ? tensor_fwd_workspace(p) : exact_fwd_workspace(p);
+    return on_tensor_cores(p) ? tensor_fwd_workspace(p) : exact_fwd_workspace(p);
 }
 
 int64_t delta_bwd_workspace(DeltaParams const& p) {
-    return tensor_cores_take(p) ? tensor_bwd_workspace(p) : exact_bwd_workspace(p);
+    return on_tensor_cores(p) ? tensor_bwd_workspace(p) : exact_bwd_workspace(p);
 }
 
 void delta_fwd(DeltaParams const& p, void* workspace, void* stream) {
-    (tensor_cores_take(p) ? tensor_fwd : exact_fwd)(p, workspace, stream);
+    (on_tensor_cores(p) ? tensor_fwd : exact_fwd)(p, workspace, stream);
 }
 
 void delta_bwd(DeltaParams const& p, void* workspace, void* stream) {
-    (tensor_cores_take(p) ? tensor_bwd : exact_bwd)(p, workspace, stream);
+    (on_tensor_cores(p) ? tensor_bwd : exact_bwd)(p, workspace, stream);
 }
 
 }  // namespace lsm

@@ -233,24 +233,23 @@ __global__ void __launch_bounds__(Config<K, Columns>::kThreads)
 
 template <class T, int K, int Columns>
 void run_step(DeltaStepParams const& p, void* stream) {
-    StepOperands<T> const operands{
-        p.transition,
-        p.q,
-        p.k,
-        p.v,
-        p.erase,
-        p.write,
-        p.o,
-        decay_loader<T>(p),
-        beta_loader<T>(p),
-        static_cast<float*>(p.state),
-        static_cast<unsigned>(p.HV),
-        static_cast<unsigned>(p.HV / p.H),
-        static_cast<int>(p.K),
-        static_cast<int>(p.V),
-        static_cast<int>(p.n),
-        static_cast<float>(p.scale),
-        p.V % 4 == 0 && reinterpret_cast<uintptr_t>(p.state) % 16 == 0};
+    StepOperands<T> const operands{p.transition,
+                                   p.q,
+                                   p.k,
+                                   p.v,
+                                   p.erase,
+                                   p.write,
+                                   p.o,
+                                   decay_loader<T>(p),
+                                   beta_loader<T>(p),
+                                   static_cast<float*>(p.state),
+                                   static_cast<unsigned>(p.HV),
+                                   static_cast<unsigned>(p.HV / p.H),
+                                   static_cast<int>(p.K),
+                                   static_cast<int>(p.V),
+                                   static_cast<int>(p.n),
+                                   static_cast<float>(p.scale),
+                                   p.V % 4 == 0 && reinterpret_cast<uintptr_t>(p.state) % 16 == 0};
     i64 const blocks = p.B * p.HV * ((p.V + Columns - 1) / Columns);
     launch(step_kernel<T, K, Columns>, dim3(static_cast<unsigned>(blocks)),
            dim3(Config<K, Columns>::kThreads), sizeof(SharedStorage<K, Columns>), stream, operands);

@@ -51,7 +51,8 @@ LSM_DEVICE void copy_rows(T (&tile)[Count][Columns], int columns, Row const& row
         if (kAll % Threads != 0 && i >= kAll) break;
         int const c = i % kPieces * kPiece;
         T const* const from = c < columns ? row(i / kPieces) : nullptr;
-        cp_async16(smem_u32(&tile[i / kPieces][c]), from + (from != nullptr ? c : 0), from != nullptr);
+        cp_async16(smem_u32(&tile[i / kPieces][c]), from + (from != nullptr ? c : 0),
+                   from != nullptr);
     }
 }
 

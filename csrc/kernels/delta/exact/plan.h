@@ -18,7 +18,8 @@ struct Plan {
     float *starts = nullptr, *ends = nullptr;
     // Of every micro-step, before beta: what is written to the state, and its gradient, [B, Tn, HV, V].
     float *written = nullptr, *grad_written = nullptr;
-    float* gate_shares = nullptr;  // of a scalar gate's gradient, by tiles of rows, [tiles, B, T, HV]
+    float* gate_shares =
+        nullptr;  // of a scalar gate's gradient, by tiles of rows, [tiles, B, T, HV]
     i64 bytes = 0;
 
     Plan(DeltaParams const& p, bool backward, void* workspace);

@@ -72,7 +72,7 @@ struct RowParams {
     bool beta_per_channel;
     // Where all rows share a gate: what each tile of rows has in its gradient, [tiles, B, T, HV].
     float* gate_shares;
-    i64 gate_share_size;        // B T HV
+    i64 gate_share_size;         // B T HV
     float const *starts, *ends;  // of segments, [records, HV, K, V]: S before, G after
     int heads_per_group, HV, K, V, per_token;
     float scale;
@@ -116,9 +116,10 @@ struct RowGradients {
             LSM_UNROLL
             for (int j = 0; j < C::kColumns; j += 4) {
                 bool const inside = c < p.K && column(j) < p.V;
-                float4 const x = inside ? load_global(reinterpret_cast<float4 const*>(
-                                              from + c * p.V + column(j)))
-                                        : float4{0.f, 0.f, 0.f, 0.f};
+                float4 const x =
+                    inside
+                        ? load_global(reinterpret_cast<float4 const*>(from + c * p.V + column(j)))
+                        : float4{0.f, 0.f, 0.f, 0.f};
                 state[r][j] = x.x, state[r][j + 1] = x.y;
                 state[r][j + 2] = x.z, state[r][j + 3] = x.w;
             }
@@ -132,7 +133,7 @@ struct RowGradients {
 
     LSM_DEVICE void start_run(Stage& stage, int run, bool to_differentiate) {
         int const step = run * C::kRun;
-        auto copy = [&]<class E>(E (&tile)[C::kRun][V], Rows const& x, bool of_token) {
+        auto copy = [&]<class E>(E(&tile)[C::kRun][V], Rows const& x, bool of_token) {
             copy_rows<C::kThreads>(tile, p.V, [&](int i) -> E const* {
                 int const s = step + i;
                 if (s >= steps.count || (of_token && !steps.reads(s))) return nullptr;
@@ -159,16 +160,17 @@ struct RowGradients {
         raw_key = load(p.k, m, true);
         raw_erase = load(p.erase, m, to_differentiate);
         raw_write = load(p.write, m, true);
-        raw_gate = inside && steps.decays(step + scalar_step)
-                       ? p.gates.load(p.gates.at(segment.batch, t, work.head, first_row() + scalar_row))
-                       : GateLoader<T>::kIdentity;
+        raw_gate =
+            inside && steps.decays(step + scalar_step)
+                ? p.gates.load(p.gates.at(segment.batch, t, work.head, first_row() + scalar_row))
+                : GateLoader<T>::kIdentity;
         LSM_UNROLL
         for (int i = 0; i < C::kPieces; ++i) {
             int const s = step + piece_step(i);
             LSM_UNROLL
             for (int j = 0; j < 4; ++j) {
-                bool const wanted = (j == 0 || p.beta_per_channel) && s < steps.count &&
-                                    piece_column(i) < p.V;
+                bool const wanted =
+                    (j == 0 || p.beta_per_channel) && s < steps.count && piece_column(i) < p.V;
                 raw_beta[i][j] = wanted ? p.betas.load(p.betas.at(segment.batch, steps.at(s),
                                                                   work.head, piece_column(i) + j))
                                         : GateLoader<T>::kIdentity;
@@ -495,7 +497,8 @@ __global__ void __launch_bounds__(256) beta_gradient(BetaParams<T> const p) {
 template <class T>
 void run_beta_gradient(BetaParams<T> const& p, void* stream) {
     if (p.dbeta == nullptr || p.rows == 0) return;
-    launch(beta_gradient<T>, dim3(static_cast<unsigned>((p.rows + 7) / 8)), dim3(256), 0, stream, p);
+    launch(beta_gradient<T>, dim3(static_cast<unsigned>((p.rows + 7) / 8)), dim3(256), 0, stream,
+           p);
 }
 
 }  // namespace lsm::delta::exact

@@ -133,7 +133,8 @@ struct Sweep {
     }
 
     LSM_DEVICE void start_stage(Stage& stage, int step) {
-        auto copy = [&](auto& tile, Rows const& x, bool of_token, int head, int first, int columns) {
+        auto copy = [&](auto& tile, Rows const& x, bool of_token, int head, int first,
+                        int columns) {
             if (x.data == nullptr) return;
             copy_rows<C::kThreads>(tile, columns - first, [&](int i) -> T const* {
                 int const s = step + i;
@@ -152,16 +153,18 @@ struct Sweep {
         for (int i = 0; i < C::kGates; ++i) {
             int const s = step + (tid + i * C::kThreads) / K, c = (tid + i * C::kThreads) % K;
             bool const inside = s < steps.count && c < p.K && steps.decays(s);
-            raw_gate[i] = inside ? p.gates.load(p.gates.at(segment.batch, steps.token(s), work.head, c))
-                                 : GateLoader<T>::kIdentity;
+            raw_gate[i] =
+                inside ? p.gates.load(p.gates.at(segment.batch, steps.token(s), work.head, c))
+                       : GateLoader<T>::kIdentity;
         }
         LSM_UNROLL
         for (int i = 0; i < C::kBetas; ++i) {
             int const s = step + (tid + i * C::kThreads) / C::kColumns;
             int const v = first_column() + (tid + i * C::kThreads) % C::kColumns;
             bool const inside = s < steps.count && v < p.V;
-            raw_beta[i] = inside ? p.betas.load(p.betas.at(segment.batch, steps.at(s), work.head, v))
-                                 : GateLoader<T>::kIdentity;
+            raw_beta[i] = inside
+                              ? p.betas.load(p.betas.at(segment.batch, steps.at(s), work.head, v))
+                              : GateLoader<T>::kIdentity;
         }
     }
 
@@ -175,8 +178,9 @@ struct Sweep {
         for (int i = 0; i < C::kBetas; ++i) {
             int const at = tid + i * C::kThreads;
             float const beta = p.betas.value(raw_beta[i]);
-            stage.beta[at / C::kColumns][at % C::kColumns] =
-                p.betas.g.data == nullptr ? 1.f : Reverse ? -beta : beta;
+            stage.beta[at / C::kColumns][at % C::kColumns] = p.betas.g.data == nullptr ? 1.f
+                                                             : Reverse                 ? -beta
+                                                                                       : beta;
         }
     }
 
@@ -195,7 +199,7 @@ struct Sweep {
     LSM_DEVICE void multiply(T const (&tile)[K], float const* decay, float (&sums)[4]) const {
         LSM_UNROLL
         for (int j = 0; j < 4; ++j) sums[j] = 0.f;
-        for_rows(tile, [&](int i, float (&x)[4]) {
+        for_rows(tile, [&](int i, float(&x)[4]) {
             if (decay != nullptr) {
                 float a[4];
                 load4(&decay[row(i)], a);
@@ -211,7 +215,7 @@ struct Sweep {
     }
 
     LSM_DEVICE void write(T const (&tile)[K], float const (&value)[4]) {
-        for_rows(tile, [&](int i, float (&x)[4]) {
+        for_rows(tile, [&](int i, float(&x)[4]) {
             LSM_UNROLL
             for (int c = 0; c < 4; ++c) {
                 LSM_UNROLL
@@ -223,7 +227,7 @@ struct Sweep {
     // S = A S + x value^T, or A (S + x value^T).
     LSM_DEVICE void decay_and_write(T const (&tile)[K], float const (&decay)[K],
                                     float const (&value)[4], bool decayed) {
-        for_rows(tile, [&](int i, float (&x)[4]) {
+        for_rows(tile, [&](int i, float(&x)[4]) {
             float a[4];
             load4(&decay[row(i)], a);
             LSM_UNROLL
@@ -260,7 +264,8 @@ struct Sweep {
         float const own_u = stage.beta[i][own] * d;
         LSM_UNROLL
         for (int j = 0; j < 4; ++j)
-            u[j] = __shfl_sync(0xffffffffu, own_u, lane / C::kLanes * C::kLanes + j * C::kLanesPerSum);
+            u[j] =
+                __shfl_sync(0xffffffffu, own_u, lane / C::kLanes * C::kLanes + j * C::kLanesPerSum);
 
         if (Reverse && read) {
             multiply(stage.read[i], nullptr, sums);
@@ -315,7 +320,8 @@ struct Sweep {
         constexpr int kPieces = C::kColumns / 4;
         float const nan[4] = {nan_value(), nan_value(), nan_value(), nan_value()};
         int const c = first_column() + tid % kPieces * 4;
-        for (int step = tid / kPieces; c < p.V && step < steps.count; step += C::kThreads / kPieces) {
+        for (int step = tid / kPieces; c < p.V && step < steps.count;
+             step += C::kThreads / kPieces) {
             if (p.out.data != nullptr && (Reverse || steps.reads(step))) {
                 i64 const time = Reverse ? steps.at(step) : steps.token(step);
                 store4_global(row_at<T>(p.out, segment.batch, time, work.head) + c, nan);
