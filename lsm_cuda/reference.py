@@ -32,7 +32,9 @@ __all__ = [
     "lightnet",
     "linear_attention",
     "log_linear_attention",
+    "longhorn",
     "mamba2",
+    "mesa_net",
     "metala",
     "mlstm",
     "normalized_linear_attention",
@@ -1131,3 +1133,79 @@ def _bounded_sqrt(x: Tensor) -> Tensor:
     root = x.detach().sqrt()
     slope = 0.5 / root.clamp(min=0.5e-3)
     return root + slope * (x - x.detach())
+
+
+def longhorn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    diagonal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""``S_t = S_{t-1} + k_t (ε_t ⊙ (v_t − S_{t-1}ᵀ k_t))ᵀ`` with ``ε = β / (1 + β |k|²)``; the
+    diagonal form is ``S_t = (1 − (k_t ⊙ k_t) ε_tᵀ) ⊙ S_{t-1} + k_t (ε_t ⊙ v_t)ᵀ``.
+
+    Args: as :func:`gated_linear_attention` without g, and beta ``[B, T, HV, V]``.
+
+    Source: Longhorn, arXiv:2407.14207, equations 9 and 11.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def definition(q, k, v, beta, states):  # type: ignore[no-untyped-def]
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+        B, T, HV, K = q.shape
+        S = q.new_zeros(B, HV, K, v.shape[-1]) if states is None else states[0]
+        outputs = []
+        for t in range(T):
+            key = k[:, t].unsqueeze(-1)
+            rate = beta[:, t] / (1 + beta[:, t] * (key**2).sum(-2))
+            held = key * S if diagonal else (key * S).sum(-2, keepdim=True)
+            S = S + key * rate.unsqueeze(-2) * (v[:, t].unsqueeze(-2) - held)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        return _stack(outputs, v), (S,)
+
+    states = None if initial_state is None else (initial_state,)
+    o, (S,) = _sequences(definition, (q, k, v, beta), states, cu_seqlens)
+    return o, S
+
+
+def mesa_net(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lamb: Tensor,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    r"""``H_t = e^{g_t} H_{t-1} + β_t k_t k_tᵀ``, ``G_t = e^{g_t} G_{t-1} + β_t k_t v_tᵀ``, ``o_t =
+    G_tᵀ (H_t + Diag(λ))⁻¹ q_t``.
+
+    Args:
+        q, k: ``[B, T, H, K]``, v: ``[B, T, H, V]``.
+        g, beta: ``[B, T, H]``.
+        lamb: λ ``[H, K]``.
+        initial_state: H ``[N, H, K, K]`` and G ``[N, H, K, V]``, default zeros.
+
+    Source: MesaNet, arXiv:2506.05233, equations 6 to 8.
+    """
+
+    def definition(q, k, v, g, beta, states):  # type: ignore[no-untyped-def]
+        B, T, H, K = q.shape
+        kk, kv = q.new_zeros(B, H, K, K), q.new_zeros(B, H, K, v.shape[-1])
+        if states is not None:
+            kk, kv = states
+        outputs = []
+        for t in range(T):
+            decay, key = g[:, t, :, None, None].exp(), beta[:, t, :, None] * k[:, t]
+            kk = decay * kk + k[:, t].unsqueeze(-1) * key.unsqueeze(-2)
+            kv = decay * kv + key.unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            x = torch.linalg.solve(kk.mT + torch.diag_embed(lamb), q[:, t])
+            outputs.append(torch.einsum("bhk,bhkv->bhv", x, kv))
+        return _stack(outputs, v), (kk, kv)
+
+    return _sequences(definition, (q, k, v, g, beta), initial_state, cu_seqlens)

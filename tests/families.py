@@ -31,7 +31,8 @@ class Family:
     """An operator, its definition, and what its arguments are.
 
     ``tensors``: differentiable arguments in order, with dims and how their values are drawn:
-    normal, gate (a log decay), unit (in 0..1), positive (e to a normal), logits (normal, times 4).
+    normal, gate (a log decay), unit (in 0..1), positive (e to a normal), logits (normal, times 4),
+    direction (of length 1), gram (a matrix times its transpose).
     ``kinks``: how far, relatively, arguments are from where the derivative jumps. Arguments nearer
     than half precision can tell are drawn again: there, either derivative is right.
     """
@@ -266,6 +267,131 @@ FAMILIES += [
 ]
 
 
+def unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def gated_delta_net(q, k, v, g, beta, A_log, dt_bias, **rest):  # type: ignore[no-untyped-def]
+    g = -A_log.exp() * (g + dt_bias).logaddexp(torch.zeros_like(g))
+    return reference.gated_delta_rule(unit(q), unit(k), v, g, 2 * beta.sigmoid(), **rest)
+
+
+def kimi(q, k, v, g, beta, A_log, dt_bias, bound=None, **rest):  # type: ignore[no-untyped-def]
+    x, rate = g + dt_bias.view(g.shape[-2:]), A_log.exp().unsqueeze(-1)
+    g = -rate * x.logaddexp(torch.zeros_like(x)) if bound is None else bound * (rate * x).sigmoid()
+    return reference.kda(unit(q), unit(k), v, g, beta.sigmoid(), **rest)
+
+
+def product(call: Callable[..., Any], **options: Any) -> Call:
+    """A token's micro-steps are a dimension of their own in the tests, n, flat in the operator."""
+
+    def flat_steps(k, v, beta, **rest):  # type: ignore[no-untyped-def]
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+        return call(k=k, v=v, beta=beta, num_householder=2, **rest, **options)
+
+    return flat_steps
+
+
+def rwkv7(r, w, k, v, kk, a, **rest):  # type: ignore[no-untyped-def]
+    return reference.dplr(r, k, v, -kk, kk * a, w, scale=1.0, **rest)
+
+
+def rwkv7_step(kk: Tensor, a: Tensor, **rest: Any) -> Tensor:
+    return ops.rwkv7_step(a=-kk, b=kk * a, **rest)
+
+
+def mesa(initial_state=None, **rest):  # type: ignore[no-untyped-def]
+    kk, kv = (None, None) if initial_state is None else initial_state
+    o, *states = ops.chunk_mesa_net(h_kk_init=kk, h_kv_init=kv, max_CG_iteration=40, **rest)
+    return o, None if states[0] is None else tuple(states)
+
+
+def fast_weights(q, k, v, beta, **rest):  # type: ignore[no-untyped-def]
+    def features(x: Tensor) -> Tensor:
+        r = torch.cat([x, -x], -1).relu()
+        y = torch.cat([r * r.roll(1, -1), r * r.roll(2, -1)], -1)  # nu = 2
+        return y / y.sum(-1, keepdim=True).clamp(min=1e-6)
+
+    return reference.delta_rule(features(q), features(k), v, beta, scale=1.0, **rest)
+
+
+DELTA = QKV | {"k": "B T H K direction", "beta": "B T HV unit"}
+SCALAR = {"g": "B T HV gate"}
+CHANNELS = {"g": "B T HV K gate"}
+NORM = {"use_qk_l2norm_in_kernel": True}
+IN_KERNEL = NORM | {"use_beta_sigmoid_in_kernel": True, "use_gate_in_kernel": True}
+LOGITS = QKV | {"g": "B T HV logits", "beta": "B T HV logits", "A_log": "HV", "dt_bias": "HV"}
+KIMI = LOGITS | {"g": "B T HV K logits", "dt_bias": "HVK"}
+PRODUCT = {"k": "B T n H K direction", "v": "B T n HV V", "beta": "B T n HV unit"}
+LONGHORN = QKV | {"beta": "B T HV V positive"}
+
+FAMILIES += [
+    row("delta_rule", DELTA, sizes={"HV": 4}),
+    row("gated_delta_rule", DELTA | SCALAR, sizes={"HV": 4}),
+    row(
+        "gated_delta_rule from logits",
+        LOGITS,
+        chunk=partial(ops.chunk_gated_delta_rule, **IN_KERNEL, allow_neg_eigval=True),
+        step=partial(ops.gated_delta_rule_step, **IN_KERNEL, allow_neg_eigval=True),
+        definition=gated_delta_net,
+    ),
+    row("kda", DELTA | CHANNELS, sizes={"HV": 4}),
+    *(
+        row(
+            f"kda from logits, {bound}",
+            KIMI,
+            chunk=partial(ops.chunk_kda, **IN_KERNEL, lower_bound=bound),
+            step=partial(ops.kda_step, **IN_KERNEL, lower_bound=bound),
+            definition=partial(kimi, bound=bound),
+        )
+        for bound in (None, -5.0)
+    ),
+    row(
+        "gated_delta_product",
+        {"q": "B T H K"} | PRODUCT | SCALAR,
+        chunk=product(ops.chunk_gated_delta_product),
+        definition=product(reference.gated_delta_rule),
+        sizes={"HV": 4, "n": 2},
+    ),
+    row(
+        "delta_product",
+        {"q": "B T H K"} | PRODUCT,
+        chunk=product(ops.chunk_gated_delta_product, g=None),
+        step=partial(ops.gated_delta_product_step, g=None),
+        definition=product(reference.delta_rule),
+        sizes={"n": 2},
+    ),
+    row("comba", DELTA | SCALAR | {"p": "B T H K direction"}, sizes={"HV": 4}),
+    row(
+        "rwkv7",
+        {name: dims for name, dims in RWKV.items() if name != "u"}
+        | {"kk": "B T H K direction", "a": "B T H K unit"},
+        chunk=ops.fused_mul_recurrent_rwkv7,
+        step=rwkv7_step,
+        definition=rwkv7,
+    ),
+    row("longhorn", LONGHORN, sizes={"HV": 4}),
+    row("longhorn", LONGHORN, sizes={"HV": 4}, options={"diagonal": True}),
+    row(
+        "mesa_net",
+        {"q": "B T H K", "k": "B T H K direction", "v": "B T H V", "g": "B T H gate"}
+        | {"beta": "B T H unit", "lamb": "H K positive"},
+        chunk=mesa,
+        step=partial(ops.mesa_net_step, max_CG_iteration=40),
+        state=("N H K K gram", "N H K V"),
+    ),
+    row(
+        "fwp",
+        QKV | {"beta": "B T HV unit"},
+        chunk=partial(ops.chunk_fwp, nu=2),
+        step=partial(ops.fwp_step, nu=2),
+        definition=fast_weights,
+        state=("N HV F V",),
+        sizes={"HV": 4},
+    ),
+]
+
+
 def draw(
     family: Family,
     T: int = 37,
@@ -281,6 +407,7 @@ def draw(
     if N is not None:
         sizes["B"] = 1
     sizes["N"] = sizes["B"] if N is None else N
+    sizes |= {"HVK": sizes["HV"] * sizes["K"], "F": 4 * sizes["K"]}
     rng = torch.Generator().manual_seed(zlib.crc32(f"{family} {T} {gate} {N}".encode()))
     boundaries = None if cu_seqlens is None else torch.tensor(cu_seqlens)
 
@@ -294,6 +421,10 @@ def draw(
         x = torch.randn(shape, generator=rng, dtype=torch.float64)
         if kind == "positive":
             return x.exp().to(dtype)
+        if kind == "direction":
+            return (x / x.norm(dim=-1, keepdim=True)).to(dtype)
+        if kind == "gram":
+            return (x @ x.mT).to(dtype)
         if kind == "integer":
             return (4 * x).round().to(dtype)
         return (4 * x if kind == "logits" else x).to(dtype)

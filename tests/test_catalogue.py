@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in (ROOT / "docs" / "catalogue.md").read_text().splitlines()
-    if re.match(r"\| (A\d+|LAvv) \|", line)
+    if re.match(r"\| ([AC]\d+|LAvv|KDA) \|", line)
 ]
 
 
 def test_every_row_is_there():
-    assert [row[0] for row in ROWS] == [f"A{n}" for n in range(1, 35)] + ["LAvv"]
+    A, C = ([f"{letter}{n}" for n in range(1, end)] for letter, end in (("A", 35), ("C", 12)))
+    assert [row[0] for row in ROWS] == [*A, "LAvv", *C, "KDA"]
 
 
 def test_names_exist():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from ..modules.precision import wide
-from ..ops import chunk_simple_gla
+from ..ops import chunk_gated_delta_rule, fused_gdn_gate
 from ._gated import add_convs
 from .common import split_heads
 from .recurrent import Call, RecurrentLayer, check_mode, width_of
@@ -20,13 +20,11 @@ __all__ = ["MomAttention"]
 
 
 class MomAttention(RecurrentLayer):
-    r"""Linear attention over several memories, of which every token writes and reads ``topk``.
+    r"""The gated delta rule over several memories, of which every token writes and reads ``topk``.
 
-    Memory m, where chosen, does ``S_m = e^g S_m + k (β v)ᵀ`` with k, v, β, g of its own
+    Memory m, where chosen, does ``S_m = e^g (1 − β k kᵀ) S_m + β k vᵀ`` with k, v, β, g of its own
     projections and k, q of unit length; elsewhere it stays. Outputs are summed with the router's
-    weights. This is gated linear attention with an input gate: FLA's layer, whose parameters these
-    are, updates by the gated delta rule, ``S_m = e^g (1 - β k kᵀ) S_m + β k vᵀ``. Its checkpoints
-    load here, but compute something else.
+    weights.
 
     Args:
         hidden_size: width of input and output.
@@ -129,10 +127,12 @@ class MomAttention(RecurrentLayer):
             else F.silu(y)
             for name, y in zip("qkv", (q, k, v), strict=True)
         )
-        q, k = (F.normalize(wide(split_heads(y, self.head_dim)), dim=-1).to(y) for y in (q, k))
-        v = split_heads(v, self.head_v_dim) * b.sigmoid()[..., None]
-        g = -wide(self.A_log).exp() * F.softplus(wide(a) + self.dt_bias)
-        o = routed.sum(routed.attend(q, k, v.to(q), g)).view(
+        q, k, v = (
+            split_heads(y, d)
+            for y, d in ((q, self.head_dim), (k, self.head_dim), (v, self.head_v_dim))
+        )
+        g = fused_gdn_gate(a, self.A_log, self.dt_bias)
+        o = routed.sum(routed.attend(q, k, v.to(q), g, wide(b).sigmoid())).view(
             *x.shape[:2], self.num_heads, self.head_v_dim
         )
         if self.use_output_gate:
@@ -209,7 +209,7 @@ class _Routed:
 
         return self.call.convolve(routed, x[None])[0]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """``[E, H, ..]`` to ``[E, H, V]``."""
 
         def chunk(
@@ -217,28 +217,32 @@ class _Routed:
             k: Tensor,
             v: Tensor,
             g: Tensor,
+            beta: Tensor,
             initial_state: Tensor | None,
             output_final_state: bool,
             cu_seqlens: Tensor | None = None,
         ) -> tuple[Tensor, Tensor | None]:
-            o, new = chunk_simple_gla(
+            o, new = chunk_gated_delta_rule(
                 q,
                 k,
                 v,
                 g,
+                beta,
+                use_qk_l2norm_in_kernel=True,
                 initial_state=self._split(initial_state),
                 output_final_state=output_final_state,
                 cu_seqlens=self.cu_seqlens,
             )
             return o, self._join(new)
 
-        def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:
-            o, new = chunk(q[:, None], k[:, None], v[:, None], g[:, None], state, True)
+        def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+            q, k, v, g, beta = (x[:, None] for x in (q, k, v, g, beta))
+            o, new = chunk(q, k, v, g, beta, state, True)
             assert new is not None
             state.copy_(new)
             return o[:, 0]
 
-        return self.call.run(chunk, step, *(x[None] for x in (q, k, v, g)))[0]
+        return self.call.run(chunk, step, *(x[None] for x in (q, k, v, g, beta)))[0]
 
     def sum(self, o: Tensor) -> Tensor:
         """``[E, H, V]`` back to ``[L, H, V]``: the weighted sum over a token's memories."""

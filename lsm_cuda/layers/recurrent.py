@@ -118,7 +118,11 @@ class Call:
                 lengths=self._lengths,
                 offset=self._shape[1],
             )
-        return repad(o, self._indices, *self._shape)
+        return self.repad(o)
+
+    def repad(self, x: Tensor) -> Tensor:
+        """``x`` of the tokens in the caller's layout, zeros at padding."""
+        return repad(x, self._indices, *self._shape)
 
 
 class RecurrentLayer(nn.Module):

@@ -77,6 +77,14 @@ MIXERS: dict[str, Builder] = {
     "regla": _mixer(layers.ReGLA),
     "rwkv5": _mixer(layers.RWKV5Attention),
     "rwkv6": _mixer(layers.RWKV6Attention),
+    "rwkv7": _mixer(layers.RWKV7Attention, head_dim=_head_dim, num_hidden_layers=_layers),
+    "comba": _mixer(layers.Comba, head_dim=_head_dim),
+    "delta_net": _mixer(layers.DeltaNet),
+    "gated_deltanet": _mixer(layers.GatedDeltaNet, head_dim=_head_dim),
+    "gated_deltaproduct": _mixer(layers.GatedDeltaProduct, head_dim=_head_dim),
+    "kda": _mixer(layers.KimiDeltaAttention, head_dim=_head_dim),
+    "longhorn": _mixer(layers.Longhorn, num_heads=_none),
+    "mesa_net": _mixer(layers.MesaNet, head_dim=_head_dim),
 }
 
 

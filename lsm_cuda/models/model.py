@@ -34,17 +34,20 @@ class DecoderLayer(nn.Module):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        mixed, _, _ = self.attn(
+        v_first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output, and the first layer's values where the mixer hands them on."""
+        handed = {} if v_first is None else {"v_first": v_first}
+        mixed, _, _, *more = self.attn(
             self.attn_norm(x),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            **handed,
         )
         x = x + mixed
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
-        return y
+        return x + self.mlp(self.mlp_norm(x)), more[0] if more else None
 
 
 class DecoderLM(nn.Module):
@@ -115,9 +118,9 @@ class DecoderLM(nn.Module):
         """
         if use_cache and past_key_values is None:
             past_key_values = Cache()
-        x = self.embeddings(input_ids)
+        x, v_first = self.embeddings(input_ids), None
         for layer in self.layers:
-            x = layer(x, attention_mask, past_key_values, use_cache, cu_seqlens)
+            x, v_first = layer(x, attention_mask, past_key_values, use_cache, cu_seqlens, v_first)
         x = self.norm(x[:, -1:] if last_only else x)
         return F.linear(x, self.embeddings.weight), past_key_values
 

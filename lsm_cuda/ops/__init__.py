@@ -11,10 +11,51 @@ from .based import (
     rebased_step,
 )
 from .chunk import chunk_gla, fused_chunk_gla, fused_recurrent_gla, gla_step
+from .comba import (
+    chunk_comba,
+    comba_step,
+    fused_recurrent_comba,
+)
+from .delta_rule import (
+    chunk_delta_rule,
+    chunk_fwp,
+    delta_rule_step,
+    fused_chunk_delta_rule,
+    fused_recurrent_delta_rule,
+    fwp_step,
+)
+from .dplr import (
+    chunk_dplr_delta_rule,
+    chunk_iplr_delta_rule,
+    chunk_rwkv7,
+    dplr_delta_rule_step,
+    fused_mul_recurrent_rwkv7,
+    fused_recurrent_dplr_delta_rule,
+    fused_recurrent_iplr_delta_rule,
+    fused_recurrent_rwkv7,
+    iplr_delta_rule_step,
+    rwkv7_step,
+)
 from .gated import gateloop, glru, min_gru, min_lstm
+from .gated_delta_rule import (
+    chunk_gated_delta_product,
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    gated_delta_product_step,
+    gated_delta_rule_step,
+)
+from .gates import (
+    fused_gdn_gate,
+    fused_kda_gate,
+)
 from .gsa import chunk_gsa, fused_recurrent_gsa, gsa_step
 from .hgrn import chunk_hgrn, fused_recurrent_hgrn, hgrn_step
 from .hgrn2 import chunk_hgrn2, chunk_metala, hgrn2_step, metala_step
+from .kda import (
+    chunk_kda,
+    fused_recurrent_kda,
+    kda_step,
+)
 from .lcsm import chunk_lcsm, lcsm_step
 from .lightnet import chunk_lightnet, fused_recurrent_lightnet, lightnet_step
 from .linear_attn import (
@@ -31,7 +72,16 @@ from .log_linear_attn import (
     chunk_log_linear_attn,
     log_linear_attn_step,
 )
+from .longhorn import (
+    chunk_longhorn,
+    longhorn_step,
+)
 from .lru import lru, lru_step, rg_lru, rg_lru_step
+from .mesa_net import (
+    chunk_mesa_net,
+    mesa_net_decoding_one_step,
+    mesa_net_step,
+)
 from .mlstm import (
     chunk_mlstm,
     mlstm_chunkwise,
@@ -76,8 +126,13 @@ from .ssd import (
     selective_state_update,
     ssd_minimal_discrete,
 )
+from .verify import (
+    DeltaDraft,
+    delta_verify,
+)
 
 __all__ = [
+    "DeltaDraft",
     "LogLinearAttentionState",
     "PrefixScanState",
     "abc_step",
@@ -85,15 +140,25 @@ __all__ = [
     "bidirectional_linear_attn",
     "chunk_abc",
     "chunk_based",
+    "chunk_comba",
+    "chunk_delta_rule",
+    "chunk_dplr_delta_rule",
+    "chunk_fwp",
+    "chunk_gated_delta_product",
+    "chunk_gated_delta_rule",
     "chunk_gla",
     "chunk_gsa",
     "chunk_hgrn",
     "chunk_hgrn2",
+    "chunk_iplr_delta_rule",
+    "chunk_kda",
     "chunk_lcsm",
     "chunk_lightnet",
     "chunk_lightning_attn",
     "chunk_linear_attn",
     "chunk_log_linear_attn",
+    "chunk_longhorn",
+    "chunk_mesa_net",
     "chunk_metala",
     "chunk_mlstm",
     "chunk_rebased",
@@ -102,28 +167,49 @@ __all__ = [
     "chunk_rfa",
     "chunk_rwkv5",
     "chunk_rwkv6",
+    "chunk_rwkv7",
     "chunk_simple_gla",
+    "comba_step",
+    "delta_rule_step",
+    "delta_verify",
+    "dplr_delta_rule_step",
     "fused_chunk_based",
+    "fused_chunk_delta_rule",
     "fused_chunk_gla",
     "fused_chunk_linear_attn",
     "fused_chunk_retention",
     "fused_chunk_simple_gla",
+    "fused_gdn_gate",
+    "fused_kda_gate",
+    "fused_mul_recurrent_rwkv7",
+    "fused_recurrent_comba",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_dplr_delta_rule",
+    "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gla",
     "fused_recurrent_gsa",
     "fused_recurrent_hgrn",
+    "fused_recurrent_iplr_delta_rule",
+    "fused_recurrent_kda",
     "fused_recurrent_lightnet",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
     "fused_recurrent_retention",
     "fused_recurrent_rwkv5",
     "fused_recurrent_rwkv6",
+    "fused_recurrent_rwkv7",
     "fused_recurrent_simple_gla",
+    "fwp_step",
+    "gated_delta_product_step",
+    "gated_delta_rule_step",
     "gateloop",
     "gla_step",
     "glru",
     "gsa_step",
     "hgrn2_step",
     "hgrn_step",
+    "iplr_delta_rule_step",
+    "kda_step",
     "lcsm_step",
     "lightnet_step",
     "lightning_attn_step",
@@ -131,10 +217,13 @@ __all__ = [
     "linear_attn_step",
     "log_linear_attn_step",
     "log_refined_gate",
+    "longhorn_step",
     "lru",
     "lru_step",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
+    "mesa_net_decoding_one_step",
+    "mesa_net_step",
     "metala_step",
     "min_gru",
     "min_lstm",
@@ -157,6 +246,7 @@ __all__ = [
     "rg_lru_step",
     "rwkv5_step",
     "rwkv6_step",
+    "rwkv7_step",
     "scan",
     "scan_step",
     "selective_state_update",

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lsm_cuda import layers
 from lsm_cuda.cache import Cache
 from lsm_cuda.layers import (
     ABCAttention,
+    Comba,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaProduct,
     GatedSlotAttention,
     HGRN2Attention,
+    KimiDeltaAttention,
     LightNetAttention,
+    Longhorn,
+    MesaNet,
     MetaLA,
     MomAttention,
     ReGLA,
@@ -25,7 +35,17 @@ D, H = 16, 2
 CONV = {"use_short_conv": True, "conv_bias": True, "conv_size": 3}
 HEADS = {"num_heads": H}
 MOM = {**HEADS, "head_dim": 4, "num_memories": 3, "conv_size": 3}
+DELTA = {**HEADS, "head_dim": 4, "conv_size": 3}
+RANKS = {f"{name}_low_rank_dim": 3 for name in ("decay", "gate", "a", "v")}
 RWKV6 = {**HEADS, "proj_low_rank_dim": 3, "gate_low_rank_dim": 5}
+
+
+class RWKV7Attention(layers.RWKV7Attention):
+    """Without what it hands to later layers."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)[:3]
+
 
 LAYERS = {
     "hgrn2": (HGRN2Attention, {"expand_ratio": 8}),
@@ -57,6 +77,48 @@ LAYERS = {
         MomAttention,
         {**MOM, "topk": 3, "single_kv_proj": True, "shared_mem": True, "use_short_conv": False},
     ),
+    "delta_net": (DeltaNet, {**HEADS, "conv_size": 3}),
+    "delta_net elu": (
+        DeltaNet,
+        {**HEADS, **CONV, "qk_activation": "elu", "qk_norm": "sum", "use_gate": True},
+    ),
+    "delta_net bare": (
+        DeltaNet,
+        {**HEADS, "use_short_conv": False, "use_beta": False, "expand_k": 0.5},
+    ),
+    "delta_net dpfp": (
+        DeltaNet,
+        {**HEADS, **CONV, "qk_activation": "dpfp", "dpfp_nu": 2, "allow_neg_eigval": True}
+        | {"qk_norm": "sum"},
+    ),
+    "gated_deltanet": (GatedDeltaNet, {**DELTA, "num_v_heads": 4}),
+    "gated_deltanet bare": (
+        GatedDeltaNet,
+        {**DELTA, "use_short_conv": False, "use_gate": False, "allow_neg_eigval": True},
+    ),
+    "gated_deltaproduct": (GatedDeltaProduct, {**DELTA, "num_v_heads": 4}),
+    "gated_deltaproduct bare": (
+        GatedDeltaProduct,
+        {**DELTA, "num_householder": 3, "use_forget_gate": False, "use_output_gate": False},
+    ),
+    "comba": (Comba, {**DELTA, "num_v_heads": 4}),
+    "comba bare": (
+        Comba,
+        {**DELTA, "use_output_correction": False, "use_inner_decay": False, "conv_bias": True},
+    ),
+    "kda": (KimiDeltaAttention, {**DELTA, "num_v_heads": 4, "expand_v": 2}),
+    "kda bounded": (
+        KimiDeltaAttention,
+        {**DELTA, "lower_bound": -5.0, "safe_gate": True, "use_short_conv": False},
+    ),
+    "rwkv7": (RWKV7Attention, {"head_dim": 8, **RANKS}),
+    "rwkv7 fused": (
+        RWKV7Attention,
+        {"head_dim": None, **HEADS, **RANKS, "fuse_norm": True, "value_dim": 12},
+    ),
+    "longhorn": (Longhorn, {"state_size": 3, "num_heads": 4}),
+    "longhorn exact": (Longhorn, {"state_size": 3, "num_heads": 4, "diagonal": False}),
+    "mesa_net": (MesaNet, {**DELTA, "use_output_gate": True}),
 }
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -273,6 +335,175 @@ def regla(layer, w, x):
     return (rms(over_time(step, q, k, v, a), 0) * w["norm.weight"]).flatten(-2)
 
 
+def unit(y: torch.Tensor) -> torch.Tensor:
+    return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def delta_rule(q, k, v, decay, beta, *, steps=1, erase=None, scale=None):
+    """Key heads as many as value heads; decay of heads or key channels, or none; with a key of its
+    own to erase, before the decay; ``steps`` rows of k, v and beta in a token's heads."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    decay = torch.ones_like(q[..., 0]) if decay is None else decay
+
+    def step(S, q, k, v, a, beta, p):
+        rows = [y.chunk(steps, 1) for y in (k, v, beta)]
+        before = torch.zeros_like(outer(rows[0][0], rows[1][0])) if S is None else S
+        S = before * a.view(*a.shape, *[1] * (4 - a.dim()))
+        for k, v, beta in zip(*rows, strict=True):
+            old = read(k, S) if erase is None else read(p, before)
+            S = S + outer(k, beta[..., None] * (v - old))
+        return S, scale * read(q, S)
+
+    return over_time(step, q, k, v, decay, beta, q if erase is None else erase)
+
+
+def mamba(w: dict, a: torch.Tensor) -> torch.Tensor:
+    return (-w["A_log"].exp() * (1 + (a + w["dt_bias"]).exp()).log()).exp()
+
+
+def delta_output(w: dict, x: torch.Tensor, o: torch.Tensor, gate=F.silu) -> torch.Tensor:
+    o = (rms(o) * w["o_norm.weight"]).flatten(-2)
+    return o * gate(x @ w["g_proj.weight"].T) if "g_proj.weight" in w else o
+
+
+def delta_qkv(layer, w: dict, x: torch.Tensor) -> list[torch.Tensor]:
+    """In heads, each key head as often as it has value heads."""
+    q, k, v = projected(w, x, "qkv")
+    if not layer.use_short_conv:
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    q, k, v = (heads(y, n) for y, n in zip((q, k, v), head_counts(layer), strict=True))
+    return [y.repeat_interleave(layer.num_v_heads // H, 2) for y in (q, k)] + [v]
+
+
+def head_counts(layer) -> tuple[int, int, int]:
+    n = getattr(layer, "steps", 1)
+    return H, n * H, n * layer.num_v_heads
+
+
+def delta_net(layer, w, x):
+    silu = layer.qk_activation == "silu"
+    (q, k), (v,) = projected(w, x, "qk", silu), projected(w, x, "v")
+    if not layer.use_short_conv:
+        v = F.silu(v)
+        q, k = (F.silu(q), F.silu(k)) if silu else (q, k)
+    q, k, v = heads(q), heads(k), heads(v)
+    if layer.qk_activation == "elu":
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+    elif layer.qk_activation == "dpfp":
+        q, k = (torch.cat([y, -y], -1).relu() for y in (q, k))
+        q, k = (torch.cat([y * y.roll(j, -1) for j in (1, 2)], -1) for y in (q, k))
+    if layer.qk_norm == "sum":
+        q, k = (y / y.sum(-1, keepdim=True).clamp(min=1e-6) for y in (q, k))
+    else:
+        q, k = unit(q), unit(k)
+    beta = torch.ones_like(q[..., 0])
+    if layer.use_beta:
+        beta = (x @ w["b_proj.weight"].T).sigmoid() * (2 if layer.allow_neg_eigval else 1)
+    return delta_output(w, x, delta_rule(q, k, v, None, beta))
+
+
+def gated_deltanet(layer, w, x):
+    q, k, v = delta_qkv(layer, w, x)
+    beta = (x @ w["b_proj.weight"].T).sigmoid() * (2 if layer.allow_neg_eigval else 1)
+    o = delta_rule(unit(q), unit(k), v, mamba(w, x @ w["a_proj.weight"].T), beta)
+    return delta_output(w, x, o)
+
+
+def gated_deltaproduct(layer, w, x):
+    q, k, v = delta_qkv(layer, w, x)
+    beta = 2 * (x @ w["b_proj.weight"].T).sigmoid()
+    decay = mamba(w, x @ w["a_proj.weight"].T) if layer.use_forget_gate else None
+    o = delta_rule(unit(q), unit(k), v, decay, beta, steps=layer.steps)
+    return delta_output(w, x, o)
+
+
+def comba(layer, w, x):
+    q, k, v = delta_qkv(layer, w, x)
+    group = layer.num_v_heads // H
+    p = k * w["decay"].repeat_interleave(group).sigmoid()[:, None] if "decay" in w else k
+    q = q - w["D"].repeat_interleave(group)[:, None] * p if "D" in w else q
+    decay = mamba(w, x @ w["a_proj.weight"].T)
+    beta = (x @ w["b_proj.weight"].T).sigmoid()
+    o = delta_rule(unit(q), unit(k), v, decay, beta, erase=unit(p))
+    return delta_output(w, x, o, torch.sigmoid)
+
+
+def kda(layer, w, x):
+    q, k, v = delta_qkv(layer, w, x)
+    f = x @ w["f_proj.0.weight"].T @ w["f_proj.1.weight"].T + w["dt_bias"]
+    rate, f = w["A_log"].exp()[:, None], heads(f, layer.num_v_heads)
+    if layer.lower_bound is None:
+        decay = (1 + f.exp()) ** -rate
+    else:
+        decay = (layer.lower_bound * (rate * f).sigmoid()).exp()
+    o = delta_rule(unit(q), unit(k), v, decay, (x @ w["b_proj.weight"].T).sigmoid())
+    g = x @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T + w["g_proj.1.bias"]
+    return (rms(o) * w["o_norm.weight"]).flatten(-2) * g.sigmoid()
+
+
+def rwkv7(layer, w, x, first=None):
+    delta = F.pad(x, (0, 0, 1, -1)) - x
+    mixed = {name: x + delta * w[f"x_{name}"] for name in "rwkvag"}
+
+    def lora(name, f=lambda y: y):
+        y = f(mixed[name] @ w[f"{name}_lora.lora.0.weight"].T)
+        return y @ w[f"{name}_lora.lora.2.weight"].T + w.get(f"{name}_lora.lora.2.bias", 0)
+
+    r, k, v = (mixed[name] @ w[f"{name}_proj.weight"].T for name in "rkv")
+    if first is not None:
+        v = v + lora("v").sigmoid() * (first - v)
+    decay = (-math.exp(-0.5) * lora("w", torch.tanh).sigmoid()).exp()
+    a = lora("a").sigmoid()
+    kk = heads(k * w["k_k"])
+    kk = unit(kk) if layer.fuse_norm else kk / kk.norm(dim=-1, keepdim=True)
+    k = k * (1 + (a - 1) * w["k_a"])
+    r, k, v, a, decay = (heads(y) for y in (r, k, v, a, decay))
+
+    def step(S, r, k, v, a, kk, decay):
+        S = torch.zeros_like(outer(k, v)) if S is None else S
+        S = decay[..., None] * S - outer(kk * a, read(kk, S)) + outer(k, v)
+        return S, read(r, S)
+
+    o = over_time(step, r, k, v, a, kk, decay)
+    o = o - o.mean(-1, keepdim=True)
+    o = rms(o, layer.head_dim * 1e-5).flatten(-2) * w["g_norm.weight"] + w["g_norm.bias"]
+    o = o + ((r * k * w["r_k"]).sum(-1, keepdim=True) * v).flatten(-2)
+    return o * lora("g", torch.sigmoid)
+
+
+def longhorn(layer, w, x):
+    x, z = (x @ w["in_proj.weight"].T).chunk(2, -1)
+    x = conv(w, "conv1d", x)
+    rank = w["dt_head.weight"].shape[1]
+    dt, k, q = (x @ w["x_proj.weight"].T).split([rank, 3, 3], -1)
+    beta = (dt @ w["dt_head.weight"].T + w["dt_head.bias"]).sigmoid()
+
+    def step(S, q, k, v, beta):
+        rate = beta / (1 + beta * k.square().sum(-1, keepdim=True))
+        S = torch.zeros_like(outer(k, v)) if S is None else S
+        held = k[..., None] * S if layer.diagonal else read(k, S)[..., None, :]
+        S = S + outer(k, rate * v) - k[..., None] * rate[..., None, :] * held
+        return S, read(q, S)
+
+    return (over_time(step, q, k, x, beta) + w["D"] * x) * F.silu(z)
+
+
+def mesa_net(layer, w, x):
+    q, k, v = (heads(y) for y in projected(w, x, "qkv"))
+    decay = (x @ w["a_proj.weight"].T + w["a_proj.bias"]).sigmoid()
+    beta = (x @ w["b_proj.weight"].T + w["b_proj.bias"]).sigmoid()
+    lamb = (1 + w["lambda_params"].exp()).log() + 0.25
+
+    def step(state, q, k, v, a, beta):
+        P, G = (0, 0) if state is None else state
+        P = a[..., None, None] * P + outer(beta[..., None] * k, k)
+        G = a[..., None, None] * G + outer(beta[..., None] * k, v)
+        solution = torch.linalg.solve(P + torch.diag_embed(heads(lamb)), q)
+        return (P, G), read(solution, G)
+
+    return delta_output(w, x, over_time(step, unit(q), unit(k), v, decay, beta))
+
+
 def mom(layer, w, x):
     """Every memory by itself, over the tokens that chose it."""
     M, total = layer.num_memories, torch.zeros_like(x @ w["q_proj.weight"].T).repeat(1, 1, 2)
@@ -290,15 +521,8 @@ def mom(layer, w, x):
                 q, k, v = (heads(conv(w, f"{n}_conv1d", names[n])) for n in "qkv")
             else:
                 q, k, v = (heads(F.silu(names[n])) for n in "qkv")
-            q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
-            dt = (1 + (names["a"] + w["dt_bias"]).exp()).log()
-            decay = (-w["A_log"].exp() * dt).exp()[..., None]
-
-            def step(S, q, k, v, a, beta):
-                S = outer(k, beta * v) + (0 if S is None else a[..., None] * S)
-                return S, read(q, S) / q.shape[-1] ** 0.5
-
-            o = over_time(step, q, k, v, decay, names["b"].sigmoid()[..., None])
+            q, k = unit(q), unit(k)
+            o = delta_rule(q, k, v, mamba(w, names["a"]), names["b"].sigmoid())
             if m < M:
                 weight = chance[b, place, m] / chance[b, place].gather(1, best[place]).sum(-1)
                 o = o * weight[None, :, None, None]
@@ -315,7 +539,8 @@ def test_layer_is_its_definition(name):
     w = dict(layer.named_parameters())
     o, attentions, cache = layer(x)
     assert attentions is None and cache is None
-    expected = globals()[name.split()[0]](layer, w, x) @ w["o_proj.weight"].T
+    last = w["out_proj.weight"] if "out_proj.weight" in w else w["o_proj.weight"]
+    expected = globals()[name.split()[0]](layer, w, x) @ last.T
     # angles are in fp32
     tolerance = 1e-6 if getattr(layer, "rotary", None) is not None else 1e-9
     torch.testing.assert_close(o, expected, atol=tolerance, rtol=tolerance)
@@ -473,7 +698,7 @@ def shapes(**given: list[int]) -> dict[str, list[int]]:
     return {name.replace("__", "."): shape for name, shape in given.items()}
 
 
-# FLA's names; for RWKV-5, MetaLA and ReGLA, which FLA lacks, ours.
+# FLA's names; for RWKV-5, MetaLA and ReGLA, which FLA lacks, ours; for Longhorn its authors'.
 PARAMETERS = {
     "hgrn2": shapes(
         q_proj__weight=[16, 16],
@@ -601,6 +826,132 @@ PARAMETERS = {
         norm__weight=[8],
         o_proj__weight=[16, 16],
     ),
+    "delta_net": shapes(
+        q_proj__weight=[16, 16],
+        k_proj__weight=[16, 16],
+        v_proj__weight=[16, 16],
+        b_proj__weight=[2, 16],
+        q_conv1d__weight=[16, 1, 3],
+        k_conv1d__weight=[16, 1, 3],
+        v_conv1d__weight=[16, 1, 3],
+        o_norm__weight=[8],
+        o_proj__weight=[16, 16],
+    ),
+    "gated_deltanet": shapes(
+        A_log=[4],
+        dt_bias=[4],
+        q_proj__weight=[8, 16],
+        k_proj__weight=[8, 16],
+        v_proj__weight=[32, 16],
+        q_conv1d__weight=[8, 1, 3],
+        k_conv1d__weight=[8, 1, 3],
+        v_conv1d__weight=[32, 1, 3],
+        b_proj__weight=[4, 16],
+        a_proj__weight=[4, 16],
+        g_proj__weight=[32, 16],
+        o_norm__weight=[8],
+        o_proj__weight=[16, 32],
+    ),
+    "gated_deltaproduct": shapes(
+        A_log=[4],
+        dt_bias=[4],
+        q_proj__weight=[8, 16],
+        k_proj__weight=[16, 16],
+        v_proj__weight=[64, 16],
+        q_conv1d__weight=[8, 1, 3],
+        k_conv1d__weight=[16, 1, 3],
+        v_conv1d__weight=[64, 1, 3],
+        b_proj__weight=[8, 16],
+        a_proj__weight=[4, 16],
+        g_proj__weight=[32, 16],
+        o_norm__weight=[8],
+        o_proj__weight=[16, 32],
+    ),
+    "comba": shapes(
+        decay=[2],
+        D=[2],
+        A_log=[4],
+        dt_bias=[4],
+        q_proj__weight=[8, 16],
+        k_proj__weight=[8, 16],
+        v_proj__weight=[32, 16],
+        q_conv1d__weight=[8, 1, 3],
+        k_conv1d__weight=[8, 1, 3],
+        v_conv1d__weight=[32, 1, 3],
+        b_proj__weight=[4, 16],
+        a_proj__weight=[4, 16],
+        g_proj__weight=[32, 16],
+        o_norm__weight=[8],
+        o_proj__weight=[16, 32],
+    ),
+    "kda": shapes(
+        A_log=[4],
+        dt_bias=[16],
+        q_proj__weight=[8, 16],
+        k_proj__weight=[8, 16],
+        v_proj__weight=[32, 16],
+        q_conv1d__weight=[8, 1, 3],
+        k_conv1d__weight=[8, 1, 3],
+        v_conv1d__weight=[32, 1, 3],
+        f_proj__0__weight=[8, 16],
+        f_proj__1__weight=[16, 8],
+        b_proj__weight=[4, 16],
+        g_proj__0__weight=[8, 16],
+        g_proj__1__weight=[32, 8],
+        g_proj__1__bias=[32],
+        o_norm__weight=[8],
+        o_proj__weight=[16, 32],
+    ),
+    "rwkv7": shapes(
+        x_r=[1, 1, 16],
+        x_w=[1, 1, 16],
+        x_k=[1, 1, 16],
+        x_v=[1, 1, 16],
+        x_a=[1, 1, 16],
+        x_g=[1, 1, 16],
+        k_k=[16],
+        k_a=[16],
+        r_k=[2, 8],
+        r_proj__weight=[16, 16],
+        k_proj__weight=[16, 16],
+        v_proj__weight=[16, 16],
+        o_proj__weight=[16, 16],
+        w_lora__lora__0__weight=[3, 16],
+        w_lora__lora__2__weight=[16, 3],
+        w_lora__lora__2__bias=[16],
+        a_lora__lora__0__weight=[3, 16],
+        a_lora__lora__2__weight=[16, 3],
+        a_lora__lora__2__bias=[16],
+        g_lora__lora__0__weight=[3, 16],
+        g_lora__lora__2__weight=[16, 3],
+        g_norm__weight=[16],
+        g_norm__bias=[16],
+    ),
+    "longhorn": shapes(
+        D=[32],
+        in_proj__weight=[64, 16],
+        conv1d__weight=[32, 1, 4],
+        conv1d__bias=[32],
+        x_proj__weight=[7, 32],
+        dt_head__weight=[32, 1],
+        dt_head__bias=[32],
+        out_proj__weight=[16, 32],
+    ),
+    "mesa_net": shapes(
+        lambda_params=[8],
+        q_proj__weight=[8, 16],
+        k_proj__weight=[8, 16],
+        v_proj__weight=[8, 16],
+        a_proj__weight=[2, 16],
+        a_proj__bias=[2],
+        b_proj__weight=[2, 16],
+        b_proj__bias=[2],
+        q_conv1d__weight=[8, 1, 3],
+        k_conv1d__weight=[8, 1, 3],
+        g_proj__weight=[8, 16],
+        o_norm__weight=[4],
+        o_proj__weight=[16, 8],
+    ),
 }
 PARAMETERS["mom shared"] = shapes(
     q_proj__weight=[8, 16],
@@ -638,21 +989,106 @@ def test_errors(name):
     with pytest.raises(ValueError, match="construct the layer with layer_idx"):
         make(name, layer_idx=None)(x, past_key_values=Cache())
     cls, options = LAYERS[name]
-    if "head_dim" in options:  # widths of their own
-        options = {**options, "expand_v": 0.3}
-    with pytest.raises(ValueError, match=f"{cls.__name__}: hidden_size.* must be a multiple of"):
-        cls(hidden_size=17, **options)
+    if "head_dim" in options and "expand_v" in inspect.signature(cls).parameters:
+        options = {**options, "expand_v": 0.3}  # widths of their own
+    if cls is not MesaNet:  # whose widths have nothing to do with each other
+        match = f"{cls.__name__}: hidden_size.* must be a multiple of"
+        with pytest.raises(ValueError, match=match):
+            cls(hidden_size=17, **options)
     with pytest.raises(TypeError, match="use_sort_conv"):
         cls(use_sort_conv=True)
 
 
-@pytest.mark.parametrize("name", ["hgrn2", "rwkv6", "rwkv5", "gsa", "lightnet", "mom"])
+MODES = ["hgrn2", "rwkv6", "rwkv5", "gsa", "lightnet", "mom", "delta_net", "gated_deltanet"]
+MODES += ["rwkv7", "mesa_net"]
+
+
+@pytest.mark.parametrize("name", MODES)
 def test_unknown_mode(name):
     with pytest.raises(ValueError, match=r"mode must be one of chunk.*got 'parallel'"):
         make(name, mode="parallel")
 
 
+def theirs(model: str, config: str, layer: str, **sizes) -> torch.nn.Module:
+    """A layer of transformers in fp32, with weights away from trivial values."""
+    modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    torch.manual_seed(0)
+    module = getattr(modeling, layer)(getattr(modeling, config)(hidden_size=D, **sizes), 0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.dim() == 2 else 2))
+    return module
+
+
+@torch.no_grad()
+def test_gated_deltanet_is_the_layer_of_qwen3_next():
+    module = theirs(
+        "qwen3_next", "Qwen3NextConfig", "Qwen3NextGatedDeltaNet", linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=9,
+        linear_conv_kernel_dim=3, layer_types=["linear_attention"], num_hidden_layers=1,
+    )  # fmt: skip
+    layer = GatedDeltaNet(
+        D, expand_v=1.5, head_dim=6, num_heads=2, num_v_heads=4, conv_size=3, norm_eps=1e-6
+    )
+    layer.load_state_dict(layer.from_qwen3_next(module.state_dict()))
+    x = torch.randn(2, 20, D)
+    torch.testing.assert_close(layer(x)[0], module(x), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_kimi_delta_attention_is_the_layer_of_kimi_linear():
+    module = theirs(
+        "kimi_linear", "KimiLinearConfig", "KimiLinearDeltaAttention", linear_num_heads=2,
+        linear_head_dim=6, linear_conv_kernel_dim=3, layer_types=["linear_attention"],
+        num_hidden_layers=1,
+    )  # fmt: skip
+    eps = module.o_norm.variance_epsilon
+    layer = KimiDeltaAttention(D, head_dim=6, num_heads=2, conv_size=3, norm_eps=eps)
+    layer.load_state_dict(layer.from_kimi_linear(module.state_dict()))
+    x = torch.randn(2, 20, D)
+    torch.testing.assert_close(layer(x)[0], module(x), atol=1e-5, rtol=1e-4)
+
+
+def test_values_of_the_first_rwkv7_layer():
+    """Mixed into those of the others, packed and padded like the tokens."""
+    torch.manual_seed(0)
+    first, second = (
+        layers.RWKV7Attention(
+            hidden_size=D, head_dim=8, layer_idx=i, num_hidden_layers=2, **RANKS
+        ).double()
+        for i in (0, 1)
+    )
+    x = tokens(2, 7)
+    with torch.no_grad():  # some start as zeros
+        for p in (*first.parameters(), *second.parameters()):
+            p.add_(torch.rand_like(p) - 0.5)
+    _, _, _, v = first(x)
+    close(v, (x + (F.pad(x, (0, 0, 1, -1)) - x) * first.x_v) @ first.v_proj.weight.T)
+    w = dict(second.named_parameters())
+    o, _, _, same = second(x, v_first=v)
+    close(o, rwkv7(second, w, x, v) @ w["o_proj.weight"].T)
+    assert same is v
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+    _, _, _, v = first(x, attention_mask=mask)
+    o, _, _, _ = second(x, attention_mask=mask, v_first=v)
+    for row, part in ((0, slice(2, 7)), (1, slice(0, 4))):
+        alone = first(x[row : row + 1, part])[3]
+        close(o[row : row + 1, part], second(x[row : row + 1, part], v_first=alone)[0])
+    with pytest.raises(ValueError, match="v_first, the values of the layer with layer_idx=0"):
+        second(x)
+
+
 def test_errors_of_single_layers():
+    with pytest.raises(ValueError, match="num_v_heads must be a multiple of num_heads, got 3 and"):
+        make("gated_deltanet", num_v_heads=3)
+    with pytest.raises(ValueError, match=r"qk_activation must be silu, relu.*got 'tanh'"):
+        make("delta_net", qk_activation="tanh")
+    with pytest.raises(ValueError, match="qk_norm must be l2 or sum, got 'l1'"):
+        make("delta_net", qk_norm="l1")
+    with pytest.raises(ValueError, match="value_dim must be a multiple of the 2 heads, got 7"):
+        make("rwkv7", value_dim=7)
+    with pytest.raises(ValueError, match="give head_dim or num_heads, got neither"):
+        make("rwkv7", head_dim=None)
     with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads, got 2 and"):
         make("gsa", num_kv_heads=3)
     with pytest.raises(ValueError, match="feature_map must be swish, relu or t2r, got 'elu'"):

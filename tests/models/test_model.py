@@ -19,7 +19,12 @@ def make(mixer: str = "gla", **options) -> DecoderLM:
         mixer_options=options,
         initializer_range=0.3,  # far from uniform predictions, so that mistakes show
     )
-    return DecoderLM(config).double()
+    model = DecoderLM(config).double()
+    with torch.no_grad():  # mixers that begin as nothing
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    return model
 
 
 def ids(*shape: int) -> torch.Tensor:

@@ -47,7 +47,9 @@ def test_docstring_examples(name: str) -> None:
 DOCUMENTED = [
     *("chunk_gla", "gla_step", "chunk_rwkv6", "rwkv6_step", "chunk_lightnet", "lightnet_step"),
     *("chunk_hgrn2", "hgrn2_step", "chunk_regla", "regla_step", "chunk_gsa", "gsa_step"),
-    *("chunk_abc", "abc_step", "chunk_based", "based_step"),
+    *("chunk_abc", "abc_step", "chunk_based", "based_step", "chunk_delta_rule", "chunk_kda"),
+    *("chunk_gated_delta_rule", "chunk_comba", "chunk_longhorn", "chunk_dplr_delta_rule"),
+    "chunk_mesa_net",
 ]
 
 

@@ -14,6 +14,8 @@ from families import FAMILIES, Call, assert_rule, definition, draw, gradients
 from peers import fla_module
 from torch import Tensor
 
+from lsm_cuda import ops
+
 BY_NAME = {str(family): family for family in FAMILIES}
 
 
@@ -106,6 +108,54 @@ def softmax_over_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.shape[-1] ** -0.5 * torch.einsum("bthk,btshk,bshv->bthv", q, p, v)
 
 
+def seq_first(naive: Callable[..., Any], **options: Any) -> Call:
+    """FLA's plain delta rules, which do not take packed sequences."""
+
+    def call(cu_seqlens: None = None, **x: Any) -> Any:
+        return naive(**x, output_final_state=True, **options)
+
+    return call
+
+
+def kda_peer(cu_seqlens: None = None, **x: Any) -> Any:
+    return fla_module("ops/kda/naive.py").naive_recurrent_kda(**x, output_final_state=True)
+
+
+def householder(cu_seqlens: None = None, **x: Any) -> Any:
+    """Micro-steps flat."""
+    naive = fla_module("ops/gated_delta_product/naive.py").naive_recurrent_gated_delta_product
+    x |= {n: x[n].flatten(1, 2) for n in ("k", "v", "beta")}
+    return naive(**x, scale=12**-0.5, output_final_state=True, num_householder=2)
+
+
+def low_rank(r, w, k, v, kk, a, initial_state, cu_seqlens=None):  # type: ignore[no-untyped-def]
+    naive = fla_module("ops/generalized_delta_rule/dplr/naive.py").dplr_recurrence
+    tokens = (r * r.shape[-1] ** 0.5, k, v, -kk, kk * a, w)  # which it scales by K^-1/2
+    o, state = naive(*(x.transpose(1, 2) for x in tokens), initial_state)
+    return o.transpose(1, 2), state
+
+
+def least_squares(q, k, v, g, beta, lamb):  # type: ignore[no-untyped-def]
+    return fla_module("ops/mesa_net/naive.py").naive_mesa_net_exact(q, k, v, g, lamb, beta)[0]
+
+
+def transformers(model: str, name: str) -> Call:
+    """A function of a model in transformers, over ``[B, T, H, ·]``."""
+
+    def call(q, k, v, g, beta, initial_state=None, cu_seqlens=None, **logits):  # type: ignore[no-untyped-def]
+        modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+        if logits:
+            g = ops.fused_gdn_gate(g, **logits)
+            beta = 2 * beta.sigmoid()
+        return getattr(modeling, name)(
+            q, k, v, g=g, beta=beta, initial_state=initial_state, output_final_state=True,
+            use_qk_l2norm_in_kernel=bool(logits),
+        )  # fmt: skip
+
+    return call
+
+
+GDN = "ops/gated_delta_rule/naive.py"
 BASED, REBASED = "ops/based/naive.py", "ops/rebased/naive.py"
 ABC = "ops/abc/naive.py"
 # name: family, what it is compared with, sizes; "states": False compares outputs alone
@@ -141,6 +191,50 @@ PEERS: dict[str, tuple[str, Call, dict[str, Any]]] = {
         head_first(naive(REBASED, "naive_parallel_rebased"), *"qkv"),
         {"states": False},
     ),
+    "delta_rule": (
+        "delta_rule",
+        head_first(
+            seq_first(naive("ops/delta_rule/naive.py", "delta_rule_recurrence")),
+            *("q", "k", "v", "beta"),
+        ),
+        {"HV": 2},
+    ),
+    "gated_delta_rule": (
+        "gated_delta_rule",
+        seq_first(naive(GDN, "naive_recurrent_gated_delta_rule")),
+        {"HV": 2},
+    ),
+    "gated_delta_rule in chunks": (
+        "gated_delta_rule",
+        seq_first(naive(GDN, "naive_chunk_gated_delta_rule"), chunk_size=16),
+        {"HV": 2},
+    ),
+    "gated_delta_rule of Qwen3-Next": (
+        "gated_delta_rule",
+        transformers("qwen3_next", "torch_recurrent_gated_delta_rule"),
+        {},
+    ),
+    "gated_delta_rule of Qwen3-Next in chunks": (
+        "gated_delta_rule",
+        transformers("qwen3_next", "torch_chunk_gated_delta_rule"),
+        {},
+    ),
+    "gated_delta_rule of OLMo hybrid from logits": (
+        "gated_delta_rule from logits",
+        transformers("olmo_hybrid", "torch_recurrent_gated_delta_rule"),
+        {},
+    ),
+    "kda": ("kda", kda_peer, {}),
+    "kda of Kimi Linear": (
+        "kda",
+        transformers("kimi_linear", "recurrent_kimi_delta_attention"),
+        {"HV": 2},
+    ),
+    "gated_delta_product": ("gated_delta_product", householder, {"HV": 2}),
+    # its recurrence decays before it erases, which its kernels and this do not
+    "comba": ("comba", seq_first(naive("ops/comba/naive.py", "naive_chunk_comba")), {"HV": 2}),
+    "rwkv7": ("rwkv7", low_rank, {}),
+    "mesa_net": ("mesa_net", least_squares, {"states": False, "V": 12}),
     "rebased as pairs": ("rebased", pairs(torch.square), {"states": False}),
 }
 
