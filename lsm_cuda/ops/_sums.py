@@ -46,7 +46,7 @@ def sums(
     check_rank(name, "v", v, "[B, T, HV, V]")
     if q.dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
-    column, v = _column(v, weight, v.shape[:-1])
+    column = v.new_ones(1) if weight is None else weight[..., None].to(v.dtype)
     V, wide = v.shape[-1], accumulation_dtype(q)
     S, z = initial_state
     if S is not None or z is not None:
@@ -62,10 +62,10 @@ def sums(
     rest = output_final_state, cu_seqlens
     more = _ROW - V % _ROW
     if V + more > _WIDEST:
-        above, S = run(v, g, scale, S, *rest)
-        below, z = run(column, g, scale, z, *rest)
+        above, S = run(v if weight is None else v * column, g, scale, S, *rest)
+        below, z = run(column.expand(*v.shape[:-1], 1), g, scale, z, *rest)
     else:
-        v = torch.cat([v, column.expand(*column.shape[:-1], more)], -1)
+        v = _with_weights(v, column, more)
         h0 = None if S is None or z is None else torch.cat([S, z.expand(*z.shape[:-1], more)], -1)
         o, h = run(v, g, scale, h0, *rest)
         above, below, _ = torch.split(o, [V, 1, more - 1], -1)
@@ -99,18 +99,46 @@ def step_sums(
     check_in_place(op, "the normaliser's state", z, dims, (B, rows, K), q)
     if q.dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
-    column, v = _column(v, weight, z.shape[:-1])
+    if weight is None:
+        column = v.new_ones(1).expand(*z.shape[:-1], 1)
+    else:
+        column = weight[..., None].to(v.dtype)
+        v = v * column
     above = _chunk.step(name, q, k, v, g, S, scale, chunk_name)
     below = _chunk.step(name, q, k, column, g, z[..., None], scale, chunk_name)
     return above, below.repeat_interleave(HV // rows, 1)
 
 
-def _column(v: Tensor, weight: Tensor | None, rows: torch.Size) -> tuple[Tensor, Tensor]:
-    """The weights as one column of values, and v times them."""
-    if weight is None:
-        return v.new_ones(1).expand(*rows, 1), v
-    column = weight[..., None].to(v.dtype)
-    return column, v * column
+class _WithWeights(torch.autograd.Function):
+    """One pass over v where a product and a concatenation are two."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, column: Tensor, more: int) -> Tensor:
+        V = v.shape[-1]
+        out = v.new_empty(*v.shape[:-1], V + more)
+        torch.mul(v, column, out=out[..., :V])
+        out[..., V:] = column
+        ctx.save_for_backward(v, column)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        v, column = ctx.saved_tensors
+        of_v, of_column = torch.split(grad, [v.shape[-1], grad.shape[-1] - v.shape[-1]], -1)
+        wide = accumulation_dtype(v)
+        total = (of_v * v).sum(-1, keepdim=True, dtype=wide)
+        total = total + of_column.sum(-1, keepdim=True, dtype=wide)
+        return of_v * column, total.to(column.dtype), None
+
+
+def _with_weights(v: Tensor, column: Tensor, more: int) -> Tensor:
+    """``v · column`` and ``more`` times the column, side by side; a column of one element is 1."""
+    if column.dim() == 1:
+        return torch.cat([v, column.expand(*v.shape[:-1], more)], -1)
+    if torch.compiler.is_compiling():  # which writes one kernel of its own
+        return torch.cat([v * column, column.expand(*v.shape[:-1], more)], -1)
+    return _WithWeights.apply(v, column, more)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Quotient(torch.autograd.Function):
