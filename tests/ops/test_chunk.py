@@ -17,6 +17,13 @@ def test_accepted(impl: Impl, case: Case) -> None:
     assert_accepted(impl.run(case.op, x), truth, same, x)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_groups_of_four(impl: Impl, op: Op, dtype: str) -> None:
+    """Four value heads' shares of dq and dk, rounded one by one on CUDA, obey the rule together."""
+    x, truth, same = expected(Case(op, T=40, heads=(1, 4), dtype=dtype, state="both"))
+    assert_accepted(impl.run(op, x), truth, same, x)
+
+
 def test_forward_without_gradients_is_the_same(impl: Impl, op: Op) -> None:
     x = make_inputs(Case(op, T=65, dims=(7, 33), heads=(1, 2), state="both"))
     with_grad = impl.run(op, x)
