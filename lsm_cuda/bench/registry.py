@@ -238,6 +238,13 @@ ROWS = (
         inputs={**QKV, "g": "B T HV K gate"},
     ),
     Op(
+        name="gla_both",
+        chunk="chunk_gla",
+        step="gla_step",
+        reference="two_sided_gated_linear_attention",
+        inputs={**QKV, "g": "B T HV K gate", "gv": "B T HV V gate"},
+    ),
+    Op(
         name="rwkv6",
         chunk="chunk_rwkv6",
         step="rwkv6_step",
