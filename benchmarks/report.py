@@ -193,43 +193,59 @@ def readme(text: str, results: list[Result]) -> str:
 
 
 def summary(results: list[Result]) -> str:
-    """Per device and operator, the longest shape that every timed peer also ran."""
+    """Per device, a line per operator."""
     parts = []
     for result in results:
         env = result.environment
         parts.append(
-            f"{result.device}; {env['date']}, commit {env['commit']}. A peer's time over ours:\n"
+            f"{result.device}; {env['date']}, commit {env['commit']}. Our milliseconds and a "
+            f"peer's time over ours, for {' / '.join(TITLES.values())}:\n"
         )
         parts += [*headline(result), ""]
     return "\n".join(parts) + "\n" if parts else "No measurements yet.\n"
 
 
 def headline(result: Result) -> Iterator[str]:
-    ratios = [r for r in result.rows if "ratio" in r]
-    peers = [*dict.fromkeys(r["implementation"] for r in ratios)]
-    yield "| | ours, ms | " + " | ".join(peers) + " |"
+    from lsm_cuda.bench.peers import PEERS
+
+    others = {peer.name for peer in PEERS if not peer.same}
+    timed = [r for r in result.rows if "ms" in r]
+    peers = [*dict.fromkeys(r["implementation"] for r in timed if "ratio" in r)]
+    yield "| | ours | " + " | ".join(p + (" *" if p in others else "") for p in peers) + " |"
     yield "| --- " * (2 + len(peers)) + "|"
-    for op in dict.fromkeys(r["op"] for r in result.rows):
-        for mode, title in TITLES.items():
-            rows = [r for r in result.rows if "ms" in r and (r["op"], r["mode"]) == (op, mode)]
-            if not (chosen := most_compared(rows)):
-                continue
-            (ours,) = (r for r in chosen if r["implementation"] == OURS)
-            cells = {r["implementation"]: f"{r['ratio']:.3g}×" for r in chosen if "ratio" in r}
-            name = f"{op}, {title}: {ours['shape']} {ours['dtype']}"
-            values = [f"{ours['ms']:.3g}", *(cells.get(peer, "–") for peer in peers)]
-            yield f"| {name} | " + " | ".join(values) + " |"
+    for op in dict.fromkeys(r["op"] for r in timed):
+        rows = [r for r in timed if r["op"] == op]
+        whole = most_compared([r for r in rows if r["mode"] != "step"])
+        steps = [r for r in rows if r["mode"] == "step"]
+        step = [r for r in steps if whole and cell(r) == cell(whole[0])] or most_compared(steps)
+        name = " ".join([op, *cell((whole or step)[0])[:2]])
+        if whole and step and step[0]["shape"] != whole[0]["shape"]:
+            name += f"; token: {step[0]['shape']}"
+        by_name = {(r["implementation"], r["mode"]): r for r in whole + step}
+        values = [three(by_name, OURS, "ms", ""), *(three(by_name, p, "ratio", "×") for p in peers)]
+        yield f"| {name} | " + " | ".join(values) + " |"
+
+
+def three(rows: dict[tuple[str, str], Row], name: str, what: str, unit: str) -> str:
+    """A value per mode, or one dash for all."""
+    found = [rows.get((name, mode)) for mode in TITLES]
+    values = [f"{row[what]:.3g}{unit}" if row else "–" for row in found]
+    return " / ".join(values) if any(found) else "–"
+
+
+def cell(row: Row) -> tuple[str, str, str]:
+    return row["shape"], row["dtype"], row["timing"]
 
 
 def most_compared(rows: list[Row]) -> list[Row]:
-    """The rows of the cell with most implementations; of those, the longest."""
+    """The rows of the cell with most implementations in most modes; of those, the longest."""
     cells: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row["shape"], row["dtype"], row["timing"]), []).append(row)
+        cells.setdefault(cell(row), []).append(row)
 
-    def rank(cell: list[Row]) -> tuple[int, int]:
-        (T,) = re.findall(r"T(\d+)", cell[0]["shape"])
-        return len(cell), int(T)
+    def rank(rows: list[Row]) -> tuple[int, int]:
+        (T,) = re.findall(r"T(\d+)", rows[0]["shape"])
+        return len(rows), int(T)
 
     return max(cells.values(), key=rank, default=[])
 

@@ -3,9 +3,11 @@
     python benchmarks/run.py --device cpu --threads 2 --out benchmarks/results
     python benchmarks/run.py --ops gla --compare main
 
-Ratios compare medians of one run only. Results are json under OUT/<device>/; report.py turns those
-in benchmarks/results into docs. --compare builds another commit beside this tree, takes turns
-between the two, and fails where this tree is more than a tenth slower.
+The first shape of every operator comes first, then the second ones, and so on; --minutes ends the
+run there. Ratios compare medians of one run only. Results are json under OUT/<device>/, written
+after every shape; report.py turns those in benchmarks/results into docs. --compare builds another
+commit beside this tree, takes turns between the two, and fails where this tree is more than a tenth
+slower.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +41,10 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", help="default: all")
     parser.add_argument("--only", default="", help="regular expression: shapes to time")
     parser.add_argument("--seconds", type=float, default=1.0, help="per cell and implementation")
+    parser.add_argument(
+        "--patience", type=float, default=5.0, help="seconds a peer's call may take"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="what ends the run")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     parser.add_argument("--compare", metavar="REV", help="compare this tree with a commit")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a tree; used by --compare
@@ -81,13 +88,14 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is timed, as json: one per operator, shape and dtype."""
     from lsm_cuda.bench import registry
 
-    return [
-        {"op": op, "text": shape.text, "packed": shape.packed, "dtype": str(dtype)[6:], "modes": m}
+    found = [
+        (n, {"op": op, "text": s.text, "packed": s.packed, "dtype": str(dtype)[6:], "modes": modes})
         for op in options.ops
-        for shape, m in registry.cells(registry.OPS[op], options.device)
-        if re.search(options.only, str(shape))
+        for n, (s, modes) in enumerate(registry.cells(registry.OPS[op], options.device))
+        if re.search(options.only, str(s))
         for dtype in registry.DTYPES[options.device]
     ]
+    return [cell for _, cell in sorted(found, key=lambda cell: cell[0])]
 
 
 def clock(device: str) -> Any:
@@ -99,7 +107,7 @@ def clock(device: str) -> Any:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from lsm_cuda.bench.measure import environment, measure
+    from lsm_cuda.bench.measure import Checked, environment, measure
     from lsm_cuda.bench.registry import DTYPES, OPS, Shape
     from lsm_cuda.bench.results import save
     from lsm_cuda.bench.roofline import ceilings
@@ -107,8 +115,13 @@ def run(options: argparse.Namespace) -> int:
     where = environment(options.device)
     where["ceilings"] = ceilings(options.device, DTYPES[options.device])
     record: dict[str, Any] = {"environment": where, "rows": []}
-    ticks = clock(options.device)
-    for cell in cells(options):
+    ticks, checked, path = clock(options.device), Checked(), None
+    deadline = time.monotonic() + 60 * options.minutes
+    todo = cells(options)
+    for n, cell in enumerate(todo):
+        if time.monotonic() > deadline:
+            print(f"{len(todo) - n} of {len(todo)} shapes were not reached")
+            break
         for row in measure(
             OPS[cell["op"]],
             Shape(cell["text"], cell["packed"]),
@@ -117,10 +130,13 @@ def run(options: argparse.Namespace) -> int:
             cell["modes"],
             ticks,
             seconds=options.seconds,
+            patience=options.patience,
+            checked=checked,
         ):
             record["rows"].append(row)
             print(show(row), flush=True)
-    print(f"written: {save(record, options.out)}")
+        path = save(record, options.out)
+    print(f"written: {path}")
     return 0
 
 

@@ -18,7 +18,19 @@ from torch import Tensor
 import lsm_cuda
 from lsm_cuda import reference
 
-__all__ = ["DTYPES", "MODES", "OPS", "ROWS", "SETS", "Inputs", "Op", "Set", "Shape", "cells"]
+__all__ = [
+    "DTYPES",
+    "MODES",
+    "OPS",
+    "ROWS",
+    "SETS",
+    "Inputs",
+    "Op",
+    "Set",
+    "Shape",
+    "cells",
+    "sets",
+]
 
 Inputs = dict[str, Tensor]
 MODES = ("forward", "training", "step")  # training: forward and backward; step: one more token
@@ -331,11 +343,13 @@ OPS = {op.name: op for op in ROWS if op.available}
 
 @dataclass(frozen=True)
 class Set:
-    """Shapes that belong together, in order of importance, and what is timed at them."""
+    """Shapes that belong together, in order of importance, and what is timed at them. ``only``:
+    the operators it is for; all of the engine's if empty."""
 
     name: str
     modes: tuple[str, ...]
     shapes: tuple[Shape, ...]
+    only: tuple[str, ...] = ()
 
 
 def shapes(text: str, **values: tuple[int, ...]) -> tuple[Shape, ...]:
@@ -345,6 +359,7 @@ def shapes(text: str, **values: tuple[int, ...]) -> tuple[Shape, ...]:
 
 
 WHOLE = ("forward", "training")
+LONG = ("gla", "gated_delta_rule")  # one of an engine is timed at more shapes on a CPU
 # A step costs the same after any context; T is the context that its softmax peers read.
 SETS: dict[tuple[str, str], tuple[Set, ...]] = {
     ("chunk", "cuda"): (
@@ -357,10 +372,12 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("small heads", WHOLE, (Shape("B4 T8192 H16 K64 V64"),)),
     ),
     ("chunk", "cpu"): (
-        Set("lengths", WHOLE, shapes("B1 T{} H8 K64 V64", T=(2048, 8192, 512))),
-        Set("wide heads", WHOLE, (Shape("B1 T2048 H8 K128 V128"),)),
+        Set("lengths", WHOLE, shapes("B1 T{} H8 K64 V64", T=(2048, 512))),
+        Set("decode", ("step",), (Shape("B1 T2048 H8 K64 V64"),)),
         Set("packed", WHOLE, (Shape("B1 T4096 H8 K64 V64", packed=8),)),
-        Set("decode", ("step",), shapes("B1 T{} H8 K64 V64", T=(2048, 8192))),
+        Set("wide heads", WHOLE, (Shape("B1 T2048 H8 K128 V128"),), only=LONG),
+        Set("long decode", ("step",), (Shape("B1 T8192 H8 K64 V64"),), only=LONG),
+        Set("long", WHOLE, (Shape("B1 T8192 H8 K64 V64"),), only=LONG),
     ),
     ("chunk", "emulator"): (
         Set("tiny", WHOLE, (Shape("B1 T40 H1 K64 V32"),)),
@@ -376,9 +393,9 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("packed", WHOLE, (Shape("B1 T32768 H1 HV128 K128 V64", packed=16),)),
     ),
     ("ssd", "cpu"): (
-        Set("lengths", WHOLE, shapes("B1 T{} H1 HV8 K128 V64", T=(2048, 8192, 512))),
+        Set("lengths", WHOLE, shapes("B1 T{} H1 HV8 K128 V64", T=(2048, 512))),
+        Set("decode", ("step",), (Shape("B1 T2048 H1 HV8 K128 V64"),)),
         Set("packed", WHOLE, (Shape("B1 T4096 H1 HV8 K128 V64", packed=8),)),
-        Set("decode", ("step",), shapes("B1 T{} H1 HV8 K128 V64", T=(2048, 8192))),
     ),
     ("ssd", "emulator"): (
         Set("tiny", WHOLE, (Shape("B1 T40 H1 HV2 K64 V32"),)),
@@ -393,4 +410,9 @@ for _device in ("cuda", "cpu", "emulator"):
 def cells(op: Op, device: str) -> list[tuple[Shape, tuple[str, ...]]]:
     """Shapes of an operator on a device (cpu, cuda or emulator) with their modes, first things
     first."""
-    return [(shape, s.modes) for s in SETS[op.engine, device] for shape in s.shapes]
+    return [(shape, s.modes) for s in sets(op, device) for shape in s.shapes]
+
+
+def sets(op: Op, device: str) -> list[Set]:
+    """Those that are for an operator."""
+    return [s for s in SETS[op.engine, device] if not s.only or op.name in s.only]

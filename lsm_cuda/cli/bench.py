@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..bench.measure import OURS, CudaClock, HostClock, Row, environment, measure
 from ..bench.peers import PEERS
-from ..bench.registry import DTYPES, OPS, SETS, Op, Shape
+from ..bench.registry import DTYPES, OPS, Op, Shape, sets
 from ..bench.roofline import ceilings, floor_ms, fraction
 from ..train import pick_device
 
@@ -100,17 +100,15 @@ def timed(
 
 def cells(config: BenchConfig, device: str) -> Iterator[tuple[Op, Shape, tuple[str, ...]]]:
     """Shape by shape, all operators of each."""
-    ops = [OPS[name] for name in config.ops or OPS]
-    engines = dict.fromkeys(op.engine for op in ops)
-    for wanted in QUICK[device]:
-        for engine in engines:
-            for s in SETS[engine, device]:
-                if s.name != wanted:
-                    continue
-                for shape in s.shapes:
-                    if shape["T"] > config.longest and "step" not in s.modes:
-                        continue
-                    yield from ((op, shape, s.modes) for op in ops if op.engine == engine)
+    found = [
+        (QUICK[device].index(s.name), n, op, shape, s.modes)
+        for op in (OPS[name] for name in config.ops or OPS)
+        for s in sets(op, device)
+        if s.name in QUICK[device]
+        for n, shape in enumerate(s.shapes)
+        if shape["T"] <= config.longest or "step" in s.modes
+    ]
+    yield from (cell[2:] for cell in sorted(found, key=lambda cell: cell[:2]))
 
 
 def skipped(rows: list[Row]) -> dict[str, str]:

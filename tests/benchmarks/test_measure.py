@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from lsm_cuda.bench.measure import (
     stretch,
 )
 from lsm_cuda.bench.peers import PEERS, Call, Peer, absent
-from lsm_cuda.bench.registry import MODES, OPS, ROWS, Shape
+from lsm_cuda.bench.registry import MODES, OPS, ROWS, Shape, cells
 from lsm_cuda.bench.roofline import ceilings, floor_ms, fraction
 
 SHAPE = Shape("B1 T40 H2 K16 V16")
@@ -177,6 +178,33 @@ def test_fla_files_are_found_by_folder(tmp_path, monkeypatch):
         peers.fla_file.cache_clear()
 
 
+def test_what_was_checked_is_not_checked_again(monkeypatch):
+    checked = {}
+
+    def forward(op="gla", T=300):
+        at = Shape(f"B1 T{T} H8 K64 V64")  # 256 tokens of it are checked
+        return [
+            *measure(
+                OPS[op], at, F32, "cpu", ["forward"], HostClock(), (), seconds=0.0, checked=checked
+            )
+        ]
+
+    forward()
+    monkeypatch.setattr(lsm_cuda.ops, "chunk_gla", lambda **x: (2 * x["v"], None))
+    forward(T=400)
+    assert len(checked) == 1
+    with pytest.raises(WrongResultError):
+        forward(T=40)
+
+
+def test_slow_ones_get_fewer_turns(monkeypatch):
+    samplers = {"slow": lambda: 700.0, "slower": lambda: 1e5, "fast": lambda: 1.0}
+    samples = race(samplers, seconds=0.0)
+    assert {name: len(times) for name, times in samples.items()} == {
+        "slow": 3, "slower": 3, "fast": 5
+    }  # fmt: skip
+
+
 def test_turns():
     order = []
 
@@ -203,10 +231,13 @@ def test_run_writes_results(tmp_path):
     done = script("run", "--device", "cpu", "--only", "T512 ", "--seconds", 0, "--out", tmp_path,
                   "--threads", 1, "--ops", "gla")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "not reached" not in done.stdout
     record = json.loads((tmp_path / "cpu" / "ops.json").read_text())
     assert {"date", "commit", "cpu", "threads", "ceilings"} <= record["environment"].keys()
     assert {r["dtype"] for r in record["rows"]} == {"float32", "bfloat16"}
     assert any("ratio" in r for r in record["rows"])
+    done = script("run", "--device", "cpu", "--seconds", 0, "--minutes", 0, "--out", tmp_path)
+    assert done.returncode == 0 and re.search(r"(\d+) of \1 shapes were not reached", done.stdout)
     done = script("run", "--ops", "nothing")
     assert done.returncode == 2 and "no operator nothing; there are " in done.stderr
 
@@ -232,6 +263,17 @@ print(lsm_cuda.bench.registry.__file__)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == str(ROOT / "lsm_cuda" / "bench" / "registry.py"), found.stderr
+
+
+def test_first_shapes_come_first():
+    import argparse
+
+    import run  # isort: skip
+
+    options = argparse.Namespace(device="cpu", ops=["gla", "ssd"], only="")
+    found = run.cells(options)
+    assert [cell["op"] for cell in found[:6]] == ["gla", "gla", "ssd", "ssd", "gla", "gla"]
+    assert len(found) == 2 * sum(len(cells(OPS[op], "cpu")) for op in options.ops)
 
 
 def test_modules_need_no_extra():

@@ -9,7 +9,7 @@ import torch
 from cases import OPS as TESTED
 
 from lsm_cuda import ops, reference
-from lsm_cuda.bench.registry import MODES, OPS, ROWS, SETS, Shape, cells
+from lsm_cuda.bench.registry import MODES, OPS, ROWS, SETS, Shape, cells, sets
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -96,6 +96,13 @@ def test_every_operator_has_cells(name, device):
     for shape, _ in found:
         x = OPS[name].make(shape.at(max(8, shape.packed)), BF16, "cpu")
         assert ("cu_seqlens" in x) == bool(shape.packed)
+
+
+def test_sets_are_for_operators_there_are():
+    names = {op.name for op in ROWS}
+    assert all({*s.only} <= names for found in SETS.values() for s in found)
+    assert "long" in {s.name for s in sets(OPS["gla"], "cpu")}
+    assert "long" not in {s.name for s in sets(OPS["simple_gla"], "cpu")}
 
 
 def test_reference_shapes_come_first():

@@ -96,9 +96,36 @@ def test_a_gpu_page(copy, monkeypatch):
     assert "| gla | B1 T2048 H32 K128 V128 | bfloat16 | graph | 2 | 1 | 50% | 3× |" in page
     assert "| gla | B1 T2048 H32 K128 V128 | bfloat16 | eager | 4 | 1 | 25% | 3× |" in page
     assert (
-        "| gla, forward: B1 T32768 H32 K128 V128 bfloat16 | 20 | 3× |"
+        "| gla B1 T32768 H32 K128 V128 bfloat16 | 20 / – / – | 3× / – / – |"
         in (copy / "README.md").read_text()
     )
+
+
+def test_the_readme_has_a_line_per_operator():
+    """Of the cell that most implementations ran in most modes, with its own step or the best."""
+    common = {"op": "gla", "dtype": "float32", "timing": "eager"}
+
+    def rows(T: int, mode: str, *names: str):
+        shape = {"shape": f"B1 T{T} H8 K64 V64", "mode": mode}
+        yield common | shape | {"implementation": "lsm_cuda", "ms": 2.0}
+        yield from (common | shape | {"implementation": n, "ms": 8, "ratio": 4.0} for n in names)
+
+    result = report.Result.__new__(report.Result)
+    result.rows = [
+        *rows(512, "forward", "FLA naive", "torch SDPA"),
+        *rows(2048, "forward", "FLA naive", "torch SDPA"),
+        *rows(2048, "training", "torch SDPA"),
+        *rows(8192, "forward", "torch SDPA"),
+        *rows(4096, "step", "torch SDPA"),
+    ]
+    table = [*report.headline(result)]
+    assert table[0] == "| | ours | FLA naive | torch SDPA * |"
+    assert table[2:] == [
+        "| gla B1 T2048 H8 K64 V64 float32; token: B1 T4096 H8 K64 V64 | 2 / 2 / 2 "
+        "| 4× / – / – | 4× / 4× / 4× |"
+    ]
+    result.rows += rows(2048, "step")
+    assert [*report.headline(result)][2].startswith("| gla B1 T2048 H8 K64 V64 float32 | 2 / 2 / 2")
 
 
 MEASURED = re.compile(
