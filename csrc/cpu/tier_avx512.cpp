@@ -9,5 +9,4 @@
 #define LSM_CPU_REGISTERS 32
 #define LSM_CPU_HARDWARE_F16 1
 #include "chunk_tier.h"
-#include "delta_tier.h"
 #endif

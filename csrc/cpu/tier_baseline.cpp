@@ -6,4 +6,3 @@
 #define LSM_CPU_REGISTERS 16
 #define LSM_CPU_HARDWARE_F16 0
 #include "chunk_tier.h"
-#include "delta_tier.h"

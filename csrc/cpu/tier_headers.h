@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "chunk_kernels.h"
-#include "delta_kernels.h"
 
 #if LSM_CPU_X86_TIERS
 #include <immintrin.h>
