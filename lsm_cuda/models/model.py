@@ -34,20 +34,22 @@ class DecoderLayer(nn.Module):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
-        v_first: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output, and the first layer's values where the mixer hands them on."""
-        handed = {} if v_first is None else {"v_first": v_first}
-        mixed, _, _, *more = self.attn(
+        handed: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """``handed`` is what layers leave for later ones (RWKV-7's first values), added to here."""
+        mixed, _, _, *v_first = self.attn(
             self.attn_norm(x),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
-            **handed,
+            **(handed or {}),
         )
+        if v_first and handed is not None:
+            handed["v_first"] = v_first[0]
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), more[0] if more else None
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
 
 
 class DecoderLM(nn.Module):
@@ -118,9 +120,9 @@ class DecoderLM(nn.Module):
         """
         if use_cache and past_key_values is None:
             past_key_values = Cache()
-        x, v_first = self.embeddings(input_ids), None
+        x, handed = self.embeddings(input_ids), dict[str, Tensor]()
         for layer in self.layers:
-            x, v_first = layer(x, attention_mask, past_key_values, use_cache, cu_seqlens, v_first)
+            x = layer(x, attention_mask, past_key_values, use_cache, cu_seqlens, handed)
         x = self.norm(x[:, -1:] if last_only else x)
         return F.linear(x, self.embeddings.weight), past_key_values
 
