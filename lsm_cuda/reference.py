@@ -46,6 +46,7 @@ __all__ = [
     "simple_gated_linear_attention",
     "two_sided_gated_linear_attention",
     "value_gated_linear_attention",
+    "wkv4",
 ]
 
 
@@ -1209,3 +1210,46 @@ def mesa_net(
         return _stack(outputs, v), (kk, kv)
 
     return _sequences(definition, (q, k, v, g, beta), initial_state, cu_seqlens)
+
+
+def wkv4(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    r"""RWKV-4's average: weights ``e^{k_i - (t-1-i) r}`` of earlier tokens, ``e^{u + k_t}`` of the
+    token itself; ``r = e^w``.
+
+    Args:
+        w, u (Tensor): ``[D]``.
+        k, v (Tensor): ``[B, T, D]``.
+        initial_state (tuple, optional): numerator, denominator and the logarithm of their scale,
+            each ``[N, D]``.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of packed sequences.
+
+    Returns:
+        ``o [B, T, D]`` and the state after the last tokens.
+
+    Source: RWKV, arXiv:2305.13048, appendix on the stable form.
+    """
+    bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    N = k.shape[0] if cu_seqlens is None else len(bounds) - 1
+    zeros = k.new_zeros(N, k.shape[2])
+    state = (zeros, zeros, zeros - torch.inf) if initial_state is None else initial_state
+    outputs, ends = [], []
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        a, b, m = state if cu_seqlens is None else (s[n, None] for s in state)
+        for t in range(start, end):
+            own = torch.maximum(m, u + k[:, t])
+            past, new = (m - own).exp(), (u + k[:, t] - own).exp()
+            outputs.append((past * a + new * v[:, t]) / (past * b + new))
+            after = torch.maximum(m - w.exp(), k[:, t])
+            past, new = (m - w.exp() - after).exp(), (k[:, t] - after).exp()
+            a, b, m = past * a + new * v[:, t], past * b + new, after
+        ends.append((a, b, m))
+    final = tuple(torch.cat(parts) for parts in zip(*ends, strict=True)) if ends else state
+    o = torch.stack(outputs, 1) if outputs else v.new_empty(v.shape)
+    return o, final  # type: ignore[return-value]

@@ -113,6 +113,7 @@ from .rwkv import (
     rwkv6_step,
 )
 from .scan import scan, scan_step
+from .scan_order import scan_order
 from .simple_gla import (
     chunk_simple_gla,
     fused_chunk_simple_gla,
@@ -130,13 +131,17 @@ from .verify import (
     DeltaDraft,
     delta_verify,
 )
+from .wkv4 import aft_full, aft_simple, bi_wkv, wkv4, wkv4_step
 
 __all__ = [
     "DeltaDraft",
     "LogLinearAttentionState",
     "PrefixScanState",
     "abc_step",
+    "aft_full",
+    "aft_simple",
     "based_step",
+    "bi_wkv",
     "bidirectional_linear_attn",
     "chunk_abc",
     "chunk_based",
@@ -248,8 +253,11 @@ __all__ = [
     "rwkv6_step",
     "rwkv7_step",
     "scan",
+    "scan_order",
     "scan_step",
     "selective_state_update",
     "simple_gla_step",
     "ssd_minimal_discrete",
+    "wkv4",
+    "wkv4_step",
 ]

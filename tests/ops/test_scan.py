@@ -273,3 +273,31 @@ ERRORS = {
 def test_errors_say_what_is_wrong(message: str) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
         ERRORS[message](*arguments())
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "zigzag", "hilbert"])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5), (8, 8), (6, 2)])
+def test_orders_are_permutations_along_neighbours(kind: str, size: tuple[int, int]) -> None:
+    order = ops.scan_order(*size, kind).long()
+    assert torch.equal(order.sort().values, torch.arange(size[0] * size[1]))
+    rows, columns = order // size[1], order % size[1]
+    jumps = rows.diff().abs() + columns.diff().abs()
+    if kind == "zigzag" or (kind == "hilbert" and size in ((4, 4), (8, 8))):
+        assert (jumps == 1).all()
+    assert torch.equal(ops.scan_order(*size, kind, reverse=True).long(), order.flip(0))
+
+
+def test_an_order_is_a_permuted_copy() -> None:
+    x, a, h0 = arguments(T=15)
+    order = ops.scan_order(3, 5, "hilbert")
+    h, state = ops.scan(x, a, h0, True, order=order, reverse=True)
+    back = order.long().flip(0)
+    want = ops.scan(x[:, back], a[:, back], h0, True)
+    close((h[:, back], state), want)
+
+
+def test_order_errors() -> None:
+    with pytest.raises(ValueError, match="kind must be one of row, column, zigzag, hilbert"):
+        ops.scan_order(2, 2, "spiral")
+    with pytest.raises(ValueError, match="must have tokens, got 0 x 2"):
+        ops.scan_order(0, 2, "row")

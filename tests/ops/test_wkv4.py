@@ -1,0 +1,127 @@
+"""RWKV-4 and its kin: definitions, laws, extreme keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lsm_cuda import ops, reference
+
+
+def draw(T: int = 37, D: int = 6, B: int = 2, scale: float = 1.0, N: int = 2):
+    w, u = torch.randn(2, D, dtype=torch.float64)
+    k, v = torch.randn(2, B, T, D, dtype=torch.float64)
+    state = torch.randn(N, D).double(), torch.rand(N, D).double() + 0.5, torch.randn(N, D).double()
+    return w - 1, u, scale * k, v, state
+
+
+def close(got, want, **tolerance) -> None:  # type: ignore[no-untyped-def]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def gradients(call, leaves):  # type: ignore[no-untyped-def]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    o, state = call(*leaves)
+    weight = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)
+    scalar = (o * weight).sum() + (state[0] / state[1]).sum()
+    return [o.detach(), *torch.autograd.grad(scalar, leaves)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 80.0])
+@pytest.mark.parametrize("carried", [False, True])
+def test_wkv4_is_its_definition(scale: float, carried: bool) -> None:
+    w, u, k, v, state = draw(scale=scale)
+    initial = state if carried else None
+    got = gradients(lambda *x: ops.wkv4(*x, initial, True), (w, u, k, v))
+    want = gradients(lambda *x: reference.wkv4(*x, initial), (w, u, k, v))
+    close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_wkv4_packed_and_split(carried: bool) -> None:
+    w, u, k, v, state = draw(B=1, N=4, scale=8)
+    cu = torch.tensor([0, 0, 9, 20, 37])
+    initial = state if carried else None
+    got = ops.wkv4(w, u, k, v, initial, True, cu)
+    want = reference.wkv4(w, u, k, v, initial, cu)
+    close((got[0],), (want[0],))
+    some = slice(None) if carried else slice(1, None)  # the empty sequence has no sums to scale
+    close([s[some] for s in got[1]], [s[some] for s in want[1]])
+    first, middle = ops.wkv4(w, u, k[:, :20], v[:, :20], output_final_state=True)
+    second, _ = ops.wkv4(w, u, k[:, 20:], v[:, 20:], middle)
+    close((torch.cat([first, second], 1),), ops.wkv4(w, u, k, v)[:1])
+
+
+def test_wkv4_step_is_prefill() -> None:
+    w, u, k, v, _ = draw(scale=20)
+    state = tuple(torch.full((2, 6), x).double() for x in (0.0, 0.0, -torch.inf))
+    steps = [ops.wkv4_step(w, u, k[:, t], v[:, t], state) for t in range(37)]
+    o, final = ops.wkv4(w, u, k, v, output_final_state=True)
+    close((torch.stack(steps, 1), *state), (o, *final))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wkv4_in_lower_precision(dtype: torch.dtype) -> None:
+    """No worse than the recurrence in fp32, and finite for keys of ±80."""
+    w, u, k, v, _ = (x.to(dtype) if torch.is_tensor(x) else x for x in draw(T=300, scale=27))
+    k = k.clamp(-80, 80)
+    o, _ = ops.wkv4(w, u, k, v)
+    truth, same = (reference.wkv4(*(x.to(d) for x in (w, u, k, v)))[0]
+                   for d in (torch.float64, torch.float32))  # fmt: skip
+    error, baseline = ((x.double() - truth).square().mean() for x in (o, same.to(dtype)))
+    assert o.dtype == dtype and o.isfinite().all()
+    assert error.sqrt() <= 2 * baseline.sqrt() + 16 * torch.finfo(dtype).eps * truth.std()
+
+
+def test_wkv4_is_transformers() -> None:
+    modeling = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+    w, u, k, v, _ = (x.float() if torch.is_tensor(x) else x for x in draw())
+    want, state = modeling.rwkv_linear_attention_cpu(w, u, k, v, return_state=True)
+    got, final = ops.wkv4(w, u, k, v, output_final_state=True)
+    close((got, *final), (want, *state), rtol=1e-4, atol=1e-5)
+
+
+def test_aft_simple_is_its_definition() -> None:
+    q, k, v = torch.randn(3, 2, 37, 6, dtype=torch.float64)
+    weight = torch.exp(k)
+    want = q.sigmoid() * (weight * v).cumsum(1) / weight.cumsum(1)
+    close(ops.aft_simple(q, k, v)[:1], (want,))
+    first, state = ops.aft_simple(q[:, :20], k[:, :20], v[:, :20], output_final_state=True)
+    second, _ = ops.aft_simple(q[:, 20:], k[:, 20:], v[:, 20:], state)
+    close((torch.cat([first, second], 1),), (want,))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_aft_full_is_its_definition(causal: bool) -> None:
+    q, k, v = torch.randn(3, 2, 9, 6, dtype=torch.float64)
+    k, pairs = 30 * k, 30 * torch.randn(9, 9).double()
+    logits = k[:, None] + pairs[:, :, None]
+    if causal:
+        logits = logits.masked_fill(~torch.ones(9, 9).tril().bool()[..., None], -torch.inf)
+    want = q.sigmoid() * torch.einsum("btsd,bsd->btd", logits.softmax(2), v)
+    close((ops.aft_full(q, k, v, pairs, causal),), (want,))
+
+
+def test_bi_wkv_is_its_definition() -> None:
+    w, u, k, v, _ = draw()
+    w, distance = w.exp(), (torch.arange(37)[:, None] - torch.arange(37)).abs().double()
+    logits = k[:, None] - ((distance - 1) / 37)[..., None] * w
+    own = torch.eye(37).bool()[..., None]
+    logits = torch.where(own, (u + k)[:, None], logits)
+    want = torch.einsum("btsd,bsd->btd", logits.softmax(2), v)
+    close((ops.bi_wkv(w, u, k, v),), (want,))
+
+
+@pytest.mark.parametrize("call", [ops.wkv4, ops.bi_wkv])
+def test_errors(call) -> None:  # type: ignore[no-untyped-def]
+    w, u, k, v, _ = draw()
+    with pytest.raises(RuntimeError, match=r"v must have shape \[B, T, D\] = \[2, 37, 6\]"):
+        call(w, u, k, v[:, 1:])
+
+
+def test_empty() -> None:
+    w, u, k, v, state = draw(T=0)
+    o, final = ops.wkv4(w, u, k, v, state, True)
+    assert o.shape == (2, 0, 6)
+    close(final, state)
