@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import OPS, Case, Op
+from cases import OPS, SCHEMAS, Case, Op
 from checks import assert_accepted, assert_same_bits, definition, differentiate
 from impls import Impl, threads
 from inputs import Inputs, Tensors, make_inputs
@@ -62,6 +62,22 @@ def test_split_with_carried_state_is_whole(
     }
     joined |= {n: r[n] for n, r in (("final_state", second), ("dinitial_state", first))}
     assert_rule(joined, op, x, impl)
+
+
+@pytest.mark.parametrize("op", SCHEMAS, ids=str)
+def test_a_million_tokens(cpu: Impl, op: Op) -> None:
+    """The end of 2^20 tokens, forwards and backwards, is that of a short call which starts from the
+    state before it."""
+    T, n = 2**20, 1000
+    x = make_inputs(Case(op, T=T, dims=(4, 3), gate="-1", dtype="f64", state="both"))
+    whole = cpu.run(op, x)
+    _, carried = cpu.forward(op, part(x, 0, T - n))
+    end = cpu.run(op, part(x, T - n, T, initial_state=carried))
+    for name, t in end.items():
+        if name != "dinitial_state":
+            same = whole[name] if name == "final_state" else whole[name][:, T - n :]
+            torch.testing.assert_close(same, t, rtol=1e-9, atol=1e-9)
+    assert all(t.isfinite().all() for t in whole.values())
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16+f32"])

@@ -1,0 +1,44 @@
+"""The build's switches: a senseless value is refused in one line, before anything is built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# An nvcc that only says its version: the switches come after it is found.
+NVCC = "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n"
+
+
+@pytest.mark.parametrize(
+    ("switches", "text"),
+    [
+        ({"LSM_BUILD_CUDA": "yes"}, "LSM_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
+        (
+            {"LSM_BUILD_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": "/usr/bin:/bin"},
+            "LSM_BUILD_CUDA=1, but no nvcc: put it on PATH or set CUDA_HOME",
+        ),
+        ({"LSM_CUDA_ARCHS": "80;hopper"}, "LSM_CUDA_ARCHS must read like 80;90a, got 'hopper'"),
+        (
+            {"LSM_CUTLASS_DIR": "/nowhere"},
+            "LSM_CUTLASS_DIR=/nowhere: expected a folder with cute/ (or include/cute/) in it",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_switch_is_one_line(tmp_path: Path, switches: dict[str, str], text: str) -> None:
+    if "CUDA_HOME" not in switches:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").write_text(NVCC)
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+        switches = {"CUDA_HOME": str(tmp_path), **switches}
+    build = ["build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *build],
+        cwd=ROOT, env=os.environ | switches, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == text, done.stderr
