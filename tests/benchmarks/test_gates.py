@@ -100,8 +100,9 @@ def test_ratios_are_taken_of_every_operator(monkeypatch):
     monkeypatch.setattr(gate, "TURNS", 1)
     monkeypatch.setattr(gate, "SECONDS", 0.0)
     known = json.loads(gate.BASELINE.read_text())
-    for held in known.values():
-        assert set(held) == {f"{op} {mode}" for op in OPS for mode in ("forward", "training")}
+    every = {f"{op} {mode}" for op in OPS for mode in ("forward", "training")}
+    for held in known.values():  # a processor that is not at hand lacks what came after it
+        assert held and set(held) <= every
     for op in OPS.values():
         assert gate.ratio(op, "forward") > 0 and gate.ratio(op, "training") > 0
 
