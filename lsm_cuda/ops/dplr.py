@@ -34,6 +34,10 @@ def chunk_dplr_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    safe_gate: bool = False,
+    chunk_size: int | None = None,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""A decay per key channel and a rank-one term, over whole sequences.
 
@@ -53,6 +57,8 @@ def chunk_dplr_delta_rule(
         output_final_state (bool): also return the state after the last token.
         cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of packed sequences, as in
             :func:`chunk_gla`.
+        safe_gate (bool), chunk_size (int, optional), lower_bound (float, optional): what FLA's
+            kernels may assume; without meaning here, where any gate is safe.
 
     Returns:
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
@@ -195,6 +201,10 @@ def chunk_rwkv7(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    safe_gate: bool = False,
+    chunk_size: int | None = None,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""RWKV-7 over whole sequences: :func:`chunk_dplr_delta_rule` under its names.
 
@@ -207,7 +217,8 @@ def chunk_rwkv7(
         k, a, b (Tensor): ``[B, T, H, K]``.
         v (Tensor): ``[B, T, HV, V]``, HV a multiple of H.
         scale (float, optional): None for ``K ** -0.5``. Default: 1.
-        initial_state, output_final_state, cu_seqlens: as in :func:`chunk_dplr_delta_rule`.
+        initial_state, output_final_state, cu_seqlens, safe_gate, chunk_size, lower_bound: as in
+            :func:`chunk_dplr_delta_rule`.
 
     Returns:
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.

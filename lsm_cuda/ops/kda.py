@@ -25,9 +25,9 @@ def chunk_kda(
     allow_neg_eigval: bool = False,
     safe_gate: bool = False,
     lower_bound: float | None = None,
+    *,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
-    *,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -118,8 +118,8 @@ def fused_recurrent_kda(
     """:func:`chunk_kda` under FLA's recurrent name; one kernel serves both."""
     return chunk_kda(
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, False, lower_bound,
-        state_v_first, cu_seqlens, A_log=A_log, dt_bias=dt_bias,
+        use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound=lower_bound,
+        state_v_first=state_v_first, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
     )  # fmt: skip
 
 
