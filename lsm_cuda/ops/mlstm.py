@@ -146,7 +146,8 @@ def mlstm_step(
     _check_gates("mlstm_step", "[B, HV]", v, i, f, input_gate, normalize)
     C, n, m = state
     check_in_place("mlstm_step", "m", m, "[B, HV]", v.shape[:-1], q)
-    i, g = i.to(m.dtype), logsigmoid(f.to(m.dtype))
+    i, f = i.to(m.dtype), f.to(m.dtype)
+    g = f.clamp(max=0) - f.abs().neg().exp().log1p()  # logsigmoid wakes threads for eight numbers
     bound: Tensor | float
     if input_gate == "exp":
         new = torch.maximum(g + m, i)
