@@ -111,4 +111,31 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "cu_seqlens, Tensor? order, bool reverse, Tensor h, Tensor grad_h, Tensor? "
         "grad_final_state) -> (Tensor dx, Tensor di, Tensor dr, Tensor dc, Tensor dh0)");
     m.def("rg_lru_step(Tensor x, Tensor i, Tensor r, Tensor c, Tensor(a!) state) -> Tensor");
+
+    // Short convolution over time, one filter per channel: x, y [B,T,D]; weight [D,W], its last tap for the current
+    // token; states [N,D,S], the last inputs of each sequence. seq_idx [B,T] int32 marks sequences by a change. *_step
+    // takes T tokens per row; with cache_seqlens the state is a ring.
+    m.def(
+        "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? "
+        "cu_seqlens, Tensor? seq_idx, bool silu, int state_size) -> (Tensor y, Tensor "
+        "final_state)");
+    m.def(
+        "causal_conv1d_bwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? "
+        "cu_seqlens, Tensor? seq_idx, bool silu, Tensor grad_y, Tensor? grad_final_state, bool "
+        "need_dweight=True) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+    m.def(
+        "causal_conv1d_step(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? "
+        "cache_seqlens, Tensor? conv_state_indices, bool silu) -> Tensor");
+
+    // sLSTM cell (params/slstm.h): x [B,T,4,H,D] pre-activations of i, f, z, o; R [H,D,4,D], fp32 (fp64 for fp64) as
+    // everything else; cells [B,T,4,H,D] and states [N,4,H,D] hold h, c, n, m. The backward takes raw = x + h R and
+    // R transposed, [H,4,D,D], and leaves the gradients of x and R, which are matrix products, to its caller.
+    m.def(
+        "slstm_fwd(Tensor x, Tensor R, Tensor? initial_state, Tensor? cu_seqlens, bool save_cells, "
+        "bool output_final_state) -> (Tensor y, Tensor cells, Tensor final_state)");
+    m.def(
+        "slstm_bwd(Tensor raw, Tensor R_transposed, Tensor cells, Tensor? initial_state, Tensor? "
+        "cu_seqlens, Tensor grad_y, Tensor? grad_final_state) -> (Tensor draw, Tensor "
+        "dinitial_state)");
+    m.def("slstm_step(Tensor x, Tensor R, Tensor(a!) state) -> Tensor");
 }

@@ -19,6 +19,7 @@ __all__ = [
     "abc",
     "based",
     "bidirectional_linear_attention",
+    "causal_conv1d",
     "comba",
     "delta_rule",
     "dplr",
@@ -44,6 +45,7 @@ __all__ = [
     "rwkv6",
     "scan",
     "simple_gated_linear_attention",
+    "slstm",
     "two_sided_gated_linear_attention",
     "value_gated_linear_attention",
     "wkv4",
@@ -1253,3 +1255,90 @@ def wkv4(
     final = tuple(torch.cat(parts) for parts in zip(*ends, strict=True)) if ends else state
     o = torch.stack(outputs, 1) if outputs else v.new_empty(v.shape)
     return o, final  # type: ignore[return-value]
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: str | None = None,
+    state_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Depthwise causal convolution: ``y_t = act(bias + Σ_j weight[:, W − 1 − j] ⊙ x_{t−j})``.
+
+    Args:
+        x: ``[B, T, D]``.
+        weight: ``[D, W]``; the last tap weighs the current token.
+        bias: ``[D]``, default zeros.
+        initial_state: ``[N, D, S]``, S ≥ W − 1: the inputs before the first, default zeros.
+        cu_seqlens: as :func:`gated_linear_attention`.
+        activation: ``silu`` or None.
+        state_size: S of the state returned, default W.
+
+    Returns:
+        ``y [B, T, D]`` and the last S inputs ``[N, D, S]``.
+
+    Source: Dao-AILab's causal-conv1d; Mamba, arXiv:2312.00752, section 3.4.
+    """
+    if cu_seqlens is not None:
+        runs = []
+        for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            h0 = None if initial_state is None else initial_state[n : n + 1]
+            runs.append(
+                causal_conv1d(
+                    x[:, start:end], weight, bias, h0, activation=activation, state_size=state_size
+                )
+            )
+        return torch.cat([y for y, _ in runs], 1), torch.cat([s for _, s in runs])
+    W = weight.shape[1]
+    S = W if state_size is None else state_size
+    before = x.new_zeros(x.shape[0], x.shape[2], max(S, W))
+    if initial_state is not None:
+        before = torch.cat([before, initial_state.to(x.dtype)], 2)
+    inputs = torch.cat([before.transpose(1, 2), x], 1)
+    outputs = []
+    for t in range(inputs.shape[1] - x.shape[1], inputs.shape[1]):
+        y = (inputs[:, t - W + 1 : t + 1] * weight.T).sum(1)
+        y = y if bias is None else y + bias
+        outputs.append(y if activation is None else silu(y))
+    return _stack(outputs, x), inputs[:, inputs.shape[1] - S :].transpose(1, 2)
+
+
+def slstm(
+    x: Tensor,
+    R: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Gates i, f, z, o of ``x_t + h_{t−1} R``: ``m_t = max(log σ(f) + m_{t−1}, i)``,
+    ``c_t = e^{log σ(f) + m_{t−1} − m_t} c_{t−1} + e^{i − m_t} tanh z``, n_t the same of 1, ``h_t =
+    σ(o) c_t / n_t``; where ``n_{t−1} = 0`` there is no past.
+
+    Args: x ``[B, T, 4, H, D]``, R ``[H, D, 4, D]``, states h, c, n, m ``[N, 4, H, D]``.
+
+    Returns:
+        ``h [B, T, H, D]`` and the state after the last token.
+
+    Source: xLSTM, arXiv:2405.04517, eqs. 8-18.
+    """
+
+    def definition(x, state):  # type: ignore[no-untyped-def]
+        B, T, _, H, D = x.shape
+        zero = x.new_zeros(B, H, D)
+        h, c, n, m = (zero,) * 4 if state is None else state[0].to(x.dtype).unbind(1)
+        outputs = []
+        for t in range(T):
+            i, f, z, o = (x[:, t] + torch.einsum("bhd,hdge->bghe", h, R)).unbind(1)
+            carried = torch.where(n == 0, -torch.inf, logsigmoid(f) + m)
+            m = torch.maximum(carried, i)
+            keep, write = (carried - m).exp(), (i - m).exp()
+            c, n = keep * c + write * z.tanh(), keep * n + write
+            h = o.sigmoid() * c / n
+            outputs.append(h)
+        return _stack(outputs, zero[:, None].expand(B, 0, H, D)), (torch.stack((h, c, n, m), 1),)
+
+    states = None if initial_state is None else (initial_state,)
+    h, (state,) = _sequences(definition, (x,), states, cu_seqlens)
+    return h, state

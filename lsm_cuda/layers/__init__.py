@@ -7,13 +7,17 @@ from .delta_net import DeltaNet
 from .diag_attention import DiagAttention
 from .focused import FocusedLinearAttention
 from .gated_deltanet import Comba, GatedDeltaNet, GatedDeltaProduct, KimiDeltaAttention
+from .gateloop import GateLoop
 from .gla import GatedLinearAttention
+from .griffin import RGLRUBlock
 from .gsa import GatedSlotAttention
+from .hgrn import HGRNAttention
 from .hgrn2 import HGRN2Attention
 from .lightnet import LightNetAttention
 from .linear_attn import LinearAttention
 from .linformer import LinformerAttention
 from .longhorn import Longhorn
+from .lru import LRU, S5
 from .luna import LunaAttention
 from .mamba2 import LogLinearMamba2, Mamba2
 from .mesa_net import MesaNet
@@ -28,9 +32,17 @@ from .rwkv import RWKV5Attention, RWKV6Attention
 from .rwkv7 import RWKV7Attention
 from .simple_gla import SimpleGatedLinearAttention
 from .skyformer import SkyformerAttention
+from .slstm import SLSTM
+from .ssm import DSS, S4, S4D
 
 __all__ = [
+    "DSS",
+    "LRU",
     "MLSTM",
+    "S4",
+    "S4D",
+    "S5",
+    "SLSTM",
     "ABCAttention",
     "Attention",
     "BasedLinearAttention",
@@ -38,11 +50,13 @@ __all__ = [
     "DeltaNet",
     "DiagAttention",
     "FocusedLinearAttention",
+    "GateLoop",
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "GatedLinearAttention",
     "GatedSlotAttention",
     "HGRN2Attention",
+    "HGRNAttention",
     "KimiDeltaAttention",
     "LightNetAttention",
     "LightningAttention",
@@ -57,6 +71,7 @@ __all__ = [
     "MomAttention",
     "MultiScaleRetention",
     "NystromformerAttention",
+    "RGLRUBlock",
     "RWKV5Attention",
     "RWKV6Attention",
     "RWKV7Attention",

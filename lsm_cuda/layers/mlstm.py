@@ -15,18 +15,23 @@ __all__ = ["MLSTM"]
 
 
 class MultiHeadLayerNorm(nn.Module):
-    """Layer norm of every head on its own, with a weight, and a bias if wanted, per channel."""
+    """Layer norm of every head on its own, with a weight, and a bias if wanted, per channel.
 
-    def __init__(self, hidden_size: int, eps: float, bias: bool) -> None:
+    ``residual``: the weight is stored without a 1 that is added to it.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, bias: bool, residual: bool = False) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.residual = residual
+        self.weight = nn.Parameter(torch.full((hidden_size,), 0.0 if residual else 1.0))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H, V]`` to ``[..., H · V]``, in the dtype of x."""
         y = wide(x)
-        y = F.layer_norm(y, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(y.dtype)
+        weight = self.weight.to(y.dtype) + (1 if self.residual else 0)
+        y = F.layer_norm(y, x.shape[-1:], eps=self.eps).flatten(-2) * weight
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
 

@@ -15,15 +15,18 @@ __all__ = ["MIXERS", "build_mixer"]
 Builder = Callable[[ModelConfig, int], nn.Module]
 
 
-def _mixer(layer: Callable[..., nn.Module], **sizes: Callable[[ModelConfig], Any]) -> Builder:
+def _mixer(
+    layer: Callable[..., nn.Module], heads: bool = True, **sizes: Callable[[ModelConfig], Any]
+) -> Builder:
     """``layer`` with the config's sizes, further arguments that follow from it, and its options."""
 
     def build(config: ModelConfig, layer_idx: int) -> nn.Module:
         arguments = {name: size(config) for name, size in sizes.items()}
+        if heads:
+            arguments = {"num_heads": config.num_heads, **arguments}
         return layer(
             **{
                 "hidden_size": config.hidden_size,
-                "num_heads": config.num_heads,
                 "layer_idx": layer_idx,
                 **arguments,
                 **config.mixer_options,
@@ -85,6 +88,14 @@ MIXERS: dict[str, Builder] = {
     "kda": _mixer(layers.KimiDeltaAttention, head_dim=_head_dim),
     "longhorn": _mixer(layers.Longhorn, num_heads=_none),
     "mesa_net": _mixer(layers.MesaNet, head_dim=_head_dim),
+    "gateloop": _mixer(layers.GateLoop, heads=False),
+    "hgrn": _mixer(layers.HGRNAttention, heads=False),
+    "lru": _mixer(layers.LRU, heads=False),
+    "rg_lru": _mixer(layers.RGLRUBlock),
+    "s4": _mixer(layers.S4, heads=False),
+    "s4d": _mixer(layers.S4D, heads=False),
+    "s5": _mixer(layers.S5, heads=False),
+    "slstm": _mixer(layers.SLSTM),
 }
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import activation as activation_by_name
+from ..ops.conv import causal_conv1d, causal_conv1d_step
 
 __all__ = ["ShortConvolution"]
 
@@ -98,62 +97,21 @@ class ShortConvolution(nn.Conv1d):
                 f"ShortConvolution: cache must have shape [N, D, W] = {list(expected)}, "
                 f"got {list(cache.shape)}"
             )
+        weight = self.weight.squeeze(1)
         if cache is not None and self._can_step(x, cu_seqlens):
-            y, state = self._step(x, cache), cache
-        elif cu_seqlens is None:
-            y, state = self._rows(x, cache)
-        else:
-            y, state = self._packed(x, cache, cu_seqlens)
-        if self.activation is not None:
-            y = activation_by_name(self.activation)(y)
-        if residual is not None:
-            y = y + residual
-        return y, state if output_final_state else None
+            # The state keeps its own dtype, which is that of earlier inputs.
+            state = cache if cache.dtype == x.dtype else cache.to(x.dtype)
+            y = causal_conv1d_step(x[:, 0], state, weight, self.bias, self.activation)[:, None]
+            if state is not cache:
+                cache.copy_(state)
+            y = y if residual is None else y + residual
+            return y, cache if output_final_state else None
+        if cache is not None:
+            cache = cache.to(x.dtype)
+        return causal_conv1d(
+            x, weight, self.bias, residual, cache, output_final_state, self.activation, cu_seqlens
+        )
 
     @staticmethod
     def _can_step(x: Tensor, cu_seqlens: Tensor | None) -> bool:
         return cu_seqlens is None and x.shape[1] == 1 and not torch.is_grad_enabled()
-
-    def _step(self, x: Tensor, cache: Tensor) -> Tensor:
-        cache.copy_(torch.cat([cache[:, :, 1:], x.transpose(1, 2)], -1))
-        y = (cache.to(x.dtype) * self.weight.squeeze(1)).sum(-1)
-        y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype).unsqueeze(1)  # which autocast does not see to here
-
-    def _rows(self, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-        W = self.kernel_size[0]
-        if cache is None:
-            padded = F.pad(x, (0, 0, W, 0))
-        else:
-            padded = torch.cat([cache.to(x.dtype).transpose(1, 2), x], 1)  # [B, W + T, D]
-        # A copy: a view would keep the whole sequence alive, and steps write into the state.
-        state = padded[:, padded.shape[1] - W :].transpose(1, 2)
-        return self._taps(padded[:, 1:]), state.clone(memory_format=torch.contiguous_format)
-
-    def _packed(self, x: Tensor, cache: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives every sequence its own W rows of history, so that one pass respects boundaries."""
-        T, D, W = x.shape[1], self.hidden_size, self.kernel_size[0]
-        N = cu_seqlens.shape[0] - 1
-        bounds = cu_seqlens.long()
-        tokens = torch.arange(T, device=x.device)
-        # Counting the ends at or before t also skips empty sequences.
-        owner = torch.searchsorted(bounds[1:], tokens, right=True)
-        place = tokens + (owner + 1) * W
-        padded = x.new_zeros(T + N * W, D)
-        if cache is not None:
-            history = bounds[:-1, None] + W * torch.arange(N, device=x.device)[:, None]
-            history = history + torch.arange(W, device=x.device)  # [N, W]
-            rows = cache.to(x.dtype).transpose(1, 2).reshape(N * W, D)
-            padded = padded.index_copy(0, history.flatten(), rows)
-        padded = padded.index_copy(0, place, x[0])
-        y = self._taps(padded[None])[0].index_select(0, place - (W - 1))
-        ends = bounds[1:, None] + W * torch.arange(1, N + 1, device=x.device)[:, None]
-        last = ends - W + torch.arange(W, device=x.device)  # [N, W]
-        return y[None], padded[last].transpose(1, 2).contiguous()
-
-    def _taps(self, x: Tensor) -> Tensor:
-        """``[B, W - 1 + T, D]`` to ``[B, T, D]``."""
-        if x.shape[1] < self.kernel_size[0]:
-            return x.new_zeros(x.shape[0], 0, x.shape[2])
-        y = F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=self.groups)
-        return y.transpose(1, 2)

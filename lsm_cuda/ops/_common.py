@@ -71,9 +71,16 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def check_same_device(op: str, q: Tensor, **tensors: Tensor | None) -> None:
     """For fake kernels: a meta tensor among real ones is dispatched here, where kernels cannot
     object."""
+    check_device_like(op, "q", q, tensors)
+
+
+def check_device_like(op: str, like: str, x: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+    """:func:`check_same_device` where the first argument has another name, ``like``."""
     for name, t in tensors.items():
-        if t is not None and t.device != q.device:
-            raise RuntimeError(f"lsm::{op}: {name} must be on {q.device} like q, got {t.device}")
+        if t is not None and t.device != x.device:
+            raise RuntimeError(
+                f"lsm::{op}: {name} must be on {x.device} like {like}, got {t.device}"
+            )
 
 
 def no_double_backward(op: str) -> str:

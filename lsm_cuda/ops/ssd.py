@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _chunk
 from ._common import accumulation_dtype, autocast, check_rank, check_shape
+from .conv import convolve
 
 __all__ = [
     "mamba_chunk_scan_combined",
@@ -268,9 +269,11 @@ def mamba_split_conv1d_scan_combined(
             f"got {zxbcdt.shape[-1]}"
         )
     z, xBC, dt = torch.split(zxbcdt, [dim, dim + groups, H], -1)
-    xBC = _causal_conv(xBC, conv1d_weight, conv1d_bias, seq_idx)
-    if activation is not None:
-        xBC = F.silu(xBC)
+    if seq_idx is not None:
+        check_shape(op, "seq_idx", seq_idx, "[B, T]", xBC.shape[:2])
+    xBC, _ = convolve(
+        xBC, conv1d_weight, conv1d_bias, None, None, seq_idx, activation is not None, 0
+    )
     x, B, C = torch.split(xBC, [dim, groups // 2, groups // 2], -1)
     x, z, B, C = (
         _split_last(x, H),
@@ -342,19 +345,6 @@ def _finish(op: str, y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -
         check_shape(op, "z", z, "[..., H, P]", x.shape)
         y = y * F.silu(z.to(y.dtype))
     return y
-
-
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """Depthwise over ``[B, T, C]``; with seq_idx tap by tap, each only within its sequence."""
-    W = weight.shape[1]
-    if seq_idx is None:
-        padded = F.pad(x.transpose(1, 2), (W - 1, 0))
-        return F.conv1d(padded, weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
-    y = x * weight[:, -1]
-    for back in range(1, min(W, x.shape[1])):
-        same = (seq_idx[:, back:] == seq_idx[:, :-back])[..., None]
-        y = y + F.pad(x[:, :-back] * same, (0, 0, back, 0)) * weight[:, -1 - back]
-    return y if bias is None else y + bias
 
 
 def gated_norm(

@@ -1,0 +1,15 @@
+// The CPU kernels of the convolution and the sLSTM cell for AVX2, FMA and F16C. The target holds to the end of the file:
+// templates are compiled there.
+#include "conv_kernels.h"
+#include "slstm_kernels.h"
+#include "tier_headers.h"
+
+#if LSM_CPU_X86_TIERS
+#pragma GCC target("avx2,fma,f16c")
+#define LSM_CPU_TIER avx2
+#define LSM_CPU_VECTOR_BYTES 32
+#define LSM_CPU_REGISTERS 16
+#define LSM_CPU_HARDWARE_F16 1
+#include "conv_tier.h"
+#include "slstm_tier.h"
+#endif

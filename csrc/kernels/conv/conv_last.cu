@@ -1,0 +1,15 @@
+// The convolution's instances where channels lie side by side.
+#include "kernels/conv/conv.cuh"
+#include "kernels/conv/launch.h"
+
+namespace lsm::conv {
+
+int64_t workspace_channel_last(ConvParams const& p, bool backward) {
+    return workspace_bytes<true>(p, backward);
+}
+
+void run_channel_last(ConvParams const& p, bool backward, void* workspace, void* stream) {
+    run<true>(p, backward, workspace, stream);
+}
+
+}  // namespace lsm::conv

@@ -1,0 +1,150 @@
+"""Layers around element-wise recurrences: definitions, steps, padding, other people's code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lsm_cuda.cache import Cache
+from lsm_cuda.layers import LRU, S5, GateLoop, HGRNAttention, RGLRUBlock
+
+D = 8
+LAYERS = {
+    "lru": (LRU, {"state_size": 5}),
+    "s5": (S5, {"state_size": 4}),
+    "s5 bilinear": (S5, {"state_size": 4, "init": "lin", "discretization": "bilinear"}),
+    "hgrn": (HGRNAttention, {"expand_ratio": 2}),
+    "hgrn conv": (HGRNAttention, {"use_short_conv": True, "conv_size": 3}),
+    "rg-lru": (RGLRUBlock, {"lru_width": 12, "num_heads": 3}),
+    "gateloop": (GateLoop, {}),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    cls, options = LAYERS[name]
+    layer = cls(hidden_size=D, layer_idx=0, **options).double()
+    with torch.no_grad():
+        for key, p in layer.named_parameters():
+            if "norm" in key or "gate_bias" in key:
+                p.add_(torch.rand_like(p) - 0.3)
+    return layer
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, D, dtype=torch.float64)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@every_layer
+@torch.no_grad()
+def test_steps_and_pieces_are_the_whole(name):
+    layer, x, cache = make(name), tokens(2, 12), Cache()
+    whole = layer(x)[0]
+    parts = [
+        layer(x[:, a:b], past_key_values=cache, use_cache=True)[0]
+        for a, b in ((0, 5), (5, 8), (8, 9), (9, 10), (10, 12))
+    ]
+    close(torch.cat(parts, 1), whole)
+    assert cache.get_seq_length() == 12
+
+
+@every_layer
+@torch.no_grad()
+def test_padding_and_packing_change_nothing(name):
+    layer, x = make(name), tokens(2, 9)
+    mask = torch.ones(2, 9)
+    mask[0, :4] = 0
+    y = layer(x, attention_mask=mask)[0]
+    close(y[:1, 4:], layer(x[:1, 4:])[0])
+    close(y[1:], layer(x[1:])[0])
+    packed = torch.cat([x[:1, 4:], x[1:]], 1)
+    out = layer(packed, cu_seqlens=torch.tensor([0, 5, 14]))[0]
+    close(out, torch.cat([y[:1, 4:], y[1:]], 1))
+
+
+@every_layer
+def test_gradients_reach_every_parameter(name):
+    layer = make(name)
+    layer(tokens(2, 7))[0].square().sum().backward()
+    for key, p in layer.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
+
+
+def over_time(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    h, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = a.expand(x.shape)[:, t] * h + x[:, t]
+        out.append(h)
+    return torch.stack(out, 1)
+
+
+def test_lru_is_its_definition():
+    layer, x = make("lru"), tokens(2, 9)
+    w = layer.state_dict()
+    lam = torch.exp(-w["nu_log"].exp() + 1j * w["theta_log"].exp())
+    assert (lam.abs() < 1).all()
+    B, C = w["B_re"] + 1j * w["B_im"], w["C_re"] + 1j * w["C_im"]
+    h = over_time(lam, w["gamma_log"].exp() * (x.to(B.dtype) @ B.T))
+    close(layer(x)[0], (h @ C.T).real + w["D"] * x)
+    expected = (1 - lam.abs().square()).sqrt()
+    torch.testing.assert_close(w["gamma_log"].exp(), expected, atol=1e-6, rtol=0)  # made in fp32
+
+
+def test_s5_is_its_definition():
+    layer, x = make("s5"), tokens(2, 9)
+    w = layer.state_dict()
+    lam, dt = w["Lambda_re"] + 1j * w["Lambda_im"], w["log_step"][:, 0].exp()
+    A = (lam * dt).exp()
+    B = torch.view_as_complex(w["B"]) * ((A - 1) / lam)[:, None]
+    h = over_time(A, x.to(B.dtype) @ B.T)
+    y = F.gelu(2 * (h @ torch.view_as_complex(w["C"]).T).real + w["D"] * x)
+    close(layer(x)[0], y * torch.sigmoid(y @ w["out2.weight"].T + w["out2.bias"]))
+
+
+def test_hgrn_is_its_definition():
+    layer, x = make("hgrn"), tokens(2, 9)
+    w = layer.state_dict()
+    i, f, g = (x @ w[f"{n}_proj.weight"].T for n in "ifg")
+    low = torch.rand(2 * D, dtype=torch.float64)
+    for bound in (None, low):
+        a = f.sigmoid() if bound is None else bound + (1 - bound) * f.sigmoid()
+        h = over_time(a, (1 - a) * F.silu(i))
+        h = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["g_norm.weight"] * F.silu(g)
+        layer.layer_idx = 1
+        close(layer(x, lower_bound=bound)[0], h @ w["o_proj.weight"].T)
+    assert set(w) == {f"{n}_proj.weight" for n in "ifgo"} | {"g_norm.weight"}
+
+
+def test_gateloop_is_its_definition():
+    layer, x = make("gateloop"), tokens(2, 9)
+    w = layer.state_dict()
+    m, theta = (x @ w["a_proj.weight"].T + w["a_proj.bias"]).chunk(2, -1)
+    q, k, v, g = (x @ w[f"{n}_proj.weight"].T for n in "qkvg")
+    h = over_time(m.sigmoid() * torch.exp(1j * theta), (k * v).to(torch.complex128))
+    close(layer(x)[0], ((q * h).real * F.silu(g)) @ w["o_proj.weight"].T)
+
+
+def test_rg_lru_block_is_that_of_transformers():
+    module = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma")
+    config = module.RecurrentGemmaConfig(
+        hidden_size=D, lru_width=12, num_attention_heads=3, conv1d_width=4, num_hidden_layers=1,
+        block_types=["recurrent"], attention_window_size=8, head_dim=4, num_key_value_heads=1,
+    )  # fmt: skip
+    theirs, ours = module.RecurrentGemmaRecurrentBlock(config, 0).double(), make("rg-lru")
+    theirs.load_state_dict(ours.state_dict())
+    x = tokens(2, 11)
+    expected, _ = theirs(x, torch.arange(11).expand(2, 11), None, use_cache=False)
+    torch.testing.assert_close(ours(x)[0], expected, atol=1e-5, rtol=1e-5)  # they sum in fp32
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="multiple of num_heads, got 8 and 3"):
+        RGLRUBlock(D, num_heads=3)
+    with pytest.raises(ValueError, match="HGRNAttention: mode must be one of"):
+        HGRNAttention("fused_chunk", D)
