@@ -29,6 +29,7 @@ from .regla import ReGLA
 from .retention import LightningAttention, MultiScaleRetention, TransNormerAttention
 from .rfa import RandomFeatureAttention
 from .rwkv import RWKV5Attention, RWKV6Attention
+from .rwkv4 import AFTSimple, RWKV4Attention
 from .rwkv7 import RWKV7Attention
 from .simple_gla import SimpleGatedLinearAttention
 from .skyformer import SkyformerAttention
@@ -44,6 +45,7 @@ __all__ = [
     "S5",
     "SLSTM",
     "ABCAttention",
+    "AFTSimple",
     "Attention",
     "BasedLinearAttention",
     "Comba",
@@ -72,6 +74,7 @@ __all__ = [
     "MultiScaleRetention",
     "NystromformerAttention",
     "RGLRUBlock",
+    "RWKV4Attention",
     "RWKV5Attention",
     "RWKV6Attention",
     "RWKV7Attention",

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from lsm_cuda.cache import Cache
-from lsm_cuda.layers import LRU, S5, GateLoop, HGRNAttention, RGLRUBlock
+from lsm_cuda.layers import (
+    LRU,
+    S5,
+    AFTSimple,
+    GateLoop,
+    HGRNAttention,
+    RGLRUBlock,
+    RWKV4Attention,
+)
 
 D = 8
 LAYERS = {
@@ -18,6 +26,8 @@ LAYERS = {
     "hgrn conv": (HGRNAttention, {"use_short_conv": True, "conv_size": 3}),
     "rg-lru": (RGLRUBlock, {"lru_width": 12, "num_heads": 3}),
     "gateloop": (GateLoop, {}),
+    "rwkv4": (RWKV4Attention, {"attention_hidden_size": 12}),
+    "aft": (AFTSimple, {}),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -141,6 +151,23 @@ def test_rg_lru_block_is_that_of_transformers():
     x = tokens(2, 11)
     expected, _ = theirs(x, torch.arange(11).expand(2, 11), None, use_cache=False)
     torch.testing.assert_close(ours(x)[0], expected, atol=1e-5, rtol=1e-5)  # they sum in fp32
+
+
+def test_rwkv4_is_the_attention_of_transformers():
+    module = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+    config = module.RwkvConfig(hidden_size=D, attention_hidden_size=12, num_hidden_layers=1)
+    theirs, ours = module.RwkvSelfAttention(config), make("rwkv4").float()
+    theirs.load_state_dict(ours.state_dict())
+    x = tokens(2, 11).float()
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_aft_is_its_definition():
+    layer, x = make("aft"), tokens(2, 9)
+    w = layer.state_dict()
+    q, k, v = (x @ w[f"{n}_proj.weight"].T for n in "qkv")
+    rows = [(k[:, : t + 1].softmax(1) * v[:, : t + 1]).sum(1) for t in range(9)]
+    close(layer(x)[0], (q.sigmoid() * torch.stack(rows, 1)) @ w["o_proj.weight"].T)
 
 
 def test_errors():
