@@ -17,12 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from cases import OPS, Case  # noqa: E402
+from cases import DELTA_OPS, OPS, Case  # noqa: E402
 from emulated import emulator  # noqa: E402
 from inputs import make_inputs  # noqa: E402
+from scans import SCANS, ScanCase, draw_scan  # noqa: E402
 
 BASELINE = ROOT / "benchmarks" / "baselines" / "counters.json"
 GROWTH = 1.1
@@ -68,7 +71,7 @@ def count(emu: Any) -> Counts:
 
 def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     """Name, multiprocessors of the GPU that the launcher sees, and the call."""
-    for op in OPS:
+    for op in dict.fromkeys([*OPS, *DELTA_OPS]):
         forward, backward, step = (op.raw(kind, "lsm_emu") for kind in ("fwd", "bwd", "step"))
         for dtype in ("bf16+f32", "f16+f32", "f32"):
             for kind, multiprocessors, sizes in (
@@ -87,6 +90,26 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
                     token = [t[:, 0] if n in timed else t for n, t in x.tensors.items()]
                     run = partial(step, *token, x.initial_state.clone(), 1.0)
                     yield f"{name} step", multiprocessors, run
+    yield from scan_calls()
+
+
+def scan_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    for op in SCANS:
+        forward, backward = (op.raw(kind, "lsm_emu") for kind in ("fwd", "bwd"))
+        for dtype in ("bf16", "f16", "f32", *(["c64"] if op.complex_too else [])):
+            for kind, multiprocessors, sizes in (
+                ("whole", 1, {"T": 64, "D": 64, "batch": 2}),
+                ("cut", 64, {"T": 544, "D": 64}),
+                ("packed", 1, {"T": 80, "D": 64, "batch": "int32"}),
+            ):
+                case = ScanCase(op, dtype=dtype, gate="-1", state="both", **sizes)
+                x, options = draw_scan(case)
+                flags = [options[name] for name in op.options]
+                common = (*x.tensors.values(), x.initial_state, x.cu_seqlens, None, *flags)
+                name = f"{op} {kind} {dtype}"
+                yield f"{name} forward", multiprocessors, partial(forward, *common, True)
+                gradients = (torch.zeros_like(x.grad_o), x.grad_o, x.grad_final_state)
+                yield f"{name} backward", multiprocessors, partial(backward, *common, *gradients)
 
 
 def regressions(baseline: Counts, counted: Counts) -> list[str]:
