@@ -53,14 +53,14 @@ struct SweepStorage {
     } stage[2];
 };
 
-// The gates of a stage on one side of the state. A thread loads kOwn of them, all of one channel.
+// The gates of a stage on one side of the state. A thread loads kOwned of them, all of one channel.
 template <class T, class C, int Channels>
 struct StageGates {
     using Loader = GateLoader<T>;
-    static constexpr int kOwn = C::kTokens * Channels / C::kThreads;
+    static constexpr int kOwned = C::kTokens * Channels / C::kThreads;
 
     i64 at;  // of the next stage's first
-    typename Loader::Raw raw[kOwn];
+    typename Loader::Raw raw[kOwned];
     float sum = 0.f;  // log2
 
     LSM_DEVICE static int channel() { return threadIdx.x % Channels; }
@@ -68,17 +68,17 @@ struct StageGates {
 
     LSM_DEVICE void load(Loader const& gates, Walk const& walk, int step, bool exists) {
         LSM_UNROLL
-        for (int i = 0; i < kOwn; ++i) {
+        for (int i = 0; i < kOwned; ++i) {
             bool const inside = exists && walk.has(step + token(i));
             raw[i] = inside ? gates.load(at) : Loader::kIdentity;
-            at += C::kTokens / kOwn * gates.g.time;
+            at += C::kTokens / kOwned * gates.g.time;
         }
     }
 
     template <bool Sum, int N>
     LSM_DEVICE void store(Loader const& gates, float (&decay)[C::kTokens][N], int first) {
         LSM_UNROLL
-        for (int i = 0; i < kOwn; ++i) {
+        for (int i = 0; i < kOwned; ++i) {
             decay[token(i)][first + channel()] = gates.factor(raw[i]);
             if constexpr (Sum) sum += gates.log2(raw[i]);
         }
