@@ -22,6 +22,12 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kForget =
     -256.f;  // log2: a stronger gate leaves nothing either, and sums stay exact
 
+// What a chunk's decay and sources are. whole: one decay for the state, or none. channels: by key channel; X and Y carry it.
+// sources: that, and rows write k v^T beside what they erase (dplr), so that with W = V and two more tiles
+//
+//     E = e X S        O = c Y S + R E + R_v W        S <- gamma S + Z^T E + Z_v^T W.
+enum class Form { whole, channels, sources };
+
 // A [rows, kC] tile of bf16. Rows are 16 bytes longer than they need to be, so that eight of them fall into different banks.
 struct Square {
     static constexpr int kRowBytes = kC * 2 + 16, kBytes = kC * kRowBytes;
@@ -53,8 +59,10 @@ struct Scratch {
     bf16* z_rest;         // [kC, K]: what rounding left out of z; written only if T amplifies
     bf16* r;              // [kC, kC]
     // Decay by key channel: X and Y with the decay since the chunk began, and gamma.
-    bf16 *erase, *query;  // [kC, K]
-    float* decay;         // [K]
+    bf16 *erase, *query;        // [kC, K]
+    float* decay;               // [K]
+    bf16 *z_values, *r_values;  // Z_v, R_v: as z and r
+    bf16* solve_values;         // T A_v as high + low: as solve
     // Backward.
     bf16* solve;     // [2, kC, kC]: T diag(w) as high + low
     bf16* state;     // [V, K]: before the chunk

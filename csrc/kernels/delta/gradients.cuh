@@ -17,17 +17,16 @@ namespace lsm::delta {
 
 // What takes the place of tiles of values once they are contracted: products of rows, and what pairs of rows give to dg and
 // dbeta.
-template <int K, bool Channels>
-struct PairScratch {
+template <int K, Form form>
+struct PairScratch {  // of a whole decay
     alignas(16) char P[Square::kBytes], M[Square::kBytes];
     float pairs[kC][kC + 1], erased[kC][kC + 1];  // c D dP (q.k), D dA (x.k)
 };
-template <int K>
-struct PairScratch<K, true>;  // gradients_channels.cuh
 
 // OwnErase: what erases is not k, and has a gradient of its own (and the value is erased before the row's own decay).
-template <int K, bool OwnErase, bool Channels = false>
+template <int K, bool OwnErase, Form form = Form::whole>
 struct Gradients {
+    static constexpr bool kChannels = form != Form::whole, kSources = form == Form::sources;
     static constexpr int kThreads = 256, kWarps = 8;
     static constexpr int kColumns = K / 4, kTiles = kColumns / 8;  // of a warp; 16 rows
     using Wide = Tile<K>;
@@ -37,6 +36,7 @@ struct Gradients {
         alignas(128) char k[kC * K * 2];
         alignas(128) char q[kC * K * 2];
         alignas(128) char x[OwnErase ? kC * K * 2 : 16];
+        alignas(128) char b[kSources ? kC * K * 2 : 16];
         union {
             struct {
                 alignas(128) char grad_o[kC * kV * 2];
@@ -46,13 +46,15 @@ struct Gradients {
                 alignas(128) char state[kV * K * 2];
                 alignas(128) char dstate[kV * K * 2];
                 alignas(16) char solve[2][Square::kBytes];
+                alignas(128) char value[kSources ? kC * kV * 2 : 16];
+                alignas(16) char solve_values[kSources ? 2 : 1][kSources ? Square::kBytes : 16];
             };
-            PairScratch<K, Channels> after;
+            PairScratch<K, form> after;
         };
         // In parts by columns: q.dq and x.dx of what the state gives, k.dk of what it takes.
         float ends[3][4][kC];
         float beta[kC], sum[kC], before[kC], dbeta[kC];
-        float flux[Channels ? 2 * kThreads : kWarps];
+        float flux[kChannels ? 2 * kThreads : kWarps];
         Chunk chunk;  // here rather than in registers, which are short
     };
 
@@ -66,7 +68,15 @@ struct Gradients {
     float dq[kTiles][4] = {}, dx[kTiles][4] = {}, dk[kTiles][4] = {};
     float relation[2][4] =
         {};  // warps j < 2: dO U^T, 16 columns from 16 j; else dE U^T, from 16 (j - 2)
-    float flux[Channels ? 2 : 1] = {};
+    float flux[kChannels ? 2 : 1] = {};
+
+    // With rows that write values beside what they erase, k stands with V in the roles of b with U.
+    struct Source {
+        float db[kTiles][4] = {};
+        float relation[2][4] = {};
+    };
+    struct None {};
+    std::conditional_t<kSources, Source, None> source;
 
     LSM_DEVICE Gradients(DeltaWork const& delta_work, SharedStorage& storage, int value_head)
         : work(delta_work),
@@ -99,7 +109,13 @@ struct Gradients {
         bf16 const* const solve = work.scratch.solve + chunk.slot * 2 * kC * kC;
         load_square<kThreads>(solve, smem_u32(s.solve[0]));
         load_square<kThreads>(solve + kC * kC, smem_u32(s.solve[1]));
-        if (warp == 0) {
+        if constexpr (kSources) {
+            load_rows<K, kThreads>(p.write, chunk.batch, chunk.row, from, chunk.rows, 1, 0, columns,
+                                   smem_u32(s.b));
+            bf16 const* const values = work.scratch.solve_values + chunk.slot * 2 * kC * kC;
+            load_square<kThreads>(values, smem_u32(s.solve_values[0]));
+            load_square<kThreads>(values + kC * kC, smem_u32(s.solve_values[1]));
+        } else if (warp == 0) {
             RowScalars const x = load_scalars(p, chunk, head);
             s.beta[lane] = x.beta, s.sum[lane] = x.sum, s.before[lane] = x.before;
         }
@@ -113,26 +129,46 @@ struct Gradients {
         i64 const at = chunk.slot * kC * V + tile * kV;
         load_tile<kC, kV, kThreads>(work.scratch.de + at, V, smem_u32(s.de));
         load_tile<kC, kV, kThreads>(work.scratch.residual + at, V, smem_u32(s.residual));
+        if constexpr (kSources) {
+            load_rows<kV, kThreads>(p.v, chunk.batch, chunk.row, head, chunk.rows, 1, tile * kV,
+                                    static_cast<int>(p.V) - tile * kV, smem_u32(s.value));
+        }
         i64 const state = (chunk.slot * V + tile * kV) * K;
         load_tile<kV, K, kThreads>(work.scratch.state + state, K, smem_u32(s.state));
         load_tile<kV, K, kThreads>(work.scratch.dstate + state, K, smem_u32(s.dstate));
     }
 
-    // U's 16 columns 16 j of the tile; and sums of products of elements.
-    LSM_DEVICE void solve_values(int tile) {
-        float acc[2][4] = {};
+    LSM_DEVICE void add_residuals(int tile) {
+        LSM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            u32 const at = Values::offset(4 * warp + i, 2 * lane);
+            float const dot = warp_sum(add_products(0.f, s.de + at, s.residual + at));
+            if (lane == 0) s.dbeta[4 * warp + i] = dot + (tile == 0 ? 0.f : s.dbeta[4 * warp + i]);
+        }
+    }
+
+    // acc += (high + low) rows, for the warp's 16 rows and columns 16 j.
+    LSM_DEVICE void add_solved(char const* high, char const* low, char const* rows,
+                               float (&acc)[2][4]) {
         LSM_UNROLL
         for (int kk = 0; kk <= 1; ++kk) {
             if (kk > m) break;
             u32 a[4], b[4];
-            ldmatrix_x4_trans(b, smem_u32(s.residual) + Values::rows_first(16 * kk, 16 * j, lane));
-            LSM_UNROLL
-            for (int part = 1; part >= 0; --part) {
-                ldmatrix_x4(a, smem_u32(s.solve[part]) + Square::rows_first(16 * m, 16 * kk, lane));
-                mma(acc[0], a, b[0], b[1]);
-                mma(acc[1], a, b[2], b[3]);
-            }
+            ldmatrix_x4_trans(b, smem_u32(rows) + Values::rows_first(16 * kk, 16 * j, lane));
+            ldmatrix_x4(a, smem_u32(low) + Square::rows_first(16 * m, 16 * kk, lane));
+            mma(acc[0], a, b[0], b[1]);
+            mma(acc[1], a, b[2], b[3]);
+            ldmatrix_x4(a, smem_u32(high) + Square::rows_first(16 * m, 16 * kk, lane));
+            mma(acc[0], a, b[0], b[1]);
+            mma(acc[1], a, b[2], b[3]);
         }
+    }
+
+    // U's 16 columns 16 j of the tile; and sums of products of elements.
+    LSM_DEVICE void solve_values(int tile) {
+        float acc[2][4] = {};
+        add_solved(s.solve[0], s.solve[1], s.residual, acc);
+        if constexpr (kSources) add_solved(s.solve_values[0], s.solve_values[1], s.value, acc);
         LSM_UNROLL
         for (int n = 0; n < 2; ++n) {
             LSM_UNROLL
@@ -143,19 +179,14 @@ struct Gradients {
                     pack_bf16(acc[n][2 * half_], acc[n][2 * half_ + 1]);
             }
         }
-        LSM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            u32 const at = Values::offset(4 * warp + i, 2 * lane);
-            float const dot = warp_sum(add_products(0.f, s.de + at, s.residual + at));
-            if (lane == 0) s.dbeta[4 * warp + i] = dot + (tile == 0 ? 0.f : s.dbeta[4 * warp + i]);
-        }
+        if constexpr (!kSources) add_residuals(tile);
         LSM_UNROLL_BY(4)
         for (int i = threadIdx.x; i < kV * K / 2; i += kThreads) add_flux(4 * i);
     }
 
     // <S, dS>; by channel, a thread has the same two in every row it visits.
     LSM_DEVICE void add_flux(int at) {
-        if constexpr (Channels) {
+        if constexpr (kChannels) {
             u32 const place = Wide::offset(at / (2 * K), at % (2 * K) / 2);
             float2 const x = unpack(*reinterpret_cast<u32 const*>(s.state + place)),
                          y = unpack(*reinterpret_cast<u32 const*>(s.dstate + place));
@@ -192,6 +223,12 @@ struct Gradients {
                 for (int i = 0; i < 4; ++i) a[i] = reads() ? o[i] : e[i];
                 mma(relation[0], a, b[0], b[1]);
                 mma(relation[1], a, b[2], b[3]);
+                if constexpr (kSources) {
+                    ldmatrix_x4(
+                        b, smem_u32(s.value) + Values::columns_first(16 * block(), 16 * kk, lane));
+                    mma(source.relation[0], a, b[0], b[1]);
+                    mma(source.relation[1], a, b[2], b[3]);
+                }
             }
             LSM_UNROLL
             for (int c = 0; c < kTiles / 2; ++c) {
@@ -201,8 +238,17 @@ struct Gradients {
                 mma(dx[2 * c], e, b[0], b[1]);
                 mma(dx[2 * c + 1], e, b[2], b[3]);
                 ldmatrix_x4_trans(b, smem_u32(s.dstate) + state_block(kk, c));
-                mma(dk[2 * c], u, b[0], b[1]);
-                mma(dk[2 * c + 1], u, b[2], b[3]);
+                if constexpr (kSources) {
+                    mma(source.db[2 * c], u, b[0], b[1]);
+                    mma(source.db[2 * c + 1], u, b[2], b[3]);
+                    u32 v[4];
+                    ldmatrix_x4(v, smem_u32(s.value) + Values::rows_first(16 * m, 16 * kk, lane));
+                    mma(dk[2 * c], v, b[0], b[1]);
+                    mma(dk[2 * c + 1], v, b[2], b[3]);
+                } else {
+                    mma(dk[2 * c], u, b[0], b[1]);
+                    mma(dk[2 * c + 1], u, b[2], b[3]);
+                }
             }
         }
     }
@@ -440,7 +486,8 @@ struct Gradients {
         store(p.dq, chunk.token, static_cast<int>(p.n), dq);
         store(p.dk, chunk.row, 1, dq);
         if constexpr (OwnErase) store(p.derase, chunk.row, 1, dq);
-        if (warp != 0 || lane >= chunk.rows) return;
+        if constexpr (kSources) store(p.dwrite, chunk.row, 1, dq);
+        if (kSources || warp != 0 || lane >= chunk.rows) return;
         store_as(
             p.dbeta.data, p.beta_dtype,
             chunk.batch * p.dbeta.batch + (chunk.row + lane) * p.dbeta.time + head * p.dbeta.head,

@@ -14,35 +14,61 @@
 
 namespace lsm::delta {
 
-template <int K>
-struct PairScratch<K, true> {
-    static constexpr int kPitch = K + 8;  // rows of a fragment fall into different banks
-    alignas(128) char x[kC * K * 2];      // k, by its factor at the level
-    alignas(128) char y[kC * K * 2];      // q, right of the cut; zeros left of it
-    alignas(16) char P[Square::kBytes];   // c dP
-    alignas(16) char M[Square::kBytes];   // w dA
-    alignas(16) char N[Square::kBytes];   // dA
+template <int K, bool Sources>
+struct LevelScratch {
+    static constexpr int kPitch = K + 8;    // rows of a fragment fall into different banks
+    alignas(128) char x[kC * K * 2];        // k, or a and b, by the row's factor at the level
+    alignas(128) char y[kC * K * 2];        // q right of the cut; left of it k of sources, or zeros
+    alignas(16) char P[2][Square::kBytes];  // c dP; of sources: of b, of k
+    alignas(16) char A[2][Square::kBytes];  // dA; and w dA, or of sources: of b, of k
     alignas(16) float prefix[kC][kPitch], suffix[kC][kPitch];
-    alignas(16) float crossing[kC][kPitch];  // r_t right of the cut, l_s left of it
+    alignas(16) float crossing[kC][kPitch];              // r_t right of the cut, l_s left of it
+    alignas(16) float erased[Sources ? kC : 1][kPitch];  // of r_t what a gives, t - 1 for t
     alignas(16) float dg[kC][K];
-    float diagonal[kC];  // of c dP
+    float diagonal[2][kC];  // of P
 };
-
 template <int K>
-struct GradientsChannels : Gradients<K, false, true> {
-    using Base = Gradients<K, false, true>;
+struct PairScratch<K, Form::channels> : LevelScratch<K, false> {};
+template <int K>
+struct PairScratch<K, Form::sources> : LevelScratch<K, true> {};
+
+template <int K, Form form>
+struct GradientsChannels : Gradients<K, form == Form::sources, form> {
+    static constexpr bool kSources = form == Form::sources;
+    using Base = Gradients<K, kSources, form>;
     using Base::Base;
-    using Base::dq, Base::dx, Base::dk, Base::relation, Base::flux;
+    using Base::dq, Base::dx, Base::dk, Base::relation, Base::flux, Base::source;
     using Base::kColumns, Base::kThreads, Base::kTiles;
     using Base::p, Base::s, Base::chunk, Base::head, Base::lane, Base::warp, Base::m, Base::j;
     using typename Base::Wide;
 
+    // What a state's gradient gives is db of sources, else dk.
+    LSM_DEVICE float (&writes())[kTiles][4] {
+        if constexpr (kSources)
+            return source.db;
+        else
+            return dk;
+    }
+    LSM_DEVICE char const* erased() const {
+        if constexpr (kSources) return s.b;
+        return s.k;
+    }
+    LSM_DEVICE float beta(int t) const {
+        if constexpr (kSources) return 1.f;
+        return s.beta[t];
+    }
+
     LSM_DEVICE void store_pairs() {
+        store_pairs(relation, 0);
+        if constexpr (kSources) store_pairs(source.relation, 1);
+    }
+
+    LSM_DEVICE void store_pairs(float const (&of)[2][4], int which) {
         bool const reads = this->reads();
         LSM_UNROLL
         for (int half_ = 0; half_ < 2; ++half_) {
             int const t = 16 * m + lane / 4 + 8 * half_;
-            float const by = reads ? static_cast<float>(p.scale) : -1.f, beta = s.beta[t];
+            float const by = reads ? static_cast<float>(p.scale) : kSources ? 1.f : -1.f;
             LSM_UNROLL
             for (int n = 0; n < 2; ++n) {
                 int const column = 16 * this->block() + 8 * n + lane % 4 * 2;
@@ -50,15 +76,15 @@ struct GradientsChannels : Gradients<K, false, true> {
                 LSM_UNROLL
                 for (int e = 0; e < 2; ++e) {
                     bool const keep = reads ? column + e <= t : column + e < t;
-                    x[e] = keep ? by * relation[n][2 * half_ + e] : 0.f;
-                    if (reads && column + e == t) s.after.diagonal[t] = x[e];
+                    x[e] = keep ? by * of[n][2 * half_ + e] : 0.f;
+                    if (reads && column + e == t) s.after.diagonal[which][t] = x[e];
                 }
                 u32 const at = Square::offset(t, column);
-                if (reads) {
-                    *reinterpret_cast<u32*>(s.after.P + at) = pack_bf16(x[0], x[1]);
-                } else {
-                    *reinterpret_cast<u32*>(s.after.N + at) = pack_bf16(x[0], x[1]);
-                    *reinterpret_cast<u32*>(s.after.M + at) = pack_bf16(beta * x[0], beta * x[1]);
+                *reinterpret_cast<u32*>((reads ? s.after.P : s.after.A)[which] + at) =
+                    pack_bf16(x[0], x[1]);
+                if (!kSources && !reads) {
+                    *reinterpret_cast<u32*>(s.after.A[1] + at) =
+                        pack_bf16(beta(t) * x[0], beta(t) * x[1]);
                 }
             }
         }
@@ -89,32 +115,57 @@ struct GradientsChannels : Gradients<K, false, true> {
     LSM_DEVICE static float2 pair_of(char const* tile, int t, int c) {
         return unpack(*reinterpret_cast<u32 const*>(tile + Wide::offset(t, c)));
     }
+    // Of what erases, within halves of w rows.
+    LSM_DEVICE float2 erase_factor(int w, int t, int c) const {
+        if constexpr (kSources) {
+            if ((t & (w - 1)) == 0) return {1.f, 1.f};
+            return pair_at(&s.after.prefix[t - 1][c], 0);
+        }
+        return pair_at(&s.after.prefix[t][c], 0);
+    }
+    LSM_DEVICE static float2 times(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+    LSM_DEVICE static float2 times(float a, float2 b) { return {a * b.x, a * b.y}; }
+    LSM_DEVICE static float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+    LSM_DEVICE static float2& at(float* x) { return *reinterpret_cast<float2*>(x); }
 
     // What the states gave, by the rows' factors; and the own terms of P.
     LSM_DEVICE void scale_ends() {
         LSM_UNROLL
         for (int half_ = 0; half_ < 2; ++half_) {
-            int const t = row(half_);
-            float const scale = static_cast<float>(p.scale), beta = s.beta[t],
-                        own = s.after.diagonal[t];
+            int const t = row(half_), i = 2 * half_;
+            float const scale = static_cast<float>(p.scale), sign = kSources ? 1.f : -beta(t);
             LSM_UNROLL
             for (int n = 0; n < kTiles; ++n) {
                 int const c = column(n);
-                float2 const k = pair_of(s.k, t, c), q = pair_of(s.q, t, c);
+                float2 const q = pair_of(s.q, t, c), x = pair_of(this->erasers(), t, c),
+                             b = pair_of(erased(), t, c);
                 float2 const before = pair_at(&s.after.prefix[t][c], 0),
                              after = pair_at(&s.after.suffix[t][c], 0);
-                LSM_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                    int const i = 2 * half_ + e;
-                    float const ke = e == 0 ? k.x : k.y, qe = e == 0 ? q.x : q.y;
-                    dq[n][i] *= scale * (e == 0 ? before.x : before.y);
-                    dx[n][i] *= -beta * (e == 0 ? before.x : before.y);
-                    dk[n][i] *= e == 0 ? after.x : after.y;
-                    s.after.crossing[t][c + e] = qe * dq[n][i] + ke * dx[n][i];
-                    s.after.dg[t][c + e] = ke * dk[n][i];
-                    dq[n][i] += own * ke;
-                    dk[n][i] += own * qe;
+                float2& to_q = at(&dq[n][i]);
+                float2& to_x = at(&dx[n][i]);
+                float2& to_b = at(&writes()[n][i]);
+                to_q = times(times(scale, before), to_q);
+                to_x = times(times(sign, erase_factor(kC, t, c)), to_x);
+                to_b = times(after, to_b);
+                float2 const read = times(q, to_q), erase = times(x, to_x);
+                float2 written = times(b, to_b);
+                float const own = s.after.diagonal[0][t];
+                to_q = plus(to_q, times(own, b));
+                to_b = plus(to_b, times(own, q));
+                if constexpr (kSources) {
+                    float2 const k = pair_of(s.k, t, c);
+                    float2& to_k = at(&dk[n][i]);
+                    to_k = times(after, to_k);
+                    written = plus(written, times(k, to_k));
+                    float const values = s.after.diagonal[1][t];
+                    to_q = plus(to_q, times(values, k));
+                    to_k = plus(to_k, times(values, q));
+                    at(&s.after.crossing[t][c]) = read;
+                    at(&s.after.erased[t][c]) = erase;
+                } else {
+                    at(&s.after.crossing[t][c]) = plus(read, erase);
                 }
+                at(&s.after.dg[t][c]) = written;
             }
         }
     }
@@ -131,6 +182,7 @@ struct GradientsChannels : Gradients<K, false, true> {
         for (int t = kC - 1; t >= 0; --t) {
             sum += s.after.crossing[t][c];
             s.after.crossing[t][c] = sum;
+            if constexpr (kSources) sum += s.after.erased[t][c];
         }
         sum = through;
         LSM_UNROLL_BY(2)
@@ -158,10 +210,16 @@ struct GradientsChannels : Gradients<K, false, true> {
         int const c = channel();
         LSM_UNROLL_BY(2)
         for (int t = first(); t < first() + 16; ++t) {
-            bool const right = (t & w) != 0;
-            float const f = right ? s.after.prefix[t][c] : s.after.suffix[t][c];
-            set_element<K>(s.after.x, t, c, element<K>(s.k, t, c) * f);
-            set_element<K>(s.after.y, t, c, right ? element<K>(s.q, t, c) * f : 0.f);
+            if (t & w) {
+                float const f = s.after.prefix[t][c];
+                float const e = !kSources ? f : (t & (w - 1)) == 0 ? 1.f : s.after.prefix[t - 1][c];
+                set_element<K>(s.after.x, t, c, element<K>(this->erasers(), t, c) * e);
+                set_element<K>(s.after.y, t, c, element<K>(s.q, t, c) * f);
+            } else {
+                float const f = s.after.suffix[t][c];
+                set_element<K>(s.after.x, t, c, element<K>(erased(), t, c) * f);
+                set_element<K>(s.after.y, t, c, kSources ? element<K>(s.k, t, c) * f : 0.f);
+            }
         }
     }
 
@@ -172,7 +230,10 @@ struct GradientsChannels : Gradients<K, false, true> {
         for (int t = begin + 15; t >= begin; --t) {
             if (((t + 1) & (w - 1)) == 0) sum = 0.f;
             sum += s.after.crossing[t][c];
-            if (t & w) s.after.dg[t][c] += sum;
+            if (t & w) {
+                s.after.dg[t][c] += sum;
+                if constexpr (kSources) sum += s.after.erased[t][c];
+            }
         }
         LSM_UNROLL_BY(2)
         for (int t = begin; t < begin + 16; ++t) {
@@ -197,18 +258,27 @@ struct GradientsChannels : Gradients<K, false, true> {
     // warp's rows lane / 4 and that + 8.
     LSM_DEVICE void level_reads(int w, float (&dots)[2]) {
         int const left = w == 16 ? 0 : 16 * m;
-        u32 reads[4], erases[4];
-        ldmatrix_x4(reads, smem_u32(s.after.P) + Square::rows_first(16 * m, left, lane));
-        ldmatrix_x4(erases, smem_u32(s.after.N) + Square::rows_first(16 * m, left, lane));
-        if (w < 16) keep_level(w, reads), keep_level(w, erases);
+        constexpr int kOf = kSources ? 2 : 1;
+        u32 reads[kOf][4], erases[kOf][4];
+        LSM_UNROLL
+        for (int of = 0; of < kOf; ++of) {
+            ldmatrix_x4(reads[of],
+                        smem_u32(s.after.P[of]) + Square::rows_first(16 * m, left, lane));
+            ldmatrix_x4(erases[of],
+                        smem_u32(s.after.A[of]) + Square::rows_first(16 * m, left, lane));
+            if (w < 16) keep_level(w, reads[of]), keep_level(w, erases[of]);
+        }
         LSM_UNROLL
         for (int i = 0; i < kTiles / 2; ++i) {
             float q[2][4] = {}, x[2][4] = {};
-            u32 b[4];
-            ldmatrix_x4_trans(
-                b, smem_u32(s.after.x) + Wide::rows_first(left, j * kColumns + 16 * i, lane));
-            mma(q[0], reads, b[0], b[1]), mma(q[1], reads, b[2], b[3]);
-            mma(x[0], erases, b[0], b[1]), mma(x[1], erases, b[2], b[3]);
+            LSM_UNROLL
+            for (int of = 0; of < kOf; ++of) {
+                u32 b[4];
+                ldmatrix_x4_trans(b, smem_u32(of == 0 ? s.after.x : s.after.y) +
+                                         Wide::rows_first(left, j * kColumns + 16 * i, lane));
+                mma(q[0], reads[of], b[0], b[1]), mma(q[1], reads[of], b[2], b[3]);
+                mma(x[0], erases[of], b[0], b[1]), mma(x[1], erases[of], b[2], b[3]);
+            }
             LSM_UNROLL
             for (int n = 0; n < 2; ++n) take_reads(w, 2 * i + n, q[n], x[n], dots);
         }
@@ -220,49 +290,60 @@ struct GradientsChannels : Gradients<K, false, true> {
         for (int half_ = 0; half_ < 2; ++half_) {
             int const t = row(half_), c = column(n), i = 2 * half_;
             if (!(t & w)) continue;
-            float2 const f = pair_at(&s.after.prefix[t][c], 0);
-            float2 const k = pair_of(s.k, t, c), own = pair_of(s.q, t, c);
-            float2 const from_q = {f.x * q[i], f.y * q[i + 1]};
-            float2 const from_x = {f.x * x[i], f.y * x[i + 1]};
-            float const beta = s.beta[t];
-            dq[n][i] += from_q.x, dq[n][i + 1] += from_q.y;
-            dx[n][i] += beta * from_x.x, dx[n][i + 1] += beta * from_x.y;
-            dots[half_] += k.x * from_x.x + k.y * from_x.y;
-            *reinterpret_cast<float2*>(&s.after.crossing[t][c]) = {
-                own.x * from_q.x + beta * k.x * from_x.x, own.y * from_q.y + beta * k.y * from_x.y};
+            float2 const from_q = times(pair_at(&s.after.prefix[t][c], 0), float2{q[i], q[i + 1]});
+            float2 const from_x = times(erase_factor(w, t, c), float2{x[i], x[i + 1]});
+            float2 const dot = times(pair_of(this->erasers(), t, c), from_x);
+            float2 const read = times(pair_of(s.q, t, c), from_q);
+            at(&dq[n][i]) = plus(at(&dq[n][i]), from_q);
+            at(&dx[n][i]) = plus(at(&dx[n][i]), times(beta(t), from_x));
+            if constexpr (kSources) {
+                at(&s.after.crossing[t][c]) = read;
+                at(&s.after.erased[t][c]) = dot;
+            } else {
+                dots[half_] += dot.x + dot.y;
+                at(&s.after.crossing[t][c]) = plus(read, times(beta(t), dot));
+            }
         }
     }
 
-    // Of rows left of the cut: dk.
+    // Of rows left of the cut: dk, or db and dk.
     LSM_DEVICE void level_writes(int w) {
+        level_writes(w, s.after.P[0], s.after.A[kSources ? 0 : 1], erased(), writes(), false);
+        if constexpr (kSources) level_writes(w, s.after.P[1], s.after.A[1], s.k, dk, true);
+    }
+
+    LSM_DEVICE void level_writes(int w, char const* P, char const* A, char const* own,
+                                 float (&to)[kTiles][4], bool add) {
         int const right = w == 16 ? 16 : 16 * m;
         u32 reads[4], erases[4];
-        ldmatrix_x4_trans(reads, smem_u32(s.after.P) + Square::columns_first(right, 16 * m, lane));
-        ldmatrix_x4_trans(erases, smem_u32(s.after.M) + Square::columns_first(right, 16 * m, lane));
+        ldmatrix_x4_trans(reads, smem_u32(P) + Square::columns_first(right, 16 * m, lane));
+        ldmatrix_x4_trans(erases, smem_u32(A) + Square::columns_first(right, 16 * m, lane));
         if (w < 16) keep_level(w, reads), keep_level(w, erases);
         LSM_UNROLL
         for (int i = 0; i < kTiles / 2; ++i) {
             float k[2][4] = {};
-            u32 const at = Wide::rows_first(right, j * kColumns + 16 * i, lane);
+            u32 const place = Wide::rows_first(right, j * kColumns + 16 * i, lane);
             u32 b[4];
-            ldmatrix_x4_trans(b, smem_u32(s.after.y) + at);
+            ldmatrix_x4_trans(b, smem_u32(s.after.y) + place);
             mma(k[0], reads, b[0], b[1]), mma(k[1], reads, b[2], b[3]);
-            ldmatrix_x4_trans(b, smem_u32(s.after.x) + at);
+            ldmatrix_x4_trans(b, smem_u32(s.after.x) + place);
             mma(k[0], erases, b[0], b[1]), mma(k[1], erases, b[2], b[3]);
             LSM_UNROLL
-            for (int n = 0; n < 2; ++n) take_writes(w, 2 * i + n, k[n]);
+            for (int n = 0; n < 2; ++n) take_writes(w, 2 * i + n, k[n], own, to[2 * i + n], add);
         }
     }
 
-    LSM_DEVICE void take_writes(int w, int n, float const (&k)[4]) {
+    LSM_DEVICE void take_writes(int w, int n, float const (&k)[4], char const* rows, float (&to)[4],
+                                bool add) {
         LSM_UNROLL
         for (int half_ = 0; half_ < 2; ++half_) {
             int const t = row(half_), c = column(n), i = 2 * half_;
             if (t & w) continue;
-            float2 const f = pair_at(&s.after.suffix[t][c], 0), own = pair_of(s.k, t, c);
-            float2 const from = {f.x * k[i], f.y * k[i + 1]};
-            dk[n][i] += from.x, dk[n][i + 1] += from.y;
-            *reinterpret_cast<float2*>(&s.after.crossing[t][c]) = {own.x * from.x, own.y * from.y};
+            float2 const from = times(pair_at(&s.after.suffix[t][c], 0), float2{k[i], k[i + 1]});
+            float2 const own = times(pair_of(rows, t, c), from);
+            at(&to[i]) = plus(at(&to[i]), from);
+            float2& crossing = at(&s.after.crossing[t][c]);
+            crossing = add ? plus(crossing, own) : own;
         }
     }
 
@@ -310,20 +391,27 @@ struct GradientsChannels : Gradients<K, false, true> {
             sum_level(w);
             if (w < 16) merge_level(w);
         }
-        LSM_UNROLL
-        for (int half_ = 0; half_ < 2; ++half_) {
-            dots[half_] += __shfl_xor_sync(0xffffffffu, dots[half_], 1);
-            dots[half_] += __shfl_xor_sync(0xffffffffu, dots[half_], 2);
-            if (lane % 4 == 0) s.ends[0][j][row(half_)] = dots[half_];
+        if constexpr (!kSources) {
+            LSM_UNROLL
+            for (int half_ = 0; half_ < 2; ++half_) {
+                dots[half_] += __shfl_xor_sync(0xffffffffu, dots[half_], 1);
+                dots[half_] += __shfl_xor_sync(0xffffffffu, dots[half_], 2);
+                if (lane % 4 == 0) s.ends[0][j][row(half_)] = dots[half_];
+            }
         }
         store_gates();
         __syncthreads();
-        store_betas();
         this->store(p.dq, chunk.token, static_cast<int>(p.n), dq);
-        LSM_UNROLL
-        for (int i = 0; i < kTiles; ++i) {
+        if constexpr (kSources) {
+            this->store(p.derase, chunk.row, 1, dx);
+            this->store(p.dwrite, chunk.row, 1, source.db);
+        } else {
+            store_betas();
             LSM_UNROLL
-            for (int e = 0; e < 4; ++e) dk[i][e] += dx[i][e];
+            for (int i = 0; i < kTiles; ++i) {
+                LSM_UNROLL
+                for (int e = 0; e < 4; ++e) dk[i][e] += dx[i][e];
+            }
         }
         this->store(p.dk, chunk.row, 1, dk);
     }
@@ -356,9 +444,10 @@ struct GradientsChannels : Gradients<K, false, true> {
     }
 };
 
-template <int K>
-__global__ void __launch_bounds__(256, 2) gradients_channels(DeltaWork const work) {
-    run_chunk<GradientsChannels<K>>(work);
+template <int K, Form form>
+__global__ void __launch_bounds__(256, form == Form::sources ? 1 : 2)
+    gradients_channels(DeltaWork const work) {
+    run_chunk<GradientsChannels<K, form>>(work);
 }
 
 }  // namespace lsm::delta

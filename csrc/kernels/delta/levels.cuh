@@ -36,7 +36,7 @@ LSM_DEVICE void merge(float (&prefix)[kC], float (&suffix)[kC]) {
 // One channel's factor of row t of a chunk.
 LSM_DEVICE float channel_factor(DeltaParams const& p, Chunk const& chunk, int head, int t, int c) {
     int const n = static_cast<int>(p.n);
-    if (t >= chunk.rows || c >= p.K || t % n != 0) return 1.f;
+    if (t >= chunk.rows || c >= p.K || t % n != 0 || p.g.data == nullptr) return 1.f;
     i64 const at = chunk.batch * p.g.batch + (chunk.token + t / n) * p.g.time + head * p.g.head + c;
     float const g = p.gate_dtype == Dtype::f32
                         ? load_global(static_cast<float const*>(p.g.data) + at)

@@ -28,7 +28,7 @@ LSM_DEVICE RowScalars load_scalars(DeltaParams const& p, Chunk const& chunk, int
     int const row = threadIdx.x % 32, n = static_cast<int>(p.n);
     RowScalars x = {0.f, 0.f, 0.f};
     bool const valid = row < chunk.rows;
-    if (valid) {
+    if (valid && p.beta.data != nullptr) {
         x.beta = load_as_float(
             p.beta.data, p.beta_dtype,
             chunk.batch * p.beta.batch + (chunk.row + row) * p.beta.time + head * p.beta.head);
@@ -60,8 +60,8 @@ struct Prepare {
         alignas(128) char q[kC * K * 2];
         alignas(16) float A[kC][kC + 4];
         alignas(16) char P[Square::kBytes];
-        alignas(16) char solve[2][Square::kBytes];    // T
-        alignas(16) char written[2][Square::kBytes];  // diag(e^{G_end - G}) T
+        alignas(16) char solve[2][Square::kBytes];   // T
+        alignas(16) char second[2][Square::kBytes];  // diag(e^{G_end - G}) T; of sources T A_v
         float beta[kC], sum[kC], before[kC];
         float largest;
         alignas(128) char x[kC * K * 2];  // last: allocated only where it is not k
@@ -149,13 +149,12 @@ struct Prepare {
         }
     }
 
-    // T, column by column, in registers; Weighted: its rows with e^{G_end - G}, too.
-    template <bool Weighted>
-    LSM_DEVICE void solve() {
-        float T[kC], largest = 0.f;
+    // A column of (I + A)^-1 B per lane, in registers; right(t) is B's.
+    template <class Right>
+    LSM_DEVICE void substitute(float (&T)[kC], Right right) {
         LSM_UNROLL
         for (int t = 0; t < kC; ++t) {
-            float sum[4] = {t == lane ? 1.f : 0.f, 0.f, 0.f, 0.f};
+            float sum[4] = {right(t), 0.f, 0.f, 0.f};
             LSM_UNROLL
             for (int i = 0; i < t; i += 4) {
                 float4 const a = *reinterpret_cast<float4 const*>(&s.A[t][i]);
@@ -165,8 +164,30 @@ struct Prepare {
                 if (i + 3 < t) sum[3] -= a.w * T[i + 3];
             }
             T[t] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-            if (t > lane) largest = fmaxf(largest, fabsf(T[t]));
         }
+    }
+
+    // Column `lane` of a square, as high + low.
+    LSM_DEVICE void put(int t, float x, char (&to)[2][Square::kBytes]) {
+        bf16 high, low;
+        split(x, high, low);
+        *reinterpret_cast<bf16*>(to[0] + Square::offset(t, lane)) = high;
+        *reinterpret_cast<bf16*>(to[1] + Square::offset(t, lane)) = low;
+    }
+    LSM_DEVICE void keep(int t, float x, bf16* to) {
+        bf16 high, low;
+        split(x, high, low);
+        store_global(to + t * kC + lane, high);
+        store_global(to + (kC + t) * kC + lane, low);
+    }
+
+    // T; Weighted: its rows with e^{G_end - G}, too.
+    template <bool Weighted>
+    LSM_DEVICE void solve() {
+        float T[kC], largest = 0.f;
+        substitute(T, [&](int t) { return t == lane ? 1.f : 0.f; });
+        LSM_UNROLL
+        for (int t = 1; t < kC; ++t) largest = t > lane ? fmaxf(largest, fabsf(T[t])) : largest;
         LSM_UNROLL
         for (int d = 16; d > 0; d /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
@@ -174,31 +195,21 @@ struct Prepare {
         float* const to = work.scratch.coefficients + (chunk.slot * 4 + kKeep) * kC;
         if (lane > 0) store_global(to + lane, largest);
 
-        bf16* const keep = work.scratch.solve + chunk.slot * 2 * kC * kC;
         float const beta = s.beta[lane];
         LSM_UNROLL
         for (int t = 0; t < kC; ++t) {
-            auto const put = [&](float x, char(&to)[2][Square::kBytes]) {
-                bf16 high, low;
-                split(x, high, low);
-                *reinterpret_cast<bf16*>(to[0] + Square::offset(t, lane)) = high;
-                *reinterpret_cast<bf16*>(to[1] + Square::offset(t, lane)) = low;
-            };
-            put(T[t], s.solve);
-            if constexpr (Weighted) put(T[t] * exp2_approx(s.sum[kC - 1] - s.sum[t]), s.written);
-            if (backward) {
-                bf16 high, low;
-                split(T[t] * beta, high, low);
-                store_global(keep + t * kC + lane, high);
-                store_global(keep + (kC + t) * kC + lane, low);
-            }
+            put(t, T[t], s.solve);
+            if constexpr (Weighted) put(t, T[t] * exp2_approx(s.sum[kC - 1] - s.sum[t]), s.second);
+            if (backward) keep(t, T[t] * beta, work.scratch.solve + chunk.slot * 2 * kC * kC);
         }
     }
 
-    // R, by 16 x 16 blocks, one per warp.
-    LSM_DEVICE void fold_reads() {
+    // plus + P inverse, by 16 x 16 blocks, one per warp.
+    LSM_DEVICE void fold_reads(char const (&inverse)[2][Square::kBytes], char const* plus,
+                               bf16* to) {
         int const m = warp % 2, j = warp / 2;
         float acc[2][4] = {};
+        if (plus != nullptr) add_tile<Square>(plus, 16 * m, 16 * j, acc);
         LSM_UNROLL
         for (int kk = j; kk <= m; ++kk) {
             u32 a[4], b[4];
@@ -206,27 +217,29 @@ struct Prepare {
             LSM_UNROLL
             for (int part = 1; part >= 0; --part) {
                 ldmatrix_x4_trans(
-                    b, smem_u32(s.solve[part]) + Square::rows_first(16 * kk, 16 * j, lane));
+                    b, smem_u32(inverse[part]) + Square::rows_first(16 * kk, 16 * j, lane));
                 mma(acc[0], a, b[0], b[1]);
                 mma(acc[1], a, b[2], b[3]);
             }
         }
-        store(work.scratch.r + chunk.slot * kC * kC, kC, 16 * m, 16 * j, acc);
+        store(to + chunk.slot * kC * kC, kC, 16 * m, 16 * j, acc);
     }
 
-    // Z: warp w has rows 16 (w % 2) and half of the columns.
-    LSM_DEVICE void fold_writes(char const (&inverse)[2][Square::kBytes]) {
+    // plus + inverse^T rows: warp w has rows 16 (w % 2) and half of the columns.
+    LSM_DEVICE void fold_writes(char const (&inverse)[2][Square::kBytes], char const* rows,
+                                char const* plus, bf16* to, bf16* rest) {
         int const m = warp % 2;
-        bf16* const z = work.scratch.z + chunk.slot * kC * K;
+        i64 const at = chunk.slot * kC * K;
         LSM_UNROLL_BY(2)
         for (int c = 0; c < K / 32; ++c) {
             int const column = warp / 2 * (K / 2) + 16 * c;
             float acc[2][4] = {};
+            if (plus != nullptr) add_tile<Wide>(plus, 16 * m, column, acc);
             LSM_UNROLL
             for (int kk = 0; kk < 2; ++kk) {
-                if (kk < m) continue;  // T is lower triangular
+                if (kk < m) continue;  // lower triangular
                 u32 b[4], a[4];
-                ldmatrix_x4_trans(b, smem_u32(s.k) + Wide::rows_first(16 * kk, column, lane));
+                ldmatrix_x4_trans(b, smem_u32(rows) + Wide::rows_first(16 * kk, column, lane));
                 LSM_UNROLL
                 for (int part = 1; part >= 0; --part) {
                     ldmatrix_x4_trans(
@@ -235,13 +248,24 @@ struct Prepare {
                     mma(acc[1], a, b[2], b[3]);
                 }
             }
-            store(z, K, 16 * m, column, acc);
-            if (s.largest > 1.f) {
+            store(to + at, K, 16 * m, column, acc);
+            if (rest != nullptr && s.largest > 1.f) {
                 LSM_UNROLL
                 for (int i = 0; i < 8; ++i)
                     acc[i / 4][i % 4] -= static_cast<float>(bf16(acc[i / 4][i % 4]));
-                store(work.scratch.z_rest + chunk.slot * kC * K, K, 16 * m, column, acc);
+                store(rest + at, K, 16 * m, column, acc);
             }
+        }
+    }
+
+    template <class Layout>
+    LSM_DEVICE void add_tile(char const* tile, int row, int column, float (&acc)[2][4]) {
+        LSM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            float2 const x = unpack(*reinterpret_cast<u32 const*>(
+                tile +
+                Layout::offset(row + lane / 4 + i % 2 * 8, column + i / 2 * 8 + lane % 4 * 2)));
+            acc[i / 2][i % 2 * 2] += x.x, acc[i / 2][i % 2 * 2 + 1] += x.y;
         }
     }
 
@@ -257,22 +281,16 @@ struct Prepare {
         }
     }
 
-    // From A, P and the rows of k: T, R and Z.
-    template <bool Weighted>
-    LSM_DEVICE void finish() {
-        if (warp == 0) solve<Weighted>();
-        __syncthreads();
-        fold_reads();
-        fold_writes(Weighted ? s.written : s.solve);
-    }
-
     LSM_DEVICE void run() {
         load();
         cp_async_wait<0>();
         __syncthreads();
         relate();
         __syncthreads();
-        finish<true>();
+        if (warp == 0) solve<true>();
+        __syncthreads();
+        fold_reads(s.solve, nullptr, work.scratch.r);
+        fold_writes(s.second, s.k, nullptr, work.scratch.z, work.scratch.z_rest);
     }
 };
 

@@ -184,10 +184,10 @@ LSM_DEVICE void replace_z(DeltaWork const& work, Chunk const& chunk, char const*
 enum class RecurKind { output, states };
 
 // Where X and Y of a chunk come from: the tensors, or scratch if channels decay; and gamma.
-template <int K, bool Channels, int Threads>
+template <int K, Form form, int Threads>
 LSM_DEVICE void load_erase(DeltaWork const& work, Chunk const& chunk, int head, char* to) {
     DeltaParams const& p = work.p;
-    if constexpr (Channels) {
+    if constexpr (form != Form::whole) {
         load_tile<kC, K, Threads>(work.scratch.erase + chunk.slot * kC * K, K, smem_u32(to));
     } else {
         load_rows<K, Threads>(p.erase.data != nullptr ? p.erase : p.k, chunk.batch, chunk.row,
@@ -196,10 +196,10 @@ LSM_DEVICE void load_erase(DeltaWork const& work, Chunk const& chunk, int head, 
     }
 }
 
-template <int K, bool Channels, int Threads>
+template <int K, Form form, int Threads>
 LSM_DEVICE void load_query(DeltaWork const& work, Chunk const& chunk, int head, char* to) {
     DeltaParams const& p = work.p;
-    if constexpr (Channels) {
+    if constexpr (form != Form::whole) {
         load_tile<kC, K, Threads>(work.scratch.query + chunk.slot * kC * K, K, smem_u32(to));
     } else {
         load_rows<K, Threads>(p.q, chunk.batch, chunk.token, work.key_head(head), chunk.rows,
@@ -207,17 +207,19 @@ LSM_DEVICE void load_query(DeltaWork const& work, Chunk const& chunk, int head, 
     }
 }
 
-template <int K, bool Channels, int Threads>
+template <int K, Form form, int Threads>
 LSM_DEVICE void load_coefficients(DeltaWork const& work, Chunk const& chunk, Coefficients& by,
                                   float* decay) {
     load_floats<Threads>(work.scratch.coefficients + chunk.slot * 4 * kC, 4 * kC, smem_u32(by));
-    if constexpr (Channels)
+    if constexpr (form != Form::whole)
         load_floats<Threads>(work.scratch.decay + chunk.slot * K, K, smem_u32(decay));
 }
 
-template <int K, RecurKind Kind, bool Channels>
+template <int K, RecurKind Kind, Form form>
 struct Recur {
-    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps, kStages = 3;
+    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps;
+    static constexpr bool kSources = form == Form::sources;
+    static constexpr int kStages = kSources ? 2 : 3;  // two blocks per multiprocessor
     static constexpr bool kReads = Kind == RecurKind::output;
 
     struct Stage {
@@ -226,8 +228,10 @@ struct Recur {
         alignas(128) char write[kC * K * 2];
         alignas(128) char value[kC * kV * 2];
         alignas(16) char relate[kReads ? Square::kBytes : 16];
+        alignas(128) char write_values[kSources ? kC * K * 2 : 16];
+        alignas(16) char relate_values[kSources && kReads ? Square::kBytes : 16];
         alignas(16) Coefficients by;
-        alignas(16) float decay[Channels ? K : 4];
+        alignas(16) float decay[form != Form::whole ? K : 4];
     };
     struct SharedStorage {
         Stage stage[kStages];
@@ -248,15 +252,22 @@ struct Recur {
     LSM_DEVICE void load(int index) {
         Stage& to = s.stage[index % kStages];
         Chunk const chunk = at(index);
-        load_erase<K, Channels, kThreads>(work, chunk, head, to.erase);
+        load_erase<K, form, kThreads>(work, chunk, head, to.erase);
         load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
         load_rows<kV, kThreads>(p.v, chunk.batch, chunk.row, head, chunk.rows, 1, tile * kV,
                                 static_cast<int>(p.V) - tile * kV, smem_u32(to.value));
         if constexpr (kReads) {
-            load_query<K, Channels, kThreads>(work, chunk, head, to.query);
+            load_query<K, form, kThreads>(work, chunk, head, to.query);
             load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
         }
-        load_coefficients<K, Channels, kThreads>(work, chunk, to.by, to.decay);
+        if constexpr (kSources) {
+            load_tile<kC, K, kThreads>(work.scratch.z_values + chunk.slot * kC * K, K,
+                                       smem_u32(to.write_values));
+            if constexpr (kReads)
+                load_square<kThreads>(work.scratch.r_values + chunk.slot * kC * kC,
+                                      smem_u32(to.relate_values));
+        }
+        load_coefficients<K, form, kThreads>(work, chunk, to.by, to.decay);
     }
 
     LSM_DEVICE void step(int index) {
@@ -280,14 +291,14 @@ struct Recur {
             float2 const e = pair_at(tiles.by[kErase], 8 * n + lane % 4 * 2);
             float2 const upper = unpack(value[n / 2][n % 2 * 2]),
                          lower = unpack(value[n / 2][n % 2 * 2 + 1]);
-            residual[n][0] = upper.x + e.x * residual[n][0];
-            residual[n][1] = upper.y + e.y * residual[n][1];
-            residual[n][2] = lower.x + e.x * residual[n][2];
-            residual[n][3] = lower.y + e.y * residual[n][3];
+            residual[n][0] = (kSources ? 0.f : upper.x) + e.x * residual[n][0];
+            residual[n][1] = (kSources ? 0.f : upper.y) + e.y * residual[n][1];
+            residual[n][2] = (kSources ? 0.f : lower.x) + e.x * residual[n][2];
+            residual[n][3] = (kSources ? 0.f : lower.y) + e.y * residual[n][3];
         }
         u32 E[kC / 16][4];
         pack_rows(residual, tiles.by[kWrite], E);
-        if constexpr (Channels) {
+        if constexpr (form != Form::whole) {
             state.scale(tiles.decay);
         } else {
             state.scale(tiles.by[kKeep][0]);
@@ -305,8 +316,12 @@ struct Recur {
             state.write(x, smem_u32(tiles.write));
         }
 
+        if constexpr (kSources) state.write(value, smem_u32(tiles.write_values));
+
         if constexpr (kReads) {
-            answer(tiles, E, o);
+            scale_output(tiles, o);
+            answer(tiles.relate, E, o);
+            if constexpr (kSources) answer(tiles.relate_values, value, o);
             bf16* const to = static_cast<bf16*>(p.o.data) + chunk.batch * p.o.batch +
                              chunk.token * p.o.time + head * p.o.head + value0;
             int const n = static_cast<int>(p.n);
@@ -320,22 +335,24 @@ struct Recur {
         }
     }
 
-    // o = c o + R E.
-    LSM_DEVICE void answer(Stage const& tiles, u32 const (&E)[kC / 16][4], float (&o)[kC / 8][4]) {
+    LSM_DEVICE void scale_output(Stage const& tiles, float (&o)[kC / 8][4]) {
         LSM_UNROLL
         for (int n = 0; n < kC / 8; ++n) {
             float2 const c = pair_at(tiles.by[kRead], 8 * n + lane % 4 * 2);
             o[n][0] *= c.x, o[n][1] *= c.y, o[n][2] *= c.x, o[n][3] *= c.y;
         }
+    }
+
+    // o += R x.
+    LSM_DEVICE void answer(char const* relate, u32 const (&x)[kC / 16][4], float (&o)[kC / 8][4]) {
         LSM_UNROLL
         for (int i = 0; i < kC / 16; ++i) {
             LSM_UNROLL
             for (int j = 0; j <= i; ++j) {  // R is lower triangular
                 u32 b[4];
-                ldmatrix_x4(b,
-                            smem_u32(tiles.relate) + Square::columns_first(16 * i, 16 * j, lane));
-                mma(o[2 * i], E[j], b[0], b[1]);
-                mma(o[2 * i + 1], E[j], b[2], b[3]);
+                ldmatrix_x4(b, smem_u32(relate) + Square::columns_first(16 * i, 16 * j, lane));
+                mma(o[2 * i], x[j], b[0], b[1]);
+                mma(o[2 * i + 1], x[j], b[2], b[3]);
             }
         }
     }
@@ -391,9 +408,9 @@ LSM_DEVICE void run_chain(DeltaWork const& work) {
         .run();
 }
 
-template <int K, RecurKind Kind, bool Channels>
+template <int K, RecurKind Kind, Form form>
 __global__ void __launch_bounds__(128, 2) recur(DeltaWork const work) {
-    run_chain<Recur<K, Kind, Channels>>(work);
+    run_chain<Recur<K, Kind, form>>(work);
 }
 
 }  // namespace lsm::delta

@@ -10,9 +10,11 @@
 
 namespace lsm::delta {
 
-template <int K, bool Channels>
+template <int K, Form form>
 struct Reverse {
-    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps, kStages = 3;
+    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps;
+    static constexpr bool kSources = form == Form::sources;
+    static constexpr int kStages = kSources ? 2 : 3;  // two blocks per multiprocessor
 
     struct Stage {
         alignas(128) char erase[kC * K * 2];
@@ -20,8 +22,10 @@ struct Reverse {
         alignas(128) char write[kC * K * 2];
         alignas(128) char grad_o[kC * kV * 2];
         alignas(16) char relate[Square::kBytes];
+        alignas(128) char write_values[kSources ? kC * K * 2 : 16];
+        alignas(16) char relate_values[kSources ? Square::kBytes : 16];
         alignas(16) Coefficients by;
-        alignas(16) float decay[Channels ? K : 4];
+        alignas(16) float decay[form != Form::whole ? K : 4];
     };
     struct SharedStorage {
         Stage stage[kStages];
@@ -42,14 +46,20 @@ struct Reverse {
     LSM_DEVICE void load(int index) {
         Stage& to = s.stage[index % kStages];
         Chunk const chunk = at(index);
-        load_erase<K, Channels, kThreads>(work, chunk, head, to.erase);
-        load_query<K, Channels, kThreads>(work, chunk, head, to.query);
+        load_erase<K, form, kThreads>(work, chunk, head, to.erase);
+        load_query<K, form, kThreads>(work, chunk, head, to.query);
         load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
         load_rows<kV, kThreads>(p.grad_o, chunk.batch, chunk.token, head, chunk.rows,
                                 static_cast<int>(p.n), tile * kV, static_cast<int>(p.V) - tile * kV,
                                 smem_u32(to.grad_o));
         load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
-        load_coefficients<K, Channels, kThreads>(work, chunk, to.by, to.decay);
+        if constexpr (kSources) {
+            load_tile<kC, K, kThreads>(work.scratch.z_values + chunk.slot * kC * K, K,
+                                       smem_u32(to.write_values));
+            load_square<kThreads>(work.scratch.r_values + chunk.slot * kC * kC,
+                                  smem_u32(to.relate_values));
+        }
+        load_coefficients<K, form, kThreads>(work, chunk, to.by, to.decay);
     }
 
     LSM_DEVICE void step(int index) {
@@ -68,7 +78,13 @@ struct Reverse {
         }
         u32 grad_o[kC / 16][4];
         load_values(smem_u32(tiles.grad_o), warp, grad_o);
-        ask(tiles, grad_o, de);
+        ask(tiles.relate, grad_o, de);
+        if constexpr (kSources) {
+            float dv[kC / 8][4] = {};
+            state.read(a, smem_u32(tiles.write_values), dv);
+            ask(tiles.relate_values, grad_o, dv);
+            store_dv(chunk, dv);
+        }
         bf16* const to = work.scratch.de + chunk.slot * kC * work.v_tiles * kV + value0;
         store_transposed(de, 16, [&](int t) { return to + t * work.v_tiles * kV; });
         LSM_UNROLL
@@ -79,15 +95,11 @@ struct Reverse {
             grad_o[n / 2][n % 2 * 2] = scaled(grad_o[n / 2][n % 2 * 2], c);
             grad_o[n / 2][n % 2 * 2 + 1] = scaled(grad_o[n / 2][n % 2 * 2 + 1], c);
         }
-        bf16* const dv = static_cast<bf16*>(p.dv.data) + chunk.batch * p.dv.batch +
-                         chunk.row * p.dv.time + head * p.dv.head + value0;
-        store_transposed(de, static_cast<int>(p.V) - value0, [&](int t) -> bf16* {
-            return t < chunk.rows ? dv + t * p.dv.time : nullptr;
-        });
+        if constexpr (!kSources) store_dv(chunk, de);
 
         u32 E[kC / 16][4];
         pack_rows(de, tiles.by[kErase], E);
-        if constexpr (Channels) {
+        if constexpr (form != Form::whole) {
             state.scale(tiles.decay);
         } else {
             state.scale(tiles.by[kKeep][0]);
@@ -105,16 +117,23 @@ struct Reverse {
         }
     }
 
+    LSM_DEVICE void store_dv(Chunk const& chunk, float const (&dv)[kC / 8][4]) {
+        bf16* const to = static_cast<bf16*>(p.dv.data) + chunk.batch * p.dv.batch +
+                         chunk.row * p.dv.time + head * p.dv.head + value0;
+        store_transposed(dv, static_cast<int>(p.V) - value0, [&](int t) -> bf16* {
+            return t < chunk.rows ? to + t * p.dv.time : nullptr;
+        });
+    }
+
     // de += R^T dO.
-    LSM_DEVICE void ask(Stage const& tiles, u32 const (&grad_o)[kC / 16][4],
+    LSM_DEVICE void ask(char const* relate, u32 const (&grad_o)[kC / 16][4],
                         float (&de)[kC / 8][4]) {
         LSM_UNROLL
         for (int i = 0; i < kC / 16; ++i) {
             LSM_UNROLL
             for (int j = 0; j <= i; ++j) {  // R is lower triangular
                 u32 b[4];
-                ldmatrix_x4_trans(
-                    b, smem_u32(tiles.relate) + Square::rows_first(16 * i, 16 * j, lane));
+                ldmatrix_x4_trans(b, smem_u32(relate) + Square::rows_first(16 * i, 16 * j, lane));
                 mma(de[2 * j], grad_o[i], b[0], b[1]);
                 mma(de[2 * j + 1], grad_o[i], b[2], b[3]);
             }
@@ -151,9 +170,9 @@ struct Reverse {
     }
 };
 
-template <int K, bool Channels>
+template <int K, Form form>
 __global__ void __launch_bounds__(128, 2) reverse(DeltaWork const work) {
-    run_chain<Reverse<K, Channels>>(work);
+    run_chain<Reverse<K, form>>(work);
 }
 
 }  // namespace lsm::delta

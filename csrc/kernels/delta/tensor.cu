@@ -3,17 +3,12 @@
 
 #include "kernels/carver.h"
 #include "kernels/delta/prepare_channels.cuh"
-#include "kernels/delta/recur.cuh"
-#include "kernels/delta/tensor_backward.h"
+#include "kernels/delta/tensor_kernels.h"
 #include "kernels/dispatch.h"
 
 namespace lsm {
 namespace delta {
 namespace {
-
-bool channels(DeltaParams const& p) {
-    return p.decay == Decay::key;
-}
 
 int bucket(int64_t K) {
     return K <= 64 ? 64 : 128;
@@ -41,7 +36,12 @@ struct Plan {
         s.z = carve.take<bf16>(pieces * kC * K);
         s.z_rest = carve.take<bf16>(pieces * kC * K);
         s.r = carve.take<bf16>(pieces * kC * kC);
-        if (channels(p)) {
+        if (form_of(p) == Form::sources) {
+            s.z_values = carve.take<bf16>(pieces * kC * K);
+            s.r_values = carve.take<bf16>(pieces * kC * kC);
+            s.solve_values = carve.take<bf16>(pieces * 2 * kC * kC);
+        }
+        if (form_of(p) != Form::whole) {
             s.erase = carve.take<bf16>(pieces * kC * K);
             s.query = carve.take<bf16>(pieces * kC * K);
             s.decay = carve.take<float>(pieces * K);
@@ -57,32 +57,23 @@ struct Plan {
     }
 
     dim3 per_chunk() const { return dim3(static_cast<unsigned>(slots * work.p.HV)); }
-    dim3 per_chain() const { return dim3(static_cast<unsigned>(chains)); }
 };
 
-template <int K, RecurKind Kind, bool Channels>
-void run_chain(Plan const& plan, void* stream) {
-    using Kernel = Recur<K, Kind, Channels>;
-    launch(recur<K, Kind, Channels>, plan.per_chain(), dim3(Kernel::kThreads),
-           sizeof(typename Kernel::SharedStorage), stream, plan.work);
-}
-
-// What does not need the state, then the chain of states.
-template <RecurKind Kind>
-void run_forward(Plan const& plan, void* stream) {
+// What does not need the state.
+void run_prepare(Plan const& plan, bool backward, void* stream) {
     DeltaParams const& p = plan.work.p;
-    bool const backward = Kind == RecurKind::states;
     dispatch(Buckets<64, 128>{}, p.K, [&](auto K) {
-        if (channels(p)) {
-            using Kernel = PrepareChannels<K>;
-            launch(prepare_channels<K>, plan.per_chunk(), dim3(Kernel::kThreads),
-                   sizeof(typename Kernel::SharedStorage), stream, plan.work, backward);
-            run_chain<K, Kind, true>(plan, stream);
-        } else {
-            launch(prepare<K>, plan.per_chunk(), dim3(Prepare<K>::kThreads), Prepare<K>::bytes(p),
-                   stream, plan.work, backward);
-            run_chain<K, Kind, false>(plan, stream);
-        }
+        dispatch_form(p, [&](auto form) {
+            if constexpr (form == Form::whole) {
+                launch(prepare<K>, plan.per_chunk(), dim3(Prepare<K>::kThreads),
+                       Prepare<K>::bytes(p), stream, plan.work, backward);
+            } else {
+                constexpr bool kSources = form == Form::sources;
+                using Kernel = PrepareChannels<K, kSources>;
+                launch(prepare_channels<K, kSources>, plan.per_chunk(), dim3(Kernel::kThreads),
+                       sizeof(typename Kernel::SharedStorage), stream, plan.work, backward);
+            }
+        });
     });
 }
 
@@ -92,9 +83,10 @@ void run_forward(Plan const& plan, void* stream) {
 using namespace delta;
 
 bool tensor_cores_take(DeltaParams const& p) {
-    return p.dtype == Dtype::bf16 && !p.beta_per_channel && p.transition != Transition::dplr &&
-           (p.decay != Decay::key || p.transition == Transition::householder) && p.K <= 128 &&
-           p.n <= kC;
+    bool const decay =
+        p.transition == Transition::householder ||
+        (p.transition == Transition::comba ? p.decay != Decay::key : p.decay != Decay::scalar);
+    return p.dtype == Dtype::bf16 && !p.beta_per_channel && decay && p.K <= 128 && p.n <= kC;
 }
 
 int64_t tensor_fwd_workspace(DeltaParams const& p) {
@@ -109,14 +101,16 @@ void tensor_fwd(DeltaParams const& p, void* workspace, void* stream) {
     Plan const plan(p, false, workspace);
     if (plan.chains == 0) return;
     build_segments(p, plan.work.segments, stream);
-    run_forward<RecurKind::output>(plan, stream);
+    run_prepare(plan, false, stream);
+    run_recur(plan.work, false, plan.chains, stream);
 }
 
 void tensor_bwd(DeltaParams const& p, void* workspace, void* stream) {
     Plan const plan(p, true, workspace);
     if (plan.chains == 0) return;
     build_segments(p, plan.work.segments, stream);
-    run_forward<RecurKind::states>(plan, stream);
+    run_prepare(plan, true, stream);
+    run_recur(plan.work, true, plan.chains, stream);
     run_reverse(plan.work, plan.chains, stream);
     run_gradients(plan.work, plan.slots * p.HV, stream);
 }

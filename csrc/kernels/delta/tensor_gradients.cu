@@ -1,6 +1,6 @@
 // A chunk's gradients on tensor cores.
 #include "kernels/delta/gradients_channels.cuh"
-#include "kernels/delta/tensor_backward.h"
+#include "kernels/delta/tensor_kernels.h"
 #include "kernels/dispatch.h"
 
 namespace lsm::delta {
@@ -13,8 +13,13 @@ void run(void (*kernel)(DeltaWork), DeltaWork const& work, int64_t blocks, void*
 
 void run_gradients(DeltaWork const& work, int64_t blocks, void* stream) {
     dispatch(Buckets<64, 128>{}, work.p.K, [&](auto K) {
-        if (work.p.decay == Decay::key) {
-            run<GradientsChannels<K>>(gradients_channels<K>, work, blocks, stream);
+        Form const form = form_of(work.p);
+        if (form == Form::sources) {
+            constexpr Form kForm = Form::sources;
+            run<GradientsChannels<K, kForm>>(gradients_channels<K, kForm>, work, blocks, stream);
+        } else if (form == Form::channels) {
+            constexpr Form kForm = Form::channels;
+            run<GradientsChannels<K, kForm>>(gradients_channels<K, kForm>, work, blocks, stream);
         } else if (work.p.erase.data != nullptr) {
             run<Gradients<K, true>>(gradients<K, true>, work, blocks, stream);
         } else {

@@ -1,0 +1,24 @@
+// The chain of states on tensor cores.
+#include "kernels/delta/recur.cuh"
+#include "kernels/delta/tensor_kernels.h"
+#include "kernels/dispatch.h"
+
+namespace lsm::delta {
+
+template <int K, RecurKind Kind, Form form>
+void run(DeltaWork const& work, int64_t blocks, void* stream) {
+    using Kernel = Recur<K, Kind, form>;
+    launch(recur<K, Kind, form>, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads),
+           sizeof(typename Kernel::SharedStorage), stream, work);
+}
+
+void run_recur(DeltaWork const& work, bool states, int64_t blocks, void* stream) {
+    dispatch(Buckets<64, 128>{}, work.p.K, [&](auto K) {
+        dispatch_form(work.p, [&](auto form) {
+            states ? run<K, RecurKind::states, form.value>(work, blocks, stream)
+                   : run<K, RecurKind::output, form.value>(work, blocks, stream);
+        });
+    });
+}
+
+}  // namespace lsm::delta
