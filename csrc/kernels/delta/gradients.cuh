@@ -54,7 +54,7 @@ struct Gradients {
         // In parts by columns: q.dq and x.dx of what the state gives, k.dk of what it takes.
         float ends[3][4][kC];
         float beta[kC], sum[kC], before[kC], dbeta[kC];
-        float flux[kChannels ? 2 * kThreads : kWarps];
+        float flux[kWarps];
         Chunk chunk;  // here rather than in registers, which are short
     };
 

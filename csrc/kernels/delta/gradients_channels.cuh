@@ -58,6 +58,9 @@ struct GradientsChannels : Gradients<K, form == Form::sources, form> {
         return s.beta[t];
     }
 
+    // Two channels' per thread, where the levels' rows of q come later.
+    LSM_DEVICE float* flux_parts() const { return reinterpret_cast<float*>(s.after.y); }
+
     LSM_DEVICE void store_pairs() {
         store_pairs(relation, 0);
         if constexpr (kSources) store_pairs(source.relation, 1);
@@ -175,7 +178,7 @@ struct GradientsChannels : Gradients<K, form == Form::sources, form> {
         int const c = threadIdx.x;
         if (c >= K) return;
         float through = 0.f;
-        for (int i = c / 2; i < kThreads; i += K / 2) through += s.flux[2 * i + c % 2];
+        for (int i = c / 2; i < kThreads; i += K / 2) through += flux_parts()[2 * i + c % 2];
         through *= s.after.prefix[kC - 1][c];
         float sum = 0.f;
         LSM_UNROLL_BY(2)
@@ -370,7 +373,7 @@ struct GradientsChannels : Gradients<K, form == Form::sources, form> {
 
     LSM_DEVICE void run() {
         this->contract();
-        s.flux[2 * threadIdx.x] = flux[0], s.flux[2 * threadIdx.x + 1] = flux[1];
+        flux_parts()[2 * threadIdx.x] = flux[0], flux_parts()[2 * threadIdx.x + 1] = flux[1];
         store_pairs();
         chunk_factors();
         __syncthreads();  // pairs and factors of the chunk
