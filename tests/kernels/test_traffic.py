@@ -126,6 +126,34 @@ def test_traffic_of_the_exact_delta_recurrence(op):
         assert moved == pytest.approx(documented[op, name], rel=TOLERANCE, abs=0.005), name
 
 
+CHUNKED = ["prepare", "chain", "prepare_again", "chain_states", "chain_reverse", "gradients"]
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "kda", "dplr"])
+def test_traffic_of_the_delta_rule_in_chunks(op):
+    emu = emulator("_emu")
+    emu.set_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    heads, keys = (1, T, 1), (1, T, 1, D)
+    q, k, v, grad_o, a, b = (
+        (torch.randn(keys, generator=draw) / D**0.5).bfloat16() for _ in range(6)
+    )
+    gate = -torch.rand(heads if op == "gated_delta_rule" else keys, generator=draw).bfloat16() / 10
+    own = (a, b, gate) if op == "dplr" else (gate, torch.rand(heads, generator=draw))
+    forward, backward = (getattr(torch.ops.lsm_emu, f"{op}_{kind}") for kind in ("fwd", "bwd"))
+    emu.reset_counters()
+    forward(q, k, v, *own, None, None, 1.0, False)
+    backward(q, k, v, *own, None, None, 1.0, grad_o, None)
+    counted = emu.counters()["launches"]
+    assert len(counted) == len(CHUNKED), [launch["kernel"] for launch in counted]
+    documented = documented_traffic("delta")
+    for name, launch in zip(CHUNKED, counted, strict=True):
+        moved = [launch[f"global_{kind}_bytes"] / (T * D * 2) for kind in ("read", "write")]
+        assert moved == pytest.approx(documented[op, name], rel=TOLERANCE, abs=0.02), name
+        if name.startswith("chain"):
+            assert launch["ldmatrix_conflicts"] == 0
+
+
 def test_the_delta_step_moves_the_state_once():
     emu = emulator("_emu")
     emu.set_multiprocessors(1)
