@@ -91,6 +91,29 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
                     run = partial(step, *token, x.initial_state.clone(), 1.0)
                     yield f"{name} step", multiprocessors, run
     yield from scan_calls()
+    yield from conv_calls()
+    yield from slstm_calls()
+
+
+def conv_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        draw = torch.Generator().manual_seed(0)
+        x, grad = (torch.randn(2, 200, 64, generator=draw).to(dtype) for _ in range(2))
+        weight, bias = (torch.randn(*d, generator=draw).to(dtype) for d in ((64, 4), (64,)))
+        common = (x, weight, bias, None, None, None, True)
+        name, ops = f"causal_conv1d {str(dtype)[6:]}", torch.ops.lsm_emu
+        yield f"{name} forward", 1, partial(ops.causal_conv1d_fwd, *common, 0)
+        yield f"{name} backward", 1, partial(ops.causal_conv1d_bwd, *common, grad, None)
+
+
+def slstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    draw = torch.Generator().manual_seed(0)
+    x, R = (torch.randn(*d, generator=draw) for d in ((2, 20, 4, 2, 16), (2, 16, 4, 16)))
+    forward = partial(torch.ops.lsm_emu.slstm_fwd, x, R, None, None, True, True)
+    yield "slstm float32 forward", 1, forward
+    y, cells, _ = forward()
+    given = x, R.permute(0, 2, 3, 1).contiguous(), cells, None, None, torch.ones_like(y), None
+    yield "slstm float32 backward", 1, partial(torch.ops.lsm_emu.slstm_bwd, *given)
 
 
 def scan_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -383,7 +383,7 @@ def tried(
     try:
         runs = [runner(call, op, x, shape, mode) for x in inputs]
         took = clock.once(runs[0])
-        if clock.compiles or took < patience:
+        if clock.compiles or took < min(patience, SLOW / ENOUGH):  # warming up changes it
             took = clock.once(runs[0])
     except Exception as error:  # out of memory, an unsupported size: the reason is the result
         return f"{type(error).__name__}: {error}".splitlines()[0]
