@@ -52,7 +52,7 @@ def hippo(basis: str, N: int, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     n = torch.arange(N, dtype=torch.float64)
     if basis == "legs":
         root = (2 * n + 1).sqrt()
-        A = -torch.tril(root[:, None] * root, -1) - torch.diag(n + 1)
+        A = torch.tril(-root[:, None] * root, -1) - torch.diag(n + 1)
         B = root
     elif basis == "legt":
         root = (2 * n + 1).sqrt()

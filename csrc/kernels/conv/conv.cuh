@@ -302,7 +302,7 @@ LSM_DEVICE int clamp_count(i64 count, int most) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, 1)
     forward_kernel(ConvParams const p, Segments const segments, int tiles, bool whole) {
     auto& shared = *reinterpret_cast<SharedStorage<C>*>(dyn_smem());
     Place<C> const place(p, segments, tiles);
@@ -397,7 +397,7 @@ LSM_DEVICE void store_initial_grad(ConvParams const& p, Place<C> const& place,
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, 1)
     backward_kernel(ConvParams const p, Segments const segments, int tiles, bool whole,
                     float* partial) {
     using T = typename C::T;
