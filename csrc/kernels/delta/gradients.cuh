@@ -65,14 +65,16 @@ struct Gradients {
     int const head, lane, warp;
     int const m, j;  // 16 rows and kColumns columns of the warp
 
-    float dq[kTiles][4] = {}, dx[kTiles][4] = {}, dk[kTiles][4] = {};
+    alignas(8) float dq[kTiles][4] = {};
+    alignas(8) float dx[kTiles][4] = {};
+    alignas(8) float dk[kTiles][4] = {};
     float relation[2][4] =
         {};  // warps j < 2: dO U^T, 16 columns from 16 j; else dE U^T, from 16 (j - 2)
     float flux[kChannels ? 2 : 1] = {};
 
     // With rows that write values beside what they erase, k stands with V in the roles of b with U.
     struct Source {
-        float db[kTiles][4] = {};
+        alignas(8) float db[kTiles][4] = {};
         float relation[2][4] = {};
     };
     struct None {};
