@@ -44,6 +44,7 @@ __all__ = [
     "rg_lru",
     "rwkv6",
     "scan",
+    "selective_scan",
     "simple_gated_linear_attention",
     "slstm",
     "two_sided_gated_linear_attention",
@@ -1342,3 +1343,61 @@ def slstm(
     states = None if initial_state is None else (initial_state,)
     h, (state,) = _sequences(definition, (x,), states, cu_seqlens)
     return h, state
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Mamba-1: ``h_t = exp(δ_t A) ⊙ h_{t-1} + δ_t u_t B_t``, ``y_t = (C_t · h_t + D u_t)
+    silu(z_t)``; time before channels.
+
+    Args:
+        u, dt, z (Tensor): ``[B, T, D]``; to dt its bias ``[D]`` is added and softplus applied if
+            asked.
+        A (Tensor): ``[D, N]``; complex: y has ``2 Re(C_t · h_t)``.
+        B, C (Tensor): ``[B, T, G, N]``, channel d in group ``d // (D // G)``; or ``[D, N]``.
+        D (Tensor, optional): ``[D]``.
+        initial_state (Tensor, optional): ``[Nseq, D, N]``.
+        cu_seqlens (Tensor, optional): ``[Nseq + 1]`` boundaries of packed sequences.
+
+    Returns:
+        ``y [B, T, D]`` and the final state ``[Nseq, D, N]``.
+
+    Source: Mamba, arXiv:2312.00752.
+    """
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = softplus(dt)
+    bounds = [0, u.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    channels = u.shape[2]
+
+    def at(t: int, x: Tensor) -> Tensor:
+        """B or C of a token, for every channel."""
+        return x if x.dim() == 2 else x[:, t].repeat_interleave(channels // x.shape[2], 1)
+
+    outputs, final = [], []
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        h = A.new_zeros(u.shape[0], *A.shape)
+        if initial_state is not None:
+            h = initial_state if cu_seqlens is None else initial_state[n, None]
+        for t in range(start, end):
+            drive = (dt[:, t] * u[:, t]).unsqueeze(-1)
+            h = (dt[:, t].unsqueeze(-1) * A).exp() * h + drive * at(t, B)
+            y = (at(t, C) * h).sum(-1)
+            outputs.append(2 * y.real if y.is_complex() else y)
+        final.append(h)
+    y = torch.stack(outputs, 1) if outputs else u.new_empty(u.shape)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * silu(z)
+    return y, torch.cat(final) if final else A.new_empty(0, *A.shape)

@@ -121,6 +121,7 @@ from .rwkv import (
 )
 from .scan import scan, scan_step
 from .scan_order import scan_order
+from .selective_scan import selective_scan_fn
 from .simple_gla import (
     chunk_simple_gla,
     fused_chunk_simple_gla,
@@ -299,6 +300,7 @@ __all__ = [
     "scan",
     "scan_order",
     "scan_step",
+    "selective_scan_fn",
     "selective_state_update",
     "simple_gla_step",
     "slstm",

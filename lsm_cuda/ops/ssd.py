@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _chunk
 from ._common import accumulation_dtype, autocast, check_rank, check_shape
 from .conv import convolve
+from .selective_scan import selective_step
 
 __all__ = [
     "mamba_chunk_scan_combined",
@@ -121,6 +122,10 @@ def selective_state_update(
 ) -> Tensor:
     r"""One token of :func:`mamba_chunk_scan_combined`; ``state`` is updated in place.
 
+    With a state of three dimensions one token of :func:`selective_scan_fn` (Mamba-1): state ``[B,
+    D, N]`` in the dtype of its states, contiguous; x, dt, z ``[B, D]``; A ``[D, N]``; B, C ``[B,
+    N]`` or ``[B, G, N]``; D, dt_bias ``[D]``. Else:
+
     Args:
         state (Tensor): ``[B, H, P, N]`` fp32 (fp64 for fp64 inputs). Where its last two dimensions
             are transposed in memory, as the states of mamba_chunk_scan_combined and
@@ -152,6 +157,8 @@ def selective_state_update(
         torch.Size([1, 4, 32])
     """
     op = "selective_state_update"
+    if state.dim() == 3:
+        return selective_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     check_rank(op, "state", state, "[B, H, P, N]")
     A, dt = _per_head(op, "A", A, 1), _per_head(op, "dt", dt, 2)
     dt_bias = None if dt_bias is None else _per_head(op, "dt_bias", dt_bias, 1)

@@ -1,0 +1,274 @@
+// The selective scan's operators: check, allocate, fill the params, run. Compiled once per backend.
+#include "params/selective_scan.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "layout.h"
+
+namespace lsm {
+namespace {
+
+// The tensors of a call, by the names of the schemas; without the T dimension in a step.
+struct Arguments {
+    Tensor u, dt, A, B, C;
+    OptionalTensor skip, z, dt_bias, initial_state, cu_seqlens;
+    bool softplus = false;
+};
+
+bool is_complex(Tensor const& t) {
+    return t.scalar_type() == ScalarType::ComplexFloat ||
+           t.scalar_type() == ScalarType::ComplexDouble;
+}
+
+// Of A, of B and C of channels, and of states.
+ScalarType number_type(Arguments const& in) {
+    bool const f64 = in.u.scalar_type() == ScalarType::Double;
+    if (is_complex(in.A)) return f64 ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
+    return f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Of B and C of tokens.
+ScalarType token_number_type(Arguments const& in) {
+    return is_complex(in.A) ? number_type(in) : in.u.scalar_type();
+}
+
+void check_tokens(Checks const& c, Tensor const& t, char const* arg, Tensor const& u) {
+    if (u.dim() == 2) {
+        c.shape(t, arg, "[B, D]", {u.size(0), u.size(1)}, " like u");
+    } else {
+        c.shape(t, arg, "[B, T, D]", {u.size(0), u.size(1), u.size(2)}, " like u");
+    }
+    c.dtype(t, arg, u.scalar_type(), " like u");
+    c.device(t, arg, u, "u");
+}
+
+void check_channels(Checks const& c, OptionalTensor const& t, char const* arg, Arguments const& in) {
+    if (!t) return;
+    c.shape(*t, arg, "[D]", {in.u.size(in.u.dim() - 1)});
+    c.dtype(*t, arg, state_type(in.u));
+    c.device(*t, arg, in.u, "u");
+}
+
+bool by_channel(Tensor const& t) {
+    return t.dim() == 2;
+}
+
+// B or C.
+void check_projection(Checks const& c, Tensor const& t, char const* arg, Arguments const& in) {
+    int64_t const last = in.u.dim() - 1, D = in.u.size(last), S = in.A.size(1);
+    if (by_channel(t)) {
+        c.shape(t, arg, "[D, S]", {D, S}, " like A");
+        c.dtype(t, arg, number_type(in));
+    } else {
+        char const* const dims = last == 1 ? "[B, G, S]" : "[B, T, G, S]";
+        c.rank(t, arg, dims, last + 2);
+        int64_t const G = t.size(last);
+        c.require(G > 0 && D % G == 0, arg, " must have groups that divide D = ", D, ", got G = ",
+                  G);
+        if (last == 1) {
+            c.shape(t, arg, dims, {in.u.size(0), G, S});
+        } else {
+            c.shape(t, arg, dims, {in.u.size(0), in.u.size(1), G, S});
+        }
+        c.dtype(t, arg, token_number_type(in), is_complex(in.A) ? " for complex A" : " like u");
+    }
+    c.device(t, arg, in.u, "u");
+}
+
+void check_inputs(Checks const& c, Arguments const& in, bool one_token) {
+    c.rank(in.u, "u", one_token ? "[B, D]" : "[B, T, D]", one_token ? 2 : 3);
+    auto const type = in.u.scalar_type();
+    c.require(is_floating(type), "u must be bfloat16, float16",
+              kTensorCores ? " or float32" : ", float32 or float64", ", got ", name(type));
+    c.require(!kTensorCores || type != ScalarType::Double,
+              "u is float64, which the CUDA kernels do not take (supported: bfloat16, float16, "
+              "float32); it runs on CPU tensors");
+    check_tokens(c, in.dt, "dt", in.u);
+    if (in.z) check_tokens(c, *in.z, "z", in.u);
+    int64_t const D = in.u.size(in.u.dim() - 1);
+    c.require(in.A.dim() == 2 && in.A.size(0) == D && in.A.size(1) > 0 && D > 0,
+              "A must have shape [D, S] with D = ", D, ", got ", show(in.A.sizes()));
+    c.dtype(in.A, "A", number_type(in));
+    c.device(in.A, "A", in.u, "u");
+    c.require(!is_complex(in.A) || type == ScalarType::Float || type == ScalarType::Double,
+              "u must be float32 or float64 for complex A, got ", name(type));
+    check_projection(c, in.B, "B", in);
+    check_projection(c, in.C, "C", in);
+    c.require(by_channel(in.B) || by_channel(in.C) ||
+                  in.B.size(in.u.dim() - 1) == in.C.size(in.u.dim() - 1),
+              "B and C must have the same groups, got ", show(in.B.sizes()), " and ",
+              show(in.C.sizes()));
+    check_channels(c, in.skip, "skip", in);
+    check_channels(c, in.dt_bias, "dt_bias", in);
+}
+
+int64_t sequences(Arguments const& in) {
+    return in.cu_seqlens ? in.cu_seqlens->size(0) - 1 : in.u.size(0);
+}
+
+void check_states(Checks const& c, OptionalTensor const& state, char const* arg,
+                  Arguments const& in) {
+    if (!state) return;
+    c.shape(*state, arg, "[N, D, S]", {sequences(in), in.A.size(0), in.A.size(1)});
+    c.dtype(*state, arg, number_type(in));
+    c.device(*state, arg, in.u, "u");
+}
+
+Rows token_rows(Tensor const& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.dim() == 2 ? 0 : t.stride(1), 0};
+}
+
+// [B, T, G, S], [B, G, S] or [D, S].
+Rows projection_rows(Tensor const& t) {
+    if (by_channel(t)) return {const_cast<void*>(t.const_data_ptr()), 0, 0, 0};
+    return rows(t);
+}
+
+OptionalTensor as_contiguous_if_any(OptionalTensor const& t) {
+    return t ? OptionalTensor(as_contiguous(*t)) : t;
+}
+
+void const* data_or_null(OptionalTensor const& t) {
+    return t ? t->const_data_ptr() : nullptr;
+}
+
+// Puts every argument into the layout of the kernels; the tensors live in `in`.
+SelectiveParams prepare(Arguments& in, bool one_token) {
+    auto const lay_out = [](Tensor const& t) {
+        return by_channel(t) ? as_contiguous(t) : kernel_layout(t);
+    };
+    in.B = lay_out(in.B), in.C = lay_out(in.C);
+    in.u = kernel_layout(in.u), in.dt = kernel_layout(in.dt);
+    if (in.z) in.z = kernel_layout(*in.z);
+    in.A = as_contiguous(in.A);
+    in.skip = as_contiguous_if_any(in.skip), in.dt_bias = as_contiguous_if_any(in.dt_bias);
+    in.initial_state = as_contiguous_if_any(in.initial_state);
+    in.cu_seqlens = as_contiguous_if_any(in.cu_seqlens);
+    SelectiveParams p{};
+    p.is_complex = is_complex(in.A), p.softplus = in.softplus;
+    p.channel_B = by_channel(in.B), p.channel_C = by_channel(in.C);
+    p.dtype = to_dtype(in.u.scalar_type());
+    p.state_dtype = to_dtype(state_type(in.u));
+    p.B = in.u.size(0), p.T = one_token ? 1 : in.u.size(1);
+    p.D = in.A.size(0), p.S = in.A.size(1);
+    int64_t const group_at = one_token ? 1 : 2;
+    p.G = !p.channel_B ? in.B.size(group_at) : !p.channel_C ? in.C.size(group_at) : 1;
+    p.N = sequences(in);
+    if (in.cu_seqlens) {
+        p.cu_seqlens = in.cu_seqlens->const_data_ptr();
+        p.cu_seqlens_is_64bit = in.cu_seqlens->scalar_type() == ScalarType::Long;
+    }
+    p.u = token_rows(in.u), p.dt = token_rows(in.dt);
+    if (in.z) p.z = token_rows(*in.z);
+    p.b = projection_rows(in.B), p.c = projection_rows(in.C);
+    p.A = in.A.const_data_ptr();
+    p.skip = data_or_null(in.skip), p.dt_bias = data_or_null(in.dt_bias);
+    p.initial_state = data_or_null(in.initial_state);
+    return p;
+}
+
+void run_forward(SelectiveParams const& p, Tensor const& like, void* stream) {
+    Tensor scratch = workspace(selective_fwd_workspace(p), like);
+    selective_fwd(p, scratch.mutable_data_ptr(), stream);
+}
+
+std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B,
+                               Tensor const& C, OptionalTensor const& skip, OptionalTensor const& z,
+                               OptionalTensor const& dt_bias, OptionalTensor const& initial_state,
+                               OptionalTensor const& cu_seqlens, bool softplus,
+                               bool output_final_state) {
+    Checks const c("selective_scan_fwd");
+    Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, softplus};
+    check_inputs(c, in, false);
+    check_cu_seqlens(c, cu_seqlens, u, "u");
+    check_states(c, initial_state, "initial_state", in);
+    SelectiveParams p = prepare(in, false);
+    DeviceScope const scope(u);
+    Tensor y = empty({p.B, p.T, p.D}, u.scalar_type(), u);
+    Tensor state = output_final_state ? empty({p.N, p.D, p.S}, number_type(in), u)
+                                      : empty({0}, number_type(in), u);
+    p.y = token_rows(y);
+    if (output_final_state) p.final_state = state.mutable_data_ptr();
+    run_forward(p, u, scope.stream());
+    return {y, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_op(
+    Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B, Tensor const& C,
+    OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
+    OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, bool softplus,
+    Tensor const& grad_y, OptionalTensor const& grad_final_state) {
+    Checks const c("selective_scan_bwd");
+    Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, softplus};
+    check_inputs(c, in, false);
+    check_cu_seqlens(c, cu_seqlens, u, "u");
+    check_states(c, initial_state, "initial_state", in);
+    check_tokens(c, grad_y, "grad_y", u);
+    check_states(c, grad_final_state, "grad_final_state", in);
+    SelectiveParams p = prepare(in, false);
+    DeviceScope const scope(u);
+    Tensor const grad_rows = kernel_layout(grad_y);
+    OptionalTensor const grad_final = as_contiguous_if_any(grad_final_state);
+    auto const type = u.scalar_type(), wide = state_type(u), number = number_type(in);
+    auto const tokens = [&](bool wanted) {
+        return wanted ? empty({p.B, p.T, p.D}, type, u) : empty({0}, type, u);
+    };
+    auto const channels = [&](bool wanted) {
+        return wanted ? empty({p.D}, wide, u) : empty({0}, wide, u);
+    };
+    auto const projection = [&](bool of_channel) {
+        return of_channel ? empty({p.D, p.S}, number, u) : empty({p.B, p.T, p.G, p.S}, number, u);
+    };
+    Tensor du = tokens(true), ddt = tokens(true), dz = tokens(z.has_value());
+    Tensor dA = empty({p.D, p.S}, number, u);
+    Tensor db = projection(p.channel_B), dc = projection(p.channel_C);
+    Tensor dskip = channels(skip.has_value()), dbias = channels(dt_bias.has_value());
+    Tensor dh0 = initial_state ? empty({p.N, p.D, p.S}, number, u) : empty({0}, number, u);
+    p.grad_y = token_rows(grad_rows);
+    p.grad_final_state = data_or_null(grad_final);
+    p.du = token_rows(du), p.ddt = token_rows(ddt);
+    if (z) p.dz = token_rows(dz);
+    p.db = db.mutable_data_ptr(), p.dc = dc.mutable_data_ptr(), p.dA = dA.mutable_data_ptr();
+    if (skip) p.dskip = dskip.mutable_data_ptr();
+    if (dt_bias) p.ddt_bias = dbias.mutable_data_ptr();
+    if (initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
+    Tensor scratch = workspace(selective_bwd_workspace(p), u);
+    selective_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    auto const rounded = [&](Tensor const& t, bool of_channel) {
+        return of_channel || is_complex(A) || type == wide ? t : torch::stable::to(t, type);
+    };
+    return {du,    ddt, dA,    rounded(db, p.channel_B), rounded(dc, p.channel_C),
+            dskip, dz,  dbias, dh0};
+}
+
+// A forward over one token that starts and ends in the same memory.
+Tensor step_op(Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B, Tensor const& C,
+            OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
+            Tensor const& state, bool softplus) {
+    Checks const c("selective_scan_step");
+    Arguments in{u, dt, A, B, C, skip, z, dt_bias, {}, {}, softplus};
+    check_inputs(c, in, true);
+    check_states(c, state, "state", in);
+    c.require(state.is_contiguous(),
+              "state is updated in place and must be contiguous, got strides ",
+              show(state.strides()));
+    SelectiveParams p = prepare(in, true);
+    DeviceScope const scope(u);
+    Tensor y = empty({p.B, p.D}, u.scalar_type(), u);
+    p.y = token_rows(y);
+    p.initial_state = state.const_data_ptr();
+    p.final_state = const_cast<void*>(state.const_data_ptr());
+    run_forward(p, u, scope.stream());
+    return y;
+}
+
+}  // namespace
+}  // namespace lsm
+
+STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
+    m.impl("selective_scan_fwd", TORCH_BOX(&lsm::forward_op));
+    m.impl("selective_scan_bwd", TORCH_BOX(&lsm::backward_op));
+    m.impl("selective_scan_step", TORCH_BOX(&lsm::step_op));
+}

@@ -1,0 +1,205 @@
+"""Mamba-1's selective scan, under mamba_ssm's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _scan
+from ._common import (
+    accumulation_dtype,
+    autocast_dtype,
+    check_no_forward_ad,
+    check_no_gradient,
+    check_rank,
+    check_same_device,
+    no_double_backward,
+)
+
+__all__ = ["selective_scan_fn"]
+
+_TENSORS = ("u", "dt", "A", "B", "C", "skip", "z", "dt_bias", "initial_state", "cu_seqlens")
+
+
+def _same_device(kind: str, tensors: tuple[Tensor | None, ...]) -> None:
+    named = dict(zip(_TENSORS, tensors, strict=False))
+    u = named.pop("u")
+    assert u is not None
+    check_same_device(f"selective_scan_{kind}", u, **named)
+
+
+@torch.library.register_fake("lsm::selective_scan_fwd")
+def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    u, _, A = inputs[:3]
+    cu_seqlens, _, output_final_state = inputs[9:]
+    _same_device("fwd", inputs[:10])
+    N = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = (N, *A.shape) if output_final_state else (0,)
+    return u.new_empty(u.shape), A.new_empty(state)
+
+
+@torch.library.register_fake("lsm::selective_scan_bwd")
+def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    u, dt, A, B, C, skip, z, dt_bias, h0 = inputs[:9]
+    _same_device("bwd", inputs[:10])
+
+    def like(t, base):  # type: ignore[no-untyped-def]
+        return base.new_empty((0,) if t is None else t.shape)
+
+    wide = u.new_empty(0, dtype=accumulation_dtype(u))
+    grads = (like(t, t) for t in (u, dt, A, B, C))
+    return (*grads, like(skip, wide), like(z, u), like(dt_bias, wide), like(h0, A))
+
+
+@torch.library.register_fake("lsm::selective_scan_step")
+def _step_fake(*inputs):  # type: ignore[no-untyped-def]
+    _same_device("step", (*inputs[:8], inputs[8]))
+    return inputs[0].new_empty(inputs[0].shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:10])
+    ctx.softplus, ctx.output_final_state = inputs[10:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_y, grad_final_state):  # type: ignore[no-untyped-def]
+    tensors = ctx.saved_tensors
+    u = tensors[0]
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    if not ctx.output_final_state:
+        grad_final_state = None
+    if grad_final_state is not None:
+        grad_final_state = grad_final_state.resolve_conj()
+    grads = torch.ops.lsm.selective_scan_bwd(*tensors, ctx.softplus, grad_y, grad_final_state)
+    grads = (None if t is None else g for t, g in zip(tensors[:9], grads, strict=True))
+    return (*grads, None, None, None)
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("selective_scan_bwd"))
+
+
+torch.library.register_autograd("lsm::selective_scan_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lsm::selective_scan_bwd", _refuse_double_backward)
+
+
+def _projection(t: Tensor, A: Tensor) -> Tensor:
+    """B or C as mamba_ssm has it, [D, N], [B, N, T] or [B, G, N, T], as the operator wants it."""
+    if t.dim() == 2:
+        return t.to(A.dtype)
+    t = t.unsqueeze(1) if t.dim() == 3 else t
+    if A.is_complex() and not t.is_complex():
+        t = torch.view_as_complex(t.to(A.real.dtype).unflatten(-1, (-1, 2)).contiguous())
+    return t.permute(0, 3, 1, 2)
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Mamba's selective scan over whole sequences; channels first, as mamba_ssm has it.
+
+    ``h_t = exp(δ_t A) ⊙ h_{t-1} + δ_t u_t B_t``,   ``y_t = (C_t · h_t + D u_t) · silu(z_t)``,
+    N states per channel.
+
+    Args:
+        u (Tensor): ``[B, D, T]``, bf16, fp16 or fp32 (fp64 too on CPU).
+        delta (Tensor): step sizes ``[B, D, T]``. delta_bias is added, then softplus taken if
+            delta_softplus.
+        A (Tensor): ``[D, N]``, real or complex.
+        B, C (Tensor): of every token, ``[B, N, T]`` or in groups ``[B, G, N, T]`` (channel d is in
+            group ``d // (D // G)``), in the dtype of u; or constant, ``[D, N]``. For complex A they
+            are complex, those of tokens given as pairs, ``[.., N, 2T]``, or complex; then
+            ``y_t = 2 Re(C_t · h_t)``.
+        D (Tensor, optional): ``[D]``.
+        z (Tensor, optional): ``[B, D, T]``.
+        delta_bias (Tensor, optional): ``[D]``.
+        delta_softplus (bool): as above.
+        return_last_state (bool): also return the states after the last token.
+        initial_state (Tensor, optional): ``[Nseq, D, N]`` in the dtype of A. Default: zeros.
+        cu_seqlens (Tensor, optional): ``[Nseq + 1]`` boundaries of sequences packed into one row
+            (then B = 1), as in :func:`scan`.
+
+    Returns:
+        ``y [B, D, T]`` in the dtype of u; with return_last_state also ``[Nseq, D, N]``, fp32 (fp64,
+        complex).
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit.
+
+    Note: differentiable once in every floating tensor; deterministic. Nothing of size ``D × N × T``
+        is kept: backward walks the sequence forwards again, with the states of every 16th token in
+        a workspace. Channel-first tensors are transposed by a copy; ``[B, T, D]`` tensors passed as
+        ``x.transpose(1, 2)`` are not.
+
+    Source: Mamba, arXiv:2312.00752.
+
+    Example:
+        >>> u, delta, z = torch.randn(3, 1, 64, 100)
+        >>> B, C = torch.randn(2, 1, 16, 100)
+        >>> A = -torch.rand(64, 16)
+        >>> y, state = selective_scan_fn(
+        ...     u, delta, A, B, C, torch.ones(64), z, None, True, return_last_state=True)
+        >>> y.shape, state.shape
+        (torch.Size([1, 64, 100]), torch.Size([1, 64, 16]))
+    """
+    op = "selective_scan_fn"
+    check_no_forward_ad(op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, initial_state=initial_state)
+    for name, t in {"u": u, "delta": delta}.items():
+        check_rank(op, name, t, "[B, D, T]")
+    dtype = autocast_dtype(u.device.type)
+    if dtype is not None and u.dtype != torch.float64 and not A.is_complex():
+        u = u.to(dtype)
+    wide = accumulation_dtype(u)
+    A = A.to(torch.promote_types(wide, torch.complex64) if A.is_complex() else wide).resolve_conj()
+    tokens = [None if t is None else t.to(u.dtype).transpose(1, 2) for t in (u, delta, z)]
+    projections = [_projection(t, A).resolve_conj() for t in (B, C)]
+    if not A.is_complex():
+        projections = [t if t.dim() == 2 else t.to(u.dtype) for t in projections]
+    D, delta_bias = (None if t is None else t.to(wide) for t in (D, delta_bias))
+    if initial_state is not None:
+        initial_state = initial_state.to(A.dtype).resolve_conj()
+    y, state = torch.ops.lsm.selective_scan_fwd(
+        *tokens[:2], A, *projections, D, tokens[2], delta_bias, initial_state, cu_seqlens,
+        delta_softplus, return_last_state,
+    )  # fmt: skip
+    y = y.transpose(1, 2)
+    return (y, state) if return_last_state else y
+
+
+def selective_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """One token, ``[B, D]``; ``state [B, D, N]`` is updated in place. What
+    ``selective_state_update`` does where decays differ from channel to channel."""
+    check_no_gradient("selective_state_update", "selective_scan_fn", state, x, dt, A, B, C)
+    wide = accumulation_dtype(x)
+    A = A.to(_scan.state_dtype(A) if A.is_complex() else wide)
+    projections = [(t if t.dim() == 3 else t.unsqueeze(1)) for t in (B, C)]
+    if not A.is_complex():
+        projections = [t.to(x.dtype) for t in projections]
+    D, dt_bias = (None if t is None else t.to(wide) for t in (D, dt_bias))
+    z = None if z is None else z.to(x.dtype)
+    return torch.ops.lsm.selective_scan_step(  # type: ignore[no-any-return]
+        x, dt.to(x.dtype), A, *projections, D, z, dt_bias, state, dt_softplus
+    )
