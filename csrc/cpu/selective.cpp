@@ -11,8 +11,8 @@ namespace {
 using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::SelectiveTask;
 
-constexpr int64_t kBlock = 512;  // channels of a task at most
-constexpr int64_t kUnit = 16;    // blocks are multiples of it
+constexpr int64_t kBlock = 512;                     // channels of a task at most
+constexpr int64_t kUnit = 16;                       // blocks are multiples of it
 constexpr int64_t kThreadGrain = int64_t(1) << 16;  // states of tokens worth waking a thread for
 
 cpu::SelectiveKernels const& kernels() {
@@ -20,9 +20,10 @@ cpu::SelectiveKernels const& kernels() {
 }
 
 struct Plan {
-    int64_t threads, block, blocks, runs;  // channels of a block; blocks of a group; runs of sequences
-    int64_t longest = 0;                   // sequence
-    int64_t scratch = 0;                   // bytes per thread
+    int64_t threads, block, blocks,
+        runs;             // channels of a block; blocks of a group; runs of sequences
+    int64_t longest = 0;  // sequence
+    int64_t scratch = 0;  // bytes per thread
 };
 
 Plan make_plan(SelectiveParams const& p, bool backward) {
@@ -38,8 +39,7 @@ Plan make_plan(SelectiveParams const& p, bool backward) {
     plan.runs = std::clamp<int64_t>(ceil_div(2 * plan.threads, p.G * plan.blocks), 1,
                                     std::max<int64_t>(1, p.N));
     for (int64_t n = 0; n < p.N; ++n) {
-        int64_t const length =
-            p.cu_seqlens == nullptr ? p.T : boundary(p, n + 1) - boundary(p, n);
+        int64_t const length = p.cu_seqlens == nullptr ? p.T : boundary(p, n + 1) - boundary(p, n);
         plan.longest = std::max(plan.longest, length);
     }
     plan.scratch = round_up(kernels().scratch_bytes(p, plan.longest, backward), kAlign);

@@ -12,8 +12,8 @@ struct SelectiveTask {
     int64_t n_begin, n_end, group, c_begin, c_end;
 
     // Backward: shares of gradients that other tasks have shares of too, in the accumulation type.
-    void* db = nullptr;            // [B, T, S], of tokens
-    void* dc = nullptr;            // [B, T, S], of tokens
+    void* db = nullptr;             // [B, T, S], of tokens
+    void* dc = nullptr;             // [B, T, S], of tokens
     void* channel_grads = nullptr;  // [3 S + 2, D]: dA, dB and dC of channels by state, dD, d bias
 };
 

@@ -46,9 +46,8 @@ LSM_INLINE Vector<float> softplus(Vector<float> x) {
     return (x > 0.0f ? x : V{}) + y * s;
 }
 LSM_INLINE Vector<double> softplus(Vector<double> x) {
-    return each_lane<double>(x, [](double v) {
-        return (v > 0 ? v : 0) + std::log1p(std::exp(v > 0 ? -v : v));
-    });
+    return each_lane<double>(
+        x, [](double v) { return (v > 0 ? v : 0) + std::log1p(std::exp(v > 0 ? -v : v)); });
 }
 
 template <class T>
@@ -112,8 +111,11 @@ class Selective {
     static constexpr int kStates = kStates_;  // in registers at once
 
     Selective(SelectiveParams const& p, SelectiveTask const& task, void* scratch)
-        : p(p), task(task), S(round_up_to(p.S, kStates)),
-          vectors((task.c_end - task.c_begin + W - 1) / W), free_(static_cast<char*>(scratch)) {
+        : p(p),
+          task(task),
+          S(round_up_to(p.S, kStates)),
+          vectors((task.c_end - task.c_begin + W - 1) / W),
+          free_(static_cast<char*>(scratch)) {
         A = take<N>(vectors * S);
         state = take<N>(vectors * S);
         tile_b = take<T>(kTile * S * K);
@@ -231,15 +233,16 @@ class Selective {
     void load_states(void const* states, N* to) const {
         channels([&](int64_t c, int64_t count, int64_t v) {
             for (int64_t s = 0; s < S; ++s) {
-                to[v * S + s] = states != nullptr && s < p.S ? gather(states, sequence, c, count, s)
-                                                             : N{};
+                to[v * S + s] =
+                    states != nullptr && s < p.S ? gather(states, sequence, c, count, s) : N{};
             }
         });
     }
     void store_states(void* states, N const* from) const {
         if (states == nullptr) return;
         channels([&](int64_t c, int64_t count, int64_t v) {
-            for (int64_t s = 0; s < p.S; ++s) scatter(states, sequence, c, count, s, from[v * S + s]);
+            for (int64_t s = 0; s < p.S; ++s)
+                scatter(states, sequence, c, count, s, from[v * S + s]);
         });
     }
 
@@ -257,12 +260,13 @@ class Selective {
         }
     }
     void load_row(Rows const& r, int64_t token, T* to) const {
-        In const* const from =
-            static_cast<In const*>(r.data) +
-            (batch * r.batch + token * r.time + task.group * r.head) * K;
+        In const* const from = static_cast<In const*>(r.data) +
+                               (batch * r.batch + token * r.time + task.group * r.head) * K;
         for (int64_t s = 0; s < S * K; s += W) {
             int64_t const left = p.S * K - s, room = S * K - s;
-            V const x = left <= 0 ? V{} : left < W ? widen_first<T>(from + s, left) : widen(from + s);
+            V const x = left <= 0  ? V{}
+                        : left < W ? widen_first<T>(from + s, left)
+                                   : widen(from + s);
             if (room >= W) {
                 store(to + s, x);
             } else {

@@ -44,7 +44,8 @@ void check_tokens(Checks const& c, Tensor const& t, char const* arg, Tensor cons
     c.device(t, arg, u, "u");
 }
 
-void check_channels(Checks const& c, OptionalTensor const& t, char const* arg, Arguments const& in) {
+void check_channels(Checks const& c, OptionalTensor const& t, char const* arg,
+                    Arguments const& in) {
     if (!t) return;
     c.shape(*t, arg, "[D]", {in.u.size(in.u.dim() - 1)});
     c.dtype(*t, arg, state_type(in.u));
@@ -65,8 +66,8 @@ void check_projection(Checks const& c, Tensor const& t, char const* arg, Argumen
         char const* const dims = last == 1 ? "[B, G, S]" : "[B, T, G, S]";
         c.rank(t, arg, dims, last + 2);
         int64_t const G = t.size(last);
-        c.require(G > 0 && D % G == 0, arg, " must have groups that divide D = ", D, ", got G = ",
-                  G);
+        c.require(G > 0 && D % G == 0, arg, " must have groups that divide D = ", D,
+                  ", got G = ", G);
         if (last == 1) {
             c.shape(t, arg, dims, {in.u.size(0), G, S});
         } else {
@@ -174,11 +175,12 @@ void run_forward(SelectiveParams const& p, Tensor const& like, void* stream) {
     selective_fwd(p, scratch.mutable_data_ptr(), stream);
 }
 
-std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B,
-                               Tensor const& C, OptionalTensor const& skip, OptionalTensor const& z,
-                               OptionalTensor const& dt_bias, OptionalTensor const& initial_state,
-                               OptionalTensor const& cu_seqlens, bool softplus,
-                               bool output_final_state) {
+std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor const& A,
+                                      Tensor const& B, Tensor const& C, OptionalTensor const& skip,
+                                      OptionalTensor const& z, OptionalTensor const& dt_bias,
+                                      OptionalTensor const& initial_state,
+                                      OptionalTensor const& cu_seqlens, bool softplus,
+                                      bool output_final_state) {
     Checks const c("selective_scan_fwd");
     Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, softplus};
     check_inputs(c, in, false);
@@ -239,14 +241,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     auto const rounded = [&](Tensor const& t, bool of_channel) {
         return of_channel || is_complex(A) || type == wide ? t : torch::stable::to(t, type);
     };
-    return {du,    ddt, dA,    rounded(db, p.channel_B), rounded(dc, p.channel_C),
-            dskip, dz,  dbias, dh0};
+    return {du, ddt, dA, rounded(db, p.channel_B), rounded(dc, p.channel_C), dskip, dz, dbias, dh0};
 }
 
 // A forward over one token that starts and ends in the same memory.
 Tensor step_op(Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B, Tensor const& C,
-            OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
-            Tensor const& state, bool softplus) {
+               OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
+               Tensor const& state, bool softplus) {
     Checks const c("selective_scan_step");
     Arguments in{u, dt, A, B, C, skip, z, dt_bias, {}, {}, softplus};
     check_inputs(c, in, true);

@@ -12,7 +12,7 @@ namespace lsm {
 // dt_t is what came plus its bias, through softplus if asked. Complex: A, B, C and h are, and y has 2 Re(C_t · h_t).
 // B and C are a token's, [B, T, G, S] with channel d in group d / (D / G), or a channel's, [D, S].
 struct SelectiveParams {
-    bool is_complex;    // A, B, C and states are pairs (real, imaginary)
+    bool is_complex;  // A, B, C and states are pairs (real, imaginary)
     bool softplus;
     bool channel_B, channel_C;
     Dtype dtype;        // of u, dt, z, y, B and C of tokens, and their gradients (components)
@@ -22,11 +22,11 @@ struct SelectiveParams {
     void const* cu_seqlens = nullptr;  // [N + 1], nullable; then B == 1
     bool cu_seqlens_is_64bit = false;
 
-    Rows u, dt;                // [B, T, D]
-    Rows z;                    // [B, T, D], nullable
-    Rows b, c;                 // [B, T, G, S] (head: the group), or data alone: [D, S] contiguous
-    void const* A = nullptr;   // [D, S] contiguous
-    void const* skip = nullptr;           // D of the equation, [D], nullable
+    Rows u, dt;                  // [B, T, D]
+    Rows z;                      // [B, T, D], nullable
+    Rows b, c;                   // [B, T, G, S] (head: the group), or data alone: [D, S] contiguous
+    void const* A = nullptr;     // [D, S] contiguous
+    void const* skip = nullptr;  // D of the equation, [D], nullable
     void const* dt_bias = nullptr;        // [D], nullable
     void const* initial_state = nullptr;  // [N, D, S] contiguous, nullable (zeros)
 
@@ -38,7 +38,8 @@ struct SelectiveParams {
     Rows grad_y;
     void const* grad_final_state = nullptr;  // [N, D, S], nullable (zeros)
     Rows du, ddt, dz;
-    void *db = nullptr, *dc = nullptr;  // [B, T, G, S] in dtype, or [D, S] in state_dtype; contiguous
+    void *db = nullptr,
+         *dc = nullptr;  // [B, T, G, S] in dtype, or [D, S] in state_dtype; contiguous
     void *dA = nullptr, *dskip = nullptr, *ddt_bias = nullptr;
     void* grad_initial_state = nullptr;  // [N, D, S], nullable
 };

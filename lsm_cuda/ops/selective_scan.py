@@ -43,11 +43,11 @@ def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
     u, dt, A, B, C, skip, z, dt_bias, h0 = inputs[:9]
     _same_device("bwd", inputs[:10])
 
-    def like(t, base):  # type: ignore[no-untyped-def]
+    def like(t: Tensor | None, base: Tensor) -> Tensor:
         return base.new_empty((0,) if t is None else t.shape)
 
     wide = u.new_empty(0, dtype=accumulation_dtype(u))
-    grads = (like(t, t) for t in (u, dt, A, B, C))
+    grads = [like(t, t) for t in (u, dt, A, B, C)]
     return (*grads, like(skip, wide), like(z, u), like(dt_bias, wide), like(h0, A))
 
 
@@ -90,7 +90,7 @@ def _projection(t: Tensor, A: Tensor) -> Tensor:
         return t.to(A.dtype)
     t = t.unsqueeze(1) if t.dim() == 3 else t
     if A.is_complex() and not t.is_complex():
-        t = torch.view_as_complex(t.to(A.real.dtype).unflatten(-1, (-1, 2)).contiguous())
+        t = torch.view_as_complex(t.to(A.real.dtype).reshape(*t.shape[:-1], -1, 2).contiguous())
     return t.permute(0, 3, 1, 2)
 
 
@@ -136,7 +136,8 @@ def selective_scan_fn(
         complex).
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit.
+        RuntimeError: a shape, dtype or device that does not fit; on CUDA complex A, constant B or
+            C, or more than 64 states.
 
     Note: differentiable once in every floating tensor; deterministic. Nothing of size ``D × N × T``
         is kept: backward walks the sequence forwards again, with the states of every 16th token in

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import zlib
 
 import pytest
 import torch
-from checks import assert_accepted, differentiate
+from checks import assert_accepted
 from impls import threads
-from inputs import Inputs, boundaries
 from scans import real, real_inputs, wide
+from selective import DTYPES, draw, results
 
 from lsm_cuda import ops, reference
 
-DTYPES = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "c64": torch.float32,
-    "c128": torch.float64,
-}
 # T, channels, states, groups of B and C ("B", "C": constant), with skip z bias softplus, batch
 SHAPES = [
     (1, 8, 4, 1, "", 2),
@@ -34,50 +25,6 @@ SHAPES = [
     (16, 10, 5, "BC", "d", "int64"),
     (0, 8, 4, 1, "dzbs", 2),
 ]
-
-
-def draw(T: int, D: int, S: int, groups: int | str, extras: str, batch: int | str, dtype: str):
-    seed = zlib.crc32(f"{T} {D} {S} {groups} {extras} {batch}".encode())
-    rng = torch.Generator().manual_seed(seed)
-    is_complex = dtype.startswith("c")
-    plain, full = DTYPES[dtype], torch.float64 if dtype in ("f64", "c128") else torch.float32
-
-    def normal(*shape: int, number: bool = False) -> torch.Tensor:
-        kind = torch.complex128 if number and is_complex else torch.float64
-        return torch.randn(shape, generator=rng, dtype=kind)
-
-    def to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return wide(x, torch.float64 if dtype == torch.float64 else torch.float32) if (
-            x.is_complex()
-        ) else x.to(dtype)
-
-    packed = isinstance(batch, str)
-    cu = boundaries(T, getattr(torch, batch)) if packed else None
-    rows = 1 if packed else batch
-    N = rows if cu is None else len(cu) - 1
-    A = normal(D, S, number=True)
-    A = torch.complex(-A.real.exp(), A.imag) if is_complex else -A.exp()
-    G = groups if isinstance(groups, int) else 1
-    by_channel = groups if isinstance(groups, str) else ""
-    tensors = {"u": to(normal(rows, T, D), plain), "dt": to(normal(rows, T, D).sigmoid(), plain)}
-    tensors["A"] = to(A, full)
-    for name in "BC":
-        one = name in by_channel
-        x = normal(D, S, number=True) if one else normal(rows, T, G, S, number=True)
-        tensors[name] = to(x, full if one else plain)
-    if "d" in extras:
-        tensors["D"] = to(normal(D), full)
-    if "z" in extras:
-        tensors["z"] = to(normal(rows, T, D), plain)
-    if "b" in extras:
-        tensors["dt_bias"] = to(normal(D), full)
-    return Inputs(
-        tensors,
-        grad_o=to(normal(rows, T, D), plain),
-        initial_state=to(normal(N, D, S, number=True), full),
-        cu_seqlens=cu,
-        grad_final_state=to(normal(N, D, S, number=True), full),
-    ), "s" in extras
 
 
 def public(softplus: bool):
@@ -93,15 +40,6 @@ def public(softplus: bool):
     return call
 
 
-def results(call, x: Inputs):  # type: ignore[no-untyped-def]
-    def forward(y: Inputs):  # type: ignore[no-untyped-def]
-        o, state = call(**y.tensors, initial_state=y.initial_state, cu_seqlens=y.cu_seqlens)
-        nothing = 0 if o.numel() else sum(0 * t.sum() for t in y.tensors.values())
-        return o + (nothing.real if torch.is_tensor(nothing) else 0), state + nothing
-
-    return differentiate(forward, x)
-
-
 @pytest.mark.parametrize(("shape", "dtype"), [*itertools.product(SHAPES, DTYPES)], ids=str)
 def test_definition(shape: tuple, dtype: str) -> None:
     x, softplus = draw(*shape, dtype)
@@ -110,7 +48,8 @@ def test_definition(shape: tuple, dtype: str) -> None:
         return reference.selective_scan(dt_softplus=softplus, **rest)
 
     truth, same = (
-        results(definition, x.map(lambda t, d=d: wide(t, d))) for d in (torch.float64, torch.float32)
+        results(definition, x.map(lambda t, d=d: wide(t, d)))
+        for d in (torch.float64, torch.float32)
     )
     with threads(2):
         actual = results(public(softplus), x)
@@ -118,3 +57,120 @@ def test_definition(shape: tuple, dtype: str) -> None:
         return assert_accepted(actual, truth, same, x)
     actual, truth, same = ({n: real(t) for n, t in r.items()} for r in (actual, truth, same))
     return assert_accepted(actual, truth, same, real_inputs(x))
+
+
+def arguments(dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
+    x, _ = draw(37, 12, 5, 1, "dzbs", 2, "f64")
+    t = {n: v.to(dtype) for n, v in x.tensors.items()}
+    channels_first = {n: t[n].mT for n in ("u", "dt", "z")}
+    B, C = (t[n].squeeze(2).mT for n in "BC")
+    return (channels_first["u"], channels_first["dt"], t["A"], B, C, t["D"], channels_first["z"],
+            t["dt_bias"], True)  # fmt: skip
+
+
+def pieces(a: tuple, *bounds: slice) -> list[tuple]:
+    return [tuple(t[..., s] if torch.is_tensor(t) and t.dim() == 3 else t for t in a)
+            for s in bounds]  # fmt: skip
+
+
+def test_split_is_whole_and_step_is_prefill() -> None:
+    a = arguments()
+    y, state = ops.selective_scan_fn(*a, True)
+    one, two = pieces(a, slice(0, 20), slice(20, None))
+    first, middle = ops.selective_scan_fn(*one, True)
+    second, last = ops.selective_scan_fn(*two, True, middle)
+    torch.testing.assert_close((torch.cat([first, second], 2), last), (y, state))
+    state_of_steps = torch.zeros_like(state)
+    u, dt, A, B, C, D, z, bias, softplus = a
+    steps = [
+        ops.selective_state_update(
+            state_of_steps, u[..., t], dt[..., t], A, B[..., t], C[..., t], D, z[..., t], bias,
+            softplus,
+        )
+        for t in range(37)
+    ]  # fmt: skip
+    torch.testing.assert_close((torch.stack(steps, 2), state_of_steps), (y, state))
+
+
+def test_same_bits_twice_and_close_on_any_number_of_threads() -> None:
+    a = [t.requires_grad_() if torch.is_tensor(t) else t for t in arguments(torch.float32)]
+    tensors = [t for t in a if torch.is_tensor(t)]
+
+    def run(n: int):  # type: ignore[no-untyped-def]
+        with threads(n):
+            y, state = ops.selective_scan_fn(*a, True)
+            return (y, state, *torch.autograd.grad(y.sum() + state.sum(), tensors))
+
+    first, second, single = run(2), run(2), run(1)
+    assert all(torch.equal(s, t) for s, t in zip(first, second, strict=True))
+    torch.testing.assert_close(first, single, rtol=1e-4, atol=1e-5)
+
+
+def test_constant_step_is_a_convolution() -> None:
+    """Time-invariant B, C and dt: y is u convolved with C e^{dt A l} dt B."""
+    u, _, A, *_ = arguments()
+    B, C = torch.randn(2, 12, 5, dtype=torch.float64)
+    y = ops.selective_scan_fn(u, torch.full_like(u, 0.3), A, B, C)
+    powers = torch.exp(0.3 * A[..., None] * torch.arange(37))
+    kernel = torch.einsum("dn,dnl,dn->dl", C, powers, 0.3 * B)
+    padded = torch.nn.functional.pad(u, (36, 0))
+    want = torch.nn.functional.conv1d(padded, kernel.flip(1)[:, None], groups=12)
+    torch.testing.assert_close(y, want)
+
+
+def test_is_transformers() -> None:
+    modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+    peer = getattr(modeling.mamba_selective_scan, "__wrapped__", modeling.mamba_selective_scan)
+    a = [t.requires_grad_() if torch.is_tensor(t) else t for t in arguments(torch.float32)]
+    tensors = [t for t in a if torch.is_tensor(t)]
+    results = []
+    for call in (ops.selective_scan_fn, peer):
+        y, state = call(*a, True)
+        results.append((y, state, *torch.autograd.grad(y.square().sum(), tensors)))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, -100.0])
+def test_extreme_decays(rate: float) -> None:
+    u, dt, A, B, C, *rest = arguments(torch.float32)
+    A = torch.full_like(A, rate).requires_grad_()
+    y, state = ops.selective_scan_fn(u, dt, A, B, C, *rest, True)
+    (grad,) = torch.autograd.grad(y.sum(), A)
+    assert y.isfinite().all() and state.isfinite().all() and grad.isfinite().all()
+
+
+def test_operator_is_well_formed() -> None:
+    u, dt, A, B, C, D, z, bias, _ = arguments(torch.float32)
+    tokens = [t.mT.contiguous().requires_grad_() for t in (u, dt, z)]
+    B, C = (t.mT.unsqueeze(2).contiguous().requires_grad_() for t in (B, C))
+    A = A.requires_grad_()
+    h0 = torch.zeros(2, *A.shape)
+    arguments_ = (*tokens[:2], A, B, C, D, tokens[2], bias, h0, None, True, True)
+    torch.library.opcheck(torch.ops.lsm.selective_scan_fwd, arguments_)
+    with torch.no_grad():
+        one = [t[:, 0] for t in (*tokens[:2], B, C, tokens[2])]
+        step = (one[0], one[1], A, one[2], one[3], D, one[4], bias, h0, True)
+        torch.library.opcheck(torch.ops.lsm.selective_scan_step, step)
+
+
+ERRORS = {
+    "dt must have shape [B, T, D] = [2, 37, 12] like u, got [2, 36, 12]": {1: lambda t: t[..., 1:]},
+    "A must have shape [D, S] with D = 12, got [11, 5]": {2: lambda t: t[1:]},
+    "dt_bias must have shape [D] = [12], got [3]": {7: lambda t: t[:3]},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_say_what_is_wrong(message: str) -> None:
+    a = list(arguments())
+    for i, change in ERRORS[message].items():
+        a[i] = change(a[i])
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops.selective_scan_fn(*a)
+
+
+def test_no_second_derivative() -> None:
+    a = [t.requires_grad_() if torch.is_tensor(t) else t for t in arguments()]
+    (grad,) = torch.autograd.grad(ops.selective_scan_fn(*a).sum(), a[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="lsm::selective_scan_bwd: the backward pass is itself"):
+        torch.autograd.grad(grad.sum(), a[1])
