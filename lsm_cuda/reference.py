@@ -1343,6 +1343,8 @@ def slstm(
     states = None if initial_state is None else (initial_state,)
     h, (state,) = _sequences(definition, (x,), states, cu_seqlens)
     return h, state
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,

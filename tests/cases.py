@@ -138,16 +138,13 @@ def delta_op(name: str, definition: Callable, own: dict[str, str], **rest) -> Op
     )
 
 
-DELTA_OPS = [
-    delta_op("delta_rule", reference.delta_rule, {"beta": "B T HV"}, impls=()),
-    delta_op(
-        "gated_delta_rule", reference.gated_delta_rule, {"g": "B T HV", "beta": "B T HV"}, impls=()
-    ),
-    delta_op("kda", reference.kda, {"g": "B T HV K", "beta": "B T HV"}, impls=()),
-    delta_op("comba", reference.comba, {"p": "B T H K", "g": "B T HV", "beta": "B T HV"}, impls=()),
-    delta_op("dplr", reference.dplr, {"a": "B T H K", "b": "B T H K", "g": "B T HV K"}, impls=()),
+OPS += [
+    delta_op("delta_rule", reference.delta_rule, {"beta": "B T HV"}),
+    delta_op("gated_delta_rule", reference.gated_delta_rule, {"g": "B T HV", "beta": "B T HV"}),
+    delta_op("kda", reference.kda, {"g": "B T HV K", "beta": "B T HV"}),
+    delta_op("comba", reference.comba, {"p": "B T H K", "g": "B T HV", "beta": "B T HV"}),
+    delta_op("dplr", reference.dplr, {"a": "B T H K", "b": "B T H K", "g": "B T HV K"}),
 ]
-OPS += [op for op in DELTA_OPS if op.impls]
 SCHEMAS = [GLA, LINEAR_ATTN]  # with a gate and without: for what PyTorch's tools see of an operator
 
 

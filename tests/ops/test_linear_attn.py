@@ -237,6 +237,6 @@ def test_errors() -> None:
     assert str(error.value) == (
         "lsm::bidirectional_linear_attn: g must have shape [HV] = [2], got [3]"
     )
-    with pytest.raises(RuntimeError, match="use chunk_linear_attn, or torch.no_grad"):
+    with pytest.raises(RuntimeError, match=r"use chunk_linear_attn, or torch\.no_grad"):
         token = q[:, 0].clone().requires_grad_()
         ops.linear_attn_step(token, token, v[:, 0], pair)

@@ -19,7 +19,7 @@ namespace lsm::selective_kernel {
 constexpr int kThreads = 128;
 constexpr int kTile = 32;  // tokens
 constexpr int kMicro = 8;  // tokens whose states the backward keeps in registers
-constexpr int kOwn = 4;    // states of a lane
+constexpr int kMine = 4;    // states of a lane
 
 struct Shares {
     float* checkpoints = nullptr;  // [sequence tile][D][S], tiles numbered over all sequences
@@ -30,7 +30,7 @@ struct Shares {
 template <int L>
 struct Config {
     static constexpr int kChannels = kThreads / L;
-    static constexpr int kStates = L * kOwn;  // at most
+    static constexpr int kStates = L * kMine;  // at most
     static constexpr int kPairs =
         kTile * kChannels / kThreads;  // token and channel pairs of a thread
     static constexpr int kWarpChannels = 32 / L;
@@ -47,7 +47,7 @@ template <int L>
 struct SharedBackward : Shared<L> {
     using C = Config<L>;
     float dy[kTile][C::kChannels], ddt[kTile][C::kChannels], ddu[kTile][C::kChannels];
-    float parked[kTile / kMicro][kThreads][kOwn];
+    float parked[kTile / kMicro][kThreads][kMine];
     float db[kTile][C::kStates][kThreads / 32], dc[kTile][C::kStates][kThreads / 32];
 };
 
@@ -83,7 +83,7 @@ struct Block {
     i64 group, first;  // channels [first, first + count)
     int count;
     int lane, own;  // of the channel's lanes; the thread's channel
-    float a_log2[kOwn];
+    float a_log2[kMine];
 
     LSM_DEVICE Block(SelectiveParams const& p, unsigned blocks_of_group) : p(p) {
         unsigned const per_sequence = blocks_of_group * static_cast<unsigned>(p.G);
@@ -99,26 +99,26 @@ struct Block {
         end = packed ? boundary(p, sequence + 1) : p.T;
         lane = threadIdx.x % L, own = threadIdx.x / L;
         LSM_UNROLL
-        for (int s = 0; s < kOwn; ++s) {
+        for (int s = 0; s < kMine; ++s) {
             a_log2[s] = inside(s) ? 1.44269504f * load_global(static_cast<float const*>(p.A) +
                                                               (first + own) * p.S + state(s))
                                   : 0.f;
         }
     }
-    LSM_DEVICE int state(int s) const { return lane * kOwn + s; }
+    LSM_DEVICE int state(int s) const { return lane * kMine + s; }
     LSM_DEVICE bool inside(int s) const { return own < count && state(s) < p.S; }
     LSM_DEVICE float const* states(void const* from) const {
         return static_cast<float const*>(from) + (sequence * p.D + first + own) * p.S;
     }
-    LSM_DEVICE void load_states(void const* from, float (&h)[kOwn]) const {
+    LSM_DEVICE void load_states(void const* from, float (&h)[kMine]) const {
         LSM_UNROLL
-        for (int s = 0; s < kOwn; ++s)
+        for (int s = 0; s < kMine; ++s)
             h[s] = from != nullptr && inside(s) ? load_global(states(from) + state(s)) : 0.f;
     }
-    LSM_DEVICE void store_states(void* to, float const (&h)[kOwn]) const {
+    LSM_DEVICE void store_states(void* to, float const (&h)[kMine]) const {
         if (to == nullptr) return;
         LSM_UNROLL
-        for (int s = 0; s < kOwn; ++s) {
+        for (int s = 0; s < kMine; ++s) {
             if (inside(s)) store_global(const_cast<float*>(states(to)) + state(s), h[s]);
         }
     }
@@ -161,11 +161,11 @@ struct Block {
         return p.softplus ? fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))) : x;
     }
     // h after a token; y, the lane's share of what C reads.
-    LSM_DEVICE float walk(Shared<L> const& shared, int token, float (&h)[kOwn]) const {
+    LSM_DEVICE float walk(Shared<L> const& shared, int token, float (&h)[kMine]) const {
         float const dt = shared.dt[token][own], du = shared.du[token][own];
         float y = 0.f;
         LSM_UNROLL
-        for (int s = 0; s < kOwn; ++s) {
+        for (int s = 0; s < kMine; ++s) {
             h[s] = fmaf(exp2_approx(dt * a_log2[s]), h[s], du * shared.b[token][state(s)]);
             y = fmaf(shared.c[token][state(s)], h[s], y);
         }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
     forward(SelectiveParams const p, unsigned blocks_of_group) {
     auto& shared = *reinterpret_cast<Shared<L>*>(dyn_smem());
     Block<T, L> const block(p, blocks_of_group);
-    float h[kOwn];
+    float h[kMine];
     block.load_states(p.initial_state, h);
     for (i64 t = block.begin; t < block.end; t += kTile) {
         block.load_tile(shared, t);
@@ -235,11 +235,11 @@ __global__ void __launch_bounds__(kThreads)
         return shares.checkpoints + ((tile0 + tile) * p.D + block.first + block.own) * p.S +
                block.state(s);
     };
-    float h[kOwn], g[kOwn], dA[kOwn] = {};
+    float h[kMine], g[kMine], dA[kMine] = {};
     block.load_states(p.initial_state, h);
     for (i64 tile = 0; tile < tiles; ++tile) {
         LSM_UNROLL
-        for (int s = 0; s < kOwn; ++s) {
+        for (int s = 0; s < kMine; ++s) {
             if (block.inside(s)) store_global(checkpoint(tile, s), h[s]);
         }
         if (tile + 1 == tiles) break;
@@ -266,24 +266,24 @@ __global__ void __launch_bounds__(kThreads)
         });
         __syncthreads();
         LSM_UNROLL
-        for (int s = 0; s < kOwn; ++s)
+        for (int s = 0; s < kMine; ++s)
             h[s] = block.inside(s) ? load_global(checkpoint(tile, s)) : 0.f;
         for (int i = 0; i < kTile; ++i) {
             if (i % kMicro == 0) {
                 LSM_UNROLL
-                for (int s = 0; s < kOwn; ++s) shared.parked[i / kMicro][threadIdx.x][s] = h[s];
+                for (int s = 0; s < kMine; ++s) shared.parked[i / kMicro][threadIdx.x][s] = h[s];
             }
             float const y = block.over_states(block.walk(shared, i, h));
             if (block.lane == 0) shared.y[i][block.own] = y;
         }
         for (int m = kTile / kMicro; m-- > 0;) {
-            float kept[kMicro + 1][kOwn];
+            float kept[kMicro + 1][kMine];
             LSM_UNROLL
-            for (int s = 0; s < kOwn; ++s) kept[0][s] = shared.parked[m][threadIdx.x][s];
+            for (int s = 0; s < kMine; ++s) kept[0][s] = shared.parked[m][threadIdx.x][s];
             LSM_UNROLL
             for (int i = 0; i < kMicro; ++i) {
                 LSM_UNROLL
-                for (int s = 0; s < kOwn; ++s) kept[i + 1][s] = kept[i][s];
+                for (int s = 0; s < kMine; ++s) kept[i + 1][s] = kept[i][s];
                 block.walk(shared, m * kMicro + i, kept[i + 1]);
             }
             LSM_UNROLL
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads)
                 float const dy = shared.dy[token][block.own];
                 float ddt = 0.f, ddu = 0.f;
                 LSM_UNROLL
-                for (int s = 0; s < kOwn; ++s) {
+                for (int s = 0; s < kMine; ++s) {
                     int const state = block.state(s);
                     g[s] = fmaf(dy, shared.c[token][state], g[s]);
                     float const dc = block.over_channels(dy * kept[i + 1][s]);
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kThreads)
     block.store_states(p.grad_initial_state, g);
     i64 const row = block.sequence * p.D + block.first;
     LSM_UNROLL
-    for (int s = 0; s < kOwn; ++s) {
+    for (int s = 0; s < kMine; ++s) {
         if (block.inside(s))
             store_global(shares.channels + (2 + block.state(s)) * p.N * p.D + row + block.own,
                          dA[s]);
