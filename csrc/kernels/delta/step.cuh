@@ -24,7 +24,7 @@ struct Config {
     static constexpr int kLanes = Columns / 4;         // threads along V
     static constexpr int kGroups = kThreads / kLanes;  // threads along K
     static constexpr int kRows = K / kGroups;  // rows per thread: group, group + kGroups, ...
-    static constexpr int kOwn = (K + kThreads - 1) / kThreads;  // channels a thread loads
+    static constexpr int kPerThread = (K + kThreads - 1) / kThreads;  // channels a thread loads
     static constexpr int kSums = 10;  // r and q's dots with four columns, and with add and plain
     static_assert(kLanes <= 32 && 32 % kLanes == 0 && K % kGroups == 0);
 };
@@ -66,7 +66,8 @@ struct Step {
     float* const state = p.state + i64(chain) * p.K * p.V + column;
     float S[C::kRows][4];
     // Of the next micro-step.
-    float query[C::kOwn], decay[C::kOwn], key[C::kOwn], erase[C::kOwn], written[C::kOwn];
+    float query[C::kPerThread], decay[C::kPerThread], key[C::kPerThread], erase[C::kPerThread],
+        written[C::kPerThread];
     float value, beta;
 
     LSM_DEVICE explicit Step(StepOperands<T> const& p) : p(p) {}
@@ -122,7 +123,7 @@ struct Step {
     // A token decays in its first micro-step.
     LSM_DEVICE void fetch(int micro) {
         LSM_UNROLL
-        for (int i = 0; i < C::kOwn; ++i) {
+        for (int i = 0; i < C::kPerThread; ++i) {
             int const c = channel(i);
             query[i] = micro == p.n - 1 ? element(p.q, 0, group_head, c, p.K) : 0.f;
             decay[i] = micro == 0 && c < p.K
@@ -140,7 +141,7 @@ struct Step {
     LSM_DEVICE void store(typename Storage::MicroStep& to) const {
         bool const dplr = p.transition == Transition::dplr;
         LSM_UNROLL
-        for (int i = 0; i < C::kOwn; ++i) {
+        for (int i = 0; i < C::kPerThread; ++i) {
             int const c = channel(i);
             if (c >= K) break;
             to.query[c] = query[i];
