@@ -312,7 +312,9 @@ __global__ void __launch_bounds__(128)
     if (channel >= D) return;
     V sum = number<V>(0.f);
     for (i64 record = 0; record < plan.count; ++record) {
-        if (!plan[record].unused()) sum = add(sum, load_global(shares + record * D + channel));
+        // Only a table has unused records, and reading it costs no division.
+        bool const unused = plan.table != nullptr && plan.table[record].unused();
+        if (!unused) sum = add(sum, load_global(shares + record * D + channel));
     }
     store_global(sums + channel, sum);
 }
