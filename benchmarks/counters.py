@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from cases import DELTA_OPS, OPS, Case  # noqa: E402
+from cases import OPS, Case  # noqa: E402
 from emulated import emulator  # noqa: E402
 from inputs import make_inputs  # noqa: E402
 from scans import SCANS, ScanCase, draw_scan  # noqa: E402
@@ -71,7 +71,7 @@ def count(emu: Any) -> Counts:
 
 def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     """Name, multiprocessors of the GPU that the launcher sees, and the call."""
-    for op in dict.fromkeys([*OPS, *DELTA_OPS]):
+    for op in OPS:
         forward, backward, step = (op.raw(kind, "lsm_emu") for kind in ("fwd", "bwd", "step"))
         for dtype in ("bf16+f32", "f16+f32", "f32"):
             for kind, multiprocessors, sizes in (

@@ -263,18 +263,23 @@ def lcsm(
     Source: Unlocking the Secrets of Linear Complexity Sequence Model from A Unified Perspective,
     arXiv:2405.17383.
     """
-    a = i.new_ones(*i.shape[:3], 1, 1)
-    if o is not None:
-        of_keys = oscillate(o if o.dim() > 1 else o.expand(i.shape[:3]))
-        a = a * (of_keys[..., None] if of_keys.dim() == 4 else of_keys[..., None, None])
-        e = 1 - of_keys if e is None else expand(e)
+    of_keys = None if o is None else oscillate(o if o.dim() > 1 else o.expand(i.shape[:3]))
+    of_values = None if ov is None else oscillate(ov)
+    if e is None:
+        assert of_keys is not None
+        e = 1 - of_keys
     else:
-        assert e is not None
         e = expand(e)
-    if ov is not None:
-        a = a * oscillate(ov)[..., None, :]
-    g = a.log()
-    return _recurrence(shrink(s), e, insert(i), g, scale, initial_state, cu_seqlens)
+
+    def update(S, i, e, of_keys, of_values):  # type: ignore[no-untyped-def]
+        if of_keys is not None:
+            S = S * (of_keys[..., None] if of_keys.dim() == 3 else of_keys[..., None, None])
+        if of_values is not None:
+            S = S * of_values[..., None, :]
+        return S + _outer(e, i)
+
+    tokens = (insert(i), e, of_keys, of_values)
+    return _rank_one(update, shrink(s), tokens, scale, initial_state, cu_seqlens)
 
 
 def finch(

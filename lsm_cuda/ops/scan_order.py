@@ -51,6 +51,7 @@ def scan_order(height: int, width: int, kind: str, reverse: bool = False) -> Ten
     Example:
         >>> scan_order(2, 3, "column").tolist()
         [0, 3, 1, 4, 2, 5]
+        >>> from lsm_cuda.ops import scan
         >>> x, a = torch.randn(2, 1, 6, 8)
         >>> h, _ = scan(x, a.sigmoid(), order=scan_order(2, 3, "zigzag"))
     """

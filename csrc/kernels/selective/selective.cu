@@ -19,7 +19,7 @@ namespace lsm::selective_kernel {
 constexpr int kThreads = 128;
 constexpr int kTile = 32;  // tokens
 constexpr int kMicro = 8;  // tokens whose states the backward keeps in registers
-constexpr int kMine = 4;    // states of a lane
+constexpr int kMine = 4;   // states of a lane
 
 struct Shares {
     float* checkpoints = nullptr;  // [sequence tile][D][S], tiles numbered over all sequences
