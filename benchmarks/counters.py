@@ -93,6 +93,19 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from scan_calls()
     yield from conv_calls()
     yield from slstm_calls()
+    yield from selective_calls()
+
+
+def selective_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        draw = torch.Generator().manual_seed(0)
+        u, dt, z, grad = (torch.randn(2, 80, 64, generator=draw).to(dtype) for _ in range(4))
+        B, C = (torch.randn(2, 80, 1, 16, generator=draw).to(dtype) for _ in range(2))
+        A, skip, bias = (torch.randn(*d, generator=draw) for d in ((64, 16), (64,), (64,)))
+        common = (u, dt, -A.exp(), B, C, skip, z, bias, None, None, True)
+        name, ops = f"selective_scan {str(dtype)[6:]}", torch.ops.lsm_emu
+        yield f"{name} forward", 1, partial(ops.selective_scan_fwd, *common, True)
+        yield f"{name} backward", 1, partial(ops.selective_scan_bwd, *common, grad, None)
 
 
 def conv_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
