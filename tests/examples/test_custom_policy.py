@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, Op, chunk_op
 from checks import assert_accepted, definition, expected
-from emulators import BUILD
+from emulators import BUILD, missing
 from impls import Emulator
 from inputs import Inputs, Tensors, make_inputs
 
@@ -31,9 +31,9 @@ class Cpu(Emulator):
     tensor_cores = False
 
     def raw(self, op: Op, kind: str):
-        if not (library := BUILD / "_C_example.so").is_file():
-            pytest.skip(f"the example is not built (no {library})")
-        torch.ops.load_library(library)
+        if why := missing("_C_example"):
+            pytest.skip(why)
+        torch.ops.load_library(BUILD / "_C_example.so")
         return op.raw(kind, "lsm_example")
 
     def under_every_seed(self, call) -> Tensors:
