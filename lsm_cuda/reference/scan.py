@@ -1,0 +1,290 @@
+"""The scan engine and its neighbours: element-wise recurrences, short convolutions, sLSTM."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, silu, softplus
+
+from ._common import sequences, stack
+
+
+def scan(
+    x: Tensor,
+    a: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    log: bool = False,
+    reverse: bool = False,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The element-wise linear recurrence: ``h_t = a_t ⊙ h_{t-1} + x_t``.
+
+    Args:
+        x (Tensor): ``[B, T, D]``, real or complex.
+        a (Tensor): ``[B, T, D]`` or ``[D]``, or its natural logarithm if ``log``.
+        initial_state (Tensor, optional): ``[N, D]``.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of packed sequences.
+        reverse (bool): ``h_t = a_t ⊙ h_{t+1} + x_t``.
+        order (Tensor, optional): ``[T]``, the token of each position.
+
+    Returns:
+        ``h [B, T, D]`` and the final state ``[N, D]``.
+    """
+    a = (a.exp() if log else a).expand(x.shape)
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    starts = [(0, x.shape[1])] if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
+    tokens = range(x.shape[1]) if order is None else order.tolist()
+    h0 = x.new_zeros(N, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+    outputs: dict[int, Tensor] = {}
+    final = []
+    for n, (start, end) in enumerate(starts):
+        h = h0 if cu_seqlens is None else h0[n, None]
+        for p in reversed(range(start, end)) if reverse else range(start, end):
+            t = tokens[p]
+            h = a[:, t] * h + x[:, t]
+            outputs[t] = h
+        final.append(h)
+    state = torch.cat(final) if final else h0
+    if not outputs:
+        return x.new_empty(x.shape), state
+    return torch.stack([outputs[t] for t in range(x.shape[1])], 1), state
+
+
+def _bounded_sqrt(x: Tensor) -> Tensor:
+    """sqrt with its slope, ``1 / (2 sqrt x)``, bounded by 1000."""
+    root = x.detach().sqrt()
+    slope = 0.5 / root.clamp(min=0.5e-3)
+    return root + slope * (x - x.detach())
+
+
+def rg_lru(
+    x: Tensor,
+    i: Tensor,
+    r: Tensor,
+    c: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The real-gated linear recurrent unit: ``h_t = a_t ⊙ h_{t-1} + sqrt(1 − a_t²) ⊙ (σ(i_t) ⊙
+    x_t)`` with ``log a_t = c ⊙ σ(r_t)``.
+
+    Without an initial state, the first token of a sequence has the factor 1 for its root. The slope
+    of the root ends at 1000.
+
+    Args:
+        x, i, r (Tensor): ``[B, T, D]``.
+        c (Tensor): ``[D]``, ≤ 0; Griffin has −8 softplus of its parameter.
+
+    Returns: as :func:`scan`.
+
+    Source: Griffin, arXiv:2402.19427, eqs. 1-4, and the authors' code for first tokens and slope.
+    """
+    log_a = c * r.sigmoid()
+    square = -(2 * log_a).expm1()  # 1 − a²
+    multiplier = _bounded_sqrt(square)
+    if initial_state is None and x.shape[1]:
+        positions = torch.arange(x.shape[1], device=x.device)
+        bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        firsts = {(b - 1 if reverse else a) for a, b in pairwise(bounds) if b > a}
+        first = torch.tensor([int(p) in firsts for p in positions], device=x.device)
+        if order is not None:
+            first = torch.zeros_like(first).index_put((order.long(),), first)
+        multiplier = torch.where(first[None, :, None], 1.0, multiplier)
+    return scan(
+        multiplier * i.sigmoid() * x, log_a, initial_state, cu_seqlens, True, reverse, order
+    )
+
+
+def wkv4(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    r"""RWKV-4's average: weights ``e^{k_i - (t-1-i) r}`` of earlier tokens, ``e^{u + k_t}`` of the
+    token itself; ``r = e^w``.
+
+    Args:
+        w, u (Tensor): ``[D]``.
+        k, v (Tensor): ``[B, T, D]``.
+        initial_state (tuple, optional): numerator, denominator and the logarithm of their scale,
+            each ``[N, D]``.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of packed sequences.
+
+    Returns:
+        ``o [B, T, D]`` and the state after the last tokens.
+
+    Source: RWKV, arXiv:2305.13048, appendix on the stable form.
+    """
+    bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    N = k.shape[0] if cu_seqlens is None else len(bounds) - 1
+    zeros = k.new_zeros(N, k.shape[2])
+    state = (zeros, zeros, zeros - torch.inf) if initial_state is None else initial_state
+    outputs, ends = [], []
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        a, b, m = state if cu_seqlens is None else (s[n, None] for s in state)
+        for t in range(start, end):
+            own = torch.maximum(m, u + k[:, t])
+            past, new = (m - own).exp(), (u + k[:, t] - own).exp()
+            outputs.append((past * a + new * v[:, t]) / (past * b + new))
+            after = torch.maximum(m - w.exp(), k[:, t])
+            past, new = (m - w.exp() - after).exp(), (k[:, t] - after).exp()
+            a, b, m = past * a + new * v[:, t], past * b + new, after
+        ends.append((a, b, m))
+    final = tuple(torch.cat(parts) for parts in zip(*ends, strict=True)) if ends else state
+    o = torch.stack(outputs, 1) if outputs else v.new_empty(v.shape)
+    return o, final  # type: ignore[return-value]
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Mamba-1: ``h_t = exp(δ_t A) ⊙ h_{t-1} + δ_t u_t B_t``, ``y_t = (C_t · h_t + D u_t)
+    silu(z_t)``; time before channels.
+
+    Args:
+        u, dt, z (Tensor): ``[B, T, D]``; to dt its bias ``[D]`` is added and softplus applied if
+            asked.
+        A (Tensor): ``[D, N]``; complex: y has ``2 Re(C_t · h_t)``.
+        B, C (Tensor): ``[B, T, G, N]``, channel d in group ``d // (D // G)``; or ``[D, N]``.
+        D (Tensor, optional): ``[D]``.
+        initial_state (Tensor, optional): ``[Nseq, D, N]``.
+        cu_seqlens (Tensor, optional): ``[Nseq + 1]`` boundaries of packed sequences.
+
+    Returns:
+        ``y [B, T, D]`` and the final state ``[Nseq, D, N]``.
+
+    Source: Mamba, arXiv:2312.00752.
+    """
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = softplus(dt)
+    bounds = [0, u.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    channels = u.shape[2]
+
+    def at(t: int, x: Tensor) -> Tensor:
+        """B or C of a token, for every channel."""
+        return x if x.dim() == 2 else x[:, t].repeat_interleave(channels // x.shape[2], 1)
+
+    outputs, final = [], []
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        h = A.new_zeros(u.shape[0], *A.shape)
+        if initial_state is not None:
+            h = initial_state if cu_seqlens is None else initial_state[n, None]
+        for t in range(start, end):
+            drive = (dt[:, t] * u[:, t]).unsqueeze(-1)
+            h = (dt[:, t].unsqueeze(-1) * A).exp() * h + drive * at(t, B)
+            y = (at(t, C) * h).sum(-1)
+            outputs.append(2 * y.real if y.is_complex() else y)
+        final.append(h)
+    y = torch.stack(outputs, 1) if outputs else u.new_empty(u.shape)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * silu(z)
+    return y, torch.cat(final) if final else A.new_empty(0, *A.shape)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: str | None = None,
+    state_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Depthwise causal convolution: ``y_t = act(bias + Σ_j weight[:, W − 1 − j] ⊙ x_{t−j})``.
+
+    Args:
+        x: ``[B, T, D]``.
+        weight: ``[D, W]``; the last tap weighs the current token.
+        bias: ``[D]``, default zeros.
+        initial_state: ``[N, D, S]``, S ≥ W − 1: the inputs before the first, default zeros.
+        cu_seqlens: as :func:`gated_linear_attention`.
+        activation: ``silu`` or None.
+        state_size: S of the state returned, default W.
+
+    Returns:
+        ``y [B, T, D]`` and the last S inputs ``[N, D, S]``.
+
+    Source: Dao-AILab's causal-conv1d; Mamba, arXiv:2312.00752, section 3.4.
+    """
+    if cu_seqlens is not None:
+        runs = []
+        for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            h0 = None if initial_state is None else initial_state[n : n + 1]
+            runs.append(
+                causal_conv1d(
+                    x[:, start:end], weight, bias, h0, activation=activation, state_size=state_size
+                )
+            )
+        return torch.cat([y for y, _ in runs], 1), torch.cat([s for _, s in runs])
+    W = weight.shape[1]
+    S = W if state_size is None else state_size
+    before = x.new_zeros(x.shape[0], x.shape[2], max(S, W))
+    if initial_state is not None:
+        before = torch.cat([before, initial_state.to(x.dtype)], 2)
+    inputs = torch.cat([before.transpose(1, 2), x], 1)
+    outputs = []
+    for t in range(inputs.shape[1] - x.shape[1], inputs.shape[1]):
+        y = (inputs[:, t - W + 1 : t + 1] * weight.T).sum(1)
+        y = y if bias is None else y + bias
+        outputs.append(y if activation is None else silu(y))
+    return stack(outputs, x), inputs[:, inputs.shape[1] - S :].transpose(1, 2)
+
+
+def slstm(
+    x: Tensor,
+    R: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Gates i, f, z, o of ``x_t + h_{t−1} R``: ``m_t = max(log σ(f) + m_{t−1}, i)``,
+    ``c_t = e^{log σ(f) + m_{t−1} − m_t} c_{t−1} + e^{i − m_t} tanh z``, n_t the same of 1, ``h_t =
+    σ(o) c_t / n_t``; where ``n_{t−1} = 0`` there is no past.
+
+    Args: x ``[B, T, 4, H, D]``, R ``[H, D, 4, D]``, states h, c, n, m ``[N, 4, H, D]``.
+
+    Returns:
+        ``h [B, T, H, D]`` and the state after the last token.
+
+    Source: xLSTM, arXiv:2405.04517, eqs. 8-18.
+    """
+
+    def definition(x, state):  # type: ignore[no-untyped-def]
+        B, T, _, H, D = x.shape
+        zero = x.new_zeros(B, H, D)
+        h, c, n, m = (zero,) * 4 if state is None else state[0].to(x.dtype).unbind(1)
+        outputs = []
+        for t in range(T):
+            i, f, z, o = (x[:, t] + torch.einsum("bhd,hdge->bghe", h, R)).unbind(1)
+            carried = torch.where(n == 0, -torch.inf, logsigmoid(f) + m)
+            m = torch.maximum(carried, i)
+            keep, write = (carried - m).exp(), (i - m).exp()
+            c, n = keep * c + write * z.tanh(), keep * n + write
+            h = o.sigmoid() * c / n
+            outputs.append(h)
+        return stack(outputs, zero[:, None].expand(B, 0, H, D)), (torch.stack((h, c, n, m), 1),)
+
+    states = None if initial_state is None else (initial_state,)
+    h, (state,) = sequences(definition, (x,), states, cu_seqlens)
+    return h, state
