@@ -5,85 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrent_layers import D, close, make, tokens
 
-from lsm_cuda.cache import Cache
 from lsm_cuda.layers import (
-    LRU,
-    S5,
-    AFTSimple,
-    GateLoop,
     HGRNAttention,
     RGLRUBlock,
-    RWKV4Attention,
 )
-
-D = 8
-LAYERS = {
-    "lru": (LRU, {"state_size": 5}),
-    "s5": (S5, {"state_size": 4}),
-    "s5 bilinear": (S5, {"state_size": 4, "init": "lin", "discretization": "bilinear"}),
-    "hgrn": (HGRNAttention, {"expand_ratio": 2}),
-    "hgrn conv": (HGRNAttention, {"use_short_conv": True, "conv_size": 3}),
-    "rg-lru": (RGLRUBlock, {"lru_width": 12, "num_heads": 3}),
-    "gateloop": (GateLoop, {}),
-    "rwkv4": (RWKV4Attention, {"attention_hidden_size": 12}),
-    "aft": (AFTSimple, {}),
-}
-every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def make(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    cls, options = LAYERS[name]
-    layer = cls(hidden_size=D, layer_idx=0, **options).double()
-    with torch.no_grad():
-        for key, p in layer.named_parameters():
-            if "norm" in key or "gate_bias" in key:
-                p.add_(torch.rand_like(p) - 0.3)
-    return layer
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, D, dtype=torch.float64)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-
-
-@every_layer
-@torch.no_grad()
-def test_steps_and_pieces_are_the_whole(name):
-    layer, x, cache = make(name), tokens(2, 12), Cache()
-    whole = layer(x)[0]
-    parts = [
-        layer(x[:, a:b], past_key_values=cache, use_cache=True)[0]
-        for a, b in ((0, 5), (5, 8), (8, 9), (9, 10), (10, 12))
-    ]
-    close(torch.cat(parts, 1), whole)
-    assert cache.get_seq_length() == 12
-
-
-@every_layer
-@torch.no_grad()
-def test_padding_and_packing_change_nothing(name):
-    layer, x = make(name), tokens(2, 9)
-    mask = torch.ones(2, 9)
-    mask[0, :4] = 0
-    y = layer(x, attention_mask=mask)[0]
-    close(y[:1, 4:], layer(x[:1, 4:])[0])
-    close(y[1:], layer(x[1:])[0])
-    packed = torch.cat([x[:1, 4:], x[1:]], 1)
-    out = layer(packed, cu_seqlens=torch.tensor([0, 5, 14]))[0]
-    close(out, torch.cat([y[:1, 4:], y[1:]], 1))
-
-
-@every_layer
-def test_gradients_reach_every_parameter(name):
-    layer = make(name)
-    layer(tokens(2, 7))[0].square().sum().backward()
-    for key, p in layer.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
 
 
 def over_time(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -5,80 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrent_layers import D, close, make, tokens
 
-from lsm_cuda.cache import Cache
-from lsm_cuda.layers import DSS, S4, S4D, SLSTM
-
-D = 8
-LAYERS = {
-    "s4d": (S4D, {"d_state": 6}),
-    "s4d bilinear": (S4D, {"d_state": 6, "init": "legs", "disc": "bilinear"}),
-    "dss": (DSS, {"d_state": 5}),
-    "dss softmax": (DSS, {"d_state": 5, "variant": "softmax", "max_length": 20}),
-    "s4": (S4, {"d_state": 6}),
-    "s4 fout": (S4, {"d_state": 6, "basis": "fout"}),
-    "slstm": (SLSTM, {"num_heads": 2}),
-    "slstm bare": (SLSTM, {"num_heads": 1, "conv1d_kernel_size": 0}),
-}
-every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def make(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    cls, options = LAYERS[name]
-    layer = cls(hidden_size=D, layer_idx=0, **options).double()
-    if isinstance(layer, SLSTM):
-        with torch.no_grad():
-            layer.slstm_cell._recurrent_kernel_.normal_(std=0.3)
-            layer.group_norm.weight.normal_(std=0.3)
-    return layer
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, D, dtype=torch.float64)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-
-
-@every_layer
-@torch.no_grad()
-def test_steps_and_pieces_are_the_whole(name):
-    layer, x, cache = make(name), tokens(2, 12), Cache()
-    whole = layer(x)[0]
-    parts = [
-        layer(x[:, a:b], past_key_values=cache, use_cache=True)[0]
-        for a, b in ((0, 5), (5, 8), (8, 9), (9, 10), (10, 12))
-    ]
-    close(torch.cat(parts, 1), whole)
-    assert cache.get_seq_length() == 12
-
-
-@every_layer
-@torch.no_grad()
-def test_padding_and_packing_change_nothing(name):
-    layer, x = make(name), tokens(2, 9)
-    mask = torch.ones(2, 9)
-    mask[0, :4] = 0
-    padded, cache = Cache(), Cache()
-    y = layer(x, attention_mask=mask, past_key_values=padded, use_cache=True)[0]
-    close(y[:1, 4:], layer(x[:1, 4:])[0])
-    close(y[1:], layer(x[1:])[0])
-    layer(x[1:], past_key_values=cache, use_cache=True)
-    for a, b in zip(padded[0].tensors(), cache[0].tensors(), strict=True):
-        close(a[1:], b)
-    packed = torch.cat([x[:1, 4:], x[1:]], 1)
-    out = layer(packed, cu_seqlens=torch.tensor([0, 5, 14]))[0]
-    close(out, torch.cat([y[:1, 4:], y[1:]], 1))
-
-
-@every_layer
-def test_gradients_reach_every_parameter(name):
-    layer = make(name)
-    layer(tokens(2, 7))[0].square().sum().backward()
-    for key, p in layer.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
+from lsm_cuda.layers import DSS, SLSTM
 
 
 def test_s4d_is_the_published_layer():

@@ -1,0 +1,62 @@
+"""Layers around element-wise recurrences, state space models and the sLSTM cell, as the tests make
+them."""
+
+from __future__ import annotations
+
+import torch
+
+from lsm_cuda.layers import (
+    DSS,
+    LRU,
+    S4,
+    S4D,
+    S5,
+    SLSTM,
+    AFTSimple,
+    GateLoop,
+    HGRNAttention,
+    RGLRUBlock,
+    RWKV4Attention,
+)
+
+D = 8
+LAYERS = {
+    "lru": (LRU, {"state_size": 5}),
+    "s5": (S5, {"state_size": 4}),
+    "s5 bilinear": (S5, {"state_size": 4, "init": "lin", "discretization": "bilinear"}),
+    "hgrn": (HGRNAttention, {"expand_ratio": 2}),
+    "hgrn conv": (HGRNAttention, {"use_short_conv": True, "conv_size": 3}),
+    "rg-lru": (RGLRUBlock, {"lru_width": 12, "num_heads": 3}),
+    "gateloop": (GateLoop, {}),
+    "rwkv4": (RWKV4Attention, {"attention_hidden_size": 12}),
+    "aft": (AFTSimple, {}),
+    "s4d": (S4D, {"d_state": 6}),
+    "s4d bilinear": (S4D, {"d_state": 6, "init": "legs", "disc": "bilinear"}),
+    "dss": (DSS, {"d_state": 5}),
+    "dss softmax": (DSS, {"d_state": 5, "variant": "softmax", "max_length": 20}),
+    "s4": (S4, {"d_state": 6}),
+    "s4 fout": (S4, {"d_state": 6, "basis": "fout"}),
+    "slstm": (SLSTM, {"num_heads": 2}),
+    "slstm bare": (SLSTM, {"num_heads": 1, "conv1d_kernel_size": 0}),
+}
+
+
+def make(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    cls, options = LAYERS[name]
+    layer = cls(hidden_size=D, layer_idx=0, **options).double()
+    with torch.no_grad():  # away from the trivial values that parameters start with
+        for key, p in layer.named_parameters():
+            if "norm" in key or "gate_bias" in key:
+                p.add_(torch.rand_like(p) - 0.3)
+            elif key.endswith("_recurrent_kernel_"):
+                p.normal_(std=0.3)
+    return layer
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, D, dtype=torch.float64)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
