@@ -11,6 +11,11 @@
 #endif
 #endif
 
+// Whether a tier's kernels are compiled.
+#define LSM_CPU_TIER_baseline 1
+#define LSM_CPU_TIER_avx2 LSM_CPU_X86_TIERS
+#define LSM_CPU_TIER_avx512 LSM_CPU_X86_TIERS
+
 namespace lsm::cpu {
 
 enum class Tier { baseline, avx2, avx512 };

@@ -98,7 +98,7 @@ endfunction()
 function(lsm_example_policy header)
   set(policies "LSM_MORE_POLICIES=\"${CMAKE_SOURCE_DIR}/${header}\"")
   add_library(_C_example SHARED EXCLUDE_FROM_ALL
-    csrc/library.cpp csrc/ops/chunk.cpp csrc/cpu/chunk.cpp csrc/cpu/tier_baseline.cpp)
+    csrc/library.cpp csrc/ops/chunk.cpp csrc/cpu/chunk.cpp ${cpu_chunk_baseline})
   lsm_python_free_library(_C_example)
   target_compile_definitions(_C_example PRIVATE LSM_BACKEND_CPU LSM_CPU_X86_TIERS=0
     LSM_NAMESPACE=lsm_example ${policies})

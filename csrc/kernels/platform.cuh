@@ -131,6 +131,11 @@ LSM_DEVICE T& at_shared(u32 address) {
     return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
+// What the results of a call with wrong boundaries are filled with.
+LSM_DEVICE float nan_value() {
+    return __int_as_float(0x7fffffff);
+}
+
 // Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 LSM_DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
     cute::SM75_U32x4_LDSM_N::copy(at_shared<cute::uint128_t const>(address), r[0], r[1], r[2],

@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(128)
         return static_cast<bf16*>(x.rows.data) + segment.batch * x.rows.batch +
                segment.t0 * x.rows.time + head / x.heads_per_group * x.rows.head;
     };
-    float const nothing = segment.poison ? __int_as_float(0x7fc00000) : 0.f;
+    float const nothing = segment.poison ? nan_value() : 0.f;
     bool const has_state = p.state != nullptr && !segment.poison;
     i64 const owner = (static_cast<i64>(segment.sequence) * p.heads + head) * p.K * p.V;
     bf16 const* const q = row(p.q);

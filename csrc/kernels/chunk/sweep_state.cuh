@@ -74,7 +74,7 @@ LSM_DEVICE i64 Sweep<Config>::state_offset(i64 owner) const {
 
 template <class Config>
 LSM_DEVICE void Sweep<Config>::start_state() {
-    float const fill = segment.poison ? __int_as_float(0x7fc00000) : 0.f;
+    float const fill = segment.poison ? nan_value() : 0.f;
     LSM_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
         LSM_UNROLL

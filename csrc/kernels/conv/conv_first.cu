@@ -1,6 +1,6 @@
 // The convolution's instances where tokens lie side by side.
-#include "kernels/conv/conv.cuh"
 #include "kernels/conv/launch.h"
+#include "kernels/conv/run.cuh"
 
 namespace lsm::conv {
 

@@ -10,10 +10,6 @@
 
 namespace lsm::delta {
 
-LSM_DEVICE float nan_value() {
-    return __int_as_float(0x7fc00000);
-}
-
 // NaN to columns [column0, column0 + kV) of rows [t0, t1).
 LSM_DEVICE void poison_rows(Rows const& x, i64 batch, i64 t0, i64 t1, int head, int column0,
                             i64 columns) {

@@ -63,10 +63,6 @@ struct Walk {
     }
 };
 
-LSM_DEVICE float nan_value() {
-    return __int_as_float(0x7fffffff);
-}
-
 // Four elements of a row in shared memory, as floats.
 LSM_DEVICE void load4(float const* row, float (&x)[4]) {
     float4 const v = *reinterpret_cast<float4 const*>(row);

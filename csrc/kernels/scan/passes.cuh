@@ -29,12 +29,11 @@ struct Affine {
 
 template <class V>
 LSM_DEVICE V not_a_number() {
-    return number<V>(__uint_as_float(0x7fc00000u));
+    return number<V>(nan_value());
 }
 template <>
 LSM_DEVICE Complex not_a_number<Complex>() {
-    float const nan = __uint_as_float(0x7fc00000u);
-    return {nan, nan};
+    return {nan_value(), nan_value()};
 }
 
 // What all passes over affine maps share; states are rows of [N, D].

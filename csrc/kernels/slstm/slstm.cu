@@ -75,10 +75,6 @@ struct Multiplier {
     }
 };
 
-LSM_DEVICE float not_a_number() {
-    return __int_as_float(0x7fffffff);
-}
-
 struct State {
     float h, c, n, m;
 };
@@ -141,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         int const e = tid + i * kThreads;
         if (e >= D) continue;
         if (segment.poison) {
-            state[i] = {not_a_number(), not_a_number(), not_a_number(), not_a_number()};
+            state[i] = {nan_value(), nan_value(), nan_value(), nan_value()};
         } else if (p.initial_state != nullptr) {
             state[i] = load_state(p.initial_state, owner + e, HD);
         }
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     LSM_UNROLL
     for (int i = 0; i < kChannels; ++i) {
         int const e = tid + i * kThreads;
-        if (segment.poison) state[i].m = not_a_number();
+        if (segment.poison) state[i].m = nan_value();
         if (e < D) store_state(p.final_state, owner + e, HD, state[i]);
     }
 }
@@ -205,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         int const e = tid + i * kThreads;
         if (e >= D) continue;
         if (segment.poison) {
-            grad[i] = {not_a_number(), not_a_number(), not_a_number(), not_a_number()};
+            grad[i] = {nan_value(), nan_value(), nan_value(), nan_value()};
         } else if (p.grad_final_state != nullptr) {
             grad[i] = load_state(p.grad_final_state, owner + e, HD);
         }

@@ -10,7 +10,6 @@ namespace lsm::delta::exact {
 
 using recurrence::Groups;
 using recurrence::load4;
-using recurrence::nan_value;
 using recurrence::row_at;
 using recurrence::scatter_sums;
 using recurrence::store4_global;

@@ -1,0 +1,48 @@
+// The short convolution, one pass over memory (walk.cuh).
+#pragma once
+
+#include "kernels/conv/walk.cuh"
+
+namespace lsm::conv {
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    forward_kernel(ConvParams const p, Segments const segments, int tiles, bool whole) {
+    auto& shared = *reinterpret_cast<SharedStorage<C>*>(dyn_smem());
+    Place<C> const place(p, segments, tiles);
+    if (place.segment.unused()) return;
+    Filter<C> const filter(p, place, shared);
+    store_state(p, place);
+
+    int const reach = static_cast<int>(p.W) - 1;
+    Batch<C> x, before, y;
+    load_before(before, p, place, place.t, whole);
+    LSM_UNROLL_BY(1)
+    for (int r = 0; r < C::kRun; r += C::kBatch) {
+        i64 const t = place.t + r;
+        int const count = clamp_count(place.segment.t1 - t, C::kBatch);
+        if (count == 0) break;
+        load_batch(x, p.x, place, t, count, whole);
+        LSM_UNROLL
+        for (int i = 0; i < C::kBatch; ++i) {
+            int own = reach;
+            if (p.seq_idx != nullptr && i < count) {
+                int const age = place.age(p, t + i);
+                own = age < reach ? age : reach;
+            }
+            LSM_UNROLL
+            for (int v = 0; v < C::kVector; ++v) {
+                float const pre = convolve<C>(filter, x, before, i, v, own);
+                y[i][v] = p.silu ? pre * logistic(pre) : pre;
+            }
+        }
+        store_batch(y, p.y, place, t, count, whole);
+        LSM_UNROLL
+        for (int i = 0; i < C::kBatch; ++i) {
+            LSM_UNROLL
+            for (int v = 0; v < C::kVector; ++v) before[i][v] = x[i][v];
+        }
+    }
+}
+
+}  // namespace lsm::conv

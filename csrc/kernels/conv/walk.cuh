@@ -1,0 +1,300 @@
+// How the short convolution and its gradients walk a sequence, each in one pass over memory.
+//
+// A thread owns kVector channels of a run of kRun tokens and walks it in batches of kBatch >= W - 1 tokens, with the
+// batch before in registers: forwards in time, or for the gradients backwards, so that dx_t is complete, and stored in
+// the place of the token just read, when the walk is at t. What lies side by side in memory, channels or tokens, decides
+// how threads are laid out and nothing else. A block owns a tile of channels of a segment (kernels/segments.cuh):
+// kLanes threads along channels, kRuns along time. Grid: (record, tile of channels).
+#pragma once
+
+#include "kernels/platform.cuh"
+#include "kernels/segments.cuh"
+#include "params/conv.h"
+
+namespace lsm::conv {
+
+// W: taps, the smallest supported number that holds the actual one.
+template <class Element, bool kIsChannelLast, int W>
+struct Config {
+    using T = Element;
+    static constexpr bool kChannelLast = kIsChannelLast;
+    static constexpr int kTaps = W;
+    static constexpr int kVector = !kChannelLast ? 1 : W <= 4 ? 4 : 2;  // of what registers hold
+    static constexpr int kBatch = kChannelLast ? W : 8;
+    static constexpr int kRun = 8 * W;
+    static constexpr int kThreads = 256;
+    static constexpr int kLanes = kChannelLast ? 32 : 8;
+    static constexpr int kRuns = kThreads / kLanes;
+    static constexpr int kTile = kLanes * kVector;  // channels of a block
+    static constexpr int kSegment = kRuns * kRun;   // tokens of a block
+    static constexpr int kPiece = 16 / sizeof(T);   // elements of an access along time
+    static_assert(kBatch >= W - 1 && kRun % kBatch == 0);
+};
+
+template <class C>
+struct SharedStorage {
+    float weight[C::kTaps][C::kTile];  // by age: the current token's first
+    float bias[C::kTile];
+    float sum[C::kRuns][C::kTile];  // of the weight's gradient
+};
+
+template <class C>
+using Batch = float[C::kBatch][C::kVector];
+
+template <class T, int N>
+struct alignas(N * sizeof(T)) Piece {
+    T element[N];
+};
+
+template <class T>
+LSM_DEVICE float load_float(void const* p, i64 i) {
+    return static_cast<float>(load_global(static_cast<T const*>(p) + i));
+}
+
+// Of weights and biases: float32, or like x.
+template <class T>
+LSM_DEVICE float load_weight(ConvParams const& p, void const* from, i64 i) {
+    return p.weight_dtype == Dtype::f32 ? load_float<float>(from, i) : load_float<T>(from, i);
+}
+
+// Where a thread works.
+template <class C>
+struct Place {
+    Segment segment;
+    i64 begin, end;  // of the sequence; `end` only as far as this segment's last tokens can tell
+    i64 t;           // first token of the run
+    i64 channel;     // first of kVector
+    int channels;    // of them inside D, at most kVector
+    int lane, run;   // of the block
+    i64 record, tile;
+
+    LSM_DEVICE Place(ConvParams const& p, Segments const& segments, int tiles) {
+        record = blockIdx.x / static_cast<unsigned>(tiles);
+        tile = blockIdx.x % static_cast<unsigned>(tiles);
+        segment = segments[record];
+        int const tid = threadIdx.x;
+        lane = C::kChannelLast ? tid % C::kLanes : tid / C::kRuns;
+        run = C::kChannelLast ? tid / C::kLanes : tid % C::kRuns;
+        t = segment.t0 + run * C::kRun;
+        channel = tile * C::kTile + lane * C::kVector;
+        i64 const left = p.D - channel;
+        channels = left < 0 ? 0 : left < C::kVector ? static_cast<int>(left) : C::kVector;
+        begin = segments[segment.first].t0;
+        // Far enough to know of every token here whether the final state holds it.
+        i64 const known = segment.t1 + p.S + p.W;
+        i64 last = record;
+        end = segment.t1;
+        while (!segments[last].is_last && end < known) end = segments[++last].t1;
+    }
+
+    LSM_DEVICE i64 offset(Strided const& x, i64 token) const {
+        return segment.batch * x.batch + token * x.time + channel * x.channel;
+    }
+
+    LSM_DEVICE i64 state(ConvParams const& p, int v) const {
+        return (static_cast<i64>(segment.sequence) * p.D + channel + v) * p.S;
+    }
+
+    // How many tokens before `token` are of its sequence, as far as the taps reach.
+    LSM_DEVICE int age(ConvParams const& p, i64 token) const {
+        if (p.seq_idx == nullptr) return C::kTaps;
+        int32_t const* const index = p.seq_idx + segment.batch * p.T + token;
+        int a = 0;
+        while (a < C::kTaps && token - a > 0 && index[-a] == index[-a - 1]) ++a;
+        return a;
+    }
+};
+
+// Tokens [token, token + count) of a run; zeros behind them and past the last channel. `whole`: every 16-byte piece of
+// a row is aligned and inside.
+template <class C>
+LSM_DEVICE void load_batch(Batch<C>& x, Strided const& from, Place<C> const& place, i64 token,
+                           int count, bool whole) {
+    using T = typename C::T;
+    T const* const at = static_cast<T const*>(from.data) + place.offset(from, token);
+    LSM_UNROLL
+    for (int i = 0; i < C::kBatch; ++i) {
+        if constexpr (C::kChannelLast) {
+            if (whole) {
+                Piece<T, C::kVector> piece = {};
+                if (i < count && place.channels > 0)
+                    piece = load_global(
+                        reinterpret_cast<Piece<T, C::kVector> const*>(at + i * from.time));
+                LSM_UNROLL
+                for (int v = 0; v < C::kVector; ++v) x[i][v] = static_cast<float>(piece.element[v]);
+            } else {
+                LSM_UNROLL
+                for (int v = 0; v < C::kVector; ++v)
+                    x[i][v] = i < count && v < place.channels
+                                  ? static_cast<float>(load_global(at + i * from.time + v))
+                                  : 0.f;
+            }
+        } else {
+            if (whole && count == C::kBatch) {
+                if (i % C::kPiece != 0) continue;
+                Piece<T, C::kPiece> piece = {};
+                if (place.channels > 0)
+                    piece = load_global(reinterpret_cast<Piece<T, C::kPiece> const*>(at + i));
+                LSM_UNROLL
+                for (int j = 0; j < C::kPiece; ++j)
+                    x[i + j][0] = static_cast<float>(piece.element[j]);
+            } else {
+                x[i][0] =
+                    i < count && place.channels > 0 ? static_cast<float>(load_global(at + i)) : 0.f;
+            }
+        }
+    }
+    if (place.segment.poison) {
+        LSM_UNROLL
+        for (int i = 0; i < C::kBatch; ++i) {
+            LSM_UNROLL
+            for (int v = 0; v < C::kVector; ++v) x[i][v] = nan_value();
+        }
+    }
+}
+
+template <class C>
+LSM_DEVICE void store_batch(Batch<C> const& x, Strided const& to, Place<C> const& place, i64 token,
+                            int count, bool whole) {
+    using T = typename C::T;
+    T* const at = static_cast<T*>(to.data) + place.offset(to, token);
+    LSM_UNROLL
+    for (int i = 0; i < C::kBatch; ++i) {
+        if constexpr (C::kChannelLast) {
+            if (i >= count) continue;
+            if (whole) {
+                Piece<T, C::kVector> piece;
+                LSM_UNROLL
+                for (int v = 0; v < C::kVector; ++v) piece.element[v] = static_cast<T>(x[i][v]);
+                if (place.channels > 0)
+                    store_global(reinterpret_cast<Piece<T, C::kVector>*>(at + i * to.time), piece);
+            } else {
+                LSM_UNROLL
+                for (int v = 0; v < C::kVector; ++v)
+                    if (v < place.channels)
+                        store_global(at + i * to.time + v, static_cast<T>(x[i][v]));
+            }
+        } else {
+            if (place.channels == 0) continue;
+            if (whole && count == C::kBatch) {
+                if (i % C::kPiece != 0) continue;
+                Piece<T, C::kPiece> piece;
+                LSM_UNROLL
+                for (int j = 0; j < C::kPiece; ++j) piece.element[j] = static_cast<T>(x[i + j][0]);
+                store_global(reinterpret_cast<Piece<T, C::kPiece>*>(at + i), piece);
+            } else if (i < count) {
+                store_global(at + i, static_cast<T>(x[i][0]));
+            }
+        }
+    }
+}
+
+// The last inputs before `token`, at the end of a batch: of the sequence, or of its initial state.
+template <class C>
+LSM_DEVICE void load_before(Batch<C>& x, ConvParams const& p, Place<C> const& place, i64 token,
+                            bool whole) {
+    using T = typename C::T;
+    LSM_UNROLL
+    for (int i = 0; i < C::kBatch; ++i) {
+        i64 const source = token - C::kBatch + i;
+        bool const wanted = C::kBatch - i < p.W && token < place.segment.t1;
+        if constexpr (C::kChannelLast) {
+            if (whole && wanted && source >= place.begin && place.channels > 0) {
+                auto const piece = load_global(reinterpret_cast<Piece<T, C::kVector> const*>(
+                    static_cast<T const*>(p.x.data) + place.offset(p.x, source)));
+                LSM_UNROLL
+                for (int v = 0; v < C::kVector; ++v) x[i][v] = static_cast<float>(piece.element[v]);
+                continue;
+            }
+        }
+        LSM_UNROLL
+        for (int v = 0; v < C::kVector; ++v) {
+            x[i][v] = 0.f;
+            if (!wanted || v >= place.channels) continue;
+            if (source >= place.begin) {
+                x[i][v] = load_float<T>(p.x.data, place.offset(p.x, source) + v * p.x.channel);
+            } else if (p.initial_state != nullptr && place.segment.sequence >= 0) {
+                x[i][v] =
+                    load_float<T>(p.initial_state, place.state(p, v) + p.S + source - place.begin);
+            }
+        }
+    }
+}
+
+template <class C>
+struct Filter {
+    float weight[C::kTaps][C::kVector], bias[C::kVector];
+
+    // All threads of the block take part.
+    LSM_DEVICE Filter(ConvParams const& p, Place<C> const& place, SharedStorage<C>& shared) {
+        using T = typename C::T;
+        int const taps = static_cast<int>(p.W);
+        i64 const first = place.tile * C::kTile;
+        i64 const inside = p.D - first < C::kTile ? p.D - first : C::kTile;
+        for (int i = threadIdx.x; i < C::kTile * C::kTaps; i += C::kThreads)
+            shared.weight[i / C::kTile][i % C::kTile] = 0.f;
+        __syncthreads();
+        for (int i = threadIdx.x; i < inside * taps; i += C::kThreads)
+            shared.weight[taps - 1 - i % taps][i / taps] =
+                load_weight<T>(p, p.weight, first * taps + i);
+        for (int i = threadIdx.x; i < C::kTile; i += C::kThreads)
+            shared.bias[i] =
+                p.bias != nullptr && i < inside ? load_weight<T>(p, p.bias, first + i) : 0.f;
+        __syncthreads();
+        LSM_UNROLL
+        for (int v = 0; v < C::kVector; ++v) {
+            int const c = place.lane * C::kVector + v;
+            LSM_UNROLL
+            for (int a = 0; a < C::kTaps; ++a) weight[a][v] = shared.weight[a][c];
+            bias[v] = shared.bias[c];
+        }
+    }
+};
+
+// Row i of a batch, a rows before it.
+template <class C>
+LSM_DEVICE float input(Batch<C> const& x, Batch<C> const& before, int i, int a, int v) {
+    return i >= a ? x[i - a][v] : before[C::kBatch + i - a][v];
+}
+
+LSM_DEVICE float logistic(float x) {
+    return 1.f / (1.f + exp2_approx(-1.44269504f * x));
+}
+
+// Before the activation. Taps that are not there have no input either, not a weight of zero: 0 · inf is not 0.
+template <class C>
+LSM_DEVICE float convolve(Filter<C> const& filter, Batch<C> const& x, Batch<C> const& before, int i,
+                          int v, int reach) {
+    float sum = filter.bias[v];
+    LSM_UNROLL
+    for (int a = 0; a < C::kTaps; ++a)
+        if (a <= reach) sum += filter.weight[a][v] * input<C>(x, before, i, a, v);
+    return sum;
+}
+
+// The last inputs of a sequence, or of its initial state where it is short; by the last segment's block.
+template <class C>
+LSM_DEVICE void store_state(ConvParams const& p, Place<C> const& place) {
+    using T = typename C::T;
+    if (p.final_state == nullptr || !place.segment.is_last || place.segment.sequence < 0) return;
+    for (int v = 0; v < place.channels; ++v) {
+        for (i64 s = place.run; s < p.S; s += C::kRuns) {
+            i64 const token = place.segment.t1 - p.S + s;
+            float x = 0.f;
+            if (place.segment.poison) {
+                x = nan_value();
+            } else if (token >= place.begin) {
+                x = load_float<T>(p.x.data, place.offset(p.x, token) + v * p.x.channel);
+            } else if (p.initial_state != nullptr) {
+                x = load_float<T>(p.initial_state, place.state(p, v) + p.S + token - place.begin);
+            }
+            store_global(static_cast<T*>(p.final_state) + place.state(p, v) + s, static_cast<T>(x));
+        }
+    }
+}
+
+LSM_DEVICE int clamp_count(i64 count, int most) {
+    return count < 0 ? 0 : count < most ? static_cast<int>(count) : most;
+}
+
+}  // namespace lsm::conv
