@@ -29,6 +29,13 @@ constexpr bool kTensorCores = false;  // any size, any alignment, fp64
 constexpr bool kTensorCores = true;  // sizes up to 256, 16-byte rows, no fp64
 #endif
 
+// Whether reading the values of a small tensor costs no synchronisation.
+#if defined(LSM_BACKEND_CUDA)
+constexpr bool kReadsValues = false;
+#else
+constexpr bool kReadsValues = true;
+#endif
+
 // Makes the tensor's device current for the life of the object and tells its current stream.
 class DeviceScope {
   public:

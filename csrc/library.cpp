@@ -50,6 +50,13 @@ void define(Library& m, lsm::ChunkOperator const& op) {
 #define LSM_DELTA_STEP(given, n) \
     "(Tensor q, Tensor k, Tensor v, " given ", Tensor(a!) state, float scale" n ") -> Tensor"
 
+// Sparse attention: what comes after queries, keys and values. `scores`: scale, softcap, the ramp's length; `mask` and
+// `blocks`: numbers of params/sparse_attn.h, in the order of lsm_cuda/ops/_sparse_attn.py.
+#define LSM_SPARSE_ATTN                                                                     \
+    "Tensor? block_index, Tensor? block_ptr, Tensor? block_bias, Tensor? head_left, "       \
+    "Tensor? sink_logits, Tensor? alibi_slopes, Tensor? ramp, float[] scores, int[] mask, " \
+    "int[] blocks"
+
 STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     for (auto const& op : lsm::kChunkOperators) define(m, op);
 
@@ -152,4 +159,23 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def(
         "selective_scan_step(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
         "Tensor? z, Tensor? dt_bias, Tensor(a!) state, bool softplus) -> Tensor");
+
+    // Softmax attention over lists of key blocks (params/sparse_attn.h has the rules): q [B,Tq,Hq,K], k [B,Tk,Hkv,K],
+    // v [B,Tk,Hkv,V], o [B,Tq,Hq,V], lse [B,Hq,Tq]. Lists are block_index [B,heads,rows,capacity], or [entries] with
+    // block_ptr [B heads rows + 1], or none: every block. Decode reads a cache: k, v [B,Tk,Hkv,..] filled up to
+    // cache_seqlens [B], or pages [pages,page_size,Hkv,..] under block_table [B,max_pages].
+    m.def(
+        "block_sparse_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? "
+        "cu_seqlens_k, " LSM_SPARSE_ATTN ") -> (Tensor o, Tensor lse)");
+    m.def(
+        "block_sparse_attn_bwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? "
+        "cu_seqlens_k, " LSM_SPARSE_ATTN
+        ", Tensor o, Tensor lse, Tensor grad_o, Tensor? grad_lse) -> (Tensor dq, Tensor dk, Tensor "
+        "dv, Tensor dblock_bias, Tensor dsink_logits, Tensor dramp)");
+    m.def(
+        "sparse_attn_decode(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor? "
+        "block_table, " LSM_SPARSE_ATTN ") -> (Tensor o, Tensor lse)");
+
+    // Parts of one softmax over separate sets of keys: o [parts,B,T,H,V], lse [parts,B,H,T].
+    m.def("merge_attn_states(Tensor o, Tensor lse) -> (Tensor, Tensor)");
 }

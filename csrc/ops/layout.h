@@ -68,34 +68,35 @@ inline void check_step_state(Checks const& c, Tensor const& state, Tensor const&
 // Values of cu_seqlens are read here only where that costs no synchronisation; the CUDA kernels check them on the
 // device (kernels/segments.cuh).
 template <class Int>
-void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T) {
-    c.require(cu[0] == 0, "cu_seqlens must start at 0, got ", cu[0]);
+void check_boundaries(Checks const& c, Int const* cu, int64_t N, int64_t T, char const* arg) {
+    c.require(cu[0] == 0, arg, " must start at 0, got ", cu[0]);
     for (int64_t n = 0; n < N; ++n) {
-        c.require(cu[n + 1] >= cu[n], "cu_seqlens must not decrease, got ", cu[n], " before ",
-                  cu[n + 1], " at position ", n + 1);
+        c.require(cu[n + 1] >= cu[n], arg, " must not decrease, got ", cu[n], " before ", cu[n + 1],
+                  " at position ", n + 1);
     }
-    c.require(cu[N] == T, "cu_seqlens must end at T = ", T, ", got ", cu[N]);
+    c.require(cu[N] == T, arg, " must end at T = ", T, ", got ", cu[N]);
 }
 
 inline void check_cu_seqlens(Checks const& c, OptionalTensor const& cu, Tensor const& q,
-                             char const* like = "q") {
+                             char const* like = "q", char const* arg = "cu_seqlens") {
     if (!cu) return;
-    c.require(cu->dim() == 1 && cu->size(0) >= 1, "cu_seqlens must have shape [N + 1], got ",
+    c.require(cu->dim() == 1 && cu->size(0) >= 1, arg, " must have shape [N + 1], got ",
               show(cu->sizes()));
     auto const type = cu->scalar_type();
-    c.require(type == ScalarType::Int || type == ScalarType::Long,
-              "cu_seqlens must have dtype int32 or int64, got ", name(type));
-    c.device(*cu, "cu_seqlens", q, like);
-    c.require(
-        q.size(0) == 1,
-        "cu_seqlens needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));
+    c.require(type == ScalarType::Int || type == ScalarType::Long, arg,
+              " must have dtype int32 or int64, got ", name(type));
+    c.device(*cu, arg, q, like);
+    c.require(q.size(0) == 1, arg,
+              " needs the sequences packed into one batch row, B = 1, got B = ", q.size(0));
     if (!kTensorCores) {
         Tensor const packed = as_contiguous(*cu);
         int64_t const N = cu->size(0) - 1;
         if (type == ScalarType::Long) {
-            check_boundaries(c, static_cast<int64_t const*>(packed.const_data_ptr()), N, q.size(1));
+            check_boundaries(c, static_cast<int64_t const*>(packed.const_data_ptr()), N, q.size(1),
+                             arg);
         } else {
-            check_boundaries(c, static_cast<int32_t const*>(packed.const_data_ptr()), N, q.size(1));
+            check_boundaries(c, static_cast<int32_t const*>(packed.const_data_ptr()), N, q.size(1),
+                             arg);
         }
     }
 }

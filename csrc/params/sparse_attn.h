@@ -29,27 +29,29 @@ struct AttnMask {
 
 // Blocks of keys that a row of block_q queries attends to: ascending, each once, counted from the start of the
 // sequence's keys. Rows of one sequence follow another: query t of sequence n belongs to row
-// sum_{m < n} ceil(Tq_m / block_q) + t / block_q. Query head h reads list head h * heads / Hq.
+// sum_{m < n} ceil(Tq_m / block_q) + t / block_q. Query head h reads list head h * heads / Hq. Rows beyond those of
+// packed sequences, whose number a GPU's caller does not know, are ignored.
 struct BlockLists {
     int32_t const* index = nullptr;  // null: every block (the mask alone decides)
-    int64_t const* row_ptr =
-        nullptr;  // [B * heads * rows + 1] into index (CSR); null: `capacity` entries a row
-    int64_t capacity = 0;                // then, and -1 after a row's last block
+    // [B * heads * rows + 1] into index (CSR); null: `capacity` entries a row, -1 after its last block.
+    int64_t const* row_ptr = nullptr;
+    int64_t capacity = 0;
     int64_t heads = 1;                   // 1, Hkv or Hq
     int64_t rows = 0;                    // of one batch row
     int64_t block_q = 64, block_k = 64;  // 1 or 16..128, and 16..128, powers of two
-    float const* bias = nullptr;         // like index: added to every score of that block
+    void const* bias = nullptr;  // like index, acc_dtype: added to every score of that block
 };
 
 // o_t = sum_j p_tj v_j over the keys that query t sees, p = softmax of
 //   s_tj = cap(scale q_t . k_j) + bias(block) - slope_h |p - x| + log clamp((R + z_h - |p - x|) / R, 0, 1)
 // with cap(s) = softcap * tanh(s / softcap), and where there are sink logits one more key of score sink_h and no value.
-// lse_t = log of the softmax's denominator; a query that sees nothing gives o = 0, lse = -inf.
+// lse_t = log of the softmax's denominator; a query that sees nothing gives o = 0, lse = -inf, or sink_h.
 // Hkv key/value heads serve Hq query heads (Hq % Hkv == 0): query head h reads h / (Hq / Hkv).
 struct SparseAttnParams {
     Dtype dtype;  // of q, k, v, o and their gradients
-    Dtype
-        acc_dtype;  // f64 when dtype is f64 (CPU only), else f32: of lse, sink logits, slopes and their gradients
+    // f64 when dtype is f64 (CPU only), else f32: of lse, slopes, and of sink logits, ramp, block bias and their
+    // gradients.
+    Dtype acc_dtype;
     int64_t B, Tq, Tk, Hq, Hkv, K, V;
     int64_t N;                           // sequences: B, or the length of cu_seqlens minus one
     void const* cu_seqlens_q = nullptr;  // [N + 1] both or neither; then B == 1
@@ -74,16 +76,16 @@ struct SparseAttnParams {
     int64_t max_pages = 0, pages = 0, page_size = 0;
 
     // Forward and decode.
-    Rows o;               // [B, Tq, Hq, V]
-    void* lse = nullptr;  // [B, Hq, Tq], natural log; an input of the backward
+    Rows o;               // [B, Tq, Hq, V]; like lse an input of the backward
+    void* lse = nullptr;  // [B, Hq, Tq], natural log
 
     // Backward.
     Rows grad_o;                     // [B, Tq, Hq, V]
     void const* grad_lse = nullptr;  // [B, Hq, Tq], nullable (zeros)
     Rows dq, dk, dv;  // like q, k, v, contiguous: a group's query heads are added up inside
     void* grad_sink_logits = nullptr;  // [Hq], nullable
-    float* grad_block_bias = nullptr;  // like lists.bias, nullable
-    void* grad_ramp = nullptr;         // [Hq], nullable
+    void* grad_block_bias = nullptr;   // like lists.bias, nullable
+    void* grad_ramp = nullptr;  // [Hq], nullable; a clamped factor of exactly 1 still passes it on
 };
 
 // o = sum_i w_i o_i, w = softmax over i of lse_i: parts of one softmax over separate sets of keys, in the order given.

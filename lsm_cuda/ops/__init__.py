@@ -1,6 +1,7 @@
 """Public operators, under the names people already use."""
 
 from .abc import abc_step, chunk_abc
+from .attn_mask import AttnMask
 from .based import (
     based_step,
     chunk_based,
@@ -10,6 +11,7 @@ from .based import (
     parallel_rebased,
     rebased_step,
 )
+from .block_lists import BlockLists
 from .chunk import chunk_gla, fused_chunk_gla, fused_recurrent_gla, gla_step
 from .comba import (
     chunk_comba,
@@ -130,6 +132,12 @@ from .simple_gla import (
     simple_gla_step,
 )
 from .slstm import slstm, slstm_step
+from .sparse_attn import (
+    block_sparse_attn,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    merge_attn_states,
+)
 from .ssd import (
     mamba_chunk_scan_combined,
     mamba_split_conv1d_scan_combined,
@@ -160,6 +168,8 @@ from .verify import (
 from .wkv4 import aft_full, aft_simple, bi_wkv, wkv4, wkv4_step
 
 __all__ = [
+    "AttnMask",
+    "BlockLists",
     "DeltaDraft",
     "LogLinearAttentionState",
     "PrefixScanState",
@@ -169,6 +179,7 @@ __all__ = [
     "based_step",
     "bi_wkv",
     "bidirectional_linear_attn",
+    "block_sparse_attn",
     "cauchy_kernel",
     "causal_conv1d",
     "causal_conv1d_fn",
@@ -219,6 +230,8 @@ __all__ = [
     "dplr_delta_rule_step",
     "dss_kernel",
     "fft_conv",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
     "fused_chunk_based",
     "fused_chunk_delta_rule",
     "fused_chunk_gla",
@@ -271,6 +284,7 @@ __all__ = [
     "lru_step",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
+    "merge_attn_states",
     "mesa_net_decoding_one_step",
     "mesa_net_step",
     "metala_step",

@@ -49,11 +49,13 @@ from .scan import (
     slstm,
     wkv4,
 )
+from .sparse_attn import block_sparse_attention, merge_attention_states
 
 __all__ = [
     "abc",
     "based",
     "bidirectional_linear_attention",
+    "block_sparse_attention",
     "causal_conv1d",
     "comba",
     "delta_rule",
@@ -70,6 +72,7 @@ __all__ = [
     "log_linear_attention",
     "longhorn",
     "mamba2",
+    "merge_attention_states",
     "mesa_net",
     "metala",
     "mlstm",

@@ -23,10 +23,10 @@ def first_column(page: str) -> set[str]:
 def test_registered_operators_are_documented():
     schemas = torch._C._jit_get_all_schemas()
     names = {s.name.removeprefix("lsm::") for s in schemas if s.name.startswith("lsm::")}
-    assert {name.rpartition("_")[0] for name in names} == first_column(OPERATORS)
-    assert names == {
-        f"{op}_{kind}" for op in first_column(OPERATORS) for kind in ("fwd", "bwd", "step")
-    }
+    documented = first_column(OPERATORS)
+    whole = documented & names  # else the name of three operators
+    families = {f"{op}_{kind}" for op in documented - whole for kind in ("fwd", "bwd", "step")}
+    assert names == whole | families
 
 
 def test_public_functions_are_documented():

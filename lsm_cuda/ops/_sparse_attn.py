@@ -1,0 +1,221 @@
+"""The sparse attention engine's operators as Python sees them: shapes for tracing, formulas for
+autograd, and the calls that public functions make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    accumulation_dtype,
+    autocast_dtype,
+    check_no_forward_ad,
+    check_no_gradient,
+    check_same_device,
+    no_double_backward,
+)
+from .attn_mask import AttnMask
+from .block_lists import BlockLists
+
+# Arguments of block_sparse_attn_fwd and _bwd in order. With cache_seqlens and block_table for
+# the boundaries they are those of sparse_attn_decode.
+TENSORS = (
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "block_index", "block_ptr", "block_bias",
+    "head_left", "sink_logits", "alibi_slopes", "ramp",
+)  # fmt: skip
+CACHED = ("q", "k", "v", "cache_seqlens", "block_table", *TENSORS[5:])
+# Then come scores: scale, softcap, ramp_length; mask: AttnMask.numbers(); blocks: heads of the
+# lists, block_q, block_k.
+_OTHERS = 3
+
+
+def _output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=accumulation_dtype(q))
+
+
+def _same_device(op: str, names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+    named = dict(zip(names, tensors, strict=True))
+    check_same_device(op, named.pop("q"), **named)
+
+
+@torch.library.register_fake("lsm::block_sparse_attn_fwd")
+def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    _same_device("block_sparse_attn_fwd", TENSORS, inputs[:-_OTHERS])
+    return _output(inputs[0], inputs[2])
+
+
+@torch.library.register_fake("lsm::block_sparse_attn_bwd")
+def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    tensors = dict(zip(TENSORS, inputs, strict=False))
+    q = tensors["q"]
+    wide = q.new_empty(0, dtype=accumulation_dtype(q))
+    grads = [tensors[n].new_empty(tensors[n].shape) for n in "qkv"]
+    for name in ("block_bias", "sink_logits", "ramp"):
+        t = tensors[name]
+        grads.append(wide.new_empty((0,) if t is None else t.shape))
+    return tuple(grads)
+
+
+@torch.library.register_fake("lsm::sparse_attn_decode")
+def _decode_fake(*inputs):  # type: ignore[no-untyped-def]
+    _same_device("sparse_attn_decode", CACHED, inputs[:-_OTHERS])
+    return _output(inputs[0], inputs[2])
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:-_OTHERS], *output)
+    ctx.others = inputs[-_OTHERS:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
+    *tensors, o, lse = ctx.saved_tensors
+    grad_o = torch.zeros_like(o) if grad_o is None else grad_o
+    dq, dk, dv, *rest = torch.ops.lsm.block_sparse_attn_bwd(
+        *tensors, *ctx.others, o, lse, grad_o, grad_lse
+    )
+    named = dict(zip(TENSORS, tensors, strict=True))
+    grads = dict.fromkeys(TENSORS) | {"q": dq, "k": dk, "v": dv}
+    for name, grad in zip(("block_bias", "sink_logits", "ramp"), rest, strict=True):
+        grads[name] = None if named[name] is None else grad
+    return (*grads.values(), *(None,) * _OTHERS)
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("block_sparse_attn_bwd"))
+
+
+torch.library.register_autograd(
+    "lsm::block_sparse_attn_fwd", _backward, setup_context=_setup_context
+)
+torch.library.register_autograd("lsm::block_sparse_attn_bwd", _refuse_double_backward)
+
+
+# ---- The merge, whose backward is a few element-wise passes ----
+
+
+@torch.library.register_fake("lsm::merge_attn_states")
+def _merge_fake(o, lse):  # type: ignore[no-untyped-def]
+    check_same_device("merge_attn_states", o, lse=lse)
+    return o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
+
+
+def _merge_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _merge_backward(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
+    """``do_i = w_i do``, ``dlse_i = w_i (do · (o_i − o) + dlse)``; ``w_i = e^(lse_i − lse)``."""
+    parts, lse_parts, o, lse = ctx.saved_tensors
+    # Where lse is −inf, so is every part: no weight, not NaN.
+    weight = (lse_parts - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
+    d_parts, d_lse = None, torch.zeros_like(lse) if grad_lse is None else grad_lse
+    if grad_o is None:
+        d_parts, toward = torch.zeros_like(parts), d_lse.expand_as(weight)
+    else:
+        wide = grad_o.to(lse.dtype)
+        d_parts = (weight.transpose(-1, -2)[..., None] * wide).to(parts.dtype)
+        toward = ((parts.to(lse.dtype) - o.to(lse.dtype)) * wide).sum(-1).transpose(-1, -2) + d_lse
+    return d_parts, weight * toward
+
+
+torch.library.register_autograd(
+    "lsm::merge_attn_states", _merge_backward, setup_context=_merge_setup_context
+)
+
+
+# ---- Calls ----
+
+
+def _arguments(
+    op: str,
+    q: Tensor,
+    lists: BlockLists | None,
+    mask: AttnMask | None,
+    scale: float | None,
+    softcap: float,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    ramp: Tensor | None,
+    ramp_length: float,
+) -> tuple[Any, ...]:
+    """What follows the boundaries."""
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"lsm::{op}: alibi_slopes get no gradient, got a tensor that requires grad; "
+            "detach it, or use lsm_cuda.reference"
+        )
+    wide = accumulation_dtype(q)
+    mask = mask or AttnMask()
+    index = row_ptr = bias = None
+    blocks = [1, 64, 64]
+    if lists is not None:
+        lists = lists.expand(q.shape[0])
+        index, row_ptr = lists.index, lists.row_ptr
+        bias = None if lists.bias is None else lists.bias.to(wide)
+        blocks = [lists.shape[1], lists.block_q, lists.block_k]
+    per_head = (None if t is None else t.to(wide) for t in (sink_logits, alibi_slopes, ramp))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = [float(scale), float(softcap), float(ramp_length)]
+    left = mask.head_left
+    return (index, row_ptr, bias, left, *per_head, scores, mask.numbers(), blocks)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists | None,
+    mask: AttnMask | None,
+    scale: float | None,
+    softcap: float,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    ramp: Tensor | None,
+    ramp_length: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` of whole sequences."""
+    op = "block_sparse_attn_fwd"
+    bias = None if lists is None else lists.bias
+    check_no_forward_ad(op, q=q, k=k, v=v, block_bias=bias, sink_logits=sink_logits, ramp=ramp)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype != torch.float64:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    given = _arguments(
+        op, q, lists, mask, scale, softcap, sink_logits, alibi_slopes, ramp, ramp_length
+    )
+    return torch.ops.lsm.block_sparse_attn_fwd(  # type: ignore[no-any-return]
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *given
+    )
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    lists: BlockLists | None,
+    mask: AttnMask | None,
+    scale: float | None,
+    softcap: float,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    ramp: Tensor | None,
+    ramp_length: float,
+) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` of the last tokens of a cache."""
+    op = "sparse_attn_decode"
+    check_no_gradient(op, "block_sparse_attn", q, k, v)
+    given = _arguments(
+        op, q, lists, mask, scale, softcap, sink_logits, alibi_slopes, ramp, ramp_length
+    )
+    return torch.ops.lsm.sparse_attn_decode(  # type: ignore[no-any-return]
+        q, k, v, cache_seqlens, block_table, *given
+    )
