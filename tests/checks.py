@@ -93,7 +93,7 @@ def relative_rms(a: Tensor, truth: Tensor) -> float:
 
 
 def result_dtype(x: Inputs, name: str) -> torch.dtype:
-    if name.startswith(("final_state", "dinitial_state")):
+    if name.startswith(("final_state", "dinitial_state", "lse")):
         return x.state_dtype
     if name == "o":  # an argument may have that name too
         return x.dtype

@@ -2,7 +2,7 @@
 // recurrent weights, then the gates, token after token.
 #pragma once
 
-#include "rows.h"
+#include "numbers.h"
 #include "slstm_kernels.h"
 
 namespace lsm::cpu {
@@ -69,19 +69,6 @@ LSM_INLINE Vector<T> log_sigmoid(Vector<T> x) {
     Vector<T> e = exp(x < zero ? x : -x);
     for (int i = 0; i < kLanes<T>; ++i) e[i] = std::log1p(e[i]);
     return (x < zero ? x : zero) - e;
-}
-
-LSM_INLINE Vector<double> hyperbolic_tangent(Vector<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
-    return x;
-}
-// (1 − e) / (1 + e) with e = e^{−2|x|}; near 0, where that cancels, its series.
-LSM_INLINE Vector<float> hyperbolic_tangent(Vector<float> x) {
-    Vector<float> const zero = {}, size = x < zero ? -x : x, e = exp(-2.0f * size), z = x * x;
-    Vector<float> series = zero - 17.0f / 315 + z * (62.0f / 2835);
-    series = size + size * z * (z * (2.0f / 15 + z * series) - 1.0f / 3);
-    Vector<float> const y = size < 0.25f ? series : (1.0f - e) / (1.0f + e);
-    return x < zero ? -y : y;
 }
 
 // What one vector of channels makes of a token's pre-activations and of the state before it.

@@ -110,13 +110,13 @@ BlockLists read_lists(Checks const& c, Arguments const& a, Tensor const& q, int6
                       bool packed, Inputs& in) {
     c.require(a.blocks.size() == 3, "blocks must have 3 numbers, got ", a.blocks.size());
     BlockLists lists;
-    lists.heads = a.blocks[0], lists.block_q = a.blocks[1], lists.block_k = a.blocks[2];
     int64_t const B = q.size(0), Tq = q.size(1), Hq = q.size(2);
     if (!a.block_index) {
         c.require(!a.block_ptr && !a.block_bias, "block_ptr and block_bias come with block_index");
         return lists;
     }
     Tensor const& index = *a.block_index;
+    lists.heads = a.blocks[0], lists.block_q = a.blocks[1], lists.block_k = a.blocks[2];
     c.require(lists.block_q == 1 || is_block(lists.block_q),
               "block_q must be 1, 16, 32, 64 or 128, got ", lists.block_q);
     c.require(is_block(lists.block_k), "block_k must be 16, 32, 64 or 128, got ", lists.block_k);
@@ -152,7 +152,9 @@ BlockLists read_lists(Checks const& c, Arguments const& a, Tensor const& q, int6
         c.dtype(*a.block_bias, "block_bias", state_type(q));
         c.device(*a.block_bias, "block_bias", q, "q");
     }
-    lists.index = in.keep<int32_t>(a.block_index);
+    // Not null where all lists are empty: null says that there are none.
+    static int32_t const no_block = -1;
+    lists.index = index.numel() > 0 ? in.keep<int32_t>(a.block_index) : &no_block;
     lists.row_ptr = in.keep<int64_t>(a.block_ptr);
     lists.bias = in.keep(a.block_bias);
     return lists;

@@ -108,7 +108,7 @@ class BlockLists:
         rows, blocks = _blocks(Tq, block_q), _blocks(Tk, block_k)
         extra = (0, blocks * block_k - Tk, 0, rows * block_q - Tq)
         whole = torch.nn.functional.pad(mask, extra)
-        tiles = whole.unflatten(-1, (blocks, block_k)).unflatten(-3, (rows, block_q))
+        tiles = whole.reshape(*mask.shape[:-2], rows, block_q, blocks, block_k)
         return cls.from_bitmap(tiles.any(-1).any(-2), Tq, Tk, block_q, block_k, capacity)
 
     @classmethod
@@ -141,21 +141,28 @@ class BlockLists:
             return self
         if self.shape[0] != 1:
             raise ValueError(f"BlockLists: lists are for {self.shape[0]} batch rows, not for {B}")
-        many = {"index": self.index, "bias": self.bias}
+        shape, bias = (B, *self.shape[1:]), self.bias
+        times = (B,) if self.row_ptr is not None else (B, 1, 1, 1)
+        many = replace(
+            self, shape=shape, index=self.index.repeat(times),
+            bias=None if bias is None else bias.repeat(times),
+        )  # fmt: skip
         if self.row_ptr is None:
-            many = {n: None if t is None else t.repeat(B, 1, 1, 1) for n, t in many.items()}
-            return replace(self, shape=(B, *self.shape[1:]), **many)
-        many = {n: None if t is None else t.repeat(B) for n, t in many.items()}
+            return many
         starts = torch.arange(B, device=self.index.device)[:, None] * len(self.index)
         row_ptr = (self.row_ptr[:-1] + starts).flatten()
-        row_ptr = torch.cat([row_ptr, row_ptr.new_full((1,), B * len(self.index))])
-        return replace(self, row_ptr=row_ptr, shape=(B, *self.shape[1:]), **many)
+        return replace(many, row_ptr=torch.cat([row_ptr, row_ptr.new_full((1,), len(many.index))]))
 
     def to(self, device: torch.device | str) -> BlockLists:
         """On another device."""
-        names = ("index", "row_ptr", "bias", "cu_seqlens_q", "cu_seqlens_k")
-        given = {n: getattr(self, n) for n in names}
-        return replace(self, **{n: None if t is None else t.to(device) for n, t in given.items()})
+
+        def moved(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        return replace(
+            self, index=self.index.to(device), row_ptr=moved(self.row_ptr), bias=moved(self.bias),
+            cu_seqlens_q=moved(self.cu_seqlens_q), cu_seqlens_k=moved(self.cu_seqlens_k),
+        )  # fmt: skip
 
     # ---- Reading them ----
 
@@ -238,11 +245,13 @@ class BlockLists:
         kept = every = 0
         for q, k, rows in self.sequences():
             p, x = rule.positions(q.stop - q.start, k.stop - k.start, self.index.device)
-            for row, here in zip(range(rows.start, rows.stop), p.split(self.block_q), strict=True):
-                pairs = rule.sees(here, x).sum(-2).view(-1, len(x))
+            for row in range(rows.start, rows.stop):
+                here = p[(row - rows.start) * self.block_q :][: self.block_q]
+                pairs = rule.sees(here, x).sum(-2)
+                pairs = pairs if pairs.dim() == 2 else pairs[None]
                 extra = self.blocks * self.block_k - len(x)
                 pairs = torch.nn.functional.pad(pairs, (0, extra))
-                pairs = pairs.unflatten(-1, (-1, self.block_k)).sum(-1)  # [1 or heads, blocks]
+                pairs = pairs.view(len(pairs), self.blocks, self.block_k).sum(-1)
                 listed = bitmap[:, :, row].repeat_interleave(heads // self.shape[1], 1)
                 kept += int((listed * pairs).sum())
                 every += int(pairs.expand(listed.shape).sum())
@@ -251,10 +260,13 @@ class BlockLists:
     def check(self) -> None:
         """Raises ValueError for lists that no operator may run on. Reads values, which on a GPU
         waits for it; operators on CPU tensors check for themselves."""
+        ends = self.row_ptr
+        if ends is not None and (
+            (ends.diff() < 0).any() or int(ends[0]) != 0 or int(ends[-1]) != len(self.index)
+        ):
+            raise ValueError("BlockLists: row_ptr must ascend from 0 to the number of entries")
         row, block, real = self._entries()
-        if self.row_ptr is not None:
-            if (self.row_ptr.diff() < 0).any() or int(self.row_ptr[-1]) != len(self.index):
-                raise ValueError("BlockLists: row_ptr must ascend from 0 to the number of entries")
+        if ends is not None:
             real = torch.ones_like(real)
         elif (real[:, 1:] & ~real[:, :-1]).any():
             raise ValueError("BlockLists: a row has blocks after -1")
@@ -283,7 +295,9 @@ class BlockLists:
         picture = self.to_dense(mask, heads) if small else self.to_bitmap()
         figure = Figure(figsize=(4, 4), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-        axes.imshow(picture[batch, head].cpu(), cmap="Blues", interpolation="nearest", vmin=0)
+        axes.imshow(
+            picture[batch, head].cpu().numpy(), cmap="Blues", interpolation="nearest", vmin=0
+        )
         axes.set_xlabel("key" if small else "block of keys")
         axes.set_ylabel("query" if small else "row of queries")
         axes.set_title(f"density {self.density(mask):.1%}")

@@ -1,0 +1,305 @@
+// One instruction set's table of sparse attention (see chunk_tier.h): the forward of a tile of queries, the backward of
+// many with the gradients of all the keys they see.
+#pragma once
+
+#include "sparse_attn_tile.h"
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+namespace {
+
+template <class T>
+class AttnForward {
+  public:
+    static constexpr int W = kLanes<T>;
+
+    AttnForward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch)
+        : p_(p), task_(task), arena_(scratch), tile_(p, task) {
+        tile_.take(arena_);
+        scores_ = arena_.take(p.lists.block_k * kLaneCount);
+        turned_ = arena_.take(tile_.V() * kLaneCount);
+        output_ = arena_.take(kLaneCount * tile_.V());
+    }
+    int64_t scratch_bytes() const { return arena_.used(); }
+
+    void run() {
+        int64_t const step = tokens_of_tile(p_);
+        for (int64_t token = task_.begin; token < task_.end; token += step) {
+            tile_.start(token);
+            start_softmax();
+            while (tile_.next()) {
+                tile_.read_keys();
+                tile_.scores(scores_, nullptr);
+                tile_.over_runs([&](Run run) {
+                    for (int v = run.begin; v < run.end; ++v) softmax(v);
+                    multiply<true>(turned_ + run.begin * W, kLaneCount, tile_.values(), tile_.V(),
+                                   scores_ + run.begin * W, kLaneCount, p_.V, run.end - run.begin,
+                                   tile_.size(), true);
+                });
+            }
+            finish();
+        }
+    }
+
+  private:
+    void start_softmax() {
+        for (int i = 0; i < tile_.vectors() * W; ++i) {
+            most_[i] = T(-INFINITY), sum_[i] = 0;
+            if (p_.sink_logits == nullptr) continue;
+            most_[i] = static_cast<T const*>(p_.sink_logits)[tile_.head(i)];
+            sum_[i] = most_[i] > T(-INFINITY) ? 1 : 0;
+        }
+        for (int64_t c = 0; c < tile_.V(); ++c)
+            std::memset(turned_ + c * kLaneCount, 0, size_t(tile_.vectors() * W) * sizeof(T));
+    }
+
+    // Scores of vector v to weights, relative to the largest score so far, which what came before is scaled to.
+    void softmax(int v) {
+        Vector<T> const before = load(most_ + v * W), none = splat(T(-INFINITY));
+        Vector<T> most = before;
+        T* const S = scores_ + v * W;
+        for (int64_t j = 0; j < tile_.size(); ++j) most = max_of(load(S + j * kLaneCount), most);
+        Vector<T> const base = most == none ? Vector<T>{} : most;
+        Vector<T> sum = {};
+        for (int64_t j = 0; j < tile_.size(); ++j) {
+            Vector<T> const weight = exp(load(S + j * kLaneCount) - base);
+            sum += weight;
+            store(S + j * kLaneCount, weight);
+        }
+        store(most_ + v * W, most);
+        bool moved = false;
+        for (int i = 0; i < W; ++i) moved |= most[i] != before[i];
+        if (!moved) return store(sum_ + v * W, load(sum_ + v * W) + sum);
+        Vector<T> const scale = exp(before - base);
+        store(sum_ + v * W, load(sum_ + v * W) * scale + sum);
+        T* const o = turned_ + v * W;
+        for (int64_t c = 0; c < p_.V; ++c)
+            store(o + c * kLaneCount, load(o + c * kLaneCount) * scale);
+    }
+
+    void finish() {
+        for (int v = 0; v < tile_.vectors(); ++v) {
+            Vector<T> const sum = load(sum_ + v * W);
+            Vector<T> const share = sum == T(0) ? Vector<T>{} : T(1) / sum;
+            T* const o = turned_ + v * W;
+            for (int64_t c = 0; c < p_.V; ++c)
+                store(o + c * kLaneCount, load(o + c * kLaneCount) * share);
+        }
+        turn(output_, tile_.V(), turned_, kLaneCount, tile_.V(), tile_.vectors() * W);
+        for (int i = 0; i < tile_.lanes(); ++i) {
+            tile_.access().write(tile_.row(p_.o, i), output_ + i * tile_.V(), p_.V);
+            static_cast<T*>(p_.lse)[tile_.scalar(i)] =
+                sum_[i] == 0 ? T(-INFINITY) : most_[i] + std::log(sum_[i]);
+        }
+    }
+
+    SparseAttnParams const& p_;
+    SparseAttnTask const& task_;
+    Arena<T> arena_;
+    AttnTile<T> tile_;
+    T *scores_, *turned_, *output_;
+    T most_[kLaneCount],
+        sum_[kLaneCount];  // of each query: the largest score, and the weights' sum
+};
+
+// With s the scores, P = exp(s - lse) and D = rowsum(dO * O) - dlse:
+//   dS = P (dO V^T - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO
+template <class T>
+class AttnBackward {
+  public:
+    static constexpr int W = kLanes<T>;
+
+    AttnBackward(SparseAttnParams const& p, SparseAttnTask const& task, SparseAttnSums const& sums,
+                 void* scratch)
+        : p_(p),
+          task_(task),
+          arena_(scratch),
+          tile_(p, task),
+          dk_(static_cast<T*>(sums.dk)),
+          dv_(static_cast<T*>(sums.dv)),
+          d_bias_(static_cast<T*>(sums.block_bias)),
+          d_sink_(static_cast<T*>(sums.sink_logits)),
+          d_ramp_(static_cast<T*>(sums.ramp)) {
+        int64_t const block = p.lists.block_k * kLaneCount;
+        tile_.take(arena_);
+        arena_.take_each(block, weights_, grads_);
+        capped_ = p.softcap > 0 ? arena_.take(block) : nullptr;
+        arena_.take_each(kLaneCount * tile_.V(), grad_o_, grad_o_turned_, output_);
+        arena_.take_each(kLaneCount * tile_.K(), dq_, dq_turned_);
+    }
+    int64_t scratch_bytes() const { return arena_.used(); }
+
+    void run() {
+        int64_t const step = tokens_of_tile(p_);
+        for (int64_t token = task_.begin; token < task_.end; token += step) {
+            tile_.start(token);
+            read_gradients();
+            while (tile_.next()) block();
+            write_query_gradients();
+        }
+    }
+
+  private:
+    void read_gradients() {
+        int const lanes = tile_.vectors() * W;
+        int64_t const V = tile_.V();
+        std::memset(grad_o_, 0, size_t(lanes * V) * sizeof(T));
+        for (int i = 0; i < lanes; ++i) lse_[i] = 0, dot_[i] = 0, ramp_sum_[i] = 0;
+        for (int i = 0; i < tile_.lanes(); ++i) {
+            T* const dy = grad_o_ + i * V;
+            tile_.access().read(dy, tile_.row(p_.grad_o, i), p_.V, T(1));
+            tile_.access().read(output_, tile_.row(p_.o, i), p_.V, T(1));
+            Vector<T> dot = {};
+            for (int64_t c = 0; c < V; c += W) dot += load(dy + c) * load(output_ + c);
+            dot_[i] = sum_lanes<T>(dot);
+            if (p_.grad_lse != nullptr)
+                dot_[i] -= static_cast<T const*>(p_.grad_lse)[tile_.scalar(i)];
+            T const lse = static_cast<T const*>(p_.lse)[tile_.scalar(i)];
+            if (lse > T(-INFINITY)) lse_[i] = lse;
+            if (d_sink_ != nullptr && lse > T(-INFINITY)) {
+                T const sink = static_cast<T const*>(p_.sink_logits)[tile_.head(i)];
+                d_sink_[i % task_.heads] -= std::exp(sink - lse) * dot_[i];
+            }
+        }
+        turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
+        for (int64_t c = 0; c < tile_.K(); ++c)
+            std::memset(dq_turned_ + c * kLaneCount, 0, size_t(lanes) * sizeof(T));
+    }
+
+    void block() {
+        int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
+        T* const dk = dk_ + tile_.key() * K;
+        T* const dv = dv_ + tile_.key() * V;
+        tile_.read_keys();
+        tile_.scores(weights_, capped_);
+        tile_.over_runs([&](Run run) {
+            int64_t const at = run.begin * W, lanes = (run.end - run.begin) * W;
+            int64_t const vectors = run.end - run.begin;
+            multiply<false>(grads_ + at, kLaneCount, tile_.values(), V, grad_o_turned_ + at,
+                            kLaneCount, keys, vectors, p_.V, false);
+            for (int v = run.begin; v < run.end; ++v) softmax(v);
+            multiply<false>(dv, V, weights_ + at, kLaneCount, grad_o_ + at * V, V, keys, V / W,
+                            lanes, true);
+            multiply<false>(dk, K, grads_ + at, kLaneCount, tile_.queries() + at * K, K, keys,
+                            K / W, lanes, true);
+            multiply<true>(dq_turned_ + at, kLaneCount, tile_.keys(), K, grads_ + at, kLaneCount,
+                           p_.K, vectors, keys, true);
+        });
+    }
+
+    // Scores to weights and dP to dS, of vector v; on the way what the scores' other terms take.
+    void softmax(int v) {
+        Vector<T> const lse = load(lse_ + v * W), dot = load(dot_ + v * W);
+        Vector<T> sum = {}, ramp_sum = {};
+        for (int64_t j = 0; j < tile_.size(); ++j) {
+            int64_t const at = j * kLaneCount + v * W;
+            Vector<T> const weight = exp(load(weights_ + at) - lse);
+            Vector<T> grad = weight * (load(grads_ + at) - dot);
+            store(weights_ + at, weight);
+            sum += grad;
+            if (d_ramp_ != nullptr) {
+                Vector<T> const factor = tile_.ramp(v, j), none = {};
+                Vector<T> const slope = grad / (T(p_.ramp_length) * factor);
+                ramp_sum += factor > none ? (factor <= T(1) ? slope : none) : none;
+            }
+            if (p_.softcap > 0) {
+                Vector<T> const x = load(capped_ + at);
+                grad *= T(1) - x * x;
+            }
+            store(grads_ + at, grad);
+        }
+        if (d_bias_ != nullptr) {
+            tile_.over_entries([&](int64_t entry, int begin, int end) {
+                for (int i = 0; i < W; ++i)
+                    if (v * W + i >= begin && v * W + i < end) d_bias_[entry] += sum[i];
+            });
+        }
+        if (d_ramp_ != nullptr) store(ramp_sum_ + v * W, load(ramp_sum_ + v * W) + ramp_sum);
+    }
+
+    void write_query_gradients() {
+        int64_t const K = tile_.K();
+        turn(dq_, K, dq_turned_, kLaneCount, K, tile_.vectors() * W);
+        for (int i = 0; i < tile_.lanes(); ++i) {
+            T* const dq = dq_ + i * K;
+            for (int64_t c = 0; c < K; c += W) store(dq + c, load(dq + c) * T(p_.scale));
+            tile_.access().write(tile_.row(p_.dq, i), dq, p_.K);
+            if (d_ramp_ != nullptr) d_ramp_[i % task_.heads] += ramp_sum_[i];
+        }
+    }
+
+    SparseAttnParams const& p_;
+    SparseAttnTask const& task_;
+    Arena<T> arena_;
+    AttnTile<T> tile_;
+    T *dk_, *dv_, *d_bias_, *d_sink_, *d_ramp_;
+    T *weights_, *grads_, *capped_;
+    T *grad_o_, *grad_o_turned_, *output_, *dq_, *dq_turned_;
+    T lse_[kLaneCount], dot_[kLaneCount], ramp_sum_[kLaneCount];
+};
+
+template <class F>
+auto with_attn_type(SparseAttnParams const& p, F const& f) {
+    return p.dtype == Dtype::f64 ? f(double{}) : f(float{});
+}
+
+int64_t attn_scratch_bytes(SparseAttnParams const& p, bool backward) {
+    return with_attn_type(p, [&](auto zero) {
+        using T = decltype(zero);
+        SparseAttnTask const task{};
+        return backward ? AttnBackward<T>(p, task, {}, nullptr).scratch_bytes()
+                        : AttnForward<T>(p, task, nullptr).scratch_bytes();
+    });
+}
+
+int64_t attn_columns(SparseAttnParams const& p, int64_t channels) {
+    return with_attn_type(p, [&](auto zero) {
+        constexpr int W = kLanes<decltype(zero)>;
+        return panels(channels, W) * W;
+    });
+}
+
+void attn_forward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch) {
+    with_attn_type(p, [&](auto zero) { AttnForward<decltype(zero)>(p, task, scratch).run(); });
+}
+
+void attn_backward(SparseAttnParams const& p, SparseAttnTask const& task,
+                   SparseAttnSums const& sums, void* scratch) {
+    with_attn_type(p,
+                   [&](auto zero) { AttnBackward<decltype(zero)>(p, task, sums, scratch).run(); });
+}
+
+template <class T>
+void write_sums(SparseAttnParams const& p, SparseAttnTask const& task, Rows const& to, void* sums,
+                int64_t channels, int64_t parts, int64_t begin, int64_t end) {
+    constexpr int W = kLanes<T>;
+    int64_t const columns = panels(channels, W) * W, part = task.keys * columns;
+    RowAccess<T> const access(p.dtype);
+    for (int64_t j = begin; j < end; ++j) {
+        T* const first = static_cast<T*>(sums) + j * columns;
+        for (int64_t c = 0; c < columns && parts > 1; c += W) {
+            Vector<T> sum = load(first + c);
+            for (int64_t i = 1; i < parts; ++i) sum += load(first + i * part + c);
+            store(first + c, sum);
+        }
+        access.write(access.at(to, task.batch, task.first_k + j, task.kv_head), first, channels);
+    }
+}
+
+void attn_write_key_gradients(SparseAttnParams const& p, SparseAttnTask const& task,
+                              SparseAttnSums const& sums, int64_t parts, int64_t begin,
+                              int64_t end) {
+    with_attn_type(p, [&](auto zero) {
+        using T = decltype(zero);
+        write_sums<T>(p, task, p.dk, sums.dk, p.K, parts, begin, end);
+        write_sums<T>(p, task, p.dv, sums.dv, p.V, parts, begin, end);
+    });
+}
+
+}  // namespace
+
+constinit SparseAttnKernels const sparse_attn_kernels{
+    attn_scratch_bytes, attn_columns, attn_forward, attn_backward, attn_write_key_gradients};
+
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu
