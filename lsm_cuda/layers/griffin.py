@@ -51,6 +51,9 @@ class RGLRUBlock(RecurrentLayer):
     Raises:
         ValueError: sizes that do not divide.
 
+    Note: the unit's rule for first tokens holds in a sequence's first call with a cache, also where
+        that call had no tokens of it (a row of nothing but padding).
+
     Source: Griffin, arXiv:2402.19427, section 2.4.
 
     Example:

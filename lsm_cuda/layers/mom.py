@@ -213,21 +213,13 @@ class _Routed:
         """``[E, H, ..]`` to ``[E, H, V]``."""
 
         def chunk(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            g: Tensor,
-            beta: Tensor,
+            *tensors: Tensor,
             initial_state: Tensor | None,
             output_final_state: bool,
             cu_seqlens: Tensor | None = None,
         ) -> tuple[Tensor, Tensor | None]:
             o, new = chunk_gated_delta_rule(
-                q,
-                k,
-                v,
-                g,
-                beta,
+                *(x.flatten(0, 1)[None] for x in tensors),
                 use_qk_l2norm_in_kernel=True,
                 initial_state=self._split(initial_state),
                 output_final_state=output_final_state,
@@ -235,14 +227,18 @@ class _Routed:
             )
             return o, self._join(new)
 
-        def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-            q, k, v, g, beta = (x[:, None] for x in (q, k, v, g, beta))
-            o, new = chunk(q, k, v, g, beta, state, True)
+        def step(*tensors: Tensor, state: Tensor) -> Tensor:
+            o, new = chunk(
+                *(x[None] for x in tensors), initial_state=state, output_final_state=True
+            )
             assert new is not None
             state.copy_(new)
-            return o[:, 0]
+            return o[0]
 
-        return self.call.run(chunk, step, *(x[None] for x in (q, k, v, g, beta)))[0]
+        # Rows of one token where every sequence has one, so that a step is taken.
+        time = 1 if self.call.x.shape[1] == 1 else 0
+        tensors = (x.unsqueeze(time) for x in (q, k, v, g, beta))
+        return self.call.run(chunk, step, *tensors).flatten(0, 1)
 
     def sum(self, o: Tensor) -> Tensor:
         """``[E, H, V]`` back to ``[L, H, V]``: the weighted sum over a token's memories."""

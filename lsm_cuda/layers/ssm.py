@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.hippo import diagonal_init, log_steps, nplr
+from ..modules.precision import wide
 from ..ops.ssm import (
     dense_ssm,
     dense_ssm_step,
@@ -30,7 +31,12 @@ def _real_pairs(x: Tensor) -> nn.Parameter:
 
 
 def _complex(x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).contiguous())
+    return torch.view_as_complex(wide(x).contiguous())
+
+
+def _left_half(log_rate: Tensor, imag: Tensor) -> Tensor:
+    """Eigenvalues, their real parts −exp(log_rate)."""
+    return torch.complex(-wide(log_rate).exp(), wide(imag))
 
 
 class DiagonalKernel(nn.Module):
@@ -51,7 +57,7 @@ class DiagonalKernel(nn.Module):
         self.A_imag = nn.Parameter(lam.imag.clone())
 
     def eigenvalues(self) -> Tensor:
-        return torch.complex(-self.log_A_real.exp(), self.A_imag)
+        return _left_half(self.log_A_real, self.A_imag)
 
 
 class _SSMLayer(RecurrentLayer):
@@ -66,8 +72,8 @@ class _SSMLayer(RecurrentLayer):
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         y = F.gelu(self._system(x, call))
-        o: Tensor = self.output_linear(y.transpose(1, 2)).transpose(1, 2)
-        return o
+        conv = self.output_linear[0]
+        return F.glu(F.linear(y, conv.weight[..., 0], conv.bias), dim=-1)
 
     def _system(self, x: Tensor, call: Call) -> Tensor:
         raise NotImplementedError
@@ -112,7 +118,9 @@ class S4D(_SSMLayer):
 
     def _system(self, x: Tensor, call: Call) -> Tensor:
         kernel = self.kernel
-        log_A, factor = discretize_diagonal(kernel.eigenvalues(), kernel.log_dt.exp(), self.disc)
+        log_A, factor = discretize_diagonal(
+            kernel.eigenvalues(), wide(kernel.log_dt).exp(), self.disc
+        )
         C = _complex(kernel.C)
         return call.run(diagonal_ssm, diagonal_ssm_step, x, log_A=log_A, B=factor, C=C, D=self.D)
 
@@ -159,7 +167,7 @@ class DSS(_SSMLayer):
         self.kernel = DiagonalKernel(hidden_size, 2 * d_state, "legs", dt_min, dt_max)
 
     def _system(self, x: Tensor, call: Call) -> Tensor:
-        A, dt = self.kernel.eigenvalues(), self.kernel.log_dt.exp()
+        A, dt = self.kernel.eigenvalues(), wide(self.kernel.log_dt).exp()
         log_A, factor = discretize_diagonal(A, dt)
         if self.variant == "softmax":
             factor = 1 / power_sum(log_A, self.max_length)
@@ -204,8 +212,8 @@ class S4(_SSMLayer):
         self.P, self.B, self.C = _real_pairs(P), _real_pairs(B), _real_pairs(C)
 
     def _system(self, x: Tensor, call: Call) -> Tensor:
-        lam = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        P, B, C, dt = _complex(self.P), _complex(self.B), _complex(self.C), self.log_dt.exp()
+        lam = _left_half(self.log_A_real, self.A_imag)
+        P, B, C, dt = _complex(self.P), _complex(self.B), _complex(self.C), wide(self.log_dt).exp()
         A, Bd = discretize_dplr(lam, P, B, dt)
         kernel = None
         if x.shape[1] > 1:

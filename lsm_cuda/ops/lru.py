@@ -151,5 +151,6 @@ def rg_lru_step(
         torch.Size([2, 64])
     """
     check_no_gradient("rg_lru_step", "rg_lru", x, input_gate, recurrence_gate, param, state)
+    x, input_gate, recurrence_gate = autocast(x, input_gate, recurrence_gate)
     c = _rate(x, param)
     return torch.ops.lsm.rg_lru_step(x, input_gate, recurrence_gate, c, state)  # type: ignore[no-any-return]

@@ -67,7 +67,7 @@ def fft_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
     check_shape("fft_conv", "kernel", kernel, "[H, L]", (u.shape[2], kernel.shape[-1]))
     T, wide = u.shape[1], accumulation_dtype(u)
     x, k = u.to(wide), kernel[:, :T].to(wide)
-    if T == 0:
+    if u.numel() == 0:
         return u
     n = 1 << (T + k.shape[1] - 2).bit_length()  # of a full convolution, to a power of two
     y = torch.fft.irfft(torch.fft.rfft(x, n, dim=1) * torch.fft.rfft(k, n).T, n, dim=1)[:, :T]

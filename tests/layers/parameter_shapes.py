@@ -1,4 +1,4 @@
-"""Names and shapes that checkpoints have, for the layers of test_gated_layers.py."""
+"""Names and shapes that checkpoints have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ def shapes(**given: list[int]) -> dict[str, list[int]]:
 
 
 # FLA's names; for RWKV-5, MetaLA and ReGLA, which FLA lacks, ours; for Longhorn its authors'.
-PARAMETERS = {
+GATED = {
     "hgrn2": shapes(
         q_proj__weight=[16, 16],
         f_proj__weight=[16, 16],
@@ -262,7 +262,7 @@ PARAMETERS = {
         o_proj__weight=[16, 8],
     ),
 }
-PARAMETERS["mom shared"] = shapes(
+GATED["mom shared"] = shapes(
     q_proj__weight=[8, 16],
     gate__weight=[3, 16],
     A_log=[2],
@@ -281,3 +281,87 @@ PARAMETERS["mom shared"] = shapes(
     **{f"b_proj__{m}__weight": [2, 16] for m in range(3)},
     **{f"a_proj__{m}__weight": [2, 16] for m in range(3)},
 )
+
+# The layers of linear_layers.py: FLA's names, for Mamba-2, mLSTM and MiniMax those of transformers.
+QKVO = {"q_proj.weight": [32, 32], "k_proj.weight": [32, 32], "v_proj.weight": [32, 32],
+        "o_proj.weight": [32, 32]}  # fmt: skip
+MAMBA2 = {
+    "dt_bias": [4], "A_log": [4], "D": [4], "in_proj.weight": [144, 32],
+    "conv1d.weight": [76, 1, 4], "conv1d.bias": [76], "norm.weight": [64],
+    "out_proj.weight": [32, 64],
+}  # fmt: skip
+LINEAR = {
+    "linear elementwise_product": QKVO | {"norm.weight": [8]} | {
+        f"feature_map_{x}.layer{i}.{p}": [8, 8] if p == "weight" else [8]
+        for x in "qk" for i in (1, 2) for p in ("weight", "bias")
+    },
+    "linear hedgehog": QKVO | {"norm.weight": [8]} | {
+        f"feature_map_{x}.layer.{p}": [8, 8] if p == "weight" else [8]
+        for x in "qk" for p in ("weight", "bias")
+    },
+    "linear t2r": QKVO | {
+        "norm.weight": [8], "feature_map_q.layer.weight": [8, 8],
+        "feature_map_k.layer.weight": [8, 8],
+    },
+    "linear sums": {
+        "q_proj.weight": [16, 32], "k_proj.weight": [16, 32], "v_proj.weight": [64, 32],
+        "o_proj.weight": [32, 64],
+    },
+    "retention": {
+        "q_proj.weight": [32, 32], "k_proj.weight": [32, 32], "v_proj.weight": [64, 32],
+        "g_proj.weight": [64, 32], "o_proj.weight": [32, 64], "g_norm_swish_gate.weight": [16],
+    },
+    "retention shared": {
+        "q_proj.weight": [32, 32], "k_proj.weight": [16, 32], "v_proj.weight": [32, 32],
+        "g_proj.weight": [64, 32], "o_proj.weight": [32, 64], "g_norm_swish_gate.weight": [16],
+        "q_conv1d.weight": [32, 1, 4], "k_conv1d.weight": [16, 1, 4], "v_conv1d.weight": [32, 1, 4],
+    },
+    "retention ungated": {
+        "q_proj.weight": [32, 32], "k_proj.weight": [32, 32], "v_proj.weight": [64, 32],
+        "o_proj.weight": [32, 64], "g_norm.weight": [16],
+    },
+    "lightning": {
+        "qkv_proj.weight": [96, 32], "output_gate.weight": [32, 32], "norm.weight": [32],
+        "out_proj.weight": [32, 32],
+    },
+    "transnormer": {
+        "qkvu_proj.weight": [128, 32], "out_proj.weight": [32, 32], "lrpe.theta": [4, 1, 8],
+    },
+    "simple gla": QKVO | {
+        "g_proj.weight": [32, 32], "gk_proj.weight": [4, 32], "gk_proj.bias": [4],
+        "g_norm_swish_gate.weight": [8],
+    } | {f"{x}_conv1d.weight": [32, 1, 4] for x in "qkv"},
+    "simple gla shared": {
+        "q_proj.weight": [32, 32], "k_proj.weight": [16, 32], "v_proj.weight": [16, 32],
+        "g_proj.weight": [32, 32], "gk_proj.weight": [4, 32], "gk_proj.bias": [4],
+        "g_norm.weight": [8], "o_proj.weight": [32, 32],
+    },
+    "based": {
+        "q_proj.weight": [20, 32], "k_proj.weight": [20, 32], "v_proj.weight": [32, 32],
+        "o_proj.weight": [32, 32],
+    },
+    "rebased": {
+        "q_proj.weight": [20, 32], "k_proj.weight": [20, 32], "v_proj.weight": [32, 32],
+        "o_proj.weight": [32, 32], "feature_map.gamma": [5], "feature_map.beta": [5],
+    },
+    "mamba2": MAMBA2,
+    "mamba2 groups": MAMBA2 | {
+        "D": [64], "in_proj.weight": [156, 32], "in_proj.bias": [156], "conv1d.weight": [88, 1, 4],
+        "conv1d.bias": [88], "out_proj.bias": [32],
+    },
+    "log-linear mamba2": {
+        "dt_bias": [4], "A_log": [4], "D": [4], "L": [4, 6], "in_proj.weight": [180, 32],
+        "in_proj.bias": [180], "conv1d.weight": [88, 1, 4], "norm.weight": [64],
+        "out_proj.weight": [32, 64], "out_proj.bias": [32],
+    },
+    "mlstm": {
+        "q.weight": [16, 32], "k.weight": [16, 32], "v.weight": [32, 32],
+        "ogate_preact.weight": [32, 32], "igate_preact.weight": [4, 32], "igate_preact.bias": [4],
+        "fgate_preact.weight": [4, 32], "fgate_preact.bias": [4], "multihead_norm.weight": [32],
+        "out_proj.weight": [32, 32],
+    },
+    "rfa": QKVO | {
+        "f_proj.weight": [4, 32], "f_proj.bias": [4], "feature_map.sigma": [8],
+        "feature_map.projection": [32, 8],
+    },
+}  # fmt: skip

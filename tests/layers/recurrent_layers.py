@@ -41,10 +41,14 @@ LAYERS = {
 }
 
 
-def make(name: str) -> torch.nn.Module:
+# The first token of a sequence follows another rule, and a call without tokens of it counts as one.
+BEGUN_BY_A_CALL = {"rg-lru"}
+
+
+def make(name: str, **more) -> torch.nn.Module:
     torch.manual_seed(0)
     cls, options = LAYERS[name]
-    layer = cls(hidden_size=D, layer_idx=0, **options).double()
+    layer = cls(hidden_size=D, **{"layer_idx": 0, **options, **more}).double()
     with torch.no_grad():  # away from the trivial values that parameters start with
         for key, p in layer.named_parameters():
             if "norm" in key or "gate_bias" in key:
