@@ -218,8 +218,13 @@ class _Routed:
             output_final_state: bool,
             cu_seqlens: Tensor | None = None,
         ) -> tuple[Tensor, Tensor | None]:
+            q, k, v, g, beta = (x.flatten(0, 1)[None] for x in tensors)
             o, new = chunk_gated_delta_rule(
-                *(x.flatten(0, 1)[None] for x in tensors),
+                q,
+                k,
+                v,
+                g,
+                beta,
                 use_qk_l2norm_in_kernel=True,
                 initial_state=self._split(initial_state),
                 output_final_state=output_final_state,

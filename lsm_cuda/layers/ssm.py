@@ -72,8 +72,8 @@ class _SSMLayer(RecurrentLayer):
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         y = F.gelu(self._system(x, call))
-        conv = self.output_linear[0]
-        return F.glu(F.linear(y, conv.weight[..., 0], conv.bias), dim=-1)
+        weight, bias = self.output_linear[0].parameters()
+        return F.glu(F.linear(y, weight[..., 0], bias), dim=-1)
 
     def _system(self, x: Tensor, call: Call) -> Tensor:
         raise NotImplementedError
