@@ -152,6 +152,7 @@ BlockLists read_lists(Checks const& c, Arguments const& a, Tensor const& q, int6
         c.dtype(*a.block_bias, "block_bias", state_type(q));
         c.device(*a.block_bias, "block_bias", q, "q");
     }
+    lists.entries = index.numel();
     // Not null where all lists are empty: null says that there are none.
     static int32_t const no_block = -1;
     lists.index = index.numel() > 0 ? in.keep<int32_t>(a.block_index) : &no_block;

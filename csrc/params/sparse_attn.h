@@ -36,6 +36,7 @@ struct BlockLists {
     // [B * heads * rows + 1] into index (CSR); null: `capacity` entries a row, -1 after its last block.
     int64_t const* row_ptr = nullptr;
     int64_t capacity = 0;
+    int64_t entries = 0;                 // numbers in index
     int64_t heads = 1;                   // 1, Hkv or Hq
     int64_t rows = 0;                    // of one batch row
     int64_t block_q = 64, block_k = 64;  // 1 or 16..128, and 16..128, powers of two

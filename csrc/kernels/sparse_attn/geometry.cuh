@@ -1,0 +1,265 @@
+// Where things lie: tiles of queries and keys in sequences, what a query sees by its position, and lists of key blocks.
+#pragma once
+
+#include "kernels/platform.cuh"
+#include "params/sparse_attn.h"
+
+namespace lsm::sparse_attn {
+
+constexpr int kNone = 1 << 29;      // a bound that is none; positions are nearer to 0
+constexpr int kFar = 1 << 30;       // where no key is
+constexpr int kNoKey = -(1 << 30);  // first token of a unit that is none
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLowest = -3e38f;  // a maximum before the first score; -inf would give inf - inf
+
+LSM_DEVICE float nan_value() {
+    return __int_as_float(0x7fc00000);
+}
+LSM_DEVICE float infinity() {
+    return __int_as_float(0x7f800000);
+}
+LSM_DEVICE int floor_div(int a, int b) {
+    int const q = a / b;
+    return q * b > a ? q - 1 : q;
+}
+
+// ---- Masks ----
+
+// A query sees a key at x if  x <= reach  and  (x < sinks  or  from <= x <= to and (p - x) % dilation == 0).
+struct alignas(16) Row {
+    int p, reach, from, to;
+};
+
+// Of the rows of a tile.
+struct Bounds {
+    int reach_min, reach_max, from_min, from_max, to_min, to_max;
+};
+
+enum class Kind { skip, full, partial };
+
+// AttnMask in 32 bits.
+struct Mask {
+    int causal_block;  // 0: not causal
+    int prefix, left, right, sinks, dilation, key_stride, key_length, offset;
+    bool align_end;
+    int32_t const* head_left;
+    float per_dilation;  // 1 / dilation
+
+    // To be exact, |n| / dilation must be below 2^21.
+    LSM_DEVICE bool divides(int n) const {
+        return __float2int_rn(static_cast<float>(n) * per_dilation) * dilation == n;
+    }
+    LSM_DEVICE int left_of(int head) const {
+        if (head_left == nullptr) return left;
+        int const n = load_global(head_left + head);
+        return n < 0 || n > kNone ? kNone : n;
+    }
+    LSM_DEVICE int shift(int Tq, int Tk) const { return offset + (align_end ? Tk - Tq : 0); }
+    // The position of key j; of a key past the end it is past all keys.
+    LSM_DEVICE int key(int j) const { return j * key_stride + key_length - 1; }
+
+    // Of a query at p; the last key is at `last`.
+    LSM_DEVICE Row row(int p, int left_, int last) const {
+        int reach = last;
+        if (causal_block != 0) {
+            int const end =
+                causal_block == 1 ? p : (floor_div(p, causal_block) + 1) * causal_block - 1;
+            reach = min(last, max(end, prefix - 1));
+        }
+        return {p, reach, p - left_, p + right};
+    }
+    // Of queries at [p0, p1], whose heads look between left_min and left_max back.
+    LSM_DEVICE Bounds bounds(int p0, int p1, int left_min, int left_max, int last) const {
+        Row const a = row(p0, left_max, last), b = row(p1, left_min, last);
+        return {a.reach, b.reach, a.from, b.from, a.to, b.to};
+    }
+    LSM_DEVICE bool sees(Row const& row, int x) const {
+        return x <= row.reach && (x < sinks || (x >= row.from && x <= row.to &&
+                                                (dilation == 1 || divides(row.p - x))));
+    }
+    // Of keys at x0 to x1.
+    LSM_DEVICE Kind kind(Bounds const& b, int x0, int x1) const {
+        if (x0 > b.reach_max || (x0 >= sinks && (x1 < b.from_min || x0 > b.to_max)))
+            return Kind::skip;
+        bool const window = dilation == 1 && max(x0, sinks) >= b.from_max && x1 <= b.to_min;
+        return x1 <= b.reach_min && (x1 < sinks || window) ? Kind::full : Kind::partial;
+    }
+};
+
+// ---- Work ----
+
+// First tile of queries, tile of keys, row of lists and section of keys of each sequence.
+struct alignas(16) First {
+    int queries, keys, rows, sections;
+};
+
+// Lists the other way round: for each section of keys (section_k = max(block_k, 64)) the rows that have some of its
+// blocks, ascending. An entry is (row in the sequence, place of its first block in the row's list * 16 + which blocks).
+struct Inverse {
+    int section_k, sections;  // sections of a batch row, an upper bound where sequences are packed
+    int chunks, chunk_rows;   // how rows are cut for counting
+    int* counts;    // [B * heads, chunks, sections], then where each chunk's entries begin
+    int* begin;     // [B * heads, sections + 1], from the first entry of a batch row and list head
+    int2* entries;  // as many as the lists have
+};
+
+struct Work {
+    SparseAttnParams p;
+    Mask mask;
+    int group;             // query heads of a key head
+    int block_q, block_k;  // of lists; without lists, of what stands for them
+    bool lists;
+    bool plain;  // scores are scale q . k and nothing more, scale > 0
+    // A tile of queries is tokens x heads rows, heads outside; with `unite` tokens outside, and heads rounded up to a
+    // power of two.
+    int tokens, heads, token_shift, head_shift, head_tiles;
+    bool unite;                  // a tile has lists of its own per token (block_q == 1)
+    int key_tile;                // keys
+    int query_tiles, key_tiles;  // of a batch row
+    First* first;  // [N + 2], packed only; the last one's `queries` is 1 if cu_seqlens is bad
+    Inverse inverse;
+    float4*
+        stats;  // backward: (lse log2 e, or inf for a query that sees nothing; delta; lse; 0) per [B, Hq, Tq]
+    float* bias_parts;  // backward: [parts, entries of lists]
+    float* ramp_parts;  // backward: [B, Hq, Tq]
+    float scale, softcap, ramp_length, per_softcap, per_ramp_length;
+
+    LSM_DEVICE int token_of(int m) const { return (m >> token_shift) & (tokens - 1); }
+    LSM_DEVICE int head_of(int m) const {
+        return token_shift == 0 ? m >> head_shift : m & ((1 << token_shift) - 1);
+    }
+    LSM_DEVICE bool row_exists(int m) const {
+        return head_of(m) < heads && (token_shift == 0 || m >> token_shift < tokens);
+    }
+    LSM_DEVICE float bias(i64 entry) const {
+        return load_global(static_cast<float const*>(p.lists.bias) + entry);
+    }
+    LSM_DEVICE int list_head(int head) const {
+        return static_cast<int>(head * p.lists.heads / p.Hq);
+    }
+};
+
+// ---- Sequences ----
+
+struct Sequence {
+    int batch, index;
+    i64 q0, k0;  // first tokens
+    int Tq, Tk;
+    i64 row0, section0;
+};
+
+// A tile in its sequence. unused: nothing to do. poison: cu_seqlens is bad; NaN to tokens [token, token + size) of the
+// batch row.
+struct Place {
+    Sequence sequence;
+    int token;
+    bool unused, poison;
+};
+
+LSM_DEVICE i64 boundary(Work const& work, void const* cu_seqlens, int n) {
+    return work.p.cu_seqlens_is_64bit ? load_global(static_cast<int64_t const*>(cu_seqlens) + n)
+                                      : load_global(static_cast<int32_t const*>(cu_seqlens) + n);
+}
+
+// The last n with first[n].*what <= index; a warp together.
+LSM_DEVICE int find_sequence(First const* first, int N, int First::* what, int index) {
+    int const lane = threadIdx.x % 32;
+    int low = 0, high = N;
+    while (high - low > 1) {
+        int const step = (high - low + 31) / 32, at = low + (lane + 1) * step;
+        bool const past = at >= high || first[at].*what > index;
+        int const k = __ffs(__ballot_sync(0xffffffffu, past)) - 1;
+        high = min(high, low + (k + 1) * step);
+        low += k * step;
+    }
+    return low;
+}
+
+// Tile `index` of a batch row; `what` says of queries or of keys.
+LSM_DEVICE Place locate(Work const& work, int First::* what, int batch, int index, int size) {
+    SparseAttnParams const& p = work.p;
+    if (work.first == nullptr)
+        return {{batch, batch, 0, 0, static_cast<int>(p.Tq), static_cast<int>(p.Tk), 0, 0},
+                index * size,
+                false,
+                false};
+    int const N = static_cast<int>(p.N);
+    if (work.first[N + 1].queries != 0) return {{}, index * size, false, true};
+    if (index >= work.first[N].*what) return {{}, 0, true, false};
+    int const n = find_sequence(work.first, N, what, index);
+    First const first = work.first[n];
+    i64 const q0 = boundary(work, p.cu_seqlens_q, n), k0 = boundary(work, p.cu_seqlens_k, n);
+    int const Tq = static_cast<int>(boundary(work, p.cu_seqlens_q, n + 1) - q0);
+    int const Tk = static_cast<int>(boundary(work, p.cu_seqlens_k, n + 1) - k0);
+    return {{0, n, q0, k0, Tq, Tk, first.rows, first.sections},
+            (index - first.*what) * size,
+            false,
+            false};
+}
+
+// ---- Lists ----
+
+// Blocks of keys, or of queries: what a list says, or without one [0, first) and [second, ...).
+struct Blocks {
+    int32_t const* index;
+    i64 entry;  // of the lists
+    int count, first, skipped;
+
+    LSM_DEVICE int operator[](int i) const {
+        return index != nullptr ? load_global(index + i) : i < first ? i : i + skipped;
+    }
+};
+
+// Of list row `row` of a sequence, as `head` reads it.
+LSM_DEVICE Blocks list_blocks(Work const& work, Sequence const& sequence, int head, i64 row) {
+    BlockLists const& lists = work.p.lists;
+    i64 const r =
+        (sequence.batch * lists.heads + work.list_head(head)) * lists.rows + sequence.row0 + row;
+    if (sequence.row0 + row >= lists.rows) return {lists.index, 0, 0, 0, 0};
+    if (lists.row_ptr == nullptr)
+        return {lists.index + r * lists.capacity, r * lists.capacity,
+                static_cast<int>(lists.capacity), 0, 0};
+    i64 const begin = load_global(lists.row_ptr + r), end = load_global(lists.row_ptr + r + 1);
+    return {lists.index + begin, begin, static_cast<int>(end - begin), 0, 0};
+}
+
+// The first of a batch row and list head's entries in Inverse::entries.
+LSM_DEVICE i64 inverse_base(Work const& work, i64 owner) {
+    BlockLists const& lists = work.p.lists;
+    return lists.row_ptr == nullptr ? owner * lists.rows * lists.capacity
+                                    : load_global(lists.row_ptr + owner * lists.rows);
+}
+
+// Without lists: the blocks of keys that some row within the bounds may see.
+LSM_DEVICE Blocks visible_keys(Work const& work, Sequence const& sequence, Bounds const& b) {
+    Mask const& mask = work.mask;
+    int const last = mask.key_length - 1;  // of key 0
+    int const seen = min(b.reach_max, b.to_max);
+    int const end = seen < last ? 0 : min((seen - last) / mask.key_stride + 1, sequence.Tk);
+    int const begin = b.from_min <= last ? 0 : (b.from_min - last) / mask.key_stride;
+    int const sunk = min(mask.sinks - 1, b.reach_max);
+    int const sinks = sunk < last ? 0 : min((sunk - last) / mask.key_stride + 1, sequence.Tk);
+    int const first = (sinks + work.block_k - 1) / work.block_k;
+    int const second = max(first, begin / work.block_k);
+    int const past = (end + work.block_k - 1) / work.block_k;
+    return {nullptr, 0, first + max(0, past - second), first, second - first};
+}
+
+// Without lists: the blocks of queries that may see keys at x0 to x1.
+LSM_DEVICE Blocks visible_queries(Work const& work, Sequence const& sequence, int left, int x0,
+                                  int x1) {
+    Mask const& mask = work.mask;
+    int const shift = mask.shift(sequence.Tq, sequence.Tk);
+    int begin = -kNone, end = sequence.Tq;
+    if (mask.causal_block != 0 && x0 >= mask.prefix)
+        begin = floor_div(x0, mask.causal_block) * mask.causal_block - shift;
+    if (x0 >= mask.sinks) {
+        begin = max(begin, x0 - mask.right - shift);
+        end = min(end, x1 + left - shift + 1);
+    }
+    int const second = max(begin, 0) / work.block_q;
+    int const past = end <= 0 ? 0 : (end + work.block_q - 1) / work.block_q;
+    return {nullptr, 0, max(0, past - second), 0, second};
+}
+
+}  // namespace lsm::sparse_attn

@@ -1,0 +1,62 @@
+// Rows of numbers of any type, and sums over a warp.
+#pragma once
+
+#include "kernels/sparse_attn/geometry.cuh"
+
+namespace lsm::sparse_attn {
+
+LSM_DEVICE int bytes_of(Dtype type) {
+    return type == Dtype::f32 ? 4 : 2;
+}
+
+LSM_DEVICE float2 halves(u32 pair, Dtype type) {
+    if (type == Dtype::bf16)
+        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    __half2 const h = reinterpret_cast<__half2 const&>(pair);
+    return {__low2float(h), __high2float(h)};
+}
+
+// Four numbers from element `at` of a tensor; 8 or 16 bytes, aligned.
+LSM_DEVICE float4 load4(void const* data, i64 at, Dtype type) {
+    char const* const from = static_cast<char const*>(data) + at * bytes_of(type);
+    if (type == Dtype::f32) return load_global(reinterpret_cast<float4 const*>(from));
+    uint2 const raw = load_global(reinterpret_cast<uint2 const*>(from));
+    float2 const low = halves(raw.x, type), high = halves(raw.y, type);
+    return {low.x, low.y, high.x, high.y};
+}
+
+LSM_DEVICE void store4(void* data, i64 at, Dtype type, float4 x) {
+    char* const to = static_cast<char*>(data) + at * bytes_of(type);
+    if (type == Dtype::f32) return store_global(reinterpret_cast<float4*>(to), x);
+    uint2 raw;
+    if (type == Dtype::bf16) {
+        bf16* const tag = nullptr;
+        raw = {pack(x.x, x.y, tag), pack(x.z, x.w, tag)};
+    } else {
+        half* const tag = nullptr;
+        raw = {pack(x.x, x.y, tag), pack(x.z, x.w, tag)};
+    }
+    store_global(reinterpret_cast<uint2*>(to), raw);
+}
+
+LSM_DEVICE i64 row_offset(Rows const& x, i64 batch, i64 time, i64 head) {
+    return batch * x.batch + time * x.time + head * x.head;
+}
+
+// [B, H, T] from [B, T, H].
+LSM_DEVICE i64 per_head(Work const& work, i64 batch, i64 time, i64 head) {
+    return (batch * work.p.Hq + head) * work.p.Tq + time;
+}
+
+LSM_DEVICE float warp_sum(float x) {
+    LSM_UNROLL
+    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+LSM_DEVICE float warp_max(float x) {
+    LSM_UNROLL
+    for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+
+}  // namespace lsm::sparse_attn

@@ -1,0 +1,321 @@
+// dk and dv on tensor cores: the same the other way round. A warp has 16 keys of a tile and goes with the others through
+// the queries that have them on their lists, head by head, so a group's query heads are added up in registers.
+#pragma once
+
+#include "kernels/sparse_attn/tensor.cuh"
+
+namespace lsm::sparse_attn {
+
+enum class Want { both, keys, values };
+
+template <class T_, int D_, int N_, Want Wants_>
+struct KeysConfig {
+    using T = T_;
+    static constexpr int D = D_, N = N_;
+    static constexpr Want Wants = Wants_;
+    static constexpr int Warps = 4, kThreads = 32 * Warps, kRows = 16 * Warps;
+};
+
+template <class Config>
+struct KeysKernel {
+    using T = typename Config::T;
+    static constexpr int D = Config::D, N = Config::N, kRows = Config::kRows;
+    static constexpr int kThreads = Config::kThreads;
+    static constexpr bool kKeys = Config::Wants != Want::values,
+                          kValues = Config::Wants != Want::keys;
+
+    struct Stage {
+        alignas(1024) char q[N * D * 2];
+        alignas(1024) char grad_o[N * D * 2];
+        float4 stats[N];
+        Row rows[N];
+    };
+    // What the loop over queries does not touch lies in shared memory: it has no registers to spare.
+    struct SharedStorage {
+        alignas(1024) char keys[kRows * D * 2];  // in the end dk
+        alignas(1024) char values[kRows * D * 2];
+        Stage stage[2];
+        Plan plan;
+        Place place;
+        int batch, key_head;
+        int head, left;  // whose queries it is, and how far they look back
+        Head bent;
+        Blocks blocks;        // of queries; with lists, how many
+        int2 const* entries;  // and where
+    };
+
+    Work const& work;
+    SparseAttnParams const& p;
+    SharedStorage& s;
+    Mask const& mask;
+    Steps const steps;
+    float dk[1][kKeys ? D / 8 : 1][4];
+    float dv[1][kValues ? D / 8 : 1][4];
+
+    LSM_DEVICE explicit KeysKernel(Work const& work_)
+        : work(work_),
+          p(work_.p),
+          s(*reinterpret_cast<SharedStorage*>(dyn_smem())),
+          mask(work_.mask),
+          steps(work_.block_q, N) {
+        i64 rest = blockIdx.x;
+        int const index = static_cast<int>(rest % work.key_tiles);
+        rest /= work.key_tiles;
+        int const key_head = static_cast<int>(rest % p.Hkv), batch = static_cast<int>(rest / p.Hkv);
+        Place const place = locate(work, &First::keys, batch, index, kRows);
+        if (threadIdx.x == 0) s.key_head = key_head, s.batch = batch, s.place = place;
+        __syncthreads();
+    }
+
+    LSM_DEVICE static int lane() { return threadIdx.x % 32; }
+    LSM_DEVICE static int warp() { return threadIdx.x / 32; }
+    LSM_DEVICE int width_k() const { return static_cast<int>(p.K); }
+    LSM_DEVICE int width_v() const { return static_cast<int>(p.V); }
+    // Of this warp: which of a section's blocks it is in, where its first key is.
+    LSM_DEVICE int member() const { return work.lists ? 16 * warp() / work.block_k : 0; }
+    LSM_DEVICE int position() const { return mask.key(s.place.token + 16 * warp()); }
+    LSM_DEVICE T* row_of(Rows const& x, int r) const {
+        int const key = s.place.token + r;
+        return key < s.place.sequence.Tk
+                   ? element<T>(x, s.batch, s.place.sequence.k0 + key, s.key_head)
+                   : nullptr;
+    }
+
+    LSM_DEVICE void poison() {
+        u32 const nans = pack_as<T>(nan_value(), nan_value());
+        for (i64 key = s.place.token + warp();
+             key < min(p.Tk, static_cast<i64>(s.place.token + kRows)); key += Config::Warps) {
+            if constexpr (kKeys)
+                for (int c = 2 * lane(); c < width_k(); c += 64)
+                    store_global(
+                        reinterpret_cast<u32*>(element<T>(p.dk, s.batch, key, s.key_head) + c),
+                        nans);
+            if constexpr (kValues)
+                for (int c = 2 * lane(); c < width_v(); c += 64)
+                    store_global(
+                        reinterpret_cast<u32*>(element<T>(p.dv, s.batch, key, s.key_head) + c),
+                        nans);
+        }
+    }
+
+    LSM_DEVICE int shift() const { return mask.shift(s.place.sequence.Tq, s.place.sequence.Tk); }
+    LSM_DEVICE int last() const { return mask.key(s.place.sequence.Tk - 1); }
+
+    LSM_DEVICE void load(int step) {
+        Sequence const& sequence = s.place.sequence;
+        Stage& to = s.stage[step % 2];
+        auto const token = [&](int column) {
+            int const t = steps.token(s.plan, step, column);
+            return t < 0 || t >= sequence.Tq ? -1 : t;
+        };
+        auto const at = [&](Rows const& x) {
+            T const* const base = element<T>(x, s.batch, sequence.q0, s.head);
+            return [&, base](int column) -> T const* {
+                int const t = token(column);
+                return t < 0 ? nullptr : base + t * x.time;
+            };
+        };
+        load_tile_rows<T, D, N, kThreads>(p.q, to.q, width_k(), at(p.q));
+        load_tile_rows<T, D, N, kThreads>(p.grad_o, to.grad_o, width_v(), at(p.grad_o));
+        if (threadIdx.x < N) {
+            int const t = token(threadIdx.x);
+            to.rows[threadIdx.x] =
+                t < 0 ? Row{0, -kFar, 0, 0} : mask.row(t + shift(), s.left, last());
+            if (t < 0) {
+                to.stats[threadIdx.x] = {infinity(), 0.f, 0.f, 0.f};
+            } else {
+                cp_async16(smem_u32(&to.stats[threadIdx.x]),
+                           work.stats + per_head(work, s.batch, sequence.q0 + t, s.head), true);
+            }
+        }
+        cp_async_commit();
+    }
+
+    LSM_DEVICE bool has(int tag) const { return (tag >> member() & 1) != 0; }
+
+    LSM_DEVICE bool skips(int step) const {
+        int const x0 = position(), x1 = x0 + 15 * mask.key_stride;
+        for (int c = 0; c < steps.each; ++c) {
+            Unit const unit = s.plan.at(step * steps.each + c);
+            if (unit.first < 0 || !has(unit.tag)) continue;
+            int const p0 = unit.first + shift();
+            int const p1 = min(unit.first + steps.size(), s.place.sequence.Tq) - 1 + shift();
+            if (mask.kind(mask.bounds(p0, p1, s.left, s.left, last()), x0, x1) != Kind::skip)
+                return false;
+        }
+        return true;
+    }
+
+    template <bool kBent, bool kPlain>
+    LSM_DEVICE void weigh(int step, Accumulators<N>& x, Accumulators<N>& grad) {
+        Stage const& tiles = s.stage[step % 2];
+        float const by = work.scale * kLog2e;
+        LSM_UNROLL
+        for (int n = 0; n < N / 8; ++n) {
+            LSM_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                int const column = 8 * n + lane() % 4 * 2 + i;
+                float2 const stats = *reinterpret_cast<float2 const*>(&tiles.stats[column]);
+                Row row = {0, 0, 0, 0};
+                bool real = true;
+                if constexpr (kBent) {
+                    row = tiles.rows[column];
+                    real = has(steps.unit(s.plan, step, column).tag);
+                }
+                LSM_UNROLL
+                for (int half_ = 0; half_ < 2; ++half_) {
+                    float& e = x[n][2 * half_ + i];
+                    float value = e * by, slope = 1.f;
+                    if constexpr (kBent) {
+                        int const x = position() + (lane() / 4 + 8 * half_) * mask.key_stride;
+                        if constexpr (!kPlain) {
+                            Score const bend = score<true>(work, s.bent, e, row.p - x, 0.f);
+                            value = bend.s * kLog2e, slope = bend.slope;
+                        }
+                        value = real && mask.sees(row, x) ? value : -infinity();
+                    }
+                    e = exp2_approx(value - stats.x);
+                    if constexpr (kKeys) {
+                        float& d = grad[n][2 * half_ + i];
+                        d = e * (d - stats.y) * slope;
+                    }
+                }
+            }
+        }
+    }
+
+    template <bool kBent>
+    LSM_DEVICE void attend(int step) {
+        if (s.place.token + 16 * warp() >= s.place.sequence.Tk || (kBent && skips(step))) return;
+        Stage const& tiles = s.stage[step % 2];
+        Accumulators<N> x[1], grad[1];
+        relate<T, D, N, 1>(rows_of<D>(s.keys, 16 * warp()), columns_of<D>(tiles.q), width_k(), x);
+        if constexpr (kKeys)
+            relate<T, D, N, 1>(rows_of<D>(s.values, 16 * warp()), columns_of<D>(tiles.grad_o),
+                               width_v(), grad);
+        if constexpr (kBent) {
+            work.plain ? weigh<true, true>(step, x[0], grad[0])
+                       : weigh<true, false>(step, x[0], grad[0]);
+        } else {
+            weigh<false, true>(step, x[0], grad[0]);
+        }
+        Operands<N> weights[1];
+        if constexpr (kValues) {
+            pack_weights<T, N>(x[0], weights[0]);
+            gather<T, D, N, 1>(weights, rows_of<D>(tiles.grad_o, 0), width_v(), dv);
+        }
+        if constexpr (kKeys) {
+            pack_weights<T, N>(grad[0], weights[0]);
+            gather<T, D, N, 1>(weights, rows_of<D>(tiles.q, 0), width_k(), dk);
+        }
+    }
+
+    LSM_DEVICE void advance(int step, int count) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (step + 1 < count) load(step + 1);
+    }
+
+    LSM_DEVICE void go_through() {
+        int const count = s.plan.steps(steps.each), plain = s.plan.full / steps.each;
+        if (count == 0) return;
+        load(0);
+        int step = 0;
+        LSM_UNROLL_BY(1)
+        for (; step < plain; ++step) {
+            advance(step, count);
+            attend<false>(step);
+        }
+        LSM_UNROLL_BY(1)
+        for (; step < count; ++step) {
+            advance(step, count);
+            attend<true>(step);
+        }
+    }
+
+    // By one warp.
+    LSM_DEVICE void start_plan() {
+        Sequence const& sequence = s.place.sequence;
+        Inverse const& inverse = work.inverse;
+        if (lane() != 0) return;
+        s.left = mask.left_of(s.head);
+        s.bent = Head::of(work, s.head);
+        s.plan.next = 0;
+        if (work.lists) {
+            i64 const owner = s.batch * p.lists.heads + work.list_head(s.head);
+            int const* const begin = inverse.begin + owner * (inverse.sections + 1) +
+                                     sequence.section0 + s.place.token / inverse.section_k;
+            int const from = load_global(begin);
+            s.blocks.count = load_global(begin + 1) - from;
+            s.entries = inverse.entries + from + inverse_base(work, owner);
+        } else {
+            s.blocks = visible_queries(work, sequence, s.left, mask.key(s.place.token), last_key());
+        }
+    }
+    LSM_DEVICE int last_key() const {
+        return mask.key(min(s.place.token + kRows, s.place.sequence.Tk) - 1);
+    }
+
+    LSM_DEVICE void plan_queries() {
+        int const subs = work.block_q / steps.size(), per = work.inverse.section_k / work.block_k;
+        int const everything = work.lists ? (1 << per) - 1 : 1, Tq = s.place.sequence.Tq;
+        fill_plan(s.plan, s.blocks.count * subs, [&](int i, Unit& unit) {
+            int2 const entry =
+                work.lists ? load_global(s.entries + i / subs) : int2{s.blocks[i / subs], 1};
+            unit = {entry.x * work.block_q + i % subs * steps.size(), entry.y & 15};
+            if (unit.first >= Tq) return Kind::skip;
+            int const p0 = unit.first + shift(),
+                      p1 = min(unit.first + steps.size(), Tq) - 1 + shift();
+            Kind const kind = mask.kind(mask.bounds(p0, p1, s.left, s.left, last()),
+                                        mask.key(s.place.token), last_key());
+            bool const whole = work.plain && unit.tag == everything;
+            return kind == Kind::full && !whole ? Kind::partial : kind;
+        });
+    }
+
+    LSM_DEVICE void run() {
+        if (s.place.unused) return;
+        if (s.place.poison) return poison();
+        load_tile_rows<T, D, kRows, kThreads>(p.k, s.keys, width_k(),
+                                              [&](int r) { return row_of(p.k, r); });
+        load_tile_rows<T, D, kRows, kThreads>(p.v, s.values, width_v(),
+                                              [&](int r) { return row_of(p.v, r); });
+        cp_async_commit();
+        if constexpr (kKeys) {
+            LSM_UNROLL
+            for (int i = 0; i < D / 2; ++i) dk[0][i / 4][i % 4] = 0.f;
+        }
+        if constexpr (kValues) {
+            LSM_UNROLL
+            for (int i = 0; i < D / 2; ++i) dv[0][i / 4][i % 4] = 0.f;
+        }
+        LSM_UNROLL_BY(1)
+        for (int h = 0; h < work.group; ++h) {
+            __syncthreads();  // the last head is done with
+            if (threadIdx.x == 0) s.head = s.key_head * work.group + h;
+            if (warp() == 0) start_plan();
+            LSM_UNROLL_BY(1)
+            do {
+                __syncthreads();  // the last part is done with
+                if (warp() == 0) plan_queries();
+                __syncthreads();
+                go_through();
+            } while (s.plan.more);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if constexpr (kKeys)
+            store_tile_rows<T, D>(s.keys, 16 * warp(), width_k(), dk[0], work.scale, work.scale,
+                                  [&](int r) { return row_of(p.dk, r); });
+        if constexpr (kValues)
+            store_tile_rows<T, D>(s.values, 16 * warp(), width_v(), dv[0], 1.f, 1.f,
+                                  [&](int r) { return row_of(p.dv, r); });
+    }
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 2) tensor_keys(Work work) {
+    KeysKernel<Config>(work).run();
+}
+
+}  // namespace lsm::sparse_attn
