@@ -65,9 +65,6 @@ def test_results_and_gradients(impl, attn):
     assert_accepted(run(impl, call), truth, same, call.x)
 
 
-test_results_and_gradients.only_impls = ("cpu",)
-
-
 # ---- Dense attention under the same mask ----
 
 
