@@ -168,6 +168,14 @@ int64_t boundary(SparseAttnParams const& p, void const* cu, int64_t n) {
                                  : static_cast<int32_t const*>(cu)[n];
 }
 
+// Whether lists can be read by them at all. CUDA kernels, and so the emulator's, answer bad boundaries with NaN.
+bool in_order(SparseAttnParams const& p, void const* cu, int64_t T) {
+    if (cu == nullptr) return true;
+    bool ok = boundary(p, cu, 0) == 0 && boundary(p, cu, p.N) == T;
+    for (int64_t n = 0; n < p.N; ++n) ok = ok && boundary(p, cu, n) <= boundary(p, cu, n + 1);
+    return ok;
+}
+
 // Blocks [begin, end) of a list: ascending, each once, of the sequence's `blocks`.
 void check_list(Checks const& c, int32_t const* begin, int32_t const* end, int64_t blocks,
                 bool filled_up, int64_t batch, int64_t head, int64_t row) {
@@ -299,7 +307,7 @@ Inputs prepare_sequences(Checks const& c, Tensor const& q, Tensor const& k, Tens
         p.cu_seqlens_q = in.keep(cu_q), p.cu_seqlens_k = in.keep(cu_k);
     }
     p.lists = read_lists(c, a, q, p.Hkv, cu_q.has_value(), in);
-    if (kReadsValues && !(kTensorCores && cu_q)) {
+    if (kReadsValues && in_order(p, p.cu_seqlens_q, p.Tq) && in_order(p, p.cu_seqlens_k, p.Tk)) {
         check_lists(c, p, a.block_index ? a.block_index->numel() : 0, [&](int64_t n) {
             int64_t const keys = p.cu_seqlens_k != nullptr ? boundary(p, p.cu_seqlens_k, n + 1) -
                                                                  boundary(p, p.cu_seqlens_k, n)
