@@ -30,17 +30,10 @@ int64_t boundary(SparseAttnParams const& p, void const* cu, int64_t n) {
                                  : static_cast<int32_t const*>(cu)[n];
 }
 
-int64_t list_entries(SparseAttnParams const& p) {
-    BlockLists const& lists = p.lists;
-    if (lists.index == nullptr) return 0;
-    int64_t const rows = p.B * lists.heads * lists.rows;
-    return lists.row_ptr != nullptr ? lists.row_ptr[rows] : rows * lists.capacity;
-}
-
 int64_t threads_for(SparseAttnParams const& p) {
     double pairs = double(p.B) * p.Tq * p.Tk * p.Hq;
     if (p.lists.index != nullptr)
-        pairs = double(list_entries(p)) * p.lists.block_q * p.lists.block_k * p.Hq / p.lists.heads;
+        pairs = double(p.lists.entries) * p.lists.block_q * p.lists.block_k * p.Hq / p.lists.heads;
     auto const work = int64_t(pairs * double(p.K + p.V) / double(kThreadGrain));
     return std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
 }
@@ -90,7 +83,6 @@ struct Plan {
     bool cut = false;           // sums of every stretch are kept, else a thread's
     int64_t sum_bytes = 0;      // of dk and dv, all that are kept or of one thread
     bool shared_lists = false;  // the bias's gradient is a sum over key/value heads
-    int64_t entries = 0;        // of the lists
     int64_t scratch_bytes = 0;  // of a thread
     int64_t per_head = 0;       // numbers of sink logits and ramps, of one stretch
     int64_t number_bytes = 4;   // of a sum
@@ -125,7 +117,6 @@ Plan make_plan(SparseAttnParams const& p) {
         plan.sum_bytes = plan.cut ? plan.sum_bytes + bytes : std::max(plan.sum_bytes, bytes);
     }
     plan.shared_lists = p.lists.bias != nullptr && p.lists.heads == 1 && p.Hkv > 1;
-    plan.entries = list_entries(p);
     plan.per_head = 2 * (p.Hq / p.Hkv);
     return plan;
 }
@@ -142,7 +133,7 @@ struct Places {
         scratch = take(plan.threads * plan.scratch_bytes);
         sums = take((plan.cut ? 1 : plan.threads) * plan.sum_bytes);
         per_head = take(plan.stretches * plan.per_head * plan.number_bytes);
-        bias = take(plan.shared_lists ? p.Hkv * plan.entries * plan.number_bytes : 0);
+        bias = take(plan.shared_lists ? p.Hkv * p.lists.entries * plan.number_bytes : 0);
     }
     char *scratch, *sums, *per_head, *bias;
     int64_t bytes = 0;
@@ -191,7 +182,7 @@ void run_stretch(SparseAttnParams const& p, Plan const& plan, Places const& plac
     std::memset(sums.dk, 0, size_t(task.keys * K * bytes));
     std::memset(sums.dv, 0, size_t(task.keys * V * bytes));
     if (p.grad_block_bias != nullptr) {
-        sums.block_bias = plan.shared_lists ? places.bias + task.kv_head * plan.entries * bytes
+        sums.block_bias = plan.shared_lists ? places.bias + task.kv_head * p.lists.entries * bytes
                                             : static_cast<char*>(p.grad_block_bias);
     }
     char* const per_head = places.per_head + (unit.first + stretch) * plan.per_head * bytes;
@@ -246,7 +237,7 @@ int64_t sparse_attn_bwd_workspace(SparseAttnParams const& p) {
 void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void*) {
     Plan const plan = make_plan(p);
     Places const places(p, plan, workspace);
-    int64_t const numbers = plan.entries * plan.number_bytes;
+    int64_t const numbers = p.lists.entries * plan.number_bytes;
     if (p.grad_block_bias != nullptr) {
         std::memset(p.grad_block_bias, 0, size_t(numbers));
         if (plan.shared_lists) std::memset(places.bias, 0, size_t(p.Hkv * numbers));
@@ -274,8 +265,8 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void*) {
     }
     bool const wide = p.acc_dtype == Dtype::f64;
     if (plan.shared_lists && p.grad_block_bias != nullptr) {
-        (wide ? add_up<double> : add_up<float>)(p.grad_block_bias, places.bias, plan.entries, p.Hkv,
-                                                plan.entries);
+        (wide ? add_up<double> : add_up<float>)(p.grad_block_bias, places.bias, p.lists.entries,
+                                                p.Hkv, p.lists.entries);
     }
     (wide ? add_up_per_head<double> : add_up_per_head<float>)(p, plan, places.per_head);
 }

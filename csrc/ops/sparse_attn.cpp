@@ -202,8 +202,7 @@ void check_list(Checks const& c, int32_t const* begin, int32_t const* end, int64
 
 // `blocks_of(n)`: key blocks of sequence n.
 template <class BlocksOf>
-void check_lists(Checks const& c, SparseAttnParams const& p, int64_t entries,
-                 BlocksOf const& blocks_of) {
+void check_lists(Checks const& c, SparseAttnParams const& p, BlocksOf const& blocks_of) {
     BlockLists const& lists = p.lists;
     if (lists.index == nullptr) return;
     if (int64_t const all = p.B * lists.heads * lists.rows; lists.row_ptr != nullptr) {
@@ -212,7 +211,7 @@ void check_lists(Checks const& c, SparseAttnParams const& p, int64_t entries,
             c.require(lists.row_ptr[r + 1] >= lists.row_ptr[r], "block_ptr must not decrease, got ",
                       lists.row_ptr[r], " before ", lists.row_ptr[r + 1], " at position ", r + 1);
         }
-        c.require(lists.row_ptr[all] == entries, "block_ptr must end at the ", entries,
+        c.require(lists.row_ptr[all] == lists.entries, "block_ptr must end at the ", lists.entries,
                   " entries of block_index, got ", lists.row_ptr[all]);
     }
     bool const packed = p.cu_seqlens_q != nullptr;
@@ -308,7 +307,7 @@ Inputs prepare_sequences(Checks const& c, Tensor const& q, Tensor const& k, Tens
     }
     p.lists = read_lists(c, a, q, p.Hkv, cu_q.has_value(), in);
     if (kReadsValues && in_order(p, p.cu_seqlens_q, p.Tq) && in_order(p, p.cu_seqlens_k, p.Tk)) {
-        check_lists(c, p, a.block_index ? a.block_index->numel() : 0, [&](int64_t n) {
+        check_lists(c, p, [&](int64_t n) {
             int64_t const keys = p.cu_seqlens_k != nullptr ? boundary(p, p.cu_seqlens_k, n + 1) -
                                                                  boundary(p, p.cu_seqlens_k, n)
                                                            : p.Tk;
@@ -339,7 +338,7 @@ Inputs prepare_cache(Checks const& c, Tensor const& q, Tensor const& k, Tensor c
     p.lists = read_lists(c, a, q, p.Hkv, false, in);
     if (kReadsValues) {
         check_cache(c, p);
-        check_lists(c, p, a.block_index ? a.block_index->numel() : 0, [&](int64_t n) {
+        check_lists(c, p, [&](int64_t n) {
             int64_t const keys = p.cache_seqlens != nullptr ? p.cache_seqlens[n] : p.Tk;
             return (keys + p.lists.block_k - 1) / p.lists.block_k;
         });
