@@ -1,7 +1,7 @@
 """Sequence-mixing layers, under FLA's names where FLA has them."""
 
 from .abc import ABCAttention
-from .attention import Attention
+from .attention import Attention, MoBA, NativeSparseAttention
 from .based import BasedLinearAttention, ReBasedLinearAttention
 from .delta_net import DeltaNet
 from .diag_attention import DiagAttention
@@ -69,9 +69,11 @@ __all__ = [
     "LunaAttention",
     "Mamba2",
     "MesaNet",
+    "MoBA",
     "MetaLA",
     "MomAttention",
     "MultiScaleRetention",
+    "NativeSparseAttention",
     "NystromformerAttention",
     "RGLRUBlock",
     "RWKV4Attention",

@@ -1,62 +1,74 @@
-"""Causal softmax attention: the baseline that linear layers are compared with."""
+"""Causal softmax attention: over everything, over a window, by native sparse attention or MoBA."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import Cache, KVBuffer
-from ..modules import RotaryEmbedding
+from ..modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding
+from ..ops.attn_mask import AttnMask
+from ..ops.moba import parallel_moba
+from ..ops.nsa import parallel_nsa
+from ..ops.sparse_attn import block_sparse_attn
 from .common import check_mask, layer_index, layer_state, split_heads
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "MoBA", "NativeSparseAttention"]
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions and a key/value cache.
+class CausalAttention(nn.Module):
+    """Projections, rotary positions, a key/value cache and padding around a way to attend.
 
     Args:
         hidden_size: width of input and output.
         num_heads: query heads.
         num_kv_heads: key and value heads; default ``num_heads``.
+        head_dim: channels of a head; default ``hidden_size // num_heads``.
         qkv_bias: biases in the q, k, v projections.
-        rope_theta: base of the rotary embedding.
+        qk_norm: RMSNorm of the heads' queries and keys.
+        rope_theta: base of the rotary embedding; None: no positions.
         layer_idx: place in the cache; needed to use one.
 
     Raises:
         ValueError: sizes that do not divide.
-
-    Source: Attention Is All You Need, arXiv:1706.03762.
     """
 
     def __init__(
         self,
-        hidden_size: int = 2048,
-        num_heads: int = 32,
-        num_kv_heads: int | None = None,
-        qkv_bias: bool = False,
-        rope_theta: float = 10000.0,
-        layer_idx: int | None = None,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        qkv_bias: bool,
+        qk_norm: bool,
+        rope_theta: float | None,
+        layer_idx: int | None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if hidden_size % num_heads or num_heads % num_kv_heads:
+        if (head_dim is None and hidden_size % num_heads) or num_heads % num_kv_heads:
             raise ValueError(
-                "Attention: hidden_size must be a multiple of num_heads, and num_heads of "
-                f"num_kv_heads, got {hidden_size}, {num_heads} and {num_kv_heads}"
+                f"{type(self).__name__}: hidden_size must be a multiple of num_heads, and "
+                f"num_heads of num_kv_heads, got {hidden_size}, {num_heads} and {num_kv_heads}"
             )
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.head_dim = hidden_size // num_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.layer_idx = layer_idx
-        kv_dim = self.head_dim * num_kv_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        q_dim, kv_dim = self.head_dim * num_heads, self.head_dim * num_kv_heads
+        self.q_proj = nn.Linear(hidden_size, q_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.rotary = RotaryEmbedding(self.head_dim, rope_theta)
+        self.o_proj = nn.Linear(q_dim, hidden_size, bias=False)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm = RMSNorm(self.head_dim)
+            self.k_norm = RMSNorm(self.head_dim)
+        self.rotary = None if rope_theta is None else RotaryEmbedding(self.head_dim, rope_theta)
 
     def forward(
         self,
@@ -76,36 +88,72 @@ class Attention(nn.Module):
             ValueError: a mask of another shape, ``cu_seqlens`` with a mask or a cache, or a cache
                 while autograd records.
         """
-        B, T, _ = hidden_states.shape
+        name = type(self).__name__
+        T = hidden_states.shape[1]
         state = layer_state(self, self.layer_idx, past_key_values)
         past = None if state is None else state.attn_state
         start = 0 if past is None else past.length
         if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
-            raise ValueError("Attention: pass cu_seqlens without attention_mask and cache")
-        # Rotation makes scores depend on distances alone, so left padding may count as positions.
-        q = self.rotary(split_heads(self.q_proj(hidden_states), self.head_dim), start)
-        k = self.rotary(split_heads(self.k_proj(hidden_states), self.head_dim), start)
-        v = split_heads(self.v_proj(hidden_states), self.head_dim)
+            raise ValueError(f"{name}: pass cu_seqlens without attention_mask and cache")
+        q, k, v = self._project(hidden_states, start)
         if past_key_values is not None:
             k, v = self._remember(k, v, past, past_key_values if use_cache else None)
+        gates = self._gates(hidden_states)
+        if attention_mask is not None:
+            check_mask(attention_mask, hidden_states.shape[0], k.shape[1])
+            attention_mask = attention_mask[:, -k.shape[1] :] != 0
+            if T == 1 and self._reads_all:
+                o = self._one_token(q, k, v, attention_mask)
+                return self.o_proj(o.flatten(-2)), None, past_key_values
+            if bool(attention_mask.all()):
+                attention_mask = None
+        if attention_mask is None:
+            o = self._attend(q, k, v, gates, cu_seqlens, cu_seqlens)
+        else:
+            o = self._unpadded(q, k, v, gates, attention_mask)
+        return self.o_proj(self._finish(o, hidden_states).flatten(-2)), None, past_key_values
 
-        mask = self._mask(B, T, k.shape[1], attention_mask, cu_seqlens, q.device)
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.num_heads != self.num_kv_heads,
+    _reads_all = False  # nothing but softmax over all earlier tokens
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+    ) -> Tensor:
+        """Queries, the last tokens of the keys' sequences, over them."""
+        raise NotImplementedError
+
+    def _gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """``[B, T, ...]`` each, what else attention needs of the queries' tokens."""
+        return ()
+
+    def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
+        return o
+
+    def _project(self, hidden_states: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            split_heads(projection(hidden_states), self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_values
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            # Scores depend on distances alone, so left padding may count as positions.
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        return q, k, v
 
     def _remember(
         self, k: Tensor, v: Tensor, past: KVBuffer | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """All keys and values, old and new; kept in ``cache`` unless it is None."""
         if torch.is_grad_enabled() and k.requires_grad:
-            raise ValueError("Attention: past_key_values is for inference; use torch.no_grad()")
+            raise ValueError(
+                f"{type(self).__name__}: past_key_values is for inference; use torch.no_grad()"
+            )
         if cache is None:
             if past is None:
                 return k, v
@@ -120,26 +168,286 @@ class Attention(nn.Module):
         cache.update(index, attn_state=past, offset=new_tokens)
         return k, v
 
+    def _unpadded(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], mask: Tensor
+    ) -> Tensor:
+        """Attention among what ``mask [B, S]`` says are tokens, zeros at padding."""
+        B, T, H = q.shape[:3]
+        own = mask[:, mask.shape[1] - T :]
+        queries, keys = own.flatten().nonzero().flatten(), mask.flatten().nonzero().flatten()
+        cuts = [F.pad(m.sum(1).cumsum(0), (1, 0)).int() for m in (own, mask)]
+        q, *gates_ = (x.flatten(0, 1).index_select(0, queries)[None] for x in (q, *gates))
+        k, v = (x.flatten(0, 1).index_select(0, keys)[None] for x in (k, v))
+        o = self._attend(q, k, v, tuple(gates_), *cuts)
+        rows = o.new_zeros(B * T, H, o.shape[3]).index_copy(0, queries, o[0])
+        return rows.view(B, T, H, -1)
+
     @staticmethod
-    def _mask(
-        batch: int,
-        time: int,
-        keys: int,
-        attention_mask: Tensor | None,
+    def _one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The last token over the cache as it is, padding masked instead of taken out."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        # A padding query may see itself: a row without any key would become NaN.
+        seen = torch.cat([mask[:, :-1], torch.ones_like(mask[:, -1:])], 1)[:, None, None]
+        grouped = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        return o.transpose(1, 2)
+
+
+class Attention(CausalAttention):
+    """Causal multi-head attention, over all earlier tokens or the last few of them.
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; default ``num_heads``.
+        qkv_bias: biases in the q, k, v projections.
+        qk_norm: RMSNorm of the heads' queries and keys.
+        window_size: tokens that a query sees, itself among them; default all.
+        rope_theta: base of the rotary embedding; None: no positions.
+        layer_idx: place in the cache; needed to use one.
+        head_dim: channels of a head; default ``hidden_size // num_heads``.
+        sinks: learn ``sinks [num_heads]``, the score of one more key without a value (GPT-OSS).
+        sink_tokens: first tokens that are seen beside the window (StreamingLLM).
+        softcap: of scores, ``c tanh(s / c)`` (Gemma 2); 0: none.
+
+    Raises:
+        ValueError: sizes that do not divide.
+
+    Parameter names are FLA's. Attention over everything is PyTorch's
+    ``scaled_dot_product_attention``; all else runs on the block-sparse engine.
+
+    Source: Attention Is All You Need, arXiv:1706.03762; Longformer, arXiv:2004.05150 (window).
+
+    Example:
+        >>> layer = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, window_size=16)
+        >>> layer(torch.randn(1, 100, 64))[0].shape
+        torch.Size([1, 100, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 32,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        window_size: int | None = None,
+        rope_theta: float | None = 10000.0,
+        layer_idx: int | None = None,
+        head_dim: int | None = None,
+        sinks: bool = False,
+        sink_tokens: int = 0,
+        softcap: float = 0.0,
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta, layer_idx
+        )
+        if window_size is not None and window_size < 1:
+            raise ValueError(f"Attention: window_size must be positive, got {window_size}")
+        self.window_size = window_size
+        self.sink_tokens = sink_tokens
+        self.softcap = softcap
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+
+    @property
+    def _reads_all(self) -> bool:
+        return self.window_size is None and self.sinks is None and not self.softcap
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
         cu_seqlens: Tensor | None,
-        device: torch.device,
-    ) -> Tensor | None:
-        """``[B or 1, 1, T, S]``, True where attention is allowed; None where causality says all."""
-        if attention_mask is None and cu_seqlens is None and (time == 1 or time == keys):
-            return None
-        row = torch.arange(keys - time, keys, device=device)[:, None]
-        column = torch.arange(keys, device=device)
-        allowed = (column <= row)[None]
-        if cu_seqlens is not None:
-            owner = torch.searchsorted(cu_seqlens[1:].long(), column, right=True)
-            allowed = allowed & (owner[:, None] == owner)
-        if attention_mask is not None:
-            check_mask(attention_mask, batch, keys)
-            # A padding query may see itself: a row without any key would become NaN.
-            allowed = allowed & ((attention_mask[:, None, :] != 0) | (column == row))
-        return allowed[:, None]
+        cu_seqlens_k: Tensor | None,
+    ) -> Tensor:
+        Tq, Tk = q.shape[1], k.shape[1]
+        if self._reads_all and cu_seqlens is None and Tq in (1, Tk):
+            o = F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                is_causal=Tq > 1,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+            return o.transpose(1, 2)
+        left = -1 if self.window_size is None else self.window_size - 1
+        if left >= 0 and cu_seqlens is None and not self.sink_tokens:
+            k, v = (x[:, max(Tk - Tq - left, 0) :] for x in (k, v))
+        mask = AttnMask(causal=True, left=left, sinks=self.sink_tokens)
+        return block_sparse_attn(
+            q, k, v, None, mask, softcap=self.softcap, sink_logits=self.sinks,
+            cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+
+
+class NativeSparseAttention(CausalAttention):
+    """Compressed, selected and recent keys, mixed by gates of the token (:func:`parallel_nsa`).
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, each with its own selection; default ``num_heads``.
+        head_dim: channels of a head.
+        qkv_bias: biases in the q, k, v projections.
+        block_size: tokens of a selected block, 16, 32, 64 or 128.
+        block_counts: selected blocks of a token.
+        window_size: recent tokens.
+        rope_theta: base of the rotary embedding; None: no positions.
+        layer_idx: place in the cache; needed to use one.
+        cmp_length, cmp_stride: tokens of a compressed window, and from one to the next; default
+            ``block_size``, FLA's setting. The paper's: 32 and 16.
+
+    Raises:
+        ValueError: sizes that do not divide.
+
+    Parameter names are FLA's. Steps from a cache compress its keys again.
+
+    Source: Native Sparse Attention, arXiv:2502.11089.
+
+    Example:
+        >>> layer = NativeSparseAttention(64, num_heads=4, num_kv_heads=1, head_dim=16)
+        >>> layer(torch.randn(1, 100, 64))[0].shape
+        torch.Size([1, 100, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 64,
+        num_kv_heads: int | None = 4,
+        head_dim: int = 64,
+        qkv_bias: bool = False,
+        block_size: int = 64,
+        block_counts: int = 16,
+        window_size: int = 512,
+        rope_theta: float | None = 10000.0,
+        layer_idx: int | None = None,
+        cmp_length: int | None = None,
+        cmp_stride: int | None = None,
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads, head_dim, qkv_bias, False, rope_theta, layer_idx
+        )
+        self.g_proj = nn.Linear(hidden_size, num_heads * 3, bias=False)
+        self.block_size = block_size
+        self.block_counts = block_counts
+        self.window_size = window_size
+        self.cmp_length = cmp_length
+        self.cmp_stride = cmp_stride
+
+    def _gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        return (split_heads(self.g_proj(hidden_states), 3).sigmoid(),)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+    ) -> Tensor:
+        if cu_seqlens is not None and cu_seqlens_k is not None and q.shape[1] != k.shape[1]:
+            # behind a cache, padded: compressed keys stand at other places in each sequence
+            rows = zip(pairwise(cu_seqlens.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+            return torch.cat(
+                [
+                    self._attend(
+                        q[:, s:e], k[:, t:u], v[:, t:u], (gates[0][:, s:e],), None, None
+                    )
+                    for (s, e), (t, u) in rows
+                ],
+                1,
+            )
+        return parallel_nsa(
+            q, k, v, *gates[0].unbind(-1),
+            block_counts=self.block_counts, block_size=self.block_size,
+            window_size=self.window_size, cu_seqlens=cu_seqlens,
+            cmp_length=self.cmp_length, cmp_stride=self.cmp_stride,
+        )  # fmt: skip
+
+
+class MoBA(CausalAttention):
+    """Attention over the blocks whose mean key fits a query best (:func:`parallel_moba`).
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; default ``num_heads``.
+        qkv_bias: biases in the q, k, v projections.
+        qk_norm: RMSNorm of the heads' queries and keys.
+        rope_theta: base of the rotary embedding; None: no positions.
+        layer_idx: place in the cache; needed to use one.
+        moba_chunk_size: tokens of a block, a multiple of 16.
+        moba_topk: blocks of a query, its own among them.
+        use_output_gate: multiply heads by a gate of the token.
+        full_decode: a single token reads all of the cache, as the paper has it; else its best
+            blocks, as in training.
+
+    Raises:
+        ValueError: sizes that do not divide.
+
+    Parameter names are FLA's.
+
+    Source: MoBA, arXiv:2502.13189.
+
+    Example:
+        >>> layer = MoBA(64, num_heads=4, moba_chunk_size=16, moba_topk=2)
+        >>> layer(torch.randn(1, 100, 64))[0].shape
+        torch.Size([1, 100, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 32,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        rope_theta: float | None = 10000.0,
+        layer_idx: int | None = None,
+        moba_chunk_size: int = 256,
+        moba_topk: int = 4,
+        use_output_gate: bool = False,
+        full_decode: bool = True,
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads, None, qkv_bias, qk_norm, rope_theta, layer_idx
+        )
+        self.moba_chunk_size = moba_chunk_size
+        self.moba_topk = moba_topk
+        self.full_decode = full_decode
+        self.use_output_gate = use_output_gate
+        if use_output_gate:
+            self.g_proj = nn.Sequential(
+                nn.Linear(hidden_size, self.head_dim, bias=False),
+                nn.Linear(self.head_dim, hidden_size, bias=False),
+            )
+            self.o_norm: nn.Module = FusedRMSNormGated(
+                self.head_dim, activation="sigmoid", eps=1e-6
+            )
+        else:
+            self.o_norm = RMSNorm(self.head_dim, eps=1e-6)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+    ) -> Tensor:
+        cuts = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+        behind = q.shape[1] != k.shape[1]
+        one = q.shape[1] == 1 if cu_seqlens is None else q.shape[1] < cu_seqlens.shape[0]
+        if self.full_decode and behind and one:
+            return block_sparse_attn(q, k, v, None, AttnMask(causal=True), **cuts)
+        return parallel_moba(
+            q, k, v, **cuts, chunk_size=self.moba_chunk_size, topk=self.moba_topk
+        )
+
+    def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
+        if not self.use_output_gate:
+            return self.o_norm(o)
+        return self.o_norm(o, split_heads(self.g_proj(hidden_states), self.head_dim))

@@ -59,6 +59,8 @@ def _inner_head_dim(config: ModelConfig) -> int:
 
 MIXERS: dict[str, Builder] = {
     "attention": _mixer(layers.Attention),
+    "moba": _mixer(layers.MoBA),
+    "nsa": _mixer(layers.NativeSparseAttention, num_kv_heads=_none, head_dim=_head_dim),
     "gla": _mixer(layers.GatedLinearAttention),
     "based": _mixer(layers.BasedLinearAttention, num_key_value_heads=_heads),
     "lightning": _mixer(layers.LightningAttention, num_layers=_layers),

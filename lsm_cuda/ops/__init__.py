@@ -98,6 +98,8 @@ from .mlstm import (
     mlstm_siging_chunkwise,
     mlstm_step,
 )
+from .moba import parallel_moba
+from .nsa import nsa_compression, nsa_topk, parallel_nsa
 from .prefix_scan import PrefixScanState, prefix_scan
 from .regla import chunk_regla, log_refined_gate, regla_step
 from .retention import (
@@ -295,7 +297,11 @@ __all__ = [
     "mlstm_recurrent_step",
     "mlstm_siging_chunkwise",
     "mlstm_step",
+    "nsa_compression",
+    "nsa_topk",
     "parallel_based",
+    "parallel_moba",
+    "parallel_nsa",
     "parallel_rebased",
     "parallel_retention",
     "parallel_simple_gla",

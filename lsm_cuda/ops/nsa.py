@@ -1,0 +1,254 @@
+"""Native sparse attention: compressed, selected and recent keys, mixed by gates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import check_rank, check_shape
+from ._select import Layout, choose_blocks, pool_mean, select, token_lists
+from .attn_mask import AttnMask
+from .block_lists import BlockLists
+from .sparse_attn import block_sparse_attn
+
+__all__ = ["nsa_compression", "nsa_topk", "parallel_nsa"]
+
+
+def nsa_compression(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    block_size: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    stride: int | None = None,
+    tokens: int | None = None,
+    cu_seqlens_cmp: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The compressed branch: attention over the windows that lie wholly in a query's past.
+
+    Args:
+        q: ``[B, T, HQ, K]``.
+        k_cmp, v_cmp: a key and a value of every window, ``[B, TC, H, K]`` and ``[B, TC, H, V]``.
+        block_size: tokens of a window.
+        scale: default ``K ** -0.5``.
+        cu_seqlens: ``[N + 1]`` of the queries, packed into one row.
+        stride: tokens from one window to the next; default ``block_size``.
+        tokens: keys of a batch row before compression, of which the queries are the last; default
+            T.
+        cu_seqlens_cmp: of the windows, beside ``cu_seqlens``.
+
+    Returns:
+        o ``[B, T, HQ, V]`` and log-sum-exp ``[B, HQ, T]``, 0 and -inf where no window is visible.
+
+    Source: Native Sparse Attention, arXiv:2502.11089, eq. 7.
+
+    Example:
+        >>> q, k = torch.randn(1, 64, 2, 16), torch.randn(1, 4, 1, 16)
+        >>> nsa_compression(q, k, k, 16)[1][0, 0, 14:16].isfinite().tolist()
+        [False, True]
+    """
+    T = q.shape[1]
+    offset = 0 if tokens is None else tokens - T
+    stride = block_size if stride is None else stride
+    past = AttnMask(
+        causal=True, align_end=False, offset=offset, key_stride=stride, key_length=block_size
+    )
+    o, lse = block_sparse_attn(
+        q, k_cmp, v_cmp, None, past, scale,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_cmp, return_lse=True,
+    )  # fmt: skip
+    return o, lse
+
+
+def nsa_topk(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    block_counts: int | Tensor = 16,
+    block_size: int = 64,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    tokens: int | None = None,
+    first: int = 1,
+    local: int = 2,
+) -> Tensor:
+    """The blocks that a group of heads gives the most of its compressed attention.
+
+    A window's probability counts for the blocks it overlaps, by how far. The first block, and the
+    query's own with the one before it, come before all others. No gradient passes.
+
+    Args:
+        q, k_cmp, scale, cu_seqlens, tokens: as :func:`nsa_compression`.
+        lse: what it returns, ``[B, HQ, T]``.
+        block_counts: blocks of each query, or ``[B, T, H]`` of each query and group.
+        block_size: tokens of a block.
+        length, stride: of the windows; default ``block_size``.
+        first, local: blocks that come first.
+
+    Returns:
+        ``[B, H, T, S]`` int32, S the largest count: ascending, -1 at the end.
+
+    Source: Native Sparse Attention, arXiv:2502.11089, eq. 8-12.
+
+    Example:
+        >>> q, k = torch.randn(1, 64, 2, 16), torch.randn(1, 4, 1, 16)
+        >>> lse = nsa_compression(q, k, k, 16)[1]
+        >>> nsa_topk(q, k, lse, 2, 16, local=1)[0, 0, 40].tolist()
+        [0, 2]
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    length = block_size if length is None else length
+    stride = length if stride is None else stride
+    if length % stride or block_size % stride:
+        raise ValueError(
+            "nsa_topk: stride must divide length and block_size, got "
+            f"{stride}, {length} and {block_size}"
+        )
+    layout = Layout.of(q, q.shape[1] if tokens is None else tokens, cu_seqlens)
+    count = block_counts if isinstance(block_counts, int) else int(block_counts.max())
+    groups = k_cmp.shape[2]
+    per_block, reach = block_size // stride, length // stride
+    mass = lse.transpose(1, 2).unflatten(2, (groups, -1))  # [B, T, H, G]
+
+    def score(product: Tensor, at: slice, position: Tensor) -> Tensor:
+        window = torch.arange(product.shape[-1], device=q.device)
+        seen = window * stride + length - 1 <= position[:, None]
+        p = (scale * product - mass[:, at, ..., None].to(product.dtype)).exp()
+        p = p.masked_fill(~seen[:, None, None], 0).sum(3)  # [B, t, H, windows]
+        spread = F.pad(p, (reach - 1, 0))
+        unit = sum(spread[..., i : i + p.shape[-1]] for i in range(reach))
+        unit = F.pad(unit, (0, -p.shape[-1] % per_block))
+        return unit.unflatten(-1, (-1, per_block)).sum(-1)
+
+    def choose(scores: Tensor, own: Tensor) -> Tensor:
+        return choose_blocks(scores, own, count, first, local)
+
+    if isinstance(block_counts, int):
+        return select(q, k_cmp, layout, block_size, stride, score, choose)
+    # counts of their own: the best of each, which the ranking of all of them has in front
+    check_shape("nsa", "block_counts", block_counts, "[B, T, H]", (*q.shape[:2], groups))
+    ranks = [
+        select(
+            q, k_cmp, layout, block_size, stride, score,
+            lambda s, own, n=n: F.pad(choose_blocks(s, own, n, first, local), (0, count - n), value=-1),
+        )
+        for n in sorted({*block_counts.flatten().tolist()})
+    ]  # fmt: skip
+    which = torch.bucketize(block_counts, block_counts.unique()).transpose(1, 2)
+    return torch.stack(ranks).gather(0, which[None, ..., None].expand(1, *ranks[0].shape))[0]
+
+
+def parallel_nsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_cmp: Tensor | None = None,
+    g_slc: Tensor | None = None,
+    g_swa: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    block_counts: int | Tensor = 16,
+    block_size: int = 64,
+    window_size: int = 0,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    cmp_length: int | None = None,
+    cmp_stride: int | None = None,
+) -> Tensor:
+    r"""Native sparse attention: ``o = g_cmp · o_cmp + g_slc · o_slc + g_swa · o_swa``.
+
+    Every query attends to compressed keys, one per window of its past; to the tokens of the blocks
+    that its group of heads gives most of that attention (:func:`nsa_topk`); and to its last
+    ``window_size`` tokens. All three are trained through; the choice of blocks is not.
+
+    Args:
+        q: queries ``[B, TQ, HQ, K]``, bf16, fp16 or fp32 (CUDA), any float (CPU). TQ may be less
+            than T: they are the sequence's last tokens then, for decoding from a cache.
+        k, v: keys ``[B, T, H, K]`` and values ``[B, T, H, V]``; HQ a multiple of H.
+        g_cmp, g_slc, g_swa: gates ``[B, TQ, HQ]``, after their sigmoid. Without ``g_cmp`` there is
+            no compressed branch, and ``block_indices`` is needed; without ``g_slc`` or ``g_swa``
+            it is 1.
+        block_indices: blocks to take instead of the chosen ones, ``[B, TQ, H, S]``, any order, -1
+            for none. A block named twice counts once.
+        block_counts: blocks of each query, or ``[B, TQ, H]``.
+        block_size: tokens of a block, 16, 32, 64 or 128.
+        window_size: recent tokens, the query's own among them; 0: no such branch.
+        scale: default ``K ** -0.5``.
+        cu_seqlens: ``[N + 1]`` boundaries of sequences packed into one row (B = 1, TQ = T).
+        k_cmp, v_cmp: compressed keys and values of a layer's own, one per window
+            ``[B, TC, H, ·]``; default: means. Not with ``cu_seqlens``.
+        cmp_length, cmp_stride: tokens of a window, and from one to the next; default
+            ``block_size``, FLA's setting. The paper's: 32 and 16.
+
+    Returns:
+        ``[B, TQ, HQ, V]`` in the dtype of v.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: neither ``g_cmp`` nor ``block_indices``; ``cmp_stride`` that divides neither
+            ``cmp_length`` nor ``block_size``.
+
+    Source: Native Sparse Attention, arXiv:2502.11089.
+
+    Example:
+        >>> q = torch.randn(1, 100, 16, 32)
+        >>> k, v = torch.randn(1, 100, 1, 32), torch.randn(1, 100, 1, 32)
+        >>> g = torch.rand(3, 1, 100, 16)
+        >>> parallel_nsa(q, k, v, *g, block_counts=2, block_size=16, window_size=32).shape
+        torch.Size([1, 100, 16, 32])
+    """
+    for name, x, dims in (("q", q, "[B, TQ, HQ, K]"), ("k", k, "[B, T, H, K]")):
+        check_rank("nsa", name, x, dims)
+    for name, g in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
+        if g is not None:
+            check_shape("nsa", name, g, "[B, TQ, HQ]", q.shape[:3])
+    if g_cmp is None and block_indices is None:
+        raise ValueError("parallel_nsa: needs block_indices where there is no g_cmp to choose by")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    length = block_size if cmp_length is None else cmp_length
+    stride = length if cmp_stride is None else cmp_stride
+    o_cmp = None
+    if g_cmp is not None:
+        layout = Layout.of(q, k.shape[1], cu_seqlens)
+        cu_cmp = None
+        if k_cmp is None or v_cmp is None:
+            (k_cmp, cu_cmp), (v_cmp, _) = (pool_mean(x, layout, length, stride) for x in (k, v))
+        o_cmp, lse = nsa_compression(
+            q, k_cmp, v_cmp, length, scale, cu_seqlens,
+            stride=stride, tokens=k.shape[1], cu_seqlens_cmp=cu_cmp,
+        )  # fmt: skip
+        if block_indices is None:
+            chosen = nsa_topk(
+                q, k_cmp, lse.detach(), block_counts, block_size, scale, cu_seqlens,
+                length=length, stride=stride, tokens=k.shape[1],
+            )  # fmt: skip
+    if block_indices is None:
+        lists = token_lists(chosen, k, block_size, cu_seqlens, cu_seqlens)
+    else:
+        indices = block_indices.transpose(1, 2)
+        T = q.shape[1], k.shape[1]
+        lists = BlockLists.from_indices(indices, *T, 1, block_size, cu_seqlens, cu_seqlens)
+    causal = AttnMask(causal=True)
+    o = block_sparse_attn(q, k, v, lists, causal, scale, cu_seqlens=cu_seqlens)
+    if g_slc is not None:
+        o = gated(o, g_slc)
+    if o_cmp is not None:
+        o = o + gated(o_cmp, g_cmp)
+    if window_size > 0:
+        recent = AttnMask(causal=True, left=window_size - 1)
+        o_swa = block_sparse_attn(q, k, v, None, recent, scale, cu_seqlens=cu_seqlens)
+        o = o + (o_swa if g_swa is None else gated(o_swa, g_swa))
+    return o
+
+
+def gated(o: Tensor, g: Tensor | None) -> Tensor:
+    assert g is not None
+    return o * g[..., None].to(o.dtype)

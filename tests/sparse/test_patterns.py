@@ -1,0 +1,165 @@
+"""Static patterns: each is the set of its paper, and attends as dense attention under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from dense import assert_same_attention, dense_attention, qkv
+
+from lsm_cuda import sparse
+from lsm_cuda.sparse import Pattern
+
+T, H = 70, 4
+Count = Callable[[int, int, int], int]  # of head, query and key
+
+BLOCK_BERT = [[1, 0, 3, 4, 6, 5, 2], [2, 1, 0, 6, 5, 4, 3], [*range(7)], [6, 5, 4, 3, 2, 1, 0]]
+
+
+def longnet(h: int, t: int, j: int) -> int:
+    def kept(n, w, r):
+        return n % w % r == h % r
+
+    return sum(
+        kept(t, w, r) and kept(j, w, r) and t // w == j // w and j <= t
+        for w, r in ((8, 1), (16, 2), (48, 4))
+    )
+
+
+def block_diffusion(h: int, t: int, j: int) -> int:
+    n, b = T // 2, 6
+    if t < n:
+        return t // b == j // b if j < n else (j - n) // b < t // b
+    return j >= n and (j - n) // b <= (t - n) // b
+
+
+def s2(h: int, t: int, j: int) -> int:
+    shift = 4 if h >= H // 2 else 0
+    return (t + shift) // 8 == (j + shift) // 8 and j <= t
+
+
+def with_globals(count: int, rest: Count) -> Count:
+    return lambda h, t, j: t < count or j < count or rest(h, t - count, j - count)
+
+
+# A pattern of T tokens and H heads, and how often query t of head h reads key j.
+PATTERNS: dict[str, tuple[Pattern, Count]] = {
+    "sliding_window": (sparse.sliding_window(5), lambda h, t, j: t - 5 < j <= t),
+    "sliding_window-both": (sparse.sliding_window(5, False), lambda h, t, j: abs(t - j) <= 5),
+    "sink_window": (sparse.sink_window(5, 3), lambda h, t, j: j <= t and (j < 3 or j > t - 5)),
+    "block_streaming": (
+        sparse.block_streaming(T, 16, 1, 2),
+        lambda h, t, j: j <= t and (j < 16 or t // 16 - j // 16 < 2),
+    ),
+    "strided": (
+        sparse.sparse_transformer_strided(9),
+        lambda h, t, j: j <= t and (j > t - 9 if h < H // 2 else (t - j) % 9 == 0),
+    ),
+    "fixed": (
+        sparse.sparse_transformer_fixed(12, 3),
+        lambda h, t, j: j <= t and (j // 12 == t // 12 if h < H // 2 else j % 12 >= 9),
+    ),
+    "log_sparse": (
+        sparse.log_sparse(),
+        lambda h, t, j: j == t or (t > j and (t - j) & (t - j - 1) == 0),
+    ),
+    "log_sparse-window": (
+        sparse.log_sparse(6),
+        lambda h, t, j: t - 6 < j <= t or (t > j and (t - j) & (t - j - 1) == 0),
+    ),
+    "longnet": (sparse.longnet([8, 16, 48], [1, 2, 4]), longnet),
+    "big_bird": (sparse.big_bird(T, H, 16, 1, 0, 0), lambda h, t, j: t // 16 == j // 16),
+    "longformer": (
+        sparse.longformer(4, 3),
+        with_globals(3, lambda h, t, j: abs(t - j) <= 4),
+    ),
+    "longformer-dilated": (
+        sparse.longformer(4, 0, [1, 2]),
+        lambda h, t, j: (
+            abs(t - j) <= 4 if h < H // 2 else abs(t - j) <= 8 and (t - j) % 2 == 0
+        ),
+    ),
+    "longformer-causal": (
+        sparse.longformer(4, 3, causal=True),
+        lambda h, t, j: j <= t and (t - j <= 4 or j < 3),
+    ),
+    "etc": (sparse.etc(2, 4), with_globals(2, lambda h, t, j: abs(t - j) <= 4)),
+    "gmat": (
+        sparse.gmat(2, sparse.chunked_local(7, causal=False)),
+        with_globals(2, lambda h, t, j: t // 7 == j // 7),
+    ),
+    "star": (sparse.star(), with_globals(1, lambda h, t, j: abs(t - j) <= 1)),
+    "block_bert": (
+        sparse.block_bert(T, BLOCK_BERT),
+        lambda h, t, j: j // 10 == BLOCK_BERT[h][t // 10],
+    ),
+    "axial-0": (sparse.axial((7, 10), 0), lambda h, t, j: t % 10 == j % 10),
+    "axial-1": (sparse.axial((7, 10), 1), lambda h, t, j: t // 10 == j // 10),
+    "spatial": (sparse.spatio_temporal(7, 2, 5)[0], lambda h, t, j: t // 10 == j // 10),
+    "spatial-windows": (
+        sparse.spatio_temporal(1, 7, 10, 1)[0],
+        lambda h, t, j: t == j,
+    ),
+    "temporal": (sparse.spatio_temporal(7, 2, 5)[1], lambda h, t, j: t % 10 == j % 10),
+    "s2_attn": (sparse.s2_attn(8), s2),
+    "block_diffusion": (sparse.block_diffusion(6), block_diffusion),
+    "prefix_lm": (sparse.prefix_lm(9), lambda h, t, j: j <= t or j < 9),
+    "chunked_local": (sparse.chunked_local(9), lambda h, t, j: j <= t and t // 9 == j // 9),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern_is_the_set_of_its_paper(name):
+    pattern, count = PATTERNS[name]
+    want = torch.tensor(
+        [[[int(count(h, t, j)) for j in range(T)] for t in range(T)] for h in range(H)]
+    )
+    assert torch.equal(pattern.to_dense(T, H), want)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern_attends_as_dense(name, heads):
+    pattern, _ = PATTERNS[name]
+    leaves = qkv(T, *heads)
+    want = dense_attention(*leaves, pattern.to_dense(T, H))
+    assert_same_attention(pattern.attend(*leaves), want, *leaves)
+
+
+def test_big_bird_has_window_ends_and_random_blocks():
+    generator = torch.Generator().manual_seed(1)
+    dense = sparse.big_bird(16 * 12 + 3, 2, 16, 3, 1, 2, generator).to_dense(16 * 12 + 3, 2)
+    blocks = dense[:, ::16, ::16]
+    row = torch.arange(13)
+    fixed = ((row[:, None] - row).abs() <= 1) | (row == 0) | (row == 12)
+    fixed |= ((row == 0) | (row == 12))[:, None]
+    assert bool((blocks[:, fixed] == 1).all())
+    assert ((blocks.sum(-1) - fixed.sum(-1))[:, 1:-1] == 2).all()  # random ones
+    assert not torch.equal(blocks[0], blocks[1])
+    assert torch.equal(dense, blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[
+        :, : 16 * 12 + 3, : 16 * 12 + 3
+    ])  # fmt: skip
+
+
+def test_density_and_drawing(tmp_path):
+    pytest.importorskip("matplotlib")
+    pattern = sparse.sliding_window(2)
+    assert pattern.density(4) == 7 / 16
+    assert pattern.plot(tmp_path / "window.png", 16, 2).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sparse.sliding_window(0), "window_size must be positive, got 0"),
+        (lambda: sparse.sparse_transformer_fixed(8, 3), "width must divide stride, got 3 and 8"),
+        (lambda: sparse.longnet([4], [1, 2]), r"as many segments as rates, got \[4\] and \[1, 2\]"),
+        (lambda: sparse.block_bert(5, [[0, 1]]), "multiple of the blocks, got 5 and 2"),
+        (lambda: sparse.spatio_temporal(1, 4, 4, 3), "window must divide height and width, got 3"),
+        (lambda: sparse.block_diffusion(2).to_dense(5), "T must be even"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
