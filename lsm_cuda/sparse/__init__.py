@@ -1,5 +1,24 @@
 """Sparse attention by method: patterns, routed and learned selection, and key/value caches."""
 
+from .kv_cache import KVCache, Policy, attention_mass
+from .kv_policies import (
+    H2O,
+    TOVA,
+    ClusterKV,
+    DoubleSparsity,
+    DuoAttention,
+    FastGen,
+    LongHeads,
+    LServe,
+    MagicPIG,
+    PQCache,
+    Quest,
+    ReSA,
+    RetrievalAttention,
+    ShadowKV,
+    SnapKV,
+    StreamingLLM,
+)
 from .patterns import (
     Pattern,
     axial,
@@ -24,7 +43,26 @@ from .patterns import (
 )
 
 __all__ = [
+    "H2O",
+    "TOVA",
+    "ClusterKV",
+    "DoubleSparsity",
+    "DuoAttention",
+    "FastGen",
+    "KVCache",
+    "LServe",
+    "LongHeads",
+    "MagicPIG",
+    "PQCache",
     "Pattern",
+    "Policy",
+    "Quest",
+    "ReSA",
+    "RetrievalAttention",
+    "ShadowKV",
+    "SnapKV",
+    "StreamingLLM",
+    "attention_mass",
     "axial",
     "big_bird",
     "block_bert",

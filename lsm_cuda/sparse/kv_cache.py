@@ -1,0 +1,242 @@
+"""A key/value cache with a policy: which tokens a step keeps, and which of them it reads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache import KVBuffer
+from ..modules import RotaryEmbedding
+from ..ops._common import accumulation_dtype
+from ..ops._select import stretches
+from ..ops.attn_mask import AttnMask
+from ..ops.block_lists import BlockLists
+from ..ops.sparse_attn import block_sparse_attn
+
+__all__ = ["KVCache", "Policy", "attention_mass"]
+
+
+class Policy:
+    """What a :class:`KVCache` keeps and reads. A policy holds the state of one cache.
+
+    This one keeps and reads everything.
+    """
+
+    cache: KVCache
+
+    def begin(self, q: Tensor, lse: Tensor) -> None:
+        """After the prompt: its queries ``[B, T, Hq, K]`` and their log-sum-exps ``[B, Hq, T]``."""
+
+    def append(self) -> None:
+        """After one more token was put at the end of the cache."""
+
+    def attend(self, q: Tensor) -> Tensor:
+        """The last token's query ``[B, 1, Hq, K]`` over the cache, ``[B, 1, Hq, V]``."""
+        o: Tensor = block_sparse_attn(q, *self.cache.kept(), scale=self.cache.scale)
+        return o
+
+
+class KVCache:
+    """Keys and values of one attention layer while it generates.
+
+    Args:
+        policy: which of them are kept and read; see :mod:`lsm_cuda.sparse.kv_policies`. Default:
+            all.
+        scale: of scores; default ``K ** -0.5``.
+        rotary: if given, queries and keys come without positions and are turned here, by their
+            place in the cache: a policy that drops tokens moves the others together.
+
+    Every policy of tokens to keep or to read works on prompts and steps alike through two calls.
+
+    Example:
+        >>> from lsm_cuda.sparse import StreamingLLM
+        >>> cache = KVCache(StreamingLLM(window=8, sinks=2))
+        >>> q, k, v = torch.randn(1, 20, 4, 16), *torch.randn(2, 1, 20, 2, 16)
+        >>> cache.prefill(q, k, v).shape, len(cache)
+        (torch.Size([1, 20, 4, 16]), 10)
+        >>> cache.step(q[:, :1], k[:, :1], v[:, :1]).shape, len(cache)
+        (torch.Size([1, 1, 4, 16]), 10)
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        scale: float | None = None,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        self.policy = Policy() if policy is None else policy
+        self.policy.cache = self
+        self.scale = scale
+        self.rotary = rotary
+        self.buffer: KVBuffer | None = None
+        self.seen = 0
+
+    def __len__(self) -> int:
+        """Tokens that are kept."""
+        return 0 if self.buffer is None else self.buffer.length
+
+    @torch.no_grad()
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The prompt: dense causal attention, then the policy's choice of what stays.
+
+        Args:
+            q: ``[B, T, Hq, K]``.
+            k, v: ``[B, T, Hkv, K]`` and ``[B, T, Hkv, V]``.
+
+        Returns:
+            ``[B, T, Hq, V]``.
+
+        Raises:
+            RuntimeError: a prompt was here before.
+        """
+        if self.buffer is not None:
+            raise RuntimeError("KVCache: prefill comes first, once; then step")
+        self.buffer = KVBuffer.start(k, v)
+        self.seen = k.shape[1]
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        mask = AttnMask(causal=True)
+        o, lse = block_sparse_attn(q, k, v, None, mask, self.scale, return_lse=True)
+        self.policy.begin(q, lse)
+        return o  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One more token ``[B, 1, H, ·]``: it is kept, then its query reads what the policy says.
+
+        Returns:
+            ``[B, 1, Hq, V]``.
+        """
+        if q.shape[1] != 1:
+            raise RuntimeError(f"KVCache: a step is one token, q [B, 1, Hq, K], got {[*q.shape]}")
+        if self.buffer is None:
+            self.buffer = KVBuffer.start(k[:, :0], v[:, :0])
+        self.buffer.append(k, v)
+        self.seen += 1
+        self.policy.append()
+        if self.rotary is not None:
+            q = self.rotary(q, len(self) - 1)
+        return self.policy.attend(q)
+
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """Kept keys ``[B, S, Hkv, K]``, as they came, and values."""
+        assert self.buffer is not None
+        n = self.buffer.length
+        return self.buffer.keys[:, :n], self.buffer.values[:, :n]
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Kept keys with their positions, and values."""
+        k, v = self.raw()
+        return (k if self.rotary is None else self.rotary(k)), v
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all tokens but ``index [B, Hkv, n]`` of each head, or ``[n]`` of all."""
+        k, v = self.raw()
+        if index.dim() == 1:
+            self.buffer = KVBuffer.start(k.index_select(1, index), v.index_select(1, index))
+        else:
+            self.buffer = KVBuffer.start(take_tokens(k, index), take_tokens(v, index))
+
+    def read_tokens(self, q: Tensor, index: Tensor, log_weight: Tensor | None = None) -> Tensor:
+        """Exact attention over tokens ``index [B, heads, n]``, heads Hkv or Hq, -1 for none.
+
+        Args:
+            q: ``[B, 1, Hq, K]``.
+            index: tokens of each list.
+            log_weight: like ``index``, added to scores.
+        """
+        k, v = self.kept()
+        o, _ = attend_tokens(q, k, v, index, self.scale, log_weight)
+        return o
+
+    def read_pages(self, q: Tensor, pages: Tensor, page_size: int) -> Tensor:
+        """Exact attention over pages ``[B, heads, n]`` of the cache, -1 for none."""
+        k, v = self.kept()
+        lists = BlockLists.from_indices(pages[:, :, None], 1, k.shape[1], 1, page_size)
+        o: Tensor = block_sparse_attn(q, k, v, lists, None, self.scale)
+        return o
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """``x [B, S, Hkv, D]`` at ``index [B, heads, n]``: ``[B, n, heads, D]``; -1 takes any."""
+    B, S, H, D = x.shape
+    heads, n = index.shape[1:]
+    x = x.transpose(1, 2)[:, :, None].expand(B, H, heads // H, S, D)
+    at = index.clamp(min=0).view(B, H, heads // H, n, 1).expand(B, H, heads // H, n, D)
+    return x.gather(3, at).flatten(1, 2).transpose(1, 2)
+
+
+def attend_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    scale: float | None,
+    log_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One query over gathered tokens: ``o [B, 1, Hq, V]`` and ``lse [B, Hq, 1]``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads, acc = index.shape[1], accumulation_dtype(q)
+    k, v = take_tokens(k, index), take_tokens(v, index)  # [B, n, heads, D]
+    qs = q[:, 0].unflatten(1, (heads, -1)).to(acc)  # [B, heads, G, K]
+    score = scale * torch.einsum("bhgd,bnhd->bhgn", qs, k.to(acc))
+    if log_weight is not None:
+        score = score + log_weight[:, :, None]
+    score = score.masked_fill((index < 0)[:, :, None], -torch.inf)
+    lse = score.logsumexp(-1)
+    p = (score - lse[..., None]).exp().nan_to_num(0)
+    o = torch.einsum("bhgn,bnhd->bhgd", p, v.to(acc)).flatten(1, 2)[:, None]
+    return o.to(q.dtype), lse.flatten(1)[..., None]
+
+
+def attention_mass(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None, causal: bool = True
+) -> Tensor:
+    """What every key gets of all queries' attention, without the map of it.
+
+    Args:
+        q: ``[B, T, Hq, K]``, the last tokens of the keys' sequence.
+        k: ``[B, S, Hkv, K]``.
+        lse: ``[B, Hq, T]``, log-sum-exps of the queries over these keys.
+        scale: default ``K ** -0.5``.
+        causal: queries see keys up to themselves.
+
+    Returns:
+        ``[B, Hq, S]``: sums over queries of their softmax.
+
+    Example:
+        >>> q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8)
+        >>> lse = torch.einsum("bthd,bshd->bhts", q, k).logsumexp(-1)
+        >>> attention_mass(q, k, lse, scale=1).sum(-1).allclose(torch.ones(1, 2))
+        True
+    """
+    B, T, Hq, K = q.shape
+    S, Hkv = k.shape[1:3]
+    scale = K**-0.5 if scale is None else scale
+    acc = accumulation_dtype(q)
+    k = k.to(acc)
+    total = torch.zeros(B, Hq, S, dtype=acc, device=q.device)
+    key = torch.arange(S, device=q.device)
+    for at in stretches(T, B * Hq * S):
+        qs = q[:, at].to(acc).unflatten(2, (Hkv, Hq // Hkv))
+        score = scale * torch.einsum("bthgd,bshd->bhgts", qs, k).flatten(1, 2)
+        p = (score - lse[:, :, at, None].to(acc)).exp()
+        if causal:
+            query = torch.arange(at.start, at.stop, device=q.device) + (S - T)
+            p = p.masked_fill(key > query[:, None], 0)
+        total += p.sum(2)
+    return total
+
+
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """Sum of ``[B, Hq, S]`` over the query heads that share a key head: ``[B, Hkv, S]``."""
+    return x.unflatten(1, (groups, -1)).sum(2)
+
+
+def pages_of(x: Tensor, size: int, value: float) -> Tensor:
+    """``[B, S, H, D]`` as ``[B, pages, size, H, D]``, filled up with ``value``."""
+    pages = -(-x.shape[1] // size)
+    return F.pad(x, (0, 0, 0, 0, 0, pages * size - x.shape[1]), value=value).unflatten(
+        1, (pages, size)
+    )
