@@ -329,12 +329,14 @@ def test_estimates_find_what_matters(name, tokens):
     }[name]
     policy.score, score = (lambda q: taken.append(score(q)) or taken[-1]), policy.score
     taken: list[torch.Tensor] = []
+    got, best, random = 0.0, 0.0, 0.0
     for n, _, _ in generate(policy, [q, k, v]):
         p = scores([q, k, v], n).softmax(-1)
         index = policy.choose(taken[-1])
-        got = p.gather(-1, index).sum(-1).mean()
-        best = p.topk(index.shape[-1]).values.sum(-1).mean()
-        assert got >= 0.8 * best and got > 1.5 * index.shape[-1] / n
+        got += p.gather(-1, index).sum(-1).mean()
+        best += p.topk(index.shape[-1]).values.sum(-1).mean()
+        random += index.shape[-1] / n
+    assert got >= 0.8 * best and got > 2 * random
 
 
 def test_magic_pig_samples_with_its_probability(tokens):
