@@ -19,6 +19,14 @@ from .kv_policies import (
     SnapKV,
     StreamingLLM,
 )
+from .memory import (
+    CompressiveMemory,
+    adaptive_span_attn,
+    landmark_attn,
+    memorizing_attn,
+    transformer_xl_attn,
+    unlimiformer_attn,
+)
 from .patterns import (
     Pattern,
     axial,
@@ -70,6 +78,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "ClusterKV",
+    "CompressiveMemory",
     "DoubleSparsity",
     "DuoAttention",
     "FastGen",
@@ -87,6 +96,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "a_shape_lists",
+    "adaptive_span_attn",
     "attention_mass",
     "axial",
     "big_bird",
@@ -100,11 +110,13 @@ __all__ = [
     "etc",
     "flex_prefill_lists",
     "gmat",
+    "landmark_attn",
     "log_sparse",
     "longformer",
     "longnet",
     "lsh_attn",
     "lsh_buckets",
+    "memorizing_attn",
     "minference_lists",
     "mosa_attn",
     "pooled_lists",
@@ -124,6 +136,8 @@ __all__ = [
     "sparse_transformer_strided",
     "spatio_temporal",
     "star",
+    "transformer_xl_attn",
+    "unlimiformer_attn",
     "vertical_slash_lists",
     "xattention_lists",
 ]
