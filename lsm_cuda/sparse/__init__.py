@@ -1,5 +1,14 @@
 """Sparse attention by method: patterns, routed and learned selection, and key/value caches."""
 
+from .gated import (
+    SeerAttentionGate,
+    SeerAttentionR,
+    attach_seer,
+    infllm_v2_attn,
+    infllm_v2_lists,
+    pooled_attention_map,
+    seer_attention_forward,
+)
 from .kv_cache import KVCache, Policy, attention_mass
 from .kv_policies import (
     H2O,
@@ -92,11 +101,14 @@ __all__ = [
     "Quest",
     "ReSA",
     "RetrievalAttention",
+    "SeerAttentionGate",
+    "SeerAttentionR",
     "ShadowKV",
     "SnapKV",
     "StreamingLLM",
     "a_shape_lists",
     "adaptive_span_attn",
+    "attach_seer",
     "attention_mass",
     "axial",
     "big_bird",
@@ -110,6 +122,8 @@ __all__ = [
     "etc",
     "flex_prefill_lists",
     "gmat",
+    "infllm_v2_attn",
+    "infllm_v2_lists",
     "landmark_attn",
     "log_sparse",
     "longformer",
@@ -119,12 +133,14 @@ __all__ = [
     "memorizing_attn",
     "minference_lists",
     "mosa_attn",
+    "pooled_attention_map",
     "pooled_lists",
     "prefix_lm",
     "recall",
     "routing_attn",
     "routing_update",
     "s2_attn",
+    "seer_attention_forward",
     "sink_window",
     "sinkhorn",
     "sinkhorn_attn",

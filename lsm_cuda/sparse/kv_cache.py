@@ -71,6 +71,8 @@ class KVCache:
         self.rotary = rotary
         self.buffer: KVBuffer | None = None
         self.seen = 0
+        #: the last query as it came, where ``rotary`` turns it
+        self.unturned: Tensor | None = None
 
     def __len__(self) -> int:
         """Tokens that are kept."""
@@ -116,7 +118,7 @@ class KVCache:
         self.seen += 1
         self.policy.append()
         if self.rotary is not None:
-            q = self.rotary(q, len(self) - 1)
+            self.unturned, q = q, self.rotary(q, len(self) - 1)
         return self.policy.attend(q)
 
     def raw(self) -> tuple[Tensor, Tensor]:
