@@ -16,6 +16,11 @@ from .hgrn2 import HGRN2Attention
 from .lightnet import LightNetAttention
 from .linear_attn import LinearAttention
 from .linformer import LinformerAttention
+from .longformer import (
+    BigBirdSelfAttention,
+    LongformerSelfAttention,
+    LongT5TransientGlobalAttention,
+)
 from .longhorn import Longhorn
 from .lru import LRU, S5
 from .luna import LunaAttention
@@ -48,6 +53,7 @@ __all__ = [
     "AFTSimple",
     "Attention",
     "BasedLinearAttention",
+    "BigBirdSelfAttention",
     "Comba",
     "DeltaNet",
     "DiagAttention",
@@ -65,6 +71,8 @@ __all__ = [
     "LinearAttention",
     "LinformerAttention",
     "LogLinearMamba2",
+    "LongT5TransientGlobalAttention",
+    "LongformerSelfAttention",
     "Longhorn",
     "LunaAttention",
     "Mamba2",

@@ -82,6 +82,7 @@ from .routed import (
     sinkhorn_attn,
     soft_topk,
 )
+from .star import star_attn
 
 __all__ = [
     "H2O",
@@ -152,6 +153,7 @@ __all__ = [
     "sparse_transformer_strided",
     "spatio_temporal",
     "star",
+    "star_attn",
     "transformer_xl_attn",
     "unlimiformer_attn",
     "vertical_slash_lists",

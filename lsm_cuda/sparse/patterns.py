@@ -649,7 +649,7 @@ def big_bird(
     block: int = 64,
     window_blocks: int = 3,
     global_blocks: int = 1,
-    random_blocks: int = 3,
+    random_blocks: int | Tensor = 3,
     generator: torch.Generator | None = None,
 ) -> Pattern:
     """Blocks around the query's own, the first and last ones, and random ones; in both directions.
@@ -660,7 +660,7 @@ def big_bird(
         block: tokens of a block, 16 to 128, a power of two.
         window_blocks: blocks around the query's own, which counts; odd.
         global_blocks: blocks at either end that see all and are seen by all.
-        random_blocks: further blocks of each row.
+        random_blocks: further blocks of each row; or which, ``[heads, rows, n]``, -1 for none.
         generator: of the random blocks.
 
     Source: Big Bird, arXiv:2007.14062.
@@ -675,9 +675,14 @@ def big_bird(
     edge = torch.arange(blocks)
     edge = (edge < global_blocks) | (edge >= blocks - global_blocks)
     fixed = ((row - column).abs() <= window_blocks // 2) | edge | edge[:, None]
-    draw = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(fixed, -1)
-    picked = draw.argsort(-1, descending=True)[..., :random_blocks]
-    chosen = fixed.expand(heads, -1, -1).clone().scatter_(-1, picked, True)
+    if isinstance(random_blocks, int):
+        draw = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(fixed, -1)
+        picked = draw.argsort(-1, descending=True)[..., :random_blocks]
+    else:
+        picked = random_blocks.cpu()
+    picked = picked.masked_fill(picked < 0, blocks)
+    chosen = torch.zeros(heads, blocks, blocks + 1, dtype=torch.bool)
+    chosen = chosen.scatter_(-1, picked, True)[..., :blocks] | fixed
     return Masked(_lists(chosen, tokens, block))
 
 
