@@ -10,14 +10,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in (ROOT / "docs" / "catalogue.md").read_text().splitlines()
-    if re.match(r"\| ([ABC]\d+|LAvv|KDA) \|", line)
+    if re.match(r"\| ([ABCD]\d+|LAvv|KDA) \|", line)
 ]
 
 
 def test_every_row_is_there():
-    A, C = ([f"{letter}{n}" for n in range(1, end)] for letter, end in (("A", 35), ("C", 12)))
+    ends = (("A", 35), ("C", 12), ("D", 53))
+    A, C, D = ([f"{letter}{n}" for n in range(1, end)] for letter, end in ends)
     rows = [row[0] for row in ROWS]
-    assert [row for row in rows if row[0] != "B"] == [*A, "LAvv", *C, "KDA"]
+    assert [row for row in rows if row[0] != "B"] == [*A, "LAvv", *C, "KDA", *D]
     assert len(set(rows)) == len(rows)
 
 

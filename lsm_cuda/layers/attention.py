@@ -352,9 +352,7 @@ class NativeSparseAttention(CausalAttention):
             rows = zip(pairwise(cu_seqlens.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
             return torch.cat(
                 [
-                    self._attend(
-                        q[:, s:e], k[:, t:u], v[:, t:u], (gates[0][:, s:e],), None, None
-                    )
+                    self._attend(q[:, s:e], k[:, t:u], v[:, t:u], (gates[0][:, s:e],), None, None)
                     for (s, e), (t, u) in rows
                 ],
                 1,
@@ -443,9 +441,7 @@ class MoBA(CausalAttention):
         one = q.shape[1] == 1 if cu_seqlens is None else q.shape[1] < cu_seqlens.shape[0]
         if self.full_decode and behind and one:
             return block_sparse_attn(q, k, v, None, AttnMask(causal=True), **cuts)
-        return parallel_moba(
-            q, k, v, **cuts, chunk_size=self.moba_chunk_size, topk=self.moba_topk
-        )
+        return parallel_moba(q, k, v, **cuts, chunk_size=self.moba_chunk_size, topk=self.moba_topk)
 
     def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
         if not self.use_output_gate:

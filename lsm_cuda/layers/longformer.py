@@ -344,7 +344,7 @@ class LongT5TransientGlobalAttention(nn.Module):
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks of queries over three blocks of keys: scores take 3 T block numbers a head."""
-        N, T = q.shape[:2]
+        _N, T = q.shape[:2]
         length = self.local_radius + 1
         rows = -(-T // length)
 

@@ -83,9 +83,7 @@ def pool_mean(
         cu = None
         first = torch.arange(count, device=x.device) * stride
         end: Tensor | int = x.shape[1]
-        parts = F.pad(x, (0, 0, 0, 0, 0, count * stride - x.shape[1])).unflatten(
-            1, (count, stride)
-        )
+        parts = F.pad(x, (0, 0, 0, 0, 0, count * stride - x.shape[1])).unflatten(1, (count, stride))
     else:
         assert layout.end is not None
         cu = layout.firsts(stride)
@@ -112,9 +110,7 @@ def stretches(queries: int, numbers: int) -> Iterator[slice]:
     return (slice(t, min(t + step, queries)) for t in range(0, queries, step))
 
 
-def choose_blocks(
-    score: Tensor, own: Tensor, count: int, first: int = 0, local: int = 1
-) -> Tensor:
+def choose_blocks(score: Tensor, own: Tensor, count: int, first: int = 0, local: int = 1) -> Tensor:
     """The ``count`` best of the blocks up to a query's own, its list in the engine's order.
 
     Args:
@@ -163,7 +159,7 @@ def select(
     Returns:
         ``[B, heads, T, n]`` int32, for ``block_q = 1``.
     """
-    B, T, Hq, K = q.shape
+    B, T, Hq, _K = q.shape
     Hkv, windows = keys.shape[2], keys.shape[1]
     lists = []
     with torch.no_grad():

@@ -136,7 +136,9 @@ def nsa_topk(
     ranks = [
         select(
             q, k_cmp, layout, block_size, stride, score,
-            lambda s, own, n=n: F.pad(choose_blocks(s, own, n, first, local), (0, count - n), value=-1),
+            lambda s, own, n=n: F.pad(  # type: ignore[misc]
+                choose_blocks(s, own, n, first, local), (0, count - n), value=-1
+            ),
         )
         for n in sorted({*block_counts.flatten().tolist()})
     ]  # fmt: skip

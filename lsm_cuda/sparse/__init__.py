@@ -10,24 +10,9 @@ from .gated import (
     seer_attention_forward,
 )
 from .kv_cache import KVCache, Policy, attention_mass
-from .kv_policies import (
-    H2O,
-    TOVA,
-    ClusterKV,
-    DoubleSparsity,
-    DuoAttention,
-    FastGen,
-    LServe,
-    LongHeads,
-    MagicPIG,
-    PQCache,
-    Quest,
-    ReSA,
-    RetrievalAttention,
-    ShadowKV,
-    SnapKV,
-    StreamingLLM,
-)
+from .kv_evict import H2O, TOVA, FastGen, SnapKV, SpAtten, StreamingLLM
+from .kv_pages import DuoAttention, LongHeads, LServe, Quest, ReSA
+from .kv_tokens import ClusterKV, DoubleSparsity, MagicPIG, PQCache, RetrievalAttention, ShadowKV
 from .memory import (
     CompressiveMemory,
     adaptive_span_attn,
@@ -57,6 +42,7 @@ from .patterns import (
     sparse_transformer_strided,
     spatio_temporal,
     star,
+    star_attn,
 )
 from .prefill import (
     a_shape_lists,
@@ -82,7 +68,6 @@ from .routed import (
     sinkhorn_attn,
     soft_topk,
 )
-from .star import star_attn
 
 __all__ = [
     "H2O",
@@ -106,6 +91,7 @@ __all__ = [
     "SeerAttentionR",
     "ShadowKV",
     "SnapKV",
+    "SpAtten",
     "StreamingLLM",
     "a_shape_lists",
     "adaptive_span_attn",

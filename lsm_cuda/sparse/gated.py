@@ -1,4 +1,4 @@
-"""Blocks chosen by scores that are pooled (InfLLM-v2) or learned by distillation (SeerAttention)."""
+"""Blocks chosen by scores: pooled (InfLLM-v2), or learned by distillation (SeerAttention)."""
 
 from __future__ import annotations
 
@@ -71,8 +71,7 @@ def infllm_v2_lists(
     """
     if kernel % stride or block % stride:
         raise ValueError(
-            "infllm_v2: stride must divide kernel and block, got "
-            f"{stride}, {kernel} and {block}"
+            f"infllm_v2: stride must divide kernel and block, got {stride}, {kernel} and {block}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = Layout.of(q, k.shape[1], cu_seqlens)
@@ -230,7 +229,7 @@ class SeerAttentionGate(nn.Module):
             nn.init.normal_(w, std=w.shape[1] ** -0.5)
 
     def keys(self, k: Tensor) -> Tensor:
-        """``[B, S, Hkv, K]`` to ``[B, blocks, Hkv, gate_dim]``; the last block as far as it goes."""
+        """``[B, S, Hkv, K]`` to ``[B, blocks, Hkv, gate_dim]``."""
         size, S = self.block, k.shape[1]
         blocks = pages_of(k, size, 0)
         tokens = (S - torch.arange(blocks.shape[1], device=k.device) * size).clamp(max=size)

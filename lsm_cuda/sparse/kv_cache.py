@@ -41,8 +41,8 @@ class KVCache:
     """Keys and values of one attention layer while it generates.
 
     Args:
-        policy: which of them are kept and read; see :mod:`lsm_cuda.sparse.kv_policies`. Default:
-            all.
+        policy: which of them are kept and read; ``kv_evict``, ``kv_pages`` and ``kv_tokens`` have
+            them. Default: all.
         scale: of scores; default ``K ** -0.5``.
         rotary: if given, queries and keys come without positions and are turned here, by their
             place in the cache: a policy that drops tokens moves the others together.

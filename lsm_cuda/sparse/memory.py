@@ -90,8 +90,8 @@ class CompressiveMemory:
         length: newest states, kept as they are.
         compressed: compressed states; 0 is Transformer-XL's memory.
         rate: states that one compressed state stands for.
-        compress: from ``[B, n · rate, D]`` to ``[B, n, D]``; default: means. A convolution of stride
-            ``rate`` is the paper's best.
+        compress: from ``[B, n · rate, D]`` to ``[B, n, D]``; default: means. A convolution of
+            stride ``rate`` is the paper's best.
 
     States are detached: no gradient passes from one segment to the one before it.
 
@@ -167,7 +167,9 @@ def adaptive_span_attn(
     max_span: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention whose reach is learned: weights times ``clamp((R + z − distance) / R, 0, 1)``.
+    """Causal attention whose reach is learned.
+
+    Weights are multiplied by ``clamp((R + z − distance) / R, 0, 1)``.
 
     Args:
         q, k, v: ``[B, T, Hq, K]``, ``[B, S, Hkv, K]`` and ``[B, S, Hkv, V]``.
@@ -253,7 +255,12 @@ def memorizing_attn(
 
 
 def unlimiformer_attn(
-    q: Tensor, states: Tensor, w_k: Tensor, w_v: Tensor, topk: int = 1024, scale: float | None = None
+    q: Tensor,
+    states: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    topk: int = 1024,
+    scale: float | None = None,
 ) -> Tensor:
     """Cross-attention of every head over the encoder states that fit it best.
 

@@ -3,22 +3,34 @@
 A pattern attends through the block-sparse engine, in one call where the engine's mask and lists can
 say it, else in several calls over disjoint heads, rows or sets of keys whose results are merged by
 their log-sum-exp. Nothing of size T x T is made, except by :meth:`Pattern.to_dense`, for tests and
-drawings.
-"""
+drawings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._common import accumulation_dtype
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
-from ..ops.sparse_attn import block_sparse_attn, merge_attn_states
+from ._pattern import (
+    Axes,
+    BlockDiffusion,
+    ByHead,
+    Columns,
+    Dilated,
+    Distances,
+    Globals,
+    Masked,
+    Pattern,
+    Permuted,
+    Segments,
+    Union,
+    attend,
+    merge,
+)
 
 __all__ = [
     "Pattern",
@@ -41,349 +53,8 @@ __all__ = [
     "sparse_transformer_strided",
     "spatio_temporal",
     "star",
+    "star_attn",
 ]
-
-Attended = tuple[Tensor, Tensor]
-
-
-class Pattern:
-    """Keys of each query; ``attend`` computes softmax attention over them."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        """Attention of ``q [B, T, Hq, K]`` over ``k [B, T, Hkv, K]`` and ``v [B, T, Hkv, V]``.
-
-        Args:
-            q, k, v: as :func:`lsm_cuda.ops.block_sparse_attn`, whose dtypes and gradients hold.
-            scale: of the scores; default ``K ** -0.5``.
-
-        Returns:
-            o ``[B, T, Hq, V]`` and the softmax's log-denominator ``[B, Hq, T]``.
-        """
-        raise NotImplementedError
-
-    def to_dense(self, tokens: int, heads: int = 1) -> Tensor:
-        """How often query t of head h reads key j, ``[heads, tokens, tokens]`` int64.
-
-        0 and 1 but for patterns that are a mixture of overlapping ones (LongNet), where a key that
-        several read counts several times. Found by attending: equal scores and values that name
-        their key give each row as it is.
-        """
-        q = torch.zeros(1, tokens, heads, 16, dtype=torch.float64)
-        v = torch.eye(tokens, dtype=torch.float64)[None, :, None].expand(1, -1, heads, -1)
-        o, lse = self.attend(q, q, v.contiguous())
-        return (o[0].transpose(0, 1) * lse[0].exp()[..., None]).round().long()
-
-    def density(self, tokens: int, heads: int = 1) -> float:
-        """Share of the ``tokens * tokens`` pairs that are attended to."""
-        return float((self.to_dense(tokens, heads) > 0).double().mean())
-
-    def plot(self, path: str | Path, tokens: int = 64, heads: int = 1) -> Path:
-        """Draws every head's pairs to a PNG; needs matplotlib."""
-        from matplotlib.figure import Figure
-
-        dense = self.to_dense(tokens, heads)
-        figure = Figure(figsize=(4 * heads, 4), dpi=150, layout="constrained")
-        for h, axes in enumerate(figure.subplots(1, heads, squeeze=False)[0]):
-            axes.imshow(dense[h], cmap="Blues", interpolation="nearest", vmin=0)
-            axes.set(title=f"head {h}", xlabel="key", ylabel="query")
-        figure.savefig(path)
-        return Path(path)
-
-
-@dataclass(frozen=True)
-class Masked(Pattern):
-    """One call of the engine: lists of blocks, and arithmetic on positions."""
-
-    lists: BlockLists | None = None
-    mask: AttnMask = AttnMask()
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        lists = None if self.lists is None else self.lists.to(q.device)
-        return attend(q, k, v, self.mask, scale, lists=lists)
-
-
-@dataclass(frozen=True)
-class Union(Pattern):
-    """One softmax over the keys of all ``parts``; a key of several counts several times."""
-
-    parts: tuple[Pattern, ...]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        return merge(*(part.attend(q, k, v, scale) for part in self.parts))
-
-
-@dataclass(frozen=True)
-class ByHead(Pattern):
-    """Heads share ``parts``: each an equal run of heads, or in turns if ``interleaved``."""
-
-    parts: tuple[Pattern, ...]
-    interleaved: bool = False
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        H, n = q.shape[2], len(self.parts)
-        part_of = [h % n if self.interleaved else h * n // H for h in range(H)]
-        return by_head(part_of, lambda i, *qkv: self.parts[i].attend(*qkv, scale), q, k, v)
-
-
-@dataclass(frozen=True)
-class Segments(Pattern):
-    """Attention inside runs of ``length`` tokens, the first of which starts ``shift`` early."""
-
-    length: int
-    shift: int = 0
-    mask: AttnMask = AttnMask()
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        B, T = q.shape[:2]
-        ends = torch.arange(self.length - self.shift, T, self.length)
-        own = torch.cat([ends.new_zeros(1), ends])
-        return packed(q, k, v, bounds(own, T, B, q.device), scale, self.mask)
-
-
-@dataclass(frozen=True)
-class Columns(Pattern):
-    """The last ``width`` tokens of every run of ``length``, causally."""
-
-    length: int
-    width: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        (B, T), length, width = q.shape[:2], self.length, self.width
-        runs = -(-T // length)
-        q, k, v = (
-            F.pad(x, (0, 0, 0, 0, 0, runs * length - T)).unflatten(1, (runs, length))
-            for x in (q, k, v)
-        )
-        columns = [x[:, :, length - width :] for x in (q, k, v)]
-        # Of earlier runs: a run's columns lie length / width apart on a scale on which runs are
-        # `length` long, so that a query one run behind sees whole runs up to its own.
-        stride = length // width
-        earlier = AttnMask(
-            causal=True, align_end=False, offset=-length, causal_block=length, key_stride=stride
-        )
-        before = attend(
-            q.flatten(1, 2), *(x.flatten(1, 2) for x in columns[1:]), earlier, scale
-        )
-        o, lse = attend(*(x.flatten(0, 1) for x in columns), AttnMask(causal=True), scale)
-        o = F.pad(o, (0, 0, 0, 0, length - width, 0)).view(B, runs * length, *o.shape[2:])
-        lse = F.pad(lse, (length - width, 0), value=-torch.inf)
-        lse = lse.unflatten(0, (B, runs)).transpose(1, 2).flatten(2)
-        o, lse = merge(before, (o, lse))
-        return o[:, :T], lse[..., :T]
-
-
-@dataclass(frozen=True)
-class Dilated(Pattern):
-    """Every ``rate``-th token of every run of ``length``, among themselves; head h starts at h."""
-
-    length: int
-    rate: int
-    causal: bool
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        phases = [h % self.rate for h in range(q.shape[2])]
-        return by_head(phases, lambda phase, *qkv: self._phase(phase, *qkv, scale), q, k, v)
-
-    def _phase(self, phase: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attended:
-        B, T, H = q.shape[:3]
-        token = torch.arange(T)
-        kept = token[token % self.length % self.rate == phase]
-        run = kept // self.length
-        first = (run.diff(prepend=run.new_full((1,), -1)) != 0).nonzero().flatten()
-        kept = kept.to(q.device)
-        rows = [x.index_select(1, kept) for x in (q, k, v)]
-        cuts = bounds(first, len(kept), B, q.device)
-        o, lse = packed(*rows, cuts, scale, AttnMask(causal=self.causal))
-        return (
-            v.new_zeros(B, T, H, v.shape[3]).index_copy(1, kept, o),
-            lse.new_full((B, H, T), -torch.inf).index_copy(2, kept, lse),
-        )
-
-
-@dataclass(frozen=True)
-class Distances(Pattern):
-    """Keys at given distances before the query, and all nearer than ``window``."""
-
-    base: int
-    window: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        B, T, H, K = q.shape
-        near = attend(q, k, v, AttnMask(causal=True, left=self.window - 1), scale)
-        scale = K**-0.5 if scale is None else scale
-        distances = [self.base**i for i in range(T.bit_length()) if self.base**i < T]
-        distances = [d for d in distances if d >= self.window]
-        if not distances:
-            return near
-        k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
-        # [B, T, H, distances]: a logarithm of T per token, so no kernel is needed
-        score = torch.stack(
-            [
-                F.pad(
-                    scale * (q[:, d:] * k[:, :-d]).sum(-1, dtype=near[1].dtype),
-                    (0, 0, d, 0),
-                    value=-torch.inf,
-                )
-                for d in distances
-            ],
-            -1,
-        )
-        seen = torch.arange(T, device=q.device) >= distances[0]
-        some = score.masked_fill(~seen[:, None, None], 0)  # rows of -inf have no softmax
-        p = some.softmax(-1)
-        o = sum(
-            F.pad(p[:, d:, :, i, None].to(v.dtype) * v[:, :-d], (0, 0, 0, 0, d, 0))
-            for i, d in enumerate(distances)
-        )
-        lse = some.logsumexp(-1).masked_fill(~seen[:, None], -torch.inf).transpose(1, 2)
-        return merge(near, (o.masked_fill(~seen[:, None, None], 0), lse))
-
-
-@dataclass(frozen=True)
-class Axes(Pattern):
-    """Tokens are a grid, row-major; attention along some of its axes, the others apart."""
-
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
-    mask: AttnMask = AttnMask()
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        n = len(self.shape)
-        rest = [a for a in range(n) if a not in self.axes]
-        order = [0, *(a + 1 for a in (*rest, *self.axes))]
-        split = 1 + len(rest)
-        B = q.shape[0]
-
-        def rows(x: Tensor) -> Tensor:
-            x = x.unflatten(1, self.shape).permute(*order, n + 1, n + 2)
-            return x.flatten(0, split - 1).flatten(1, len(self.axes))
-
-        o, lse = attend(rows(q), rows(k), rows(v), self.mask, scale)
-        sizes = [B, *(self.shape[a - 1] for a in order[1:])]
-        back = [order.index(a) for a in range(n + 1)]
-        o = o.reshape(*sizes, *o.shape[2:]).permute(*back, n + 1, n + 2).flatten(1, n)
-        lse = lse.transpose(1, 2).reshape(*sizes, -1).permute(*back, n + 1).flatten(1, n)
-        return o, lse.transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Globals(Pattern):
-    """The first ``count`` tokens attend to all and are attended to by all; ``rest`` among others.
-
-    Causally, they are seen by all, and see those of them that came before.
-    """
-
-    count: int
-    rest: Pattern
-    causal: bool = False
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        n = self.count
-        # Key by key: the tokens themselves, then the global ones.
-        tokens = self.rest.attend(q[:, n:], k[:, n:], v[:, n:], scale)
-        side = attend(q[:, n:], k[:, :n], v[:, :n], AttnMask(), scale)
-        o, lse = merge(tokens, side)
-        seen = n if self.causal else k.shape[1]
-        own = AttnMask(causal=self.causal)
-        first, first_lse = attend(q[:, :n], k[:, :seen], v[:, :seen], own, scale)
-        return torch.cat([first, o], 1), torch.cat([first_lse, lse], 2)
-
-
-@dataclass(frozen=True)
-class BlockDiffusion(Pattern):
-    """Two copies of a sequence, noised and clean, in blocks; see :func:`block_diffusion`."""
-
-    block: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        if q.shape[1] % 2:
-            raise ValueError(
-                "block_diffusion: T must be even, the noised tokens and then the clean ones, "
-                f"got {q.shape[1]}"
-            )
-        (noised_q, clean_q), (noised_k, clean_k), (noised_v, clean_v) = (
-            x.chunk(2, 1) for x in (q, k, v)
-        )
-        own = Segments(self.block).attend(noised_q, noised_k, noised_v, scale)
-        before = Masked(None, AttnMask(causal=True, causal_block=self.block, offset=-self.block))
-        o, lse = merge(own, before.attend(noised_q, clean_k, clean_v, scale))
-        blocks = AttnMask(causal=True, causal_block=self.block)
-        clean_o, clean_lse = attend(clean_q, clean_k, clean_v, blocks, scale)
-        return torch.cat([o, clean_o], 1), torch.cat([lse, clean_lse], 2)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: AttnMask,
-    scale: float | None,
-    lists: BlockLists | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Attended:
-    """One call of the engine."""
-    o, lse = block_sparse_attn(
-        q, k, v, lists, mask, scale, cu_seqlens=cu_seqlens, return_lse=True
-    )
-    return o, lse
-
-
-def merge(*parts: Attended) -> Attended:
-    """One softmax out of several over separate sets of keys."""
-    if len(parts) == 1:
-        return parts[0]
-    return merge_attn_states(*zip(*parts, strict=True))
-
-
-def by_head(
-    group_of: Sequence[int], run: Callable[..., Attended], q: Tensor, k: Tensor, v: Tensor
-) -> Attended:
-    """``run(group, q, k, v)`` of the heads of each group, put together again.
-
-    Key heads are taken along: one for each run of query heads that shares it, where all such runs
-    are equally long, else one for each query head.
-    """
-    groups = sorted(set(group_of))
-    if len(groups) == 1:
-        return run(groups[0], q, k, v)
-    share = q.shape[2] // k.shape[2]
-    results, order = [], list[int]()
-    for group in groups:
-        heads = [h for h, g in enumerate(group_of) if g == group]
-        sources = [h // share for h in heads]
-        kept = sorted(set(sources))
-        if len({sources.count(s) for s in kept}) > 1:
-            kept = sources
-        own = (_take(q, heads), _take(k, kept), _take(v, kept))
-        results.append(run(group, *own))
-        order += heads
-    back = sorted(range(len(order)), key=order.__getitem__)
-    outputs, lses = zip(*results, strict=True)
-    return _take(torch.cat(outputs, 2), back), torch.cat(lses, 1)[:, back]
-
-
-def _take(x: Tensor, heads: list[int]) -> Tensor:
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    if step > 0 and heads == [*range(heads[0], heads[-1] + 1, step)]:
-        return x[:, :, heads[0] : heads[-1] + 1 : step]
-    return x[:, :, heads]
-
-
-def bounds(starts: Tensor, tokens: int, batch: int, device: torch.device) -> Tensor:
-    """``cu_seqlens`` of a batch laid end to end, each row cut at ``starts`` (the first is 0)."""
-    rows = torch.arange(batch)[:, None] * tokens + starts
-    cuts = torch.cat([rows.flatten(), rows.new_tensor([batch * tokens])])
-    return cuts.to(torch.int32).to(device)
-
-
-def packed(
-    q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float | None, mask: AttnMask
-) -> Attended:
-    """Attention inside the sequences that ``cuts`` makes of the batch laid end to end."""
-    B, T = q.shape[:2]
-    rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
-    o, lse = attend(*rows, mask, scale, cu_seqlens=cuts)
-    return o.view(B, T, *o.shape[2:]), lse.view(-1, B, T).transpose(0, 1)
 
 
 def _positive(builder: str, **sizes: int) -> None:
@@ -643,6 +314,55 @@ def star() -> Pattern:
     return Globals(1, Masked(None, AttnMask(left=1, right=1)))
 
 
+def star_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    embedding: tuple[Tensor, Tensor],
+    relay: tuple[Tensor, Tensor],
+    scale: float | None = None,
+) -> Tensor:
+    """Every satellite over itself, its two neighbours on the ring, its embedding and the relay.
+
+    The relay's own update is attention of one query over all satellites and itself.
+
+    Args:
+        q, k, v: ``[B, T, H, K]``, ``[B, T, H, K]`` and ``[B, T, H, V]``, T at least 3.
+        embedding: keys and values of the tokens' embeddings, as k and v.
+        relay: key and value of the relay, ``[B, 1, H, K]`` and ``[B, 1, H, V]``.
+        scale: default ``K ** -0.5``.
+
+    Returns:
+        ``[B, T, H, V]``.
+
+    Source: Star-Transformer, arXiv:1902.09113, section 3.2.
+
+    Example:
+        >>> x, s = torch.randn(1, 5, 2, 8), torch.randn(1, 1, 2, 8)
+        >>> star_attn(x, x, x, (x, x), (s, s)).shape
+        torch.Size([1, 5, 2, 8])
+    """
+    T = q.shape[1]
+    if T < 3:
+        raise ValueError(f"star_attn: a ring needs 3 tokens, got T = {T}")
+    ring = [torch.cat([x[:, -1:], x, x[:, :1]], 1) for x in (k, v)]
+    around = AttnMask(left=0, right=2, align_end=False)
+    parts = [
+        attend(q, *ring, around, scale),
+        attend(q, *relay, AttnMask(), scale),
+        _each(q, *embedding, scale),
+    ]
+    o, _ = merge(*parts)
+    return o
+
+
+def _each(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Every query over the one key at its place."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    acc = accumulation_dtype(q)
+    return v, (scale * (q.to(acc) * k.to(acc)).sum(-1)).transpose(1, 2).contiguous()
+
+
 def big_bird(
     tokens: int,
     heads: int,
@@ -706,33 +426,6 @@ def block_bert(tokens: int, permutations: Sequence[Sequence[int]]) -> Pattern:
             f"block_bert: T must be a multiple of the blocks, got {tokens} and {blocks}"
         )
     return Permuted(tokens // blocks, tuple(map(tuple, order.tolist())))
-
-
-@dataclass(frozen=True)
-class Permuted(Pattern):
-    """Dense attention from each block to one other, of each head's choice."""
-
-    block: int
-    permutations: tuple[tuple[int, ...], ...]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        B, H = q.shape[0], q.shape[2]
-        n = len(self.permutations[0])
-        order = torch.tensor(self.permutations, device=q.device).T  # [n, H]
-        head = torch.arange(H, device=q.device)
-        q = q.unflatten(1, (n, self.block))
-        # [n, H] in place of dimensions 1 and 3, which moves them to the front
-        k, v = (
-            x.unflatten(1, (n, self.block))[:, order, :, head // (H // x.shape[2])]
-            .permute(2, 0, 3, 1, 4)
-            .contiguous()
-            for x in (k, v)
-        )
-        o, lse = attend(*(x.flatten(0, 1) for x in (q, k, v)), AttnMask(), scale)
-        return (
-            o.reshape(B, n * self.block, H, -1),
-            lse.view(B, n, H, self.block).transpose(1, 2).flatten(2),
-        )
 
 
 def axial(shape: Sequence[int], axis: int | Sequence[int]) -> Pattern:

@@ -63,7 +63,7 @@ def _top(score: Tensor, count: int) -> Tensor:
 
 def _lists(bitmap: Tensor, q: Tensor, k: Tensor, block: int) -> BlockLists:
     """Of ``[B, Hq, rows, blocks]``; causal, with the first block and each row's own."""
-    rows, blocks = bitmap.shape[-2:]
+    _rows, blocks = bitmap.shape[-2:]
     own = _own(q, k, block)[:, None]
     column = torch.arange(blocks, device=q.device)
     bitmap = (bitmap | (column == 0) | (column == own)) & (column <= own)

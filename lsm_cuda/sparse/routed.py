@@ -248,7 +248,7 @@ def lsh_attn(
         >>> lsh_attn(x, x, lsh_buckets(x, torch.randn(2, 8, 2, 2)), 6).shape
         torch.Size([1, 24, 2, 8])
     """
-    B, T, H, K = qk.shape
+    _B, T, _H, K = qk.shape
     rounds = buckets.shape[2]
     if T % chunk_length:
         raise ValueError(f"lsh_attn: chunk_length must divide T, got {chunk_length} and {T}")
@@ -283,7 +283,9 @@ def lsh_attn(
     o, lse = o.flatten(2, 3), lse.flatten(2)  # [B, H, rounds T, ..]
     o = o.gather(2, back[..., None].expand_as(o)).unflatten(2, (rounds, T))
     lse = lse.gather(2, back).unflatten(2, (rounds, T))
-    o, _ = merge_attn_states(o.permute(2, 0, 3, 1, 4).contiguous(), lse.permute(2, 0, 1, 3).contiguous())
+    o, _ = merge_attn_states(
+        o.permute(2, 0, 3, 1, 4).contiguous(), lse.permute(2, 0, 1, 3).contiguous()
+    )
     return o.to(v.dtype)
 
 

@@ -26,7 +26,7 @@ def same(ours, theirs, a, b, tolerance=1e-8):
     """Outputs, and gradients of the parameters."""
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
     weight = torch.randn_like(b)
-    for layer, o in ((ours, a), (theirs, b)):
+    for o in (a, b):
         (o * weight).sum().backward()
     for name, p in ours.named_parameters():
         want = theirs.get_parameter(name).grad

@@ -137,8 +137,8 @@ def test_parameter_shapes():
 @torch.no_grad()
 def test_window_is_that_of_gemma3():
     config = pytest.importorskip("transformers").Gemma3TextConfig(
-        hidden_size=D, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=1,
-        sliding_window=5, layer_types=["sliding_attention"], query_pre_attn_scalar=8,
+        hidden_size=D, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_hidden_layers=1, sliding_window=5, layer_types=["sliding_attention"], query_pre_attn_scalar=8,
         rms_norm_eps=1e-5, attn_implementation="eager",
     )  # fmt: skip
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
@@ -174,7 +174,7 @@ def test_sink_logits_are_those_of_gpt_oss():
 def test_errors():
     with pytest.raises(ValueError, match="window_size must be positive, got 0"):
         Attention(D, 4, window_size=0)
-    with pytest.raises(ValueError, match="NativeSparseAttention: .* got 32, 4 and 3"):
+    with pytest.raises(ValueError, match=r"NativeSparseAttention: .* got 32, 4 and 3"):
         NativeSparseAttention(D, 4, 3)
     with pytest.raises(ValueError, match="MoBA: pass cu_seqlens without attention_mask and cache"):
         make("moba")(tokens(1, 4), torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]))

@@ -31,7 +31,7 @@ def softmaxes(q, k, length, stride):
 
 
 def test_infllm_v2():
-    leaves = q, k, v = qkv(T, HQ, HKV)
+    leaves = q, k, _v = qkv(T, HQ, HKV)
     block, kernel, stride, topk = 16, 8, 4, 3
     fine, coarse = softmaxes(q, k, kernel, stride), softmaxes(q, k, 4 * kernel, 4 * stride)
     norm = coarse.logsumexp(-1)
@@ -108,9 +108,7 @@ def test_gate_is_its_formula():
     gate, rotary = make_gate(), RotaryEmbedding(6)
     place = torch.arange(0, T, 16)
     qs = torch.stack([x.mean(1) for x in q.split(16, 1)], 1)
-    ks = torch.stack(
-        [torch.cat([x.mean(1), x.amax(1), x.amin(1)], -1) for x in k.split(16, 1)], 1
-    )
+    ks = torch.stack([torch.cat([x.mean(1), x.amax(1), x.amin(1)], -1) for x in k.split(16, 1)], 1)
     qs = rotary(torch.einsum("bnhd,hdg->bnhg", qs, gate.w_q), place)
     ks = rotary(torch.einsum("bnhd,hdg->bnhg", ks, gate.w_k), place).repeat_interleave(G, 2)
     want = torch.einsum("bnhg,bmhg->bhnm", qs, ks) / 6**0.5
@@ -126,7 +124,7 @@ def test_gate_is_its_formula():
 @pytest.mark.parametrize("group", [False, True])
 def test_gate_learns_the_map(group):
     """Keys of one block stand out; a gate finds them."""
-    q, k, v = (x.detach() for x in qkv(T, HQ, HKV))
+    q, k, _v = (x.detach() for x in qkv(T, HQ, HKV))
     with torch.no_grad():
         for b in range(B):
             k[b, 16 * (b + 1) : 16 * (b + 2)] += 3 * q.mean((0, 1)).unflatten(0, (HKV, G)).mean(1)
@@ -147,7 +145,7 @@ def test_gate_learns_the_map(group):
 
 
 def test_gate_lists():
-    q, k, v = (x.detach() for x in qkv(T, HQ, HKV))
+    q, k, _v = (x.detach() for x in qkv(T, HQ, HKV))
     gate, blocks = make_gate(), torch.arange(5)
     p = gate(q, k).softmax(-1)
     always = (blocks == 0) | (blocks == blocks[:, None])
@@ -156,7 +154,7 @@ def test_gate_lists():
     assert torch.equal(gate.lists(q, k, topk=2).to_bitmap(), (few | always) & ~ahead)
     assert torch.equal(gate.lists(q, k, threshold=0.3).to_bitmap(), ((p >= 0.3) | always) & ~ahead)
     assert gate.lists(q, k, mass=1.0).density(AttnMask(causal=True)) == 1
-    with pytest.raises(ValueError, match="give one of topk, threshold and mass, got 2, None, 0.5"):
+    with pytest.raises(ValueError, match="give one of topk, threshold and mass, got 2, None"):
         gate.lists(q, k, topk=2, mass=0.5)
 
 
@@ -171,7 +169,9 @@ def test_seer_r_decodes_by_its_gate(positions):
     for n in range(41, T + 1):
         at = slice(n - 1, n)
         o = cache.step(q[:, at], k[:, at], v[:, at])
-        torch.testing.assert_close(cache.policy.compressed, gate.keys(k[:, :n]), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            cache.policy.compressed, gate.keys(k[:, :n]), atol=1e-6, rtol=1e-6
+        )
         logits = gate(q[:, :n], k[:, :n])[:, :, -1]
         page = torch.arange(logits.shape[-1])
         logits = logits.masked_fill((page == 0) | (page == page[-1]), torch.inf)

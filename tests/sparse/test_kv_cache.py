@@ -22,7 +22,9 @@ def tokens() -> list[torch.Tensor]:
     return [x.detach() for x in qkv(T, HQ, HKV, K, K, B)]
 
 
-def generate(policy: Policy | None, tokens, **options) -> Iterator[tuple[int, torch.Tensor, KVCache]]:
+def generate(
+    policy: Policy | None, tokens, **options
+) -> Iterator[tuple[int, torch.Tensor, KVCache]]:
     """Length, output and cache after every step behind the prompt."""
     cache = KVCache(policy, **options)
     cache.prefill(*(x[:, :PROMPT] for x in tokens))
@@ -57,6 +59,7 @@ EVERYTHING: dict[str, Callable[[], Policy]] = {
     "H2O": lambda: sparse.H2O(T, 0),
     "TOVA": lambda: sparse.TOVA(T),
     "SnapKV": lambda: sparse.SnapKV(T),
+    "SpAtten": lambda: sparse.SpAtten(T),
     "FastGen": lambda: sparse.FastGen(NONE, NONE, recovery=1.1),
     "Quest": lambda: sparse.Quest(T + 16),
     "ReSA": lambda: sparse.ReSA(T + 16),
@@ -80,7 +83,9 @@ def test_a_large_budget_is_dense_attention(name, tokens):
         close(cache.step(*(x[:, t : t + 1] for x in tokens)), whole[:, t : t + 1])
 
 
-STEPWISE = [n for n in EVERYTHING if n not in ("SnapKV", "FastGen", "ShadowKV", "DuoAttention", "LServe")]
+STEPWISE = [
+    n for n in EVERYTHING if n not in ("SnapKV", "FastGen", "ShadowKV", "DuoAttention", "LServe")
+]
 
 
 @pytest.mark.parametrize("name", STEPWISE)
@@ -148,10 +153,7 @@ def test_tova(tokens):
 
     def evict(n):
         p = torch.stack(
-            [
-                scores(tokens, n)[b, :, alive[b]].div(K**0.5).softmax(-1).mean(0)
-                for b in range(B)
-            ]
+            [scores(tokens, n)[b, :, alive[b]].div(K**0.5).softmax(-1).mean(0) for b in range(B)]
         )
         for b in range(B):
             best = p[b].topk(min(budget, len(alive[b]))).indices.sort().values
@@ -166,6 +168,34 @@ def test_tova(tokens):
         close(o, softmax_over(read, tokens, n))
         evict(n)
         assert len(cache) == budget
+
+
+@pytest.mark.parametrize("values", [None, 4])
+def test_spatten(values, tokens):
+    q, k, v = tokens
+    budget = 9
+    p = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(G, 2)) / K**0.5
+    p = p.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
+    mass = p[:, :, :PROMPT].sum((1, 2))  # [B, T]
+    alive = [[*range(PROMPT)] for _ in range(B)]
+
+    def prune(n):
+        for b in range(B):
+            best = sorted((j for j in alive[b] if j < n - 1), key=lambda j: -mass[b, j])[:budget]
+            alive[b] = [*sorted(best), n - 1]
+
+    prune(PROMPT)
+    for n, o, cache in generate(sparse.SpAtten(budget, values), tokens):
+        read = torch.zeros(B, 1, n, dtype=torch.bool)
+        for b in range(B):
+            alive[b].append(n - 1)
+            read[b, 0, alive[b]] = True
+        w = scores(tokens, n).div(K**0.5).masked_fill(~read, -torch.inf).softmax(-1)
+        few = w if values is None else w * chosen(w, values)
+        close(o[:, 0], torch.einsum("bhs,bshd->bhd", few, v[:, :n].repeat_interleave(G, 2)))
+        mass[:, :n] += w.sum(1)
+        prune(n)
+        assert len(cache) == budget + 1
 
 
 def test_snapkv(tokens):
@@ -241,7 +271,10 @@ def test_quest(logical, shared, tokens):
             bound = bound.unflatten(1, (HKV, G)).sum(2).repeat_interleave(G, 1)
         pages = -(-n // 16)
         score = torch.stack(
-            [bound[..., i * 16 // logical : (i + 1) * 16 // logical].amax(-1) for i in range(pages)],
+            [
+                bound[..., i * 16 // logical : (i + 1) * 16 // logical].amax(-1)
+                for i in range(pages)
+            ],
             -1,
         )
         score[..., -1] = torch.inf
@@ -392,7 +425,10 @@ def test_duo_attention(tokens):
 
 
 def test_lserve(tokens):
-    quest = generate(sparse.Quest(32, 32, 16, 2, True), [x[:, :, -G:] if x is tokens[0] else x[:, :, 1:] for x in tokens])
+    quest = generate(
+        sparse.Quest(32, 32, 16, 2, True),
+        [x[:, :, -G:] if x is tokens[0] else x[:, :, 1:] for x in tokens],
+    )
     ours = generate(sparse.LServe([False, True], 32, 32, 16, 2, 6, 2), tokens)
     for (n, o, _), (_, pages, _) in zip(ours, quest, strict=True):
         j = torch.arange(n)

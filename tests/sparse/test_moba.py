@@ -30,7 +30,7 @@ def read(q, k, chunk: int, topk: int) -> torch.Tensor:
     best = score.topk(min(topk, chunks), -1)
     chosen = torch.zeros_like(score, dtype=torch.bool)
     chosen.scatter_(-1, best.indices, best.values > -torch.inf)
-    return chosen.repeat_interleave(chunk, 3)[..., :T] & (t.T <= t)
+    return chosen.repeat_interleave(chunk, 3)[..., :T] & (t >= t.T)
 
 
 @pytest.mark.parametrize(("chunk", "topk"), [(16, 3), (48, 2), (16, 1), (16, 99)])
@@ -40,9 +40,7 @@ def test_is_its_definition(chunk, topk, heads):
     o = parallel_moba(*leaves, chunk_size=chunk, topk=topk)
     want, _ = dense_attention(*leaves, read(*leaves[:2], chunk, topk).int())
     weight = torch.randn_like(o)
-    ours, theirs = (
-        [x, *torch.autograd.grad((x * weight).sum(), leaves)] for x in (o, want)
-    )
+    ours, theirs = ([x, *torch.autograd.grad((x * weight).sum(), leaves)] for x in (o, want))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
 
@@ -116,5 +114,5 @@ def test_is_what_fla_computes(lengths):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="chunk_size must be a multiple of 16 .* got 20 and 4"):
+    with pytest.raises(ValueError, match=r"chunk_size must be a multiple of 16 .* got 20 and 4"):
         parallel_moba(*qkv(T), chunk_size=20)

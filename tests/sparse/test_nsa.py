@@ -54,9 +54,9 @@ def definition(q, k, v, gates, block, counts, window, length, stride):
             key=lambda j: (j != last, j not in forced, j if j in forced else -mass[b, i, h, j]),
         )
         chosen[b, i, h, rank[:counts]] = True
-    read = chosen.transpose(1, 2).repeat_interleave(block, 3)[..., :T] & (t.T <= t)
+    read = chosen.transpose(1, 2).repeat_interleave(block, 3)[..., :T] & (t >= t.T)
     o_slc, _ = dense_attention(q, k, v, read.repeat_interleave(G, 1).int())
-    o_swa, _ = dense_attention(q, k, v, ((t.T <= t) & (t.T > t - window))[None].int())
+    o_swa, _ = dense_attention(q, k, v, ((t >= t.T) & (t - window < t.T))[None].int())
     g_cmp, g_slc, g_swa = (g[..., None] for g in gates)
     return g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa
 

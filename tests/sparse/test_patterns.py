@@ -76,9 +76,7 @@ PATTERNS: dict[str, tuple[Pattern, Count]] = {
     ),
     "longformer-dilated": (
         sparse.longformer(4, 0, [1, 2]),
-        lambda h, t, j: (
-            abs(t - j) <= 4 if h < H // 2 else abs(t - j) <= 8 and (t - j) % 2 == 0
-        ),
+        lambda h, t, j: abs(t - j) <= 4 if h < H // 2 else abs(t - j) <= 8 and (t - j) % 2 == 0,
     ),
     "longformer-causal": (
         sparse.longformer(4, 3, causal=True),
