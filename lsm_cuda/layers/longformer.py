@@ -14,7 +14,8 @@ from ..modules import RMSNorm
 from ..ops._common import accumulation_dtype
 from ..ops._select import stretches
 from ..ops.attn_mask import AttnMask
-from ..ops.sparse_attn import block_sparse_attn, merge_attn_states
+from ..ops.sparse_attn import block_sparse_attn
+from ..sparse._pattern import merge
 from ..sparse.patterns import big_bird
 from .common import as_rows, check_mask, refuse_cache, split_heads
 
@@ -119,7 +120,7 @@ class LongformerSelfAttention(nn.Module):
         absent = ~is_global.gather(1, places)
         row = torch.arange(B, device=q.device)[:, None]
         side = attend_unless(q, k[row, places], v[row, places], absent, AttnMask(), scale)
-        o, _ = merge_attn_states(*zip(local, side, strict=True))
+        o, _ = merge(local, side)
         q = split_heads(self.query_global(hidden_states[row, places]), self.head_dim)
         k, v = (
             split_heads(projection(hidden_states), self.head_dim)
@@ -329,7 +330,7 @@ class LongT5TransientGlobalAttention(nn.Module):
             sums = self.global_input_layer_norm(member.mT @ x)
             side = [split_heads(p(sums), self.head_dim) for p in (self.k, self.v)]
             parts.append(self._side(heads[0], *side, owner, blocks))
-        o, _ = merge_attn_states(*zip(*parts, strict=True))
+        o, _ = merge(*parts)
         return back(self.o(o.flatten(2))), None, None
 
     def _bias(self, table: nn.Embedding, distance: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
-from ..ops.sparse_attn import block_sparse_attn, merge_attn_states
+from ..ops.sparse_attn import block_sparse_attn
+from ..reference import merge_attention_states
 
 Attended = tuple[Tensor, Tensor]
 _ALL = AttnMask()
@@ -328,7 +329,8 @@ def merge(*parts: Attended) -> Attended:
     """One softmax out of several over separate sets of keys."""
     if len(parts) == 1:
         return parts[0]
-    return merge_attn_states(*zip(*parts, strict=True))
+    outputs, lses = zip(*parts, strict=True)
+    return merge_attention_states(torch.stack(outputs), torch.stack(lses))
 
 
 def by_head(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..modules import RotaryEmbedding
 from ..ops._common import accumulation_dtype
-from ..ops.sparse_attn import block_sparse_attn, merge_attn_states
+from ..ops.sparse_attn import block_sparse_attn
+from ._pattern import merge
 from .kv_cache import Policy, attend_tokens, take_tokens
 
 __all__ = [
@@ -112,7 +113,7 @@ class RetrievalAttention(Policy):
             score = torch.einsum("bhgd,bshd->bhgs", qs, far[0]).flatten(1, 2)
             best = score.topk(min(self.budget, last - first), -1).indices
             parts.append(attend_tokens(q, *far, best, scale))
-        o, _ = merge_attn_states(*zip(*parts, strict=True))
+        o, _ = merge(*parts)
         return o
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..ops._common import accumulation_dtype
 from ..ops.attn_mask import AttnMask
-from ..ops.sparse_attn import block_sparse_attn, merge_attn_states
+from ..ops.sparse_attn import block_sparse_attn
+from ._pattern import merge
 from .kv_cache import take_tokens
 
 __all__ = [
@@ -283,9 +284,8 @@ def lsh_attn(
     o, lse = o.flatten(2, 3), lse.flatten(2)  # [B, H, rounds T, ..]
     o = o.gather(2, back[..., None].expand_as(o)).unflatten(2, (rounds, T))
     lse = lse.gather(2, back).unflatten(2, (rounds, T))
-    o, _ = merge_attn_states(
-        o.permute(2, 0, 3, 1, 4).contiguous(), lse.permute(2, 0, 1, 3).contiguous()
-    )
+    rounds_of = [(o[:, :, i].transpose(1, 2), lse[:, :, i]) for i in range(rounds)]
+    o, _ = merge(*rounds_of)
     return o.to(v.dtype)
 
 
@@ -375,7 +375,7 @@ def sinkhorn_attn(
     if causal:  # the first block has nothing before it
         first = torch.arange(o.shape[0], device=o.device) % q.shape[1] == 0
         lse = lse.masked_fill(first[:, None, None], -torch.inf)
-    o, _ = merge_attn_states(*zip(near, (o, lse), strict=True))
+    o, _ = merge(near, (o, lse))
     return o.unflatten(0, q.shape[:2]).flatten(1, 2)
 
 

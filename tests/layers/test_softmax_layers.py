@@ -138,8 +138,8 @@ def test_parameter_shapes():
 def test_window_is_that_of_gemma3():
     config = pytest.importorskip("transformers").Gemma3TextConfig(
         hidden_size=D, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_hidden_layers=1, sliding_window=5, layer_types=["sliding_attention"], query_pre_attn_scalar=8,
-        rms_norm_eps=1e-5, attn_implementation="eager",
+        num_hidden_layers=1, sliding_window=5, layer_types=["sliding_attention"],
+        query_pre_attn_scalar=8, rms_norm_eps=1e-5, attn_implementation="eager",
     )  # fmt: skip
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
