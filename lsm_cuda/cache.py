@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .sparse import KVCache
 
 __all__ = ["Cache", "KVBuffer", "LayerState"]
 
@@ -56,6 +60,7 @@ class LayerState:
             tensor, N first in each; decode steps update it in place.
         conv_state: ``[N, D, W]`` per short convolution; decode steps update it in place.
         attn_state: keys and values of softmax attention.
+        kv_cache: these under a policy, which drops or skips some of them.
         lengths: ``[N]`` int64, tokens of each sequence so far, for layers that need positions.
         seen: tokens processed so far, padding included.
     """
@@ -63,6 +68,7 @@ class LayerState:
     recurrent_state: Tensor | tuple[Tensor, ...] | None = None
     conv_state: tuple[Tensor, ...] | None = None
     attn_state: KVBuffer | None = None
+    kv_cache: KVCache | None = None
     lengths: Tensor | None = None
     seen: int = 0
 
@@ -76,6 +82,8 @@ class LayerState:
             yield self.lengths
         if self.attn_state is not None:
             yield from (self.attn_state.keys, self.attn_state.values)
+        if self.kv_cache is not None:
+            yield from self.kv_cache.raw()
 
 
 @dataclass
@@ -109,6 +117,7 @@ class Cache:
         recurrent_state: Tensor | tuple[Tensor, ...] | None = None,
         conv_state: tuple[Tensor, ...] | None = None,
         attn_state: KVBuffer | None = None,
+        kv_cache: KVCache | None = None,
         lengths: Tensor | None = None,
         offset: int = 0,
     ) -> LayerState:
@@ -120,6 +129,8 @@ class Cache:
             state.conv_state = conv_state
         if attn_state is not None:
             state.attn_state = attn_state
+        if kv_cache is not None:
+            state.kv_cache = kv_cache
         if lengths is not None:
             state.lengths = lengths
         state.seen += offset
@@ -155,6 +166,8 @@ class Cache:
         )
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> None:
+        if any(state.kv_cache is not None for state in self.layers.values()):
+            raise ValueError("Cache: sequences of a cache with a policy cannot be moved or copied")
         for state in self.layers.values():
             if isinstance(state.recurrent_state, Tensor):
                 state.recurrent_state = f(state.recurrent_state)

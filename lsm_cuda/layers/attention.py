@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cache import Cache, KVBuffer
+from ..cache import Cache, KVBuffer, LayerState
 from ..modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding
 from ..ops.attn_mask import AttnMask
 from ..ops.moba import parallel_moba
 from ..ops.nsa import parallel_nsa
 from ..ops.sparse_attn import block_sparse_attn
+from ..sparse.kv_cache import KVCache, Policy
 from .common import check_mask, layer_index, layer_state, split_heads
 
 __all__ = ["Attention", "MoBA", "NativeSparseAttention"]
@@ -92,10 +94,17 @@ class CausalAttention(nn.Module):
         T = hidden_states.shape[1]
         state = layer_state(self, self.layer_idx, past_key_values)
         past = None if state is None else state.attn_state
-        start = 0 if past is None else past.length
+        start = 0 if state is None else state.seen
         if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
             raise ValueError(f"{name}: pass cu_seqlens without attention_mask and cache")
         q, k, v = self._project(hidden_states, start)
+        if past_key_values is not None and self.kv_policy is not None:
+            if not use_cache or not (attention_mask is None or bool(attention_mask.all())):
+                raise ValueError(
+                    f"{name}: kv_policy needs use_cache, and sequences without padding"
+                )
+            o = self._by_policy(q, k, v, state, past_key_values)
+            return self.o_proj(o.flatten(-2)), None, past_key_values
         if past_key_values is not None:
             k, v = self._remember(k, v, past, past_key_values if use_cache else None)
         gates = self._gates(hidden_states)
@@ -114,6 +123,7 @@ class CausalAttention(nn.Module):
         return self.o_proj(self._finish(o, hidden_states).flatten(-2)), None, past_key_values
 
     _reads_all = False  # nothing but softmax over all earlier tokens
+    kv_policy: Callable[[], Policy] | None = None
 
     def _attend(
         self,
@@ -168,6 +178,26 @@ class CausalAttention(nn.Module):
         cache.update(index, attn_state=past, offset=new_tokens)
         return k, v
 
+    def _by_policy(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, cache: Cache
+    ) -> Tensor:
+        """A prompt, or one more token, through a cache with a policy."""
+        assert self.kv_policy is not None
+        kept = None if state is None else state.kv_cache
+        if kept is None:
+            kept = KVCache(self.kv_policy())
+            o = kept.prefill(q, k, v)
+        elif q.shape[1] == 1:
+            o = kept.step(q, k, v)
+        else:
+            raise ValueError(
+                f"{type(self).__name__}: with kv_policy a prompt comes in one piece, and then "
+                f"token by token, got {q.shape[1]} more tokens"
+            )
+        index = layer_index(self, self.layer_idx)
+        cache.update(index, kv_cache=kept, offset=q.shape[1])
+        return o
+
     def _unpadded(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], mask: Tensor
     ) -> Tensor:
@@ -209,6 +239,9 @@ class Attention(CausalAttention):
         sinks: learn ``sinks [num_heads]``, the score of one more key without a value (GPT-OSS).
         sink_tokens: first tokens that are seen beside the window (StreamingLLM).
         softcap: of scores, ``c tanh(s / c)`` (Gemma 2); 0: none.
+        kv_policy: makes the policy of a cache (:class:`lsm_cuda.sparse.KVCache`): what a step from
+            a cache keeps and reads. An attribute, which may be set later; only for attention over
+            everything.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -238,6 +271,7 @@ class Attention(CausalAttention):
         sinks: bool = False,
         sink_tokens: int = 0,
         softcap: float = 0.0,
+        kv_policy: Callable[[], Policy] | None = None,
     ) -> None:
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta, layer_idx
@@ -248,6 +282,9 @@ class Attention(CausalAttention):
         self.sink_tokens = sink_tokens
         self.softcap = softcap
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        if kv_policy is not None and not self._reads_all:
+            raise ValueError("Attention: kv_policy is for attention over everything")
+        self.kv_policy = kv_policy
 
     @property
     def _reads_all(self) -> bool:

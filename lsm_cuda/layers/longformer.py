@@ -314,6 +314,8 @@ class LongT5TransientGlobalAttention(nn.Module):
         refuse_cache(self, past_key_values)
         x, valid, back = as_rows(hidden_states, attention_mask, cu_seqlens)
         N, T = x.shape[:2]
+        if not T:
+            return back(x), None, None
         if valid is None:
             valid = x.new_ones(N, T, dtype=torch.bool)
         size = self.global_block_size

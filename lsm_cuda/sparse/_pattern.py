@@ -109,7 +109,8 @@ class Segments(Pattern):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         B, T = q.shape[:2]
-        ends = torch.arange(self.length - self.shift, T, self.length)
+        first = self.length - self.shift
+        ends = torch.arange(first, max(T, first), self.length)
         own = torch.cat([ends.new_zeros(1), ends])
         return packed(q, k, v, bounds(own, T, B, q.device), scale, self.mask)
 
@@ -158,13 +159,16 @@ class Dilated(Pattern):
 
     def _phase(self, phase: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attended:
         B, T, H = q.shape[:3]
-        token = torch.arange(T)
-        kept = token[token % self.length % self.rate == phase]
-        run = kept // self.length
-        first = (run.diff(prepend=run.new_full((1,), -1)) != 0).nonzero().flatten()
+        # as many of every run, but for the last, which may be cut
+        runs, each = -(-T // self.length), -(-max(self.length - phase, 0) // self.rate)
+        over = T - (runs - 1) * self.length - phase
+        count = (runs - 1) * each + min(max(-(-over // self.rate), 0), each) if T else 0
+        first = torch.arange(max(runs, 1)) * each
+        run = torch.arange(runs)[:, None] * self.length
+        kept = (run + phase + torch.arange(each) * self.rate).flatten()[:count]
         kept = kept.to(q.device)
         rows = [x.index_select(1, kept) for x in (q, k, v)]
-        cuts = bounds(first, len(kept), B, q.device)
+        cuts = bounds(first, count, B, q.device)
         o, lse = packed(*rows, cuts, scale, AttnMask(causal=self.causal))
         return (
             v.new_zeros(B, T, H, v.shape[3]).index_copy(1, kept, o),
@@ -345,7 +349,8 @@ def by_head(
     if len(groups) == 1:
         return run(groups[0], q, k, v)
     share = q.shape[2] // k.shape[2]
-    results, order = [], list[int]()
+    results = []
+    order: list[int] = []
     for group in groups:
         heads = [h for h, g in enumerate(group_of) if g == group]
         sources = [h // share for h in heads]
@@ -381,4 +386,4 @@ def packed(
     B, T = q.shape[:2]
     rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     o, lse = attend(*rows, mask, scale, cu_seqlens=cuts)
-    return o.view(B, T, *o.shape[2:]), lse.view(-1, B, T).transpose(0, 1)
+    return o.view(B, T, *o.shape[2:]), lse.view(q.shape[2], B, T).transpose(0, 1)

@@ -10,6 +10,8 @@ import torch
 
 from lsm_cuda.cache import Cache
 from lsm_cuda.layers import Attention, MoBA, NativeSparseAttention
+from lsm_cuda.models import DecoderLM, ModelConfig
+from lsm_cuda.sparse import Quest, StreamingLLM
 
 D = 32
 LAYERS = {
@@ -169,6 +171,32 @@ def test_sink_logits_are_those_of_gpt_oss():
     module = SimpleNamespace(sinks=layer.sinks, num_key_value_groups=1, training=False)
     want, _ = eager_attention_forward(module, q, k, v, mask, 6**-0.5)
     close(layer(x)[0], layer.o_proj(want.flatten(-2)))
+
+
+@torch.no_grad()
+def test_a_decoder_generates_under_a_policy():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=D, num_layers=2, num_heads=4, intermediate_size=48, mixer="attention",
+        initializer_range=0.3,
+    )  # fmt: skip
+    model, x = DecoderLM(config).double(), torch.randint(256, (2, 20))
+    free = model.generate(x, 8, temperature=0)
+    for policy, same in ((lambda: Quest(64), True), (lambda: StreamingLLM(4, 1), False)):
+        for layer in model.layers:
+            layer.attn.kv_policy = policy
+        assert torch.equal(model.generate(x, 8, temperature=0), free) is same
+    cache = Cache()
+    model(x, past_key_values=cache, use_cache=True)
+    assert len(cache[0].kv_cache) == 5 and cache.get_seq_length() == 20
+    with pytest.raises(ValueError, match="a prompt comes in one piece"):
+        model(x, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="cannot be moved or copied"):
+        cache.clone()
+    with pytest.raises(ValueError, match="needs use_cache, and sequences without padding"):
+        model(x, torch.zeros(2, 20), Cache(), use_cache=True)
+    with pytest.raises(ValueError, match="is for attention over everything"):
+        Attention(D, 4, window_size=3, kv_policy=policy)
 
 
 def test_errors():

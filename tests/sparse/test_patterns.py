@@ -125,6 +125,21 @@ def test_pattern_attends_as_dense(name, heads):
     assert_same_attention(pattern.attend(*leaves), want, *leaves)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+@pytest.mark.parametrize(
+    "name", ["strided", "fixed", "log_sparse", "longnet", "longformer", "s2_attn"]
+)
+def test_few_tokens(name, tokens):
+    pattern, count = PATTERNS[name]
+    o, lse = pattern.attend(*(x.detach() for x in qkv(tokens)))
+    assert o.shape == (2, tokens, 4, 6) and lse.shape == (2, 4, tokens)
+    if tokens:
+        want = [
+            [[int(count(h, t, j)) for j in range(tokens)] for t in range(tokens)] for h in range(H)
+        ]
+        assert pattern.to_dense(tokens, H).tolist() == want
+
+
 def test_big_bird_has_window_ends_and_random_blocks():
     generator = torch.Generator().manual_seed(1)
     dense = sparse.big_bird(16 * 12 + 3, 2, 16, 3, 1, 2, generator).to_dense(16 * 12 + 3, 2)
