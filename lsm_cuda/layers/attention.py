@@ -122,8 +122,12 @@ class CausalAttention(nn.Module):
             o = self._unpadded(q, k, v, gates, attention_mask)
         return self.o_proj(self._finish(o, hidden_states).flatten(-2)), None, past_key_values
 
-    _reads_all = False  # nothing but softmax over all earlier tokens
     kv_policy: Callable[[], Policy] | None = None
+
+    @property
+    def _reads_all(self) -> bool:
+        """Whether it is nothing but softmax over all earlier tokens."""
+        return False
 
     def _attend(
         self,
@@ -301,11 +305,9 @@ class Attention(CausalAttention):
     ) -> Tensor:
         Tq, Tk = q.shape[1], k.shape[1]
         if self._reads_all and cu_seqlens is None and Tq in (1, Tk):
-            o = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)),
-                is_causal=Tq > 1,
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            grouped = self.num_heads != self.num_kv_heads
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=Tq > 1, enable_gqa=grouped)
             return o.transpose(1, 2)
         left = -1 if self.window_size is None else self.window_size - 1
         if left >= 0 and cu_seqlens is None and not self.sink_tokens:
@@ -394,8 +396,9 @@ class NativeSparseAttention(CausalAttention):
                 ],
                 1,
             )
+        g_cmp, g_slc, g_swa = gates[0].unbind(-1)
         return parallel_nsa(
-            q, k, v, *gates[0].unbind(-1),
+            q, k, v, g_cmp, g_slc, g_swa,
             block_counts=self.block_counts, block_size=self.block_size,
             window_size=self.window_size, cu_seqlens=cu_seqlens,
             cmp_length=self.cmp_length, cmp_stride=self.cmp_stride,
@@ -473,14 +476,21 @@ class MoBA(CausalAttention):
         cu_seqlens: Tensor | None,
         cu_seqlens_k: Tensor | None,
     ) -> Tensor:
-        cuts = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
         behind = q.shape[1] != k.shape[1]
         one = q.shape[1] == 1 if cu_seqlens is None else q.shape[1] < cu_seqlens.shape[0]
         if self.full_decode and behind and one:
-            return block_sparse_attn(q, k, v, None, AttnMask(causal=True), **cuts)
-        return parallel_moba(q, k, v, **cuts, chunk_size=self.moba_chunk_size, topk=self.moba_topk)
+            return block_sparse_attn(
+                q, k, v, None, AttnMask(causal=True),
+                cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+            )  # fmt: skip
+        return parallel_moba(
+            q, k, v, cu_seqlens, None, self.moba_chunk_size, self.moba_topk,
+            cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
 
     def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
         if not self.use_output_gate:
-            return self.o_norm(o)
-        return self.o_norm(o, split_heads(self.g_proj(hidden_states), self.head_dim))
+            y: Tensor = self.o_norm(o)
+        else:
+            y = self.o_norm(o, split_heads(self.g_proj(hidden_states), self.head_dim))
+        return y

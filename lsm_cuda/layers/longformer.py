@@ -73,9 +73,12 @@ class LongformerSelfAttention(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.attention_window = attention_window
         self.dilation = dilation
-        for name in ("query", "key", "value"):
-            setattr(self, name, nn.Linear(hidden_size, hidden_size))
-            setattr(self, f"{name}_global", nn.Linear(hidden_size, hidden_size))
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.query_global = nn.Linear(hidden_size, hidden_size)
+        self.key_global = nn.Linear(hidden_size, hidden_size)
+        self.value_global = nn.Linear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -225,16 +228,11 @@ class BigBirdSelfAttention(nn.Module):
         if valid is None:
             o = self._attend(q, k, v, random_blocks)
         else:  # blocks at the end are those of each sequence
-            lengths = valid.sum(1).tolist()
-            o = torch.cat(
-                [
-                    F.pad(
-                        self._attend(*(y[n : n + 1, :length] for y in (q, k, v)), random_blocks),
-                        (0, 0, 0, 0, 0, x.shape[1] - length),
-                    )
-                    for n, length in enumerate(lengths)
-                ]
-            )
+            rows = [
+                self._attend(q[n, None, :t], k[n, None, :t], v[n, None, :t], random_blocks)
+                for n, t in enumerate(valid.sum(1).tolist())
+            ]
+            o = torch.cat([F.pad(y, (0, 0, 0, 0, 0, x.shape[1] - y.shape[1])) for y in rows])
         return back(o.flatten(2)), None, None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, random_blocks: Tensor | None) -> Tensor:
@@ -324,14 +322,14 @@ class LongT5TransientGlobalAttention(nn.Module):
         block = torch.arange(T, device=x.device) // size
         owner = torch.minimum(block, (blocks - 1)[:, None])  # -1 where there is no block at all
         count = T // size
-        heads = [split_heads(p(x), self.head_dim) for p in (self.q, self.k, self.v)]
-        parts = [self._local(*heads, valid)]
+        q, k, v = (split_heads(p(x), self.head_dim) for p in (self.q, self.k, self.v))
+        parts = [self._local(q, k, v, valid)]
         if count:
             member = F.one_hot(owner.masked_fill(~valid | (owner < 0), count), count + 1)
             member = member[..., :count].to(x.dtype)  # [N, T, count], zeros and ones
             sums = self.global_input_layer_norm(member.mT @ x)
-            side = [split_heads(p(sums), self.head_dim) for p in (self.k, self.v)]
-            parts.append(self._side(heads[0], *side, owner, blocks))
+            k, v = (split_heads(p(sums), self.head_dim) for p in (self.k, self.v))
+            parts.append(self._side(q, k, v, owner, blocks))
         o, _ = merge(*parts)
         return back(self.o(o.flatten(2))), None, None
 
@@ -356,7 +354,7 @@ class LongT5TransientGlobalAttention(nn.Module):
             return x.unfold(1, 3 * length, length)  # [N, rows, .., 3 length]
 
         acc = accumulation_dtype(q)
-        queries = F.pad(q, (0, 0, 0, 0, 0, rows * length - T)).unflatten(1, (rows, length))
+        queries = torch.unflatten(F.pad(q, (0, 0, 0, 0, 0, rows * length - T)), 1, (rows, length))
         score = torch.einsum("nrthd,nrhds->nrhts", queries.to(acc), three(k).to(acc))
         t, s = torch.arange(length, device=q.device)[:, None], torch.arange(3 * length).to(q.device)
         distance = s - length - t

@@ -26,6 +26,7 @@ class Layout:
         start: ``[N]``, first key of each sequence; None: batch rows.
         end: ``[N]``, behind its last key.
         owner: ``[Tq]``, sequence of each query.
+        dtype: of boundaries.
     """
 
     tokens: int
@@ -33,6 +34,7 @@ class Layout:
     start: Tensor | None = None
     end: Tensor | None = None
     owner: Tensor | None = None
+    dtype: torch.dtype = torch.int64
 
     @classmethod
     def of(
@@ -51,7 +53,8 @@ class Layout:
         cu_k = cu if cu_seqlens_k is None else cu_seqlens_k.long()
         owner = torch.searchsorted(cu[1:], token, right=True).clamp(max=max(cu.shape[0] - 2, 0))
         behind = cu_k.diff() - cu.diff()
-        return cls(tokens, token - cu[owner] + behind[owner], cu_k[:-1], cu_k[1:], owner)
+        position = token - cu[owner] + behind[owner]
+        return cls(tokens, position, cu_k[:-1], cu_k[1:], owner, cu_seqlens.dtype)
 
     def windows(self, stride: int) -> int:
         """Room for the windows of all sequences, one for every ``stride`` tokens begun."""
@@ -83,7 +86,9 @@ def pool_mean(
         cu = None
         first = torch.arange(count, device=x.device) * stride
         end: Tensor | int = x.shape[1]
-        parts = F.pad(x, (0, 0, 0, 0, 0, count * stride - x.shape[1])).unflatten(1, (count, stride))
+        parts = torch.unflatten(
+            F.pad(x, (0, 0, 0, 0, 0, count * stride - x.shape[1])), 1, (count, stride)
+        )
     else:
         assert layout.end is not None
         cu = layout.firsts(stride)
@@ -101,7 +106,7 @@ def pool_mean(
     for i in range(1, reach):
         total = total + shifted[:, i : i + count]
     tokens = (end - first).clamp(1, length)[:, None, None]
-    return (total / tokens).to(x.dtype), cu
+    return (total / tokens).to(x.dtype), None if cu is None else cu.to(layout.dtype)
 
 
 def stretches(queries: int, numbers: int) -> Iterator[slice]:
@@ -166,7 +171,7 @@ def select(
         keys = keys.to(accumulation_dtype(q))
         for at in stretches(T, B * Hq * windows):
             position = layout.position[at]
-            qs = q[:, at].to(keys.dtype).unflatten(2, (Hkv, Hq // Hkv))
+            qs = torch.unflatten(q[:, at].to(keys.dtype), 2, (Hkv, Hq // Hkv))
             product = torch.einsum("bthgk,bnhk->bthgn", qs, keys)
             if layout.owner is not None:
                 base = layout.firsts(stride)[layout.owner[at]]

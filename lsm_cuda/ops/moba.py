@@ -89,8 +89,7 @@ def parallel_moba(
         ahead = chosen > (layout.position // block)[:, None]
         chosen = chosen.masked_fill(ahead, -1)
     lists = token_lists(chosen, k, block, cu_seqlens, cu_seqlens_k)
-    o: Tensor = block_sparse_attn(
+    return block_sparse_attn(
         q, k, v, lists, AttnMask(causal=True), scale,
         cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    return o

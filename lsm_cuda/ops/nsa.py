@@ -114,7 +114,7 @@ def nsa_topk(
     count = block_counts if isinstance(block_counts, int) else int(block_counts.max())
     groups = k_cmp.shape[2]
     per_block, reach = block_size // stride, length // stride
-    mass = lse.transpose(1, 2).unflatten(2, (groups, -1))  # [B, T, H, G]
+    mass = torch.unflatten(lse.transpose(1, 2), 2, (groups, -1))  # [B, T, H, G]
 
     def score(product: Tensor, at: slice, position: Tensor) -> Tensor:
         window = torch.arange(product.shape[-1], device=q.device)
@@ -122,9 +122,9 @@ def nsa_topk(
         p = (scale * product - mass[:, at, ..., None].to(product.dtype)).exp()
         p = p.masked_fill(~seen[:, None, None], 0).sum(3)  # [B, t, H, windows]
         spread = F.pad(p, (reach - 1, 0))
-        unit = sum(spread[..., i : i + p.shape[-1]] for i in range(reach))
+        unit = torch.stack([spread[..., i : i + p.shape[-1]] for i in range(reach)]).sum(0)
         unit = F.pad(unit, (0, -p.shape[-1] % per_block))
-        return unit.unflatten(-1, (-1, per_block)).sum(-1)
+        return torch.unflatten(unit, -1, (-1, per_block)).sum(-1)
 
     def choose(scores: Tensor, own: Tensor) -> Tensor:
         return choose_blocks(scores, own, count, first, local)
@@ -142,7 +142,7 @@ def nsa_topk(
         )
         for n in sorted({*block_counts.flatten().tolist()})
     ]  # fmt: skip
-    which = torch.bucketize(block_counts, block_counts.unique()).transpose(1, 2)
+    which = torch.bucketize(block_counts, torch.unique(block_counts)).transpose(1, 2)
     return torch.stack(ranks).gather(0, which[None, ..., None].expand(1, *ranks[0].shape))[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,45 @@ __all__ = [
     "flash_attn_varlen_func",
     "merge_attn_states",
 ]
+
+
+@overload
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists | None = None,
+    mask: AttnMask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    ramp: Tensor | None = None,
+    ramp_length: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists | None = None,
+    mask: AttnMask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    ramp: Tensor | None = None,
+    ramp_length: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attn(

@@ -17,6 +17,7 @@ from ..ops.sparse_attn import block_sparse_attn
 from ..reference import merge_attention_states
 
 Attended = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
 _ALL = AttnMask()
 
 
@@ -96,7 +97,7 @@ class ByHead(Pattern):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         H, n = q.shape[2], len(self.parts)
         part_of = [h % n if self.interleaved else h * n // H for h in range(H)]
-        return by_head(part_of, lambda i, *qkv: self.parts[i].attend(*qkv, scale), q, k, v)
+        return by_head(part_of, lambda i, q, k, v: self.parts[i].attend(q, k, v, scale), q, k, v)
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,21 @@ class Columns(Pattern):
         (B, T), length, width = q.shape[:2], self.length, self.width
         runs = -(-T // length)
         q, k, v = (
-            F.pad(x, (0, 0, 0, 0, 0, runs * length - T)).unflatten(1, (runs, length))
+            torch.unflatten(F.pad(x, (0, 0, 0, 0, 0, runs * length - T)), 1, (runs, length))
             for x in (q, k, v)
         )
-        columns = [x[:, :, length - width :] for x in (q, k, v)]
+        columns = each(lambda x: x[:, :, length - width :], q, k, v)
         # Of earlier runs: a run's columns lie length / width apart on a scale on which runs are
         # `length` long, so that a query one run behind sees whole runs up to its own.
         stride = length // width
         earlier = AttnMask(
             causal=True, align_end=False, offset=-length, causal_block=length, key_stride=stride
         )
-        before = attend(q.flatten(1, 2), *(x.flatten(1, 2) for x in columns[1:]), earlier, scale)
-        o, lse = attend(*(x.flatten(0, 1) for x in columns), AttnMask(causal=True), scale)
+        before = attend(*each(lambda x: x.flatten(1, 2), q, *columns[1:]), earlier, scale)
+        o, lse = attend(*each(lambda x: x.flatten(0, 1), *columns), AttnMask(causal=True), scale)
         o = F.pad(o, (0, 0, 0, 0, length - width, 0)).view(B, runs * length, *o.shape[2:])
         lse = F.pad(lse, (length - width, 0), value=-torch.inf)
-        lse = lse.unflatten(0, (B, runs)).transpose(1, 2).flatten(2)
+        lse = torch.unflatten(lse, 0, (B, runs)).transpose(1, 2).flatten(2)
         o, lse = merge(before, (o, lse))
         return o[:, :T], lse[..., :T]
 
@@ -155,7 +156,7 @@ class Dilated(Pattern):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         phases = [h % self.rate for h in range(q.shape[2])]
-        return by_head(phases, lambda phase, *qkv: self._phase(phase, *qkv, scale), q, k, v)
+        return by_head(phases, lambda phase, q, k, v: self._phase(phase, q, k, v, scale), q, k, v)
 
     def _phase(self, phase: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attended:
         B, T, H = q.shape[:3]
@@ -167,7 +168,7 @@ class Dilated(Pattern):
         run = torch.arange(runs)[:, None] * self.length
         kept = (run + phase + torch.arange(each) * self.rate).flatten()[:count]
         kept = kept.to(q.device)
-        rows = [x.index_select(1, kept) for x in (q, k, v)]
+        rows = each(lambda x: x.index_select(1, kept), q, k, v)
         cuts = bounds(first, count, B, q.device)
         o, lse = packed(*rows, cuts, scale, AttnMask(causal=self.causal))
         return (
@@ -207,10 +208,9 @@ class Distances(Pattern):
         seen = torch.arange(T, device=q.device) >= distances[0]
         some = score.masked_fill(~seen[:, None, None], 0)  # rows of -inf have no softmax
         p = some.softmax(-1)
-        o = sum(
-            F.pad(p[:, d:, :, i, None].to(v.dtype) * v[:, :-d], (0, 0, 0, 0, d, 0))
-            for i, d in enumerate(distances)
-        )
+        o = torch.zeros_like(near[0])
+        for i, d in enumerate(distances):
+            o = o + F.pad(p[:, d:, :, i, None].to(v.dtype) * v[:, :-d], (0, 0, 0, 0, d, 0))
         lse = some.logsumexp(-1).masked_fill(~seen[:, None], -torch.inf).transpose(1, 2)
         return merge(near, (o.masked_fill(~seen[:, None, None], 0), lse))
 
@@ -231,7 +231,7 @@ class Axes(Pattern):
         B = q.shape[0]
 
         def rows(x: Tensor) -> Tensor:
-            x = x.unflatten(1, self.shape).permute(*order, n + 1, n + 2)
+            x = torch.unflatten(x, 1, self.shape).permute(*order, n + 1, n + 2)
             return x.flatten(0, split - 1).flatten(1, len(self.axes))
 
         o, lse = attend(rows(q), rows(k), rows(v), self.mask, scale)
@@ -300,15 +300,15 @@ class Permuted(Pattern):
         n = len(self.permutations[0])
         order = torch.tensor(self.permutations, device=q.device).T  # [n, H]
         head = torch.arange(H, device=q.device)
-        q = q.unflatten(1, (n, self.block))
+        q = torch.unflatten(q, 1, (n, self.block))
         # [n, H] in place of dimensions 1 and 3, which moves them to the front
         k, v = (
-            x.unflatten(1, (n, self.block))[:, order, :, head // (H // x.shape[2])]
+            torch.unflatten(x, 1, (n, self.block))[:, order, :, head // (H // x.shape[2])]
             .permute(2, 0, 3, 1, 4)
             .contiguous()
             for x in (k, v)
         )
-        o, lse = attend(*(x.flatten(0, 1) for x in (q, k, v)), AttnMask(), scale)
+        o, lse = attend(*each(lambda x: x.flatten(0, 1), q, k, v), AttnMask(), scale)
         return (
             o.reshape(B, n * self.block, H, -1),
             lse.view(B, n, H, self.block).transpose(1, 2).flatten(2),
@@ -327,6 +327,11 @@ def attend(
     """One call of the engine."""
     o, lse = block_sparse_attn(q, k, v, lists, mask, scale, cu_seqlens=cu_seqlens, return_lse=True)
     return o, lse
+
+
+def each(f: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Triple:
+    """``f`` of queries, keys and values."""
+    return f(q), f(k), f(v)
 
 
 def merge(*parts: Attended) -> Attended:
@@ -384,6 +389,6 @@ def packed(
 ) -> Attended:
     """Attention inside the sequences that ``cuts`` makes of the batch laid end to end."""
     B, T = q.shape[:2]
-    rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    rows = each(lambda x: x.reshape(1, -1, *x.shape[2:]), q, k, v)
     o, lse = attend(*rows, mask, scale, cu_seqlens=cuts)
     return o.view(B, T, *o.shape[2:]), lse.view(q.shape[2], B, T).transpose(0, 1)

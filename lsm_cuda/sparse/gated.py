@@ -82,7 +82,7 @@ def infllm_v2_lists(
             stride=4 * stride, tokens=k.shape[1], cu_seqlens_cmp=cu,
         )  # fmt: skip
         keys, _ = pool_mean(k, layout, kernel, stride)
-    mass = lse.transpose(1, 2).unflatten(2, (k.shape[2], -1))
+    mass = torch.unflatten(lse.transpose(1, 2), 2, (k.shape[2], -1))
     per, reach = block // stride, kernel // stride - 1
 
     def score(product: Tensor, at: slice, position: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def infllm_v2_lists(
         best = F.pad(p, (reach, 0))
         best = torch.stack([best[..., i : i + p.shape[-1]] for i in range(reach + 1)]).amax(0)
         best = F.pad(best, (0, -p.shape[-1] % per))
-        return best.unflatten(-1, (-1, per)).amax(-1)
+        return torch.unflatten(best, -1, (-1, per)).amax(-1)
 
     def choose(scores: Tensor, own: Tensor) -> Tensor:
         return choose_blocks(scores, own, topk, first, local)
@@ -130,10 +130,7 @@ def infllm_v2_attn(
         torch.Size([1, 100, 4, 8])
     """
     lists = infllm_v2_lists(q, k, topk, block, kernel, stride, first, local, scale, cu_seqlens)
-    o: Tensor = block_sparse_attn(
-        q, k, v, lists, AttnMask(causal=True), scale, cu_seqlens=cu_seqlens
-    )
-    return o
+    return block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scale, cu_seqlens=cu_seqlens)
 
 
 # ---- SeerAttention ----
@@ -171,12 +168,14 @@ def pooled_attention_map(
     key = torch.arange(S, device=q.device)
     for at in stretches(rows, B * Hq * block_q * S):
         own = slice(at.start * block_q, min(at.stop * block_q, T))
-        qs = q[:, own].to(acc).unflatten(2, (H, -1))
+        qs = torch.unflatten(q[:, own].to(acc), 2, (H, -1))
         query = torch.arange(own.start, own.stop, device=q.device) + (S - T)
         score = scale * torch.einsum("bthgd,bshd->bhgts", qs, keys).flatten(1, 2)
         p = score.masked_fill(key > query[:, None], -torch.inf).softmax(-1)
         p = F.pad(p, (0, -S % block, 0, -p.shape[2] % block_q))
-        tops.append(p.unflatten(-1, (-1, block)).amax(-1).unflatten(2, (-1, block_q)).amax(3))
+        tops.append(
+            torch.unflatten(torch.unflatten(p, -1, (-1, block)).amax(-1), 2, (-1, block_q)).amax(3)
+        )
     top = torch.cat(tops, 2)
     return top / top.sum(-1, keepdim=True)
 
@@ -247,7 +246,7 @@ class SeerAttentionGate(nn.Module):
         size, T = self.block, q.shape[1]
         place = torch.arange(start, start + T, device=q.device)
         if self.group_queries:
-            q = q.flatten(2).unflatten(2, (self.w_q.shape[0], -1))
+            q = torch.unflatten(q.flatten(2), 2, (self.w_q.shape[0], -1))
             place = place // size * size
         else:
             rows = pages_of(q, size, 0)
@@ -280,7 +279,7 @@ class SeerAttentionGate(nn.Module):
         """
         logits = self(q, k)
         if self.group_queries:
-            target = target.unflatten(1, (logits.shape[1], -1)).amax(2)
+            target = torch.unflatten(target, 1, (logits.shape[1], -1)).amax(2)
             target = target / target.sum(-1, keepdim=True)
         log_p = logits.log_softmax(-1).masked_fill(target == 0, 0).to(target.dtype)
         return (torch.xlogy(target, target) - target * log_p).sum(-1).mean()
@@ -431,7 +430,7 @@ def attach_seer(
     for module in model.modules():
         if is_attention(module):
             module.seer_gate = make_gate(module)
-            module.seer_choice = choice
+            module.seer_choice = choice  # type: ignore[assignment]
             gates.append(module.seer_gate)
             module.config._attn_implementation = "lsm_seer"  # type: ignore[union-attr]
     if not gates:

@@ -33,8 +33,8 @@ class Policy:
 
     def attend(self, q: Tensor) -> Tensor:
         """The last token's query ``[B, 1, Hq, K]`` over the cache, ``[B, 1, Hq, V]``."""
-        o: Tensor = block_sparse_attn(q, *self.cache.kept(), scale=self.cache.scale)
-        return o
+        k, v = self.cache.kept()
+        return block_sparse_attn(q, k, v, scale=self.cache.scale)
 
 
 class KVCache:
@@ -101,7 +101,7 @@ class KVCache:
         mask = AttnMask(causal=True)
         o, lse = block_sparse_attn(q, k, v, None, mask, self.scale, return_lse=True)
         self.policy.begin(q, lse)
-        return o  # type: ignore[no-any-return]
+        return o
 
     @torch.no_grad()
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -156,8 +156,7 @@ class KVCache:
         """Exact attention over pages ``[B, heads, n]`` of the cache, -1 for none."""
         k, v = self.kept()
         lists = BlockLists.from_indices(pages[:, :, None], 1, k.shape[1], 1, page_size)
-        o: Tensor = block_sparse_attn(q, k, v, lists, None, self.scale)
-        return o
+        return block_sparse_attn(q, k, v, lists, None, self.scale)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ def attend_tokens(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads, acc = index.shape[1], accumulation_dtype(q)
     k, v = take_tokens(k, index), take_tokens(v, index)  # [B, n, heads, D]
-    qs = q[:, 0].unflatten(1, (heads, -1)).to(acc)  # [B, heads, G, K]
+    qs = torch.unflatten(q[:, 0], 1, (heads, -1)).to(acc)  # [B, heads, G, K]
     score = scale * torch.einsum("bhgd,bnhd->bhgn", qs, k.to(acc))
     if log_weight is not None:
         score = score + log_weight[:, :, None]
@@ -221,7 +220,7 @@ def attention_mass(
     total = torch.zeros(B, Hq, S, dtype=acc, device=q.device)
     key = torch.arange(S, device=q.device)
     for at in stretches(T, B * Hq * S):
-        qs = q[:, at].to(acc).unflatten(2, (Hkv, Hq // Hkv))
+        qs = torch.unflatten(q[:, at].to(acc), 2, (Hkv, Hq // Hkv))
         score = scale * torch.einsum("bthgd,bshd->bhgts", qs, k).flatten(1, 2)
         p = (score - lse[:, :, at, None].to(acc)).exp()
         if causal:
@@ -233,12 +232,12 @@ def attention_mass(
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """Sum of ``[B, Hq, S]`` over the query heads that share a key head: ``[B, Hkv, S]``."""
-    return x.unflatten(1, (groups, -1)).sum(2)
+    return torch.unflatten(x, 1, (groups, -1)).sum(2)
 
 
 def pages_of(x: Tensor, size: int, value: float) -> Tensor:
     """``[B, S, H, D]`` as ``[B, pages, size, H, D]``, filled up with ``value``."""
     pages = -(-x.shape[1] // size)
-    return F.pad(x, (0, 0, 0, 0, 0, pages * size - x.shape[1]), value=value).unflatten(
-        1, (pages, size)
+    return torch.unflatten(
+        F.pad(x, (0, 0, 0, 0, 0, pages * size - x.shape[1]), value=value), 1, (pages, size)
     )

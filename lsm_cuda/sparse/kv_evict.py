@@ -77,7 +77,7 @@ class H2O(Policy):
         p = attention_mass(q, k, lse, self.cache.scale)
         self.mass = self.mass + by_group(p, k.shape[2])
         self._evict()
-        return o  # type: ignore[no-any-return]
+        return o
 
     def _evict(self) -> None:
         n = self.mass.shape[-1]
@@ -107,7 +107,7 @@ class TOVA(Policy):
         k, v = self.cache.kept()
         o, lse = block_sparse_attn(q, k, v, scale=self.cache.scale, return_lse=True)
         self._evict(attention_mass(q, k, lse, self.cache.scale))
-        return o  # type: ignore[no-any-return]
+        return o
 
     def _evict(self, p: Tensor) -> None:
         if p.shape[-1] > self.budget:
@@ -153,7 +153,7 @@ class SpAtten(Policy):
             o = few * (part - lse).exp().transpose(1, 2)[..., None].to(few.dtype)
         self.mass = self.mass + p.sum(1, keepdim=True)
         self._prune()
-        return o  # type: ignore[no-any-return]
+        return o
 
     def _prune(self) -> None:
         if self.mass.shape[-1] > self.budget + 1:
@@ -211,6 +211,9 @@ class FastGen(Policy):
 
     Source: Model Tells You What to Discard, arXiv:2310.01801.
     """
+
+    position: Tensor  # [B, Hkv, S], of every kept token; -1: none
+    fixed: Tensor  # [B, Hkv, S], those that stay for good
 
     SETS = ("special", "punctuation", "frequency", "local", "full")
 

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import KVBuffer
 from ..ops._common import accumulation_dtype
 from ..ops.sparse_attn import block_sparse_attn
+from ._pattern import each
 from .kv_cache import KVCache, Policy, pages_of
 from .kv_evict import StreamingLLM
 
@@ -75,7 +77,7 @@ class Quest(Policy):
     def score(self, q: Tensor) -> Tensor:
         """``[B, heads, pages]``."""
         H, acc = self.low.shape[2], accumulation_dtype(q)
-        qs = q[:, 0].unflatten(1, (H, -1)).to(acc)  # [B, H, G, K]
+        qs = torch.unflatten(q[:, 0], 1, (H, -1)).to(acc)  # [B, H, G, K]
         up, down = qs.clamp(min=0), qs.clamp(max=0)
         best = torch.einsum("bhgd,bphd->bhgp", up, self.high.to(acc))
         best = best + torch.einsum("bhgd,bphd->bhgp", down, self.low.to(acc))
@@ -159,15 +161,20 @@ class LongHeads(Policy):
         full = self.pending.shape[1] // size
         if known is not None and not full:
             return
-        q, (k, v) = self.pending, (x[:, start:] for x in self.cache.kept())
+        q, (k, v) = self.pending, self.cache.kept()
         share = q.shape[2] // k.shape[2]
-        rows = [x[:, : full * size].unflatten(1, (full, size)).flatten(0, 1) for x in (q, k, v)]
-        inner = block_sparse_attn(*rows, scale=self.cache.scale).mean(1)  # [B chunks, Hq, V]
+        rows = each(
+            lambda x: torch.unflatten(x[:, : full * size], 1, (full, size)).flatten(0, 1),
+            q,
+            k[:, start:],
+            v[:, start:],
+        )
+        inner = block_sparse_attn(*rows, None, None, self.cache.scale).mean(1)  # [B chunks, Hq, V]
         keys = rows[1].repeat_interleave(share, 2)
         width = min(inner.shape[-1], keys.shape[-1])
         score = torch.einsum("nhd,nshd->nhs", inner[..., :width], keys[..., :width])
         p = (score * width**-0.5).softmax(-1)
-        made = torch.einsum("nhs,nshd->nhd", p, keys).unflatten(0, (q.shape[0], full))
+        made = torch.unflatten(torch.einsum("nhs,nshd->nhd", p, keys), 0, (q.shape[0], full))
         self.representative = made if known is None else torch.cat([known, made], 1)
         self.pending = q[:, full * size :]
 
@@ -218,10 +225,8 @@ class DuoAttention(Policy):
             own = KVCache(policy, self.cache.scale, self.cache.rotary)
             if heads:
                 queries = [h * share + g for h in heads for g in range(share)]
-                own.buffer, own.seen = (
-                    type(self.cache.buffer)(k[:, :, heads], v[:, :, heads], k.shape[1]),
-                    k.shape[1],
-                )  # type: ignore[misc]
+                own.buffer = KVBuffer.start(k[:, :, heads], v[:, :, heads])
+                own.seen = k.shape[1]
                 own.policy.begin(q[:, :, queries], lse[:, queries])
             self.caches.append(own)
         self.cache.keep(torch.arange(0, device=k.device))
@@ -240,7 +245,8 @@ class DuoAttention(Policy):
             if not heads:
                 continue
             queries = [h * share + g for h in heads for g in range(share)]
-            own.buffer.append(k[:, :, heads], v[:, :, heads])  # type: ignore[union-attr]
+            assert own.buffer is not None
+            own.buffer.append(k[:, :, heads], v[:, :, heads])
             own.seen += 1
             own.policy.append()
             turned = q[:, :, queries]
@@ -286,4 +292,4 @@ def parts_to_pages(score: Tensor, parts: int) -> Tensor:
     if parts == 1:
         return score
     pad = -score.shape[-1] % parts
-    return F.pad(score, (0, pad), value=-torch.inf).unflatten(-1, (-1, parts)).amax(-1)
+    return torch.unflatten(F.pad(score, (0, pad), value=-torch.inf), -1, (-1, parts)).amax(-1)

@@ -72,7 +72,7 @@ class DoubleSparsity(TokenPolicy):
     def calibrate(q: Tensor, k: Tensor, channels: int) -> Tensor:
         """The channels whose products are largest on a sample ``q [B, T, Hq, K]``, ``k``."""
         share = q.shape[2] // k.shape[2]
-        size = q.abs().mean((0, 1)).unflatten(0, (-1, share)).mean(1) * k.abs().mean((0, 1))
+        size = torch.unflatten(q.abs().mean((0, 1)), 0, (-1, share)).mean(1) * k.abs().mean((0, 1))
         return size.topk(channels, -1).indices.sort(-1).values
 
     def score(self, q: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class DoubleSparsity(TokenPolicy):
         B, S, H, _K = k.shape
         at = self.channels.to(q.device)
         label = k.gather(-1, at.expand(B, S, -1, -1))
-        qs = q[:, 0].unflatten(1, (H, -1))
+        qs = torch.unflatten(q[:, 0], 1, (H, -1))
         qs = qs.gather(-1, at[None, :, None].expand(B, H, qs.shape[2], -1))
         return torch.einsum("bhgd,bshd->bhgs", qs, label).flatten(1, 2)
 
@@ -105,14 +105,14 @@ class RetrievalAttention(Policy):
         first = min(self.sinks, n)
         last = max(n - self.recent, first)
         scale = self.cache.scale
-        near = [torch.cat([x[:, :first], x[:, last:]], 1) for x in (k, v)]
-        parts = [block_sparse_attn(q, *near, scale=scale, return_lse=True)]
+        near_k, near_v = (torch.cat([x[:, :first], x[:, last:]], 1) for x in (k, v))
+        parts = [block_sparse_attn(q, near_k, near_v, scale=scale, return_lse=True)]
         if last > first:
-            far = [x[:, first:last] for x in (k, v)]
-            qs = q[:, 0].unflatten(1, (H, -1))
-            score = torch.einsum("bhgd,bshd->bhgs", qs, far[0]).flatten(1, 2)
+            far_k, far_v = k[:, first:last], v[:, first:last]
+            qs = torch.unflatten(q[:, 0], 1, (H, -1))
+            score = torch.einsum("bhgd,bshd->bhgs", qs, far_k).flatten(1, 2)
             best = score.topk(min(self.budget, last - first), -1).indices
-            parts.append(attend_tokens(q, *far, best, scale))
+            parts.append(attend_tokens(q, far_k, far_v, best, scale))
         o, _ = merge(*parts)
         return o
 
@@ -131,6 +131,9 @@ class ClusterKV(TokenPolicy):
 
     Source: ClusterKV, arXiv:2412.03213.
     """
+
+    centers: Tensor  # [B, Hkv, clusters, K]
+    owner: Tensor  # [B, Hkv, tokens in clusters]
 
     def __init__(
         self,
@@ -171,7 +174,7 @@ class ClusterKV(TokenPolicy):
         heads = q.shape[2]
         if not self.done:
             return q.new_full((q.shape[0], heads, n), torch.inf)
-        qs = q[:, 0].unflatten(1, (self.centers.shape[1], -1)).to(self.centers.dtype)
+        qs = torch.unflatten(q[:, 0], 1, (self.centers.shape[1], -1)).to(self.centers.dtype)
         fit = torch.einsum("bhgd,bhcd->bhgc", qs, self.centers)
         owner = self.owner[:, :, None].expand(*fit.shape[:3], -1)
         near = fit.gather(-1, owner).flatten(1, 2)
@@ -210,7 +213,9 @@ class PQCache(TokenPolicy):
 
     def _split(self, k: Tensor) -> Tensor:
         """``[B, S, Hkv, K]`` to ``[B, Hkv, parts, S, K / parts]``."""
-        return k.to(accumulation_dtype(k)).unflatten(-1, (self.parts, -1)).permute(0, 2, 3, 1, 4)
+        return torch.unflatten(k.to(accumulation_dtype(k)), -1, (self.parts, -1)).permute(
+            0, 2, 3, 1, 4
+        )
 
     def begin(self, q: Tensor, lse: Tensor) -> None:
         k, _ = self.cache.kept()
@@ -228,7 +233,7 @@ class PQCache(TokenPolicy):
 
     def score(self, q: Tensor) -> Tensor:
         H = self.book.shape[1]
-        qs = self._split(q).unflatten(1, (H, -1)).squeeze(4)  # [B, H, G, parts, K / parts]
+        qs = torch.unflatten(self._split(q), 1, (H, -1)).squeeze(4)  # [B, H, G, parts, K / parts]
         table = torch.einsum("bhgpd,bhpcd->bhgpc", qs, self.book)
         code = self.code[:, :, None].expand(*table.shape[:4], -1)
         return table.gather(-1, code).sum(3).flatten(1, 2)
@@ -278,12 +283,12 @@ class MagicPIG(Policy):
 
     def _hash(self, x: Tensor) -> Tensor:
         """``[B, S, H, L]`` numbers of ``bits`` bits."""
-        sign = (x @ self.direction > 0).unflatten(-1, (self.tables, self.bits))
+        sign = torch.unflatten(x @ self.direction > 0, -1, (self.tables, self.bits))
         return (sign * 2 ** torch.arange(self.bits, device=x.device)).sum(-1)
 
     def probability(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, Hkv, G, S]``: chance that a key is sampled."""
-        qs = F.normalize(q[:, 0].unflatten(1, (k.shape[2], -1)), dim=-1)
+        qs = F.normalize(torch.unflatten(q[:, 0], 1, (k.shape[2], -1)), dim=-1)
         cosine = torch.einsum("bhgd,bshd->bhgs", qs, F.normalize(k - self.center, dim=-1))
         one = (1 - cosine.clamp(-1, 1).acos() / math.pi) ** self.bits
         L = self.tables
@@ -292,7 +297,7 @@ class MagicPIG(Policy):
     def attend(self, q: Tensor) -> Tensor:
         k, _ = self.cache.kept()
         n, H = k.shape[1:3]
-        mine = self._hash(q)[:, 0].unflatten(1, (H, -1))  # [B, H, G, L]
+        mine = torch.unflatten(self._hash(q)[:, 0], 1, (H, -1))  # [B, H, G, L]
         keys = self.hashes.transpose(1, 2)[:, :, None]  # [B, H, 1, S, L]
         sampled = (keys == mine[..., None, :]).sum(-1) >= 2  # [B, H, G, S]
         token = torch.arange(n, device=q.device)
@@ -350,7 +355,7 @@ class ShadowKV(Policy):
         u, s, vh = torch.linalg.svd(k[:, : self.prompt].flatten(2).to(acc), full_matrices=False)
         r = min(self.rank, s.shape[-1])
         self.left, self.right = u[..., :r] * s[:, None, :r], vh[:, :r]
-        turned = self._turned(k)[:, : self.prompt].unflatten(1, (chunks, size))
+        turned = torch.unflatten(self._turned(k)[:, : self.prompt], 1, (chunks, size))
         self.mean = turned.mean(2)  # [B, chunks, H, K]
         fit = F.cosine_similarity(turned, self.mean[:, :, None], dim=-1).amin(2)  # [B, chunks, H]
         self.odd = fit.transpose(1, 2).topk(min(self.outliers, chunks), -1, largest=False).indices
@@ -367,7 +372,7 @@ class ShadowKV(Policy):
         _, v = self.cache.raw()
         _B, chunks, H, K = self.mean.shape
         size, _heads = self.chunk_size, q.shape[2]
-        qs = q[:, 0].unflatten(1, (H, -1))
+        qs = torch.unflatten(q[:, 0], 1, (H, -1))
         # softmax over chunks of every head, then the sum over heads that share keys
         scale = K**-0.5 if self.cache.scale is None else self.cache.scale
         score = (scale * torch.einsum("bhgd,bchd->bhgc", qs, self.mean)).softmax(-1).sum(2)
@@ -377,19 +382,18 @@ class ShadowKV(Policy):
         keys = self._rebuilt(rows, H, K).to(q.dtype)  # [B, n, H, K]
         k = torch.cat([keys, self.exact[0], self.rest[0]], 1)
         values = torch.cat([take_tokens(v, rows), self.exact[1], self.rest[1]], 1)
-        o: Tensor = block_sparse_attn(q, k, values, scale=self.cache.scale)
-        return o
+        return block_sparse_attn(q, k, values, scale=self.cache.scale)
 
     def _rebuilt(self, rows: Tensor, H: int, K: int) -> Tensor:
         B, _, n = rows.shape
         left = self.left.gather(1, rows.flatten(1)[..., None].expand(-1, -1, self.left.shape[-1]))
-        right = self.right.unflatten(-1, (H, K))
+        right = torch.unflatten(self.right, -1, (H, K))
         k = torch.einsum("bhnr,brhd->bhnd", left.view(B, H, n, -1), right)
         if self.rotary is None:
             return k.transpose(1, 2)
         # heads as batch rows: each has positions of its own
         turned = self.rotary(k.flatten(0, 1)[:, :, None], rows.flatten(0, 1))
-        return turned[:, :, 0].unflatten(0, (B, H)).transpose(1, 2)
+        return torch.unflatten(turned[:, :, 0], 0, (B, H)).transpose(1, 2)
 
 
 def k_means(

@@ -79,8 +79,7 @@ def transformer_xl_attn(
     places = torch.cat([cos, sin], -1).to(k.dtype)[None, :, None]
     q = torch.cat([q if content_bias is None else q + content_bias, features], -1)
     k = torch.cat([k, places.expand(*k.shape[:3], -1)], -1)
-    o: Tensor = block_sparse_attn(q, k, v, None, AttnMask(causal=True), scale)
-    return o
+    return block_sparse_attn(q, k, v, None, AttnMask(causal=True), scale)
 
 
 class CompressiveMemory:
@@ -146,7 +145,7 @@ class CompressiveMemory:
     def _compressed(self, x: Tensor) -> Tensor:
         if self.compress is not None:
             return self.compress(x)
-        return x.unflatten(1, (-1, self.rate)).mean(2)
+        return torch.unflatten(x, 1, (-1, self.rate)).mean(2)
 
     def reconstruction_loss(self, pushed: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Attention-reconstruction loss: how much attention to compressed states differs.
@@ -193,10 +192,7 @@ def adaptive_span_attn(
     # beyond the ramp weights are 0: blocks there need not be read
     left = (span.detach() + ramp_length).ceil().to(torch.int32)
     mask = AttnMask(causal=True, head_left=left)
-    o: Tensor = block_sparse_attn(
-        q, k, v, None, mask, scale, ramp=span, ramp_length=float(ramp_length)
-    )
-    return o
+    return block_sparse_attn(q, k, v, None, mask, scale, ramp=span, ramp_length=float(ramp_length))
 
 
 # ---- Search ----
@@ -242,7 +238,7 @@ def memorizing_attn(
     row = torch.arange(B * H, device=q.device).view(B, 1, H, 1, 1)
     outputs = []
     for at in stretches(T, B * Hq * max(keys.shape[2], topk * keys.shape[3])):
-        qs = q[:, at].to(acc).unflatten(2, (H, -1))  # [B, t, H, G, K]
+        qs = torch.unflatten(q[:, at].to(acc), 2, (H, -1))  # [B, t, H, G, K]
         with torch.no_grad():
             score = torch.einsum("bthgd,bhmd->bthgm", qs, keys)
             index = score.topk(min(topk, score.shape[-1]), -1).indices
@@ -356,19 +352,18 @@ def landmark_attn(
 
     parts = []
     for at in stretches(T, B * Hq * blocks * block):
-        qs = q[:, at].to(acc).unflatten(2, (H, -1))
+        qs = torch.unflatten(q[:, at].to(acc), 2, (H, -1))
         parts.append(checkpoint(bias, qs, keys, marks, use_reentrant=False))
     every = torch.cat(parts, 1).transpose(1, 2)  # [B, Hq, T, blocks]
     column = torch.arange(blocks, device=q.device)
     own = torch.arange(T, device=q.device)[:, None] // block
     chosen = (column < own).expand_as(every)
     if topk is not None:
-        qs = q.to(acc).unflatten(2, (H, -1))
+        qs = torch.unflatten(q.to(acc), 2, (H, -1))
         score = torch.einsum("bthgd,bnhd->bhgtn", qs, marks).flatten(1, 2)
         best = score.masked_fill(~chosen, -torch.inf).topk(min(topk, blocks), -1)
         few = torch.zeros_like(chosen.contiguous())
         chosen = chosen & few.scatter(-1, best.indices, True)
     every = every.masked_fill(column >= own, 0)
     lists = BlockLists.from_bitmap(chosen | (column == own), T, T, 1, block, bias=every)
-    o: Tensor = block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scale)
-    return o
+    return block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scale)

@@ -345,10 +345,10 @@ def star_attn(
     T = q.shape[1]
     if T < 3:
         raise ValueError(f"star_attn: a ring needs 3 tokens, got T = {T}")
-    ring = [torch.cat([x[:, -1:], x, x[:, :1]], 1) for x in (k, v)]
+    around_k, around_v = (torch.cat([x[:, -1:], x, x[:, :1]], 1) for x in (k, v))
     around = AttnMask(left=0, right=2, align_end=False)
     parts = [
-        attend(q, *ring, around, scale),
+        attend(q, around_k, around_v, around, scale),
         attend(q, *relay, AttnMask(), scale),
         _each(q, *embedding, scale),
     ]

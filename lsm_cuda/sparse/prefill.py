@@ -38,8 +38,7 @@ def sparse_prefill(
         >>> sparse_prefill(q, k, v, xattention_lists(q, k, block=32)).shape
         torch.Size([1, 256, 2, 32])
     """
-    o: Tensor = block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scale)
-    return o
+    return block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scale)
 
 
 # ---- Choosing ----
@@ -79,7 +78,7 @@ def _own(q: Tensor, k: Tensor, block: int) -> Tensor:
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
     """``[B, t, Hq, K]`` with ``[B, s, Hkv, K]``: ``[B, Hq, t, s]``."""
-    q = q.unflatten(2, (k.shape[2], -1))
+    q = torch.unflatten(q, 2, (k.shape[2], -1))
     return torch.einsum("bthgd,bshd->bhgts", q, k).flatten(1, 2)
 
 
@@ -89,7 +88,7 @@ def _pooled(x: Tensor, block: int) -> Tensor:
     blocks = -(-T // block)
     x = F.pad(x.to(accumulation_dtype(x)), (0, 0, 0, 0, 0, blocks * block - T))
     tokens = (T - torch.arange(blocks, device=x.device) * block).clamp(max=block)
-    return x.unflatten(1, (blocks, block)).sum(2) / tokens[:, None, None]
+    return torch.unflatten(x, 1, (blocks, block)).sum(2) / tokens[:, None, None]
 
 
 def _last_rows(q: Tensor, k: Tensor, last: int, scale: float) -> Tensor:
@@ -116,7 +115,7 @@ def _bitmap_of(columns: Tensor, distances: Tensor, rows: int, block: int) -> Ten
     """Blocks that hold chosen columns ``[B, H, T]`` or pairs at chosen distances ``[B, H, T]``."""
     blocks = -(-columns.shape[-1] // block)
     pad = blocks * block - columns.shape[-1]
-    vertical = F.pad(columns, (0, pad)).unflatten(-1, (blocks, block)).any(-1)
+    vertical = torch.unflatten(F.pad(columns, (0, pad)), -1, (blocks, block)).any(-1)
     # A distance s of a row's first query to its last reaches at most two blocks of keys, whose
     # numbers lie ceil(s / block) and ceil((s + 1) / block) - 1 behind the row's own.
     distance = torch.arange(columns.shape[-1], device=columns.device)
@@ -275,7 +274,7 @@ def minference_lists(
         ]
     )
     p = _last_rows(q, k, last, q.shape[-1] ** -0.5 if scale is None else scale)
-    columns = F.pad(p.sum(-2), (0, -k.shape[1] % block)).unflatten(-1, (-1, block)).sum(-1)
+    columns = torch.unflatten(F.pad(p.sum(-2), (0, -k.shape[1] % block)), -1, (-1, block)).sum(-1)
     kept = (candidates[..., -1, :] * columns).sum(-1).mean(1)  # [3, Hq], of the last row
     best = kept.argmax(0).view(1, 1, H, 1, 1).expand(1, *candidates.shape[1:])
     return _lists(candidates.gather(0, best)[0], q, k, block)
@@ -314,14 +313,14 @@ def flex_prefill_lists(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     p = _last_rows(q, k, block, scale)
-    true = F.pad(p.mean(-2), (0, -k.shape[1] % block)).unflatten(-1, (-1, block)).sum(-1)
+    true = torch.unflatten(F.pad(p.mean(-2), (0, -k.shape[1] % block)), -1, (-1, block)).sum(-1)
     means = _pooled(k, block)
     guess = _products(q[:, -min(block, q.shape[1]) :].mean(1, keepdim=True).to(means), means)
     guess = (scale * guess[:, :, 0]).softmax(-1)
     far = _divergence(guess, true).sqrt()  # [B, Hq]
     rows = -(-q.shape[1] // block)
     every = _pooled_map(q, k, block, scale)
-    by_block = cumulative(every.flatten(-2), gamma).unflatten(-1, every.shape[-2:])
+    by_block = torch.unflatten(cumulative(every.flatten(-2), gamma), -1, every.shape[-2:])
     columns, distances = cumulative(p.sum(-2), gamma), cumulative(_slashes(p), gamma)
     by_column = _bitmap_of(columns, distances, rows, block)
     chosen = torch.where((far < tau)[..., None, None], by_block, by_column)
@@ -369,7 +368,7 @@ def xattention_lists(
 
     def squares(x: Tensor, flip: bool) -> Tensor:
         """``[B, T / stride, H, stride · K]``, the last square filled up."""
-        x = F.pad(x.to(acc), (0, 0, 0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, stride))
+        x = torch.unflatten(F.pad(x.to(acc), (0, 0, 0, 0, 0, -x.shape[1] % block)), 1, (-1, stride))
         x = x.flip(2) if flip else x
         return x.transpose(2, 3).flatten(3)
 
@@ -383,7 +382,7 @@ def xattention_lists(
         score = score.masked_fill((key > query) | (key * stride >= S), -torch.inf)
         p = score.softmax(-1).masked_fill(query * stride >= T, 0)
         per = block // stride
-        maps.append(p.unflatten(-1, (-1, per)).sum(-1).unflatten(2, (-1, per)).sum(3))
+        maps.append(torch.unflatten(torch.unflatten(p, -1, (-1, per)).sum(-1), 2, (-1, per)).sum(3))
     return _lists(cumulative(torch.cat(maps, 2), tau), q, k, block)
 
 

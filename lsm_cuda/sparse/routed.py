@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops._common import accumulation_dtype
 from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
-from ._pattern import merge
+from ._pattern import each, merge
 from .kv_cache import take_tokens
 
 __all__ = [
@@ -58,7 +58,7 @@ def mosa_attn(
         [[5, 5]]
     """
     index = router.transpose(1, 2).topk(min(count, q.shape[1]), -1).indices.sort(-1).values
-    rows = [take_tokens(x, index) for x in (q, k, v)]
+    rows = each(lambda x: take_tokens(x, index), q, k, v)
     o = block_sparse_attn(*rows, None, AttnMask(causal=True), scale)
     o = o * take_tokens(router[..., None], index).to(o.dtype)
     return _put_tokens(o, index, q.shape[1])
@@ -108,12 +108,13 @@ def routing_attn(
     with torch.no_grad():
         queries = nearest(q)
         keys = queries if causal else nearest(k)
-    rows = (
-        take_tokens(x, index).unflatten(1, (C, window)).flatten(0, 1)
-        for x, index in ((q, queries), (q if causal else k, keys), (v, keys))
-    )
-    o = block_sparse_attn(*rows, None, AttnMask(causal=causal), scale)
-    o = o.unflatten(0, (B, C)).flatten(1, 2)  # [B, C * window, H, V]
+
+    def rows(x: Tensor, index: Tensor) -> Tensor:
+        return torch.unflatten(take_tokens(x, index), 1, (C, window)).flatten(0, 1)
+
+    k = rows(q if causal else k, keys)
+    o = block_sparse_attn(rows(q, queries), k, rows(v, keys), None, AttnMask(causal=causal), scale)
+    o = torch.unflatten(o, 0, (B, C)).flatten(1, 2)  # [B, C * window, H, V]
     at = queries.transpose(1, 2)[..., None]
     total = v.new_zeros(B, T, H, v.shape[3]).scatter_add(1, at.expand_as(o), o)
     times = v.new_zeros(B, T, H, 1).scatter_add(1, at, at.new_ones(at.shape).to(v.dtype))
@@ -180,11 +181,11 @@ def cluster_attn(
     counts = torch.zeros(B * C, dtype=torch.int32, device=x.device)
     counts.index_add_(0, cluster, torch.ones_like(cluster, dtype=torch.int32))
     cuts = F.pad(counts.cumsum(0), (1, 0)).int()
-    rows = (y.flatten(0, 1)[None].index_select(1, order) for y in (q, k, v))
-    o = block_sparse_attn(*rows, scale=scale, cu_seqlens=cuts)
+    rows = each(lambda y: y.flatten(0, 1)[None].index_select(1, order), q, k, v)
+    o = block_sparse_attn(*rows, None, None, scale, cu_seqlens=cuts)
     back = torch.empty_like(order)
     back[order] = torch.arange(B * T, device=x.device)
-    return o[0].index_select(0, back).unflatten(0, (B, T))
+    return torch.unflatten(o[0].index_select(0, back), 0, (B, T))
 
 
 def cluster_loss(x: Tensor, centroids: Tensor) -> Tensor:
@@ -264,7 +265,7 @@ def lsh_attn(
 
     def chunks(x: Tensor) -> Tensor:
         """``[B, T, H, D]`` to sorted ``[B, H, chunks, chunk_length, D]``."""
-        return take_tokens(x, place).transpose(1, 2).unflatten(2, (-1, chunk_length))
+        return torch.unflatten(take_tokens(x, place).transpose(1, 2), 2, (-1, chunk_length))
 
     def beside(x: Tensor, dim: int) -> Tensor:
         return torch.cat([x.roll(1, 2), x], dim)
@@ -273,7 +274,7 @@ def lsh_attn(
     q = chunks(qk).to(acc)
     unit = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
     keys, values = beside(unit, 3), beside(chunks(v).to(acc), 3)
-    at = place.unflatten(-1, (-1, chunk_length))
+    at = torch.unflatten(place, -1, (-1, chunk_length))
     of = beside(at, 3)
     score = K**-0.5 * q @ keys.mT  # [B, H, chunks, chunk_length, 2 chunk_length]
     if causal:
@@ -282,8 +283,8 @@ def lsh_attn(
     lse = score.logsumexp(-1)
     o = (score - lse[..., None]).exp() @ values
     o, lse = o.flatten(2, 3), lse.flatten(2)  # [B, H, rounds T, ..]
-    o = o.gather(2, back[..., None].expand_as(o)).unflatten(2, (rounds, T))
-    lse = lse.gather(2, back).unflatten(2, (rounds, T))
+    o = torch.unflatten(o.gather(2, back[..., None].expand_as(o)), 2, (rounds, T))
+    lse = torch.unflatten(lse.gather(2, back), 2, (rounds, T))
     rounds_of = [(o[:, :, i].transpose(1, 2), lse[:, :, i]) for i in range(rounds)]
     o, _ = merge(*rounds_of)
     return o.to(v.dtype)
@@ -360,7 +361,7 @@ def sinkhorn_attn(
     T, K = q.shape[1], q.shape[3]
     if T % block:
         raise ValueError(f"sinkhorn_attn: block must divide T, got {block} and {T}")
-    q, k, v = (x.unflatten(1, (-1, block)) for x in (q, k, v))  # [B, N, block, H, D]
+    q, k, v = (torch.unflatten(x, 1, (-1, block)) for x in (q, k, v))  # [B, N, block, H, D]
     if logits is None:
         summary = q.sum(2)
         if causal:  # a block's own queries come too late for its first ones
@@ -368,15 +369,15 @@ def sinkhorn_attn(
         logits = torch.einsum("bnhd,bmhd->bhnm", summary, k.sum(2)) * K**-0.5
     p = sinkhorn(logits.to(accumulation_dtype(q)) / temperature, iterations, causal).exp()
     p = p.to(k.dtype)
-    mixed = [torch.einsum("bhnm,bmthd->bnthd", p, x).flatten(0, 1) for x in (k, v)]
-    own = [x.flatten(0, 1) for x in (q, k, v)]
+    mixed_k, mixed_v = (torch.einsum("bhnm,bmthd->bnthd", p, x).flatten(0, 1) for x in (k, v))
+    own = each(lambda x: x.flatten(0, 1), q, k, v)
     near = block_sparse_attn(*own, None, AttnMask(causal=causal), scale, return_lse=True)
-    o, lse = block_sparse_attn(own[0], *mixed, scale=scale, return_lse=True)
+    o, lse = block_sparse_attn(own[0], mixed_k, mixed_v, scale=scale, return_lse=True)
     if causal:  # the first block has nothing before it
         first = torch.arange(o.shape[0], device=o.device) % q.shape[1] == 0
         lse = lse.masked_fill(first[:, None, None], -torch.inf)
     o, _ = merge(near, (o, lse))
-    return o.unflatten(0, q.shape[:2]).flatten(1, 2)
+    return torch.unflatten(o, 0, q.shape[:2]).flatten(1, 2)
 
 
 # ---- Light and heavy ----
