@@ -161,12 +161,12 @@ class Dilated(Pattern):
     def _phase(self, phase: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Attended:
         B, T, H = q.shape[:3]
         # as many of every run, but for the last, which may be cut
-        runs, each = -(-T // self.length), -(-max(self.length - phase, 0) // self.rate)
+        runs, most = -(-T // self.length), -(-max(self.length - phase, 0) // self.rate)
         over = T - (runs - 1) * self.length - phase
-        count = (runs - 1) * each + min(max(-(-over // self.rate), 0), each) if T else 0
-        first = torch.arange(max(runs, 1)) * each
+        count = (runs - 1) * most + min(max(-(-over // self.rate), 0), most) if T else 0
+        first = torch.arange(max(runs, 1)) * most
         run = torch.arange(runs)[:, None] * self.length
-        kept = (run + phase + torch.arange(each) * self.rate).flatten()[:count]
+        kept = (run + phase + torch.arange(most) * self.rate).flatten()[:count]
         kept = kept.to(q.device)
         rows = each(lambda x: x.index_select(1, kept), q, k, v)
         cuts = bounds(first, count, B, q.device)
