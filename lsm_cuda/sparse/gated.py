@@ -180,11 +180,6 @@ def pooled_attention_map(
     return top / top.sum(-1, keepdim=True)
 
 
-def turned(rotary: RotaryEmbedding, x: Tensor, place: Tensor) -> Tensor:
-    y: Tensor = rotary(x, place)
-    return y
-
-
 class SeerAttentionGate(nn.Module):
     """Scores blocks of keys for blocks of queries: ``P_q(Q) W_q · (P_k(K) W_k)``.
 
@@ -242,9 +237,11 @@ class SeerAttentionGate(nn.Module):
             pages_of(k, size, -torch.inf).amax(2),
             pages_of(k, size, torch.inf).amin(2),
         ]
-        made = torch.einsum("bnhd,hdg->bnhg", torch.cat(pooled, -1), self.w_k.to(k.dtype))
+        made: Tensor = torch.einsum("bnhd,hdg->bnhg", torch.cat(pooled, -1), self.w_k.to(k.dtype))
         place = torch.arange(made.shape[1], device=k.device) * size
-        return made if self.rotary is None else turned(self.rotary, made, place)
+        if self.rotary is not None:
+            made = self.rotary(made, place)
+        return made
 
     def queries(self, q: Tensor, start: int = 0) -> Tensor:
         """``[B, rows, gates, gate_dim]``; ``start`` is the first query's position."""
@@ -257,8 +254,10 @@ class SeerAttentionGate(nn.Module):
             rows = pages_of(q, size, 0)
             tokens = (T - torch.arange(rows.shape[1], device=q.device) * size).clamp(max=size)
             q, place = rows.sum(2) / tokens[:, None, None].to(q.dtype), place[::size]
-        made = torch.einsum("bthd,hdg->bthg", q, self.w_q.to(q.dtype))
-        return made if self.rotary is None else turned(self.rotary, made, place)
+        made: Tensor = torch.einsum("bthd,hdg->bthg", q, self.w_q.to(q.dtype))
+        if self.rotary is not None:
+            made = self.rotary(made, place)
+        return made
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """Logits ``[B, gates, rows, blocks]``, -inf ahead of a row.
