@@ -59,8 +59,6 @@ def _inner_head_dim(config: ModelConfig) -> int:
 
 MIXERS: dict[str, Builder] = {
     "attention": _mixer(layers.Attention),
-    "moba": _mixer(layers.MoBA),
-    "nsa": _mixer(layers.NativeSparseAttention, num_kv_heads=_none, head_dim=_head_dim),
     "gla": _mixer(layers.GatedLinearAttention),
     "based": _mixer(layers.BasedLinearAttention, num_key_value_heads=_heads),
     "lightning": _mixer(layers.LightningAttention, num_layers=_layers),
@@ -90,6 +88,8 @@ MIXERS: dict[str, Builder] = {
     "kda": _mixer(layers.KimiDeltaAttention, head_dim=_head_dim),
     "longhorn": _mixer(layers.Longhorn, num_heads=_none),
     "mesa_net": _mixer(layers.MesaNet, head_dim=_head_dim),
+    "moba": _mixer(layers.MoBA),
+    "nsa": _mixer(layers.NativeSparseAttention, num_kv_heads=_none, head_dim=_head_dim),
     "aft_simple": _mixer(layers.AFTSimple, heads=False),
     "gateloop": _mixer(layers.GateLoop, heads=False),
     "hgrn": _mixer(layers.HGRNAttention, heads=False),
