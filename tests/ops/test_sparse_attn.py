@@ -51,6 +51,7 @@ CASES = [
     Attn(Tq=60, Tk=60, heads=(4, 2, 2), extras=EVERYTHING, batch="int32", mask=CAUSAL),
     Attn(Tq=30, Tk=60, heads=(6, 2, 2), extras=("ramp", "sinks"), blocks=(1, 16), dtype="f64"),
     Attn(scale=0.7, layout="transposed"),
+    Attn(scale=300.0, mask=CAUSAL, dtype="bf16"),  # weights of 0 and 1
     Attn(layout="sliced", dtype="bf16", heads=(2, 2, 1)),
     Attn(layout="offset", dims=(5, 3), batch=2),
 ]  # fmt: skip
@@ -63,6 +64,15 @@ def test_results_and_gradients(impl, attn):
     call = make(attn)
     truth, same = (definition(call, d) for d in (torch.float64, torch.float32))
     assert_accepted(run(impl, call), truth, same, call.x)
+
+
+def test_stretches_of_queries_add_up(cpu):
+    """Few heads: the CPU's backward cuts the queries, with lists that key/value heads share."""
+    call = make(
+        Attn(Tq=600, Tk=30, heads=(4, 2, 1), extras=("bias", "ramp", "sinks"), blocks=(64, 16))
+    )
+    truth, same = (definition(call, d) for d in (torch.float64, torch.float32))
+    assert_accepted(run(cpu, call), truth, same, call.x)
 
 
 # ---- Dense attention under the same mask ----
