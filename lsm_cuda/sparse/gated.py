@@ -268,7 +268,7 @@ class SeerAttentionGate(nn.Module):
         made, keys = self.queries(q), self.keys(k)
         share = made.shape[2] // keys.shape[2]
         keys = keys.repeat_interleave(share, 2)
-        logits = torch.einsum("bthg,bnhg->bhtn", made, keys) * self.gate_dim**-0.5
+        logits: Tensor = torch.einsum("bthg,bnhg->bhtn", made, keys) * self.gate_dim**-0.5
         row = torch.arange(logits.shape[2], device=q.device)[:, None]
         own = row // self.block if self.group_queries else row
         return logits.masked_fill(torch.arange(logits.shape[3], device=q.device) > own, -torch.inf)
@@ -281,7 +281,7 @@ class SeerAttentionGate(nn.Module):
             target: ``[B, Hq, rows, blocks]`` (:func:`pooled_attention_map`); with
                 ``group_queries`` the largest of a group's heads counts.
         """
-        logits = self(q, k)
+        logits: Tensor = self(q, k)
         if self.group_queries:
             target = torch.unflatten(target, 1, (logits.shape[1], -1)).amax(2)
             target = target / target.sum(-1, keepdim=True)
