@@ -57,6 +57,11 @@ void define(Library& m, lsm::ChunkOperator const& op) {
     "Tensor? sink_logits, Tensor? alibi_slopes, Tensor? ramp, float[] scores, int[] mask, " \
     "int[] blocks"
 
+// Block selection: what is scored, and how.
+#define LSM_BLOCK_SCORES                                                            \
+    "Tensor q, Tensor k, Tensor? lse, Tensor? taps, Tensor? cu_seqlens_q, Tensor? " \
+    "cu_seqlens_k, Tensor? cu_rows, Tensor? lengths, float scale, int[] rule"
+
 STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     for (auto const& op : lsm::kChunkOperators) define(m, op);
 
@@ -178,4 +183,26 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
 
     // Parts of one softmax over separate sets of keys: o [parts,B,T,H,V], lse [parts,B,H,T].
     m.def("merge_attn_states(Tensor o, Tensor lse) -> (Tensor, Tensor)");
+    m.def(
+        "merge_attn_states_bwd(Tensor o_parts, Tensor lse_parts, Tensor o, Tensor lse, Tensor "
+        "grad_o, Tensor? grad_lse) -> (Tensor do_parts, Tensor dlse_parts)");
+
+    // k [B,T,H,K] and v [B,T,H,V] to places cache_seqlens [B] and on of a cache [B,capacity,H,..], or of pages
+    // [pages,page_size,H,..] under block_table [B,max_pages]; with ring_sinks >= 0 a ring behind so many first places.
+    m.def(
+        "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor "
+        "cache_seqlens, Tensor? block_table, int ring_sinks=-1) -> ()");
+
+    // Which blocks of keys a row of queries should read (params/block_select.h): windows of x [B,T,H,K] pooled, y
+    // [B,blocks,H,K]; scores [B,heads,rows,blocks] of keys k [B,Tk,Hk,K] for queries q [B,Tq,Hq,K]; the best blocks,
+    // index [B,heads,rows,capacity]. `rule`, `choice` and `cuts` are the numbers of params/block_select.h, in the order
+    // of ops/block_select.cpp. Packed sequences say where each one's rows begin (cu_blocks, cu_rows, [N + 1]).
+    m.def(
+        "block_pool(Tensor x, Tensor? cu_seqlens, Tensor? cu_blocks, Tensor? lengths, int length, "
+        "int stride, int pool, bool partial) -> Tensor");
+    m.def("block_scores(" LSM_BLOCK_SCORES ") -> Tensor");
+    m.def("block_select(" LSM_BLOCK_SCORES ", int[] choice, float[] cuts) -> Tensor");
+    m.def(
+        "block_topk(Tensor scores, Tensor? cu_seqlens_q, Tensor? cu_rows, Tensor? lengths, int Tq, "
+        "int[] rule, int[] choice, float[] cuts) -> Tensor");
 }

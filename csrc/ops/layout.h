@@ -15,14 +15,13 @@ inline ScalarType state_type(Tensor const& q) {
     return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_floating(Checks const& c, Tensor const& q) {
-    c.require(is_floating(q.scalar_type()), "q must be bfloat16, float16",
+inline void check_floating(Checks const& c, Tensor const& q, char const* arg = "q") {
+    c.require(is_floating(q.scalar_type()), arg, " must be bfloat16, float16",
               kTensorCores ? " or float32" : ", float32 or float64", ", got ",
               name(q.scalar_type()));
-    c.require(!kTensorCores || q.scalar_type() != ScalarType::Double,
-              "q is float64, which the CUDA kernels do not take (supported: bfloat16, float16, "
-              "float32); it runs on "
-              "CPU tensors");
+    c.require(!kTensorCores || q.scalar_type() != ScalarType::Double, arg,
+              " is float64, which the CUDA kernels do not take (supported: bfloat16, float16, "
+              "float32); it runs on CPU tensors");
 }
 
 inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_t V) {

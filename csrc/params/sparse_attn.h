@@ -90,13 +90,22 @@ struct SparseAttnParams {
 };
 
 // o = sum_i w_i o_i, w = softmax over i of lse_i: parts of one softmax over separate sets of keys, in the order given.
+// A part whose lse is -inf has no keys, and its o is not read. Sink logits are one more part without a value.
 struct MergeParams {
-    Dtype dtype, acc_dtype;  // of the parts and o; of lse
+    Dtype dtype, part_dtype,
+        acc_dtype;  // of o; of the parts, dtype or acc_dtype; of lse and logits
     int64_t parts, B, T, H, V;
-    void const* o_parts;    // [parts, B, T, H, V] contiguous
-    void const* lse_parts;  // [parts, B, H, T] contiguous
-    Rows o;                 // [B, T, H, V]
-    void* lse;              // [B, H, T]
+    void const* o_parts;                // [parts, B, T, H, V] contiguous
+    void const* lse_parts;              // [parts, B, H, T] contiguous
+    void const* sink_logits = nullptr;  // [H], nullable
+    Rows o;                             // [B, T, H, V]
+    void* lse;                          // [B, H, T]
+
+    // Backward, without sink logits; o and lse are inputs.
+    Rows grad_o;                     // [B, T, H, V]
+    void const* grad_lse = nullptr;  // [B, H, T], nullable (zeros)
+    void* do_parts = nullptr;        // like o_parts
+    void* dlse_parts = nullptr;      // like lse_parts
 };
 
 // What a backend (cpu/, kernels/) provides to ops/sparse_attn.cpp. Workspaces are uninitialised bytes, 256-byte
@@ -108,5 +117,6 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void* stream);
 void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream);
 void sparse_attn_decode(SparseAttnParams const& p, void* workspace, void* stream);
 void merge_attn_states(MergeParams const& p, void* stream);
+void merge_attn_states_bwd(MergeParams const& p, void* stream);
 
 }  // namespace lsm

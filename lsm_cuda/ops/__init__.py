@@ -65,6 +65,7 @@ from .kda import (
     fused_recurrent_kda,
     kda_step,
 )
+from .kv_cache import flash_attn_with_kvcache, kv_cache_update, sparse_attn_decode
 from .lcsm import chunk_lcsm, lcsm_step
 from .lightnet import chunk_lightnet, fused_recurrent_lightnet, lightnet_step
 from .linear_attn import (
@@ -125,6 +126,16 @@ from .rwkv import (
 )
 from .scan import scan, scan_step
 from .scan_order import scan_order
+from .selection import (
+    BlockChoice,
+    ScoreRule,
+    antidiagonals,
+    block_pool,
+    block_scores,
+    block_select,
+    block_topk,
+    row_boundaries,
+)
 from .selective_scan import selective_scan_fn
 from .simple_gla import (
     chunk_simple_gla,
@@ -171,17 +182,24 @@ from .wkv4 import aft_full, aft_simple, bi_wkv, wkv4, wkv4_step
 
 __all__ = [
     "AttnMask",
+    "BlockChoice",
     "BlockLists",
     "DeltaDraft",
     "LogLinearAttentionState",
     "PrefixScanState",
+    "ScoreRule",
     "abc_step",
     "aft_full",
     "aft_simple",
+    "antidiagonals",
     "based_step",
     "bi_wkv",
     "bidirectional_linear_attn",
+    "block_pool",
+    "block_scores",
+    "block_select",
     "block_sparse_attn",
+    "block_topk",
     "cauchy_kernel",
     "causal_conv1d",
     "causal_conv1d_fn",
@@ -234,6 +252,7 @@ __all__ = [
     "fft_conv",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "fused_chunk_based",
     "fused_chunk_delta_rule",
     "fused_chunk_gla",
@@ -273,6 +292,7 @@ __all__ = [
     "iplr_delta_rule_step",
     "kda_step",
     "krylov_kernel",
+    "kv_cache_update",
     "lcsm_step",
     "lightnet_step",
     "lightning_attn_step",
@@ -313,6 +333,7 @@ __all__ = [
     "rfa_step",
     "rg_lru",
     "rg_lru_step",
+    "row_boundaries",
     "rwkv5_step",
     "rwkv6_step",
     "rwkv7_step",
@@ -325,6 +346,7 @@ __all__ = [
     "simple_gla_step",
     "slstm",
     "slstm_step",
+    "sparse_attn_decode",
     "ssd_minimal_discrete",
     "token_shift",
     "wkv4",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._common import (
     accumulation_dtype,
     autocast_dtype,
+    check_device_like,
     check_no_forward_ad,
     check_no_gradient,
     check_same_device,
@@ -94,13 +95,18 @@ torch.library.register_autograd(
 torch.library.register_autograd("lsm::block_sparse_attn_bwd", _refuse_double_backward)
 
 
-# ---- The merge, whose backward is a few element-wise passes ----
+# ---- The merge ----
 
 
 @torch.library.register_fake("lsm::merge_attn_states")
 def _merge_fake(o, lse):  # type: ignore[no-untyped-def]
-    check_same_device("merge_attn_states", o, lse=lse)
+    check_device_like("merge_attn_states", "o", o, {"lse": lse})
     return o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
+
+
+@torch.library.register_fake("lsm::merge_attn_states_bwd")
+def _merge_bwd_fake(o_parts, lse_parts, o, lse, grad_o, grad_lse):  # type: ignore[no-untyped-def]
+    return o_parts.new_empty(o_parts.shape), lse_parts.new_empty(lse_parts.shape)
 
 
 def _merge_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -109,23 +115,19 @@ def _merge_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _merge_backward(ctx, grad_o, grad_lse):  # type: ignore[no-untyped-def]
-    """``do_i = w_i do``, ``dlse_i = w_i (do · (o_i − o) + dlse)``; ``w_i = e^(lse_i − lse)``."""
-    parts, lse_parts, o, lse = ctx.saved_tensors
-    # Where lse is −inf, so is every part: no weight, not NaN.
-    weight = (lse_parts - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
-    d_parts, d_lse = None, torch.zeros_like(lse) if grad_lse is None else grad_lse
-    if grad_o is None:
-        d_parts, toward = torch.zeros_like(parts), d_lse.expand_as(weight)
-    else:
-        wide = grad_o.to(lse.dtype)
-        d_parts = (weight.transpose(-1, -2)[..., None] * wide).to(parts.dtype)
-        toward = ((parts.to(lse.dtype) - o.to(lse.dtype)) * wide).sum(-1).transpose(-1, -2) + d_lse
-    return d_parts, weight * toward
+    saved = ctx.saved_tensors
+    grad_o = torch.zeros_like(saved[2]) if grad_o is None else grad_o
+    return torch.ops.lsm.merge_attn_states_bwd(*saved, grad_o, grad_lse)
+
+
+def _refuse_merge_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("merge_attn_states_bwd"))
 
 
 torch.library.register_autograd(
     "lsm::merge_attn_states", _merge_backward, setup_context=_merge_setup_context
 )
+torch.library.register_autograd("lsm::merge_attn_states_bwd", _refuse_merge_double_backward)
 
 
 # ---- Calls ----

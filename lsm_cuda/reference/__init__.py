@@ -23,6 +23,7 @@ from .around_chunk import (
     rebased,
     regla,
 )
+from .block_select import block_choice, block_pool, block_scores
 from .chunk import (
     gated_linear_attention,
     lcsm,
@@ -41,6 +42,7 @@ from .delta import (
     longhorn,
     mesa_net,
 )
+from .kv_cache import attention_decode, kv_cache_update
 from .scan import (
     causal_conv1d,
     rg_lru,
@@ -53,8 +55,12 @@ from .sparse_attn import block_sparse_attention, merge_attention_states
 
 __all__ = [
     "abc",
+    "attention_decode",
     "based",
     "bidirectional_linear_attention",
+    "block_choice",
+    "block_pool",
+    "block_scores",
     "block_sparse_attention",
     "causal_conv1d",
     "comba",
@@ -66,6 +72,7 @@ __all__ = [
     "gsa",
     "hgrn2",
     "kda",
+    "kv_cache_update",
     "lcsm",
     "lightnet",
     "linear_attention",

@@ -1,0 +1,190 @@
+// Block selection on the CPU: scores by rows dealt out to threads, and the choice among them.
+#include <algorithm>
+#include <cmath>
+
+#include "block_select_kernels.h"
+#include "schedule.h"
+
+namespace lsm {
+namespace {
+
+using cpu::BlockTask;
+
+constexpr int64_t kThreadGrain = int64_t(1) << 15;  // multiply-adds worth waking a thread for
+constexpr int64_t kTaskScores = int64_t(1) << 15;   // of a task, at most
+
+cpu::BlockSelectKernels const& kernels() {
+    return cpu::best_block_select_kernels();
+}
+
+int64_t width(ScoreParams const& p) {
+    return p.acc_dtype == Dtype::f64 ? 8 : 4;
+}
+
+int64_t rows_of(ScoreParams const& p, int64_t sequence) {
+    return p.cu_rows != nullptr ? p.cu_rows[sequence + 1] - p.cu_rows[sequence] : p.rows;
+}
+
+std::vector<BlockTask> tasks_of(ScoreParams const& p) {
+    std::vector<BlockTask> tasks;
+    int64_t const each = std::clamp<int64_t>(kTaskScores / std::max<int64_t>(1, p.blocks), 1, 64);
+    for (int64_t n = 0; n < p.N; ++n) {
+        for (int64_t h = 0; h < p.heads; ++h) {
+            for (int64_t r = 0; r < rows_of(p, n); r += each)
+                tasks.push_back({n, h, r, std::min(r + each, rows_of(p, n))});
+        }
+    }
+    return tasks;
+}
+
+int64_t threads_for(ScoreParams const& p) {
+    int64_t const work = p.B * p.Tq * p.Hq * p.Tk * p.K / kThreadGrain;
+    return std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
+}
+
+// A thread's room: for the kernels, and for a task's scores.
+int64_t scratch_bytes(ScoreParams const& p) {
+    int64_t const rows = std::clamp<int64_t>(kTaskScores / std::max<int64_t>(1, p.blocks), 1, 64);
+    return cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign) +
+           cpu::round_up(rows * p.blocks * width(p), cpu::kAlign);
+}
+
+char* row_scores(ScoreParams const& p, BlockRow const& row, int64_t head) {
+    int64_t const at = (row.batch * p.heads + head) * p.rows + row.row;
+    return static_cast<char*>(p.scores) + at * p.blocks * width(p);
+}
+
+// Writes a row's blocks in ascending order.
+template <class T>
+void choose(ScoreParams const& p, BlockChoice const& choice, BlockRow const& row, T const* scores,
+            int32_t* index) {
+    BlockRange const range = block_range(p, choice, row);
+    std::vector<int64_t> chosen, others;
+    double total = 0, mass = 0;
+    for (int64_t j = 0; j < range.limit; ++j) {
+        double const share = scores[j] > 0 ? double(scores[j]) : 0;
+        if (range.forced(j)) {
+            chosen.push_back(j), total += share, mass += share;
+        } else if (scores[j] > -INFINITY) {
+            total += share;
+            if (scores[j] >= T(choice.threshold)) others.push_back(j);
+        }
+    }
+    int64_t const most = choice.top_k > 0 ? choice.top_k : range.limit;
+    int64_t room = std::clamp<int64_t>(most - int64_t(chosen.size()), 0, int64_t(others.size()));
+    auto const better = [&](int64_t a, int64_t b) {
+        return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+    };
+    if (choice.top_p > 0) {
+        std::sort(others.begin(), others.end(), better);
+        int64_t n = 0;
+        for (; n < room && mass < choice.top_p * total; ++n)
+            mass += scores[others[n]] > 0 ? double(scores[others[n]]) : 0;
+        room = n;
+    } else if (room < int64_t(others.size())) {
+        std::nth_element(others.begin(), others.begin() + room, others.end(), better);
+    }
+    chosen.insert(chosen.end(), others.begin(), others.begin() + room);
+    std::sort(chosen.begin(), chosen.end());
+    int64_t const count = std::min<int64_t>(choice.capacity, int64_t(chosen.size()));
+    for (int64_t i = 0; i < choice.capacity; ++i)
+        index[i] = i < count ? int32_t(chosen[size_t(i)]) : -1;
+}
+
+void choose_rows(ScoreParams const& p, BlockChoice const& choice, BlockTask const& task,
+                 char const* scores) {
+    for (int64_t r = task.first; r < task.last; ++r) {
+        BlockRow const row = block_row(p, task.sequence, r);
+        int64_t const at = (row.batch * p.heads + task.head) * p.rows + row.row;
+        int32_t* const index = p.index + at * choice.capacity;
+        char const* const own = scores + (r - task.first) * p.blocks * width(p);
+        if (width(p) == 8) {
+            choose(p, choice, row, reinterpret_cast<double const*>(own), index);
+        } else {
+            choose(p, choice, row, reinterpret_cast<float const*>(own), index);
+        }
+    }
+}
+
+// What lies behind the rows of packed sequences.
+template <class T>
+void fill_rest(ScoreParams const& p, T* of, int64_t each, T value) {
+    if (p.cu_rows == nullptr) return;
+    for (int64_t h = 0; h < p.heads; ++h) {
+        std::fill(of + (h * p.rows + p.cu_rows[p.N]) * each, of + (h + 1) * p.rows * each, value);
+    }
+}
+
+}  // namespace
+
+void block_pool(PoolParams const& p, void*) {
+    bool const packed = p.cu_seqlens != nullptr;
+    auto const pool_rows = [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            int64_t const n = i / p.H, h = i % p.H, batch = packed ? 0 : n;
+            int64_t const begin = packed ? cpu::boundary(p, n) : 0;
+            int64_t tokens = packed ? cpu::boundary(p, n + 1) - begin : p.T;
+            if (p.lengths != nullptr) tokens = p.lengths[n];
+            int64_t const row = packed ? p.cu_blocks[n] : 0;
+            bool const last_sequence = n + 1 == p.N;
+            int64_t const rows =
+                !packed || last_sequence ? p.blocks - row : p.cu_blocks[n + 1] - row;
+            for (int64_t w = 0; w < rows; ++w) {
+                int64_t const start = w * p.stride;
+                bool const there = p.partial ? start < tokens : start + p.length <= tokens;
+                kernels().pool(p, batch, h, begin, there ? tokens : start, w, row + w);
+            }
+        }
+    };
+    int64_t const grain = std::max<int64_t>(1, kThreadGrain / std::max<int64_t>(1, p.T * p.K));
+    if (p.N * p.H <= grain) {
+        pool_rows(0, p.N * p.H);
+    } else {
+        torch::stable::parallel_for(0, p.N * p.H, grain, pool_rows);
+    }
+}
+
+int64_t block_scores_workspace(ScoreParams const& p) {
+    return threads_for(p) * scratch_bytes(p);
+}
+
+int64_t most_scores() {
+    return int64_t(1) << 40;
+}
+
+void block_scores(ScoreParams const& p, void* workspace, void*) {
+    int64_t const scratch = scratch_bytes(p);
+    cpu::run_tasks(tasks_of(p), threads_for(p), [&](BlockTask const& task, int64_t thread) {
+        BlockRow const row = block_row(p, task.sequence, task.first);
+        kernels().scores(p, task, row_scores(p, row, task.head),
+                         static_cast<char*>(workspace) + thread * scratch);
+    });
+    if (width(p) == 8) {
+        fill_rest(p, static_cast<double*>(p.scores), p.blocks, -double(INFINITY));
+    } else {
+        fill_rest(p, static_cast<float*>(p.scores), p.blocks, -INFINITY);
+    }
+}
+
+void select_blocks(ScoreParams const& p, BlockChoice const& choice, void* workspace, void*) {
+    int64_t const scratch = scratch_bytes(p),
+                  room = cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign);
+    cpu::run_tasks(tasks_of(p), threads_for(p), [&](BlockTask const& task, int64_t thread) {
+        char* const own = static_cast<char*>(workspace) + thread * scratch;
+        kernels().scores(p, task, own + room, own);
+        choose_rows(p, choice, task, own + room);
+    });
+    fill_rest(p, p.index, choice.capacity, -1);
+}
+
+void choose_blocks(ScoreParams const& p, BlockChoice const& choice, void*) {
+    int64_t const work = p.B * p.heads * p.rows * p.blocks / kThreadGrain;
+    int64_t const threads = std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
+    cpu::run_tasks(tasks_of(p), threads, [&](BlockTask const& task, int64_t) {
+        BlockRow const row = block_row(p, task.sequence, task.first);
+        choose_rows(p, choice, task, row_scores(p, row, task.head));
+    });
+    fill_rest(p, p.index, choice.capacity, -1);
+}
+
+}  // namespace lsm

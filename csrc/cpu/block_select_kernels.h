@@ -1,0 +1,27 @@
+// What the scheduler (block_select.cpp) asks of one instruction set's scores (block_select_tier.h). Plain C++, no
+// vectors.
+#pragma once
+
+#include "params/block_select.h"
+#include "policy/block_rows.h"
+#include "tier_choice.h"
+
+namespace lsm::cpu {
+
+// Rows [first, last) of one sequence and one head of the map.
+struct BlockTask {
+    int64_t sequence, head, first, last;
+};
+
+struct BlockSelectKernels {
+    // Window i of a sequence that begins at token `begin` and has `tokens`, for one head.
+    void (*pool)(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
+                 int64_t window, int64_t row);
+    int64_t (*scratch_bytes)(ScoreParams const& p);
+    // Scores [rows][blocks] of a task, in acc_dtype.
+    void (*scores)(ScoreParams const& p, BlockTask const& task, void* scores, void* scratch);
+};
+
+LSM_CPU_TABLES(BlockSelectKernels, block_select_kernels)
+
+}  // namespace lsm::cpu

@@ -1,0 +1,264 @@
+// Scores of blocks for one instruction set (see chunk_tier.h for what the including file has chosen): products of a few
+// rows' members with all keys, kept in a thread's scratch until they have become the few numbers of their row.
+#pragma once
+
+#include "arena.h"
+#include "block_select_kernels.h"
+#include "numbers.h"
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+namespace {
+
+constexpr int64_t kScoreKeys = 32;     // whose rows are widened once for all members of a tile
+constexpr int64_t kScoreMembers = 16;  // of a tile
+
+template <class T>
+int64_t whole_vectors(int64_t columns) {
+    return panels(columns, kLanes<T>) * kLanes<T>;
+}
+
+template <class T, class Element>
+void widened(T* to, Element const* from, int64_t columns, T scale = 1) {
+    constexpr int W = kLanes<T>;
+    int64_t c = 0;
+    for (; c + W <= columns; c += W) store(to + c, widen(from + c) * scale);
+    if (c < columns) store(to + c, widen_first<T>(from + c, columns - c) * scale);
+}
+
+// ---- Pooling ----
+
+template <class T, class Element>
+void pool_window(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
+                 int64_t window, int64_t row) {
+    constexpr int W = kLanes<T>;
+    int64_t const first = window * p.stride, count = min_of(p.length, tokens - first);
+    Element const* const x =
+        static_cast<Element const*>(p.x.data) + batch * p.x.batch + head * p.x.head;
+    Element* const y =
+        static_cast<Element*>(p.y.data) + batch * p.y.batch + row * p.y.time + head * p.y.head;
+    for (int64_t c = 0; c < p.K; c += W) {
+        int64_t const columns = min_of(W, p.K - c);
+        Vector<T> sum{}, high{}, low{};
+        for (int64_t i = 0; i < count; ++i) {
+            Vector<T> const v = widen_first<T>(x + (begin + first + i) * p.x.time + c, columns);
+            sum += v;
+            high = i == 0 || p.pool == Pool::mean ? v : max_of(high, v);
+            low = i == 0 || p.pool == Pool::mean ? v : -max_of(-low, -v);
+        }
+        Vector<T> const zero{};
+        Vector<T> const mean = count > 0 ? sum / T(count) : zero;
+        narrow_first<T>(y + c,
+                        p.pool == Pool::mean  ? mean
+                        : p.pool == Pool::min ? low
+                                              : high,
+                        columns);
+        if (p.pool == Pool::bounds) narrow_first<T>(y + p.K + c, low, columns);
+    }
+}
+
+void pool(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
+          int64_t window, int64_t row) {
+    if (p.dtype == Dtype::f64)
+        return pool_window<double, double>(p, batch, head, begin, tokens, window, row);
+    with_element<float>(p.dtype, [&](auto element) {
+        pool_window<float, decltype(element)>(p, batch, head, begin, tokens, window, row);
+    });
+}
+
+// ---- Scores ----
+
+template <class T>
+struct ScoreScratch {
+    ScoreScratch(ScoreParams const& p, void* memory) : arena(memory) {
+        int64_t const K = whole_vectors<T>(p.K), keys = whole_vectors<T>(p.Tk) + kScoreKeys;
+        q = arena.take(kScoreMembers * K), k = arena.take(kScoreKeys * K);
+        products = arena.take(kScoreMembers * keys), weights = arena.take(keys);
+    }
+    Arena<T> arena;
+    T *q, *k;     // [kScoreMembers][K padded], [kScoreKeys][K padded]
+    T* products;  // [kScoreMembers][keys padded]
+    T* weights;   // [keys padded], of a row
+};
+
+template <class T, class Element>
+class ScoreWalk {
+  public:
+    static constexpr int W = kLanes<T>;
+
+    ScoreWalk(ScoreParams const& p, BlockTask const& task, void* scratch)
+        : p_(p),
+          task_(task),
+          s_(p, scratch),
+          K_(whole_vectors<T>(p.K)),
+          stride_(whole_vectors<T>(p.Tk) + kScoreKeys),
+          group_(p.Hq / p.Hk),
+          heads_(p.group ? group_ : 1) {}
+
+    // Rows are taken in tiles that share the keys' widening, as far as their members fit.
+    void run(T* scores) {
+        int64_t const members = p_.block_q * heads_;
+        int64_t const together = members >= kScoreMembers ? 1 : kScoreMembers / members;
+        for (int64_t r = task_.first; r < task_.last; r += together) {
+            int64_t const rows = min_of(together, task_.last - r);
+            T* const out = scores + (r - task_.first) * p_.blocks;
+            if (members <= kScoreMembers) {
+                tile(r, 0, rows * members);
+                for (int64_t i = 0; i < rows; ++i) {
+                    BlockRow const row = block_row(p_, task_.sequence, r + i);
+                    clear(row);
+                    add(row, i * members, 0, members);
+                    finish(row, out + i * p_.blocks);
+                }
+            } else {
+                BlockRow const row = block_row(p_, task_.sequence, r);
+                clear(row);
+                for (int64_t m = 0; m < members; m += kScoreMembers) {
+                    int64_t const count = min_of(kScoreMembers, members - m);
+                    tile(r, m, count);
+                    add(row, 0, m, count);
+                }
+                finish(row, out);
+            }
+        }
+    }
+
+  private:
+    int64_t key_head() const { return p_.group ? task_.head : task_.head / group_; }
+    int64_t head(int64_t member) const {
+        return p_.group ? task_.head * group_ + member % heads_ : task_.head;
+    }
+
+    // Member m of a row: its query, or the row's end.
+    int64_t query(BlockRow const& row, int64_t member) const {
+        return row.q_begin + member / heads_;
+    }
+    int64_t seen(BlockRow const& row, int64_t member) const {
+        return block_keys_seen(p_, row, block_position(p_, row, row.t0 + member / heads_));
+    }
+
+    // Products of `count` members, from member m of row r on, with the keys that any of them sees.
+    void tile(int64_t r, int64_t m, int64_t count) {
+        int64_t const members = p_.block_q * heads_;
+        int64_t most = 0;
+        BlockRow row = block_row(p_, task_.sequence, r);
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t const own = (m + i) % members;
+            if (own == 0 && i > 0) row = block_row(p_, task_.sequence, r + (m + i) / members);
+            int64_t const t = query(row, own);
+            T* const q = s_.q + i * K_;
+            if (t >= row.q_end) {
+                for (int64_t c = 0; c < K_; c += W) store(q + c, Vector<T>{});
+                continue;
+            }
+            Element const* const from = static_cast<Element const*>(p_.q.data) +
+                                        row.batch * p_.q.batch + t * p_.q.time +
+                                        head(own) * p_.q.head;
+            widened(q, from, p_.K, T(p_.scale));
+            int64_t const keys = seen(row, own);
+            most = keys > most ? keys : most;
+        }
+        Element const* const keys = static_cast<Element const*>(p_.k.data) +
+                                    row.batch * p_.k.batch + row.k_begin * p_.k.time +
+                                    key_head() * p_.k.head;
+        for (int64_t first = 0; first < most; first += kScoreKeys) {
+            int64_t const live = min_of(kScoreKeys, most - first);
+            for (int64_t n = 0; n < live; ++n)
+                widened(s_.k + n * K_, keys + (first + n) * p_.k.time, p_.K);
+            for (int64_t n = live; n < panels(live, W) * W; ++n)
+                for (int64_t c = 0; c < K_; c += W) store(s_.k + n * K_ + c, Vector<T>{});
+            for (int64_t i = 0; i < count; ++i) {
+                for (int64_t n = 0; n < live; n += W)
+                    store(s_.products + i * stride_ + first + n,
+                          products(s_.q + i * K_, s_.k + n * K_));
+            }
+        }
+    }
+
+    // Of a member with as many keys as a vector has lanes.
+    LSM_INLINE Vector<T> products(T const* q, T const* k) const {
+        Vector<T> sum[W] = {};
+        for (int64_t c = 0; c < K_; c += W) {
+            Vector<T> const x = load(q + c);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) sum[i] += x * load(k + i * K_ + c);
+        }
+        return sum_each<T>(sum);
+    }
+
+    void clear(BlockRow const& row) {
+        for (int64_t n = 0; n < row.keys; n += W) store(s_.weights + n, Vector<T>{});
+    }
+
+    // Members [m, m + count) of a row, whose products begin at place `at` of the tile, to the weights of its keys.
+    void add(BlockRow const& row, int64_t at, int64_t m, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t const t = query(row, m + i), keys = seen(row, m + i);
+            if (t >= row.q_end) continue;
+            T* const x = s_.products + (at + i) * stride_;
+            if (!p_.softmax) {
+                for (int64_t n = 0; n < keys; ++n) s_.weights[n] += x[n];
+                for (int64_t n = keys; n < row.keys; ++n) s_.weights[n] = -INFINITY;
+                continue;
+            }
+            if (keys == 0) continue;
+            for (int64_t n = keys; n < panels(keys, W) * W; ++n) x[n] = -INFINITY;
+            T lse = 0;
+            if (p_.lse != nullptr) {
+                lse = static_cast<T const*>(p_.lse)[(row.batch * p_.Hq + head(m + i)) * p_.Tq + t];
+                if (lse == -INFINITY) continue;
+            } else {
+                T top = x[0];
+                for (int64_t n = 1; n < keys; ++n) top = x[n] > top ? x[n] : top;
+                Vector<T> sum{};
+                for (int64_t n = 0; n < keys; n += W) sum += exp(load(x + n) - top);
+                lse = top + std::log(sum_lanes<T>(sum));
+            }
+            for (int64_t n = 0; n < keys; n += W)
+                store(s_.weights + n, load(s_.weights + n) + exp(load(x + n) - lse));
+        }
+    }
+
+    void finish(BlockRow const& row, T* scores) const {
+        for (int64_t j = 0; j < p_.blocks; ++j) {
+            int64_t const first = j * p_.tap_step + p_.tap_first;
+            T const nothing = p_.softmax ? T(0) : T(-INFINITY);
+            T score = nothing;
+            bool any = false;
+            for (int64_t n = 0; n < p_.tap_count; ++n) {
+                int64_t const i = first + n;
+                if (i < 0 || i >= row.keys) continue;
+                T const tap = p_.taps != nullptr ? static_cast<T const*>(p_.taps)[n] : T(1);
+                T const x = tap * s_.weights[i];
+                score = !any ? x : p_.tap_max ? (x > score ? x : score) : score + x;
+                any = true;
+            }
+            scores[j] = score;
+        }
+    }
+
+    ScoreParams const& p_;
+    BlockTask const& task_;
+    ScoreScratch<T> s_;
+    int64_t K_, stride_, group_, heads_;
+};
+
+int64_t score_scratch_bytes(ScoreParams const& p) {
+    return p.dtype == Dtype::f64 ? ScoreScratch<double>(p, nullptr).arena.used()
+                                 : ScoreScratch<float>(p, nullptr).arena.used();
+}
+
+void scores(ScoreParams const& p, BlockTask const& task, void* out, void* scratch) {
+    if (p.dtype == Dtype::f64)
+        return ScoreWalk<double, double>(p, task, scratch).run(static_cast<double*>(out));
+    with_element<float>(p.dtype, [&](auto element) {
+        ScoreWalk<float, decltype(element)>(p, task, scratch).run(static_cast<float*>(out));
+    });
+}
+
+}  // namespace
+
+constinit BlockSelectKernels const block_select_kernels{pool, score_scratch_bytes, scores};
+
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu

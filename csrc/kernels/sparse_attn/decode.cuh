@@ -1,0 +1,510 @@
+// Decode attention: a few queries of one sequence against part of what they visit in its cache.
+//
+// A block has up to 16 rows, the query heads of one key/value head times the queries that share its keys, padded: what
+// it costs is the cache's bytes. It walks its part in steps of kKeys keys. Rows of the cache, found through the lists
+// and the page table, come by cp.async, one step ahead where two stages fit; a key that is not there, or whose page is
+// none, is zero-filled and masked. Results of a part, fp32, go to a workspace, and merge.cu joins them in order.
+// Grid: (part, 16 rows, queries that share keys).
+#pragma once
+
+#include "kernels/sparse_attn/rows.cuh"
+#include "params/sparse_attn.h"
+#include "policy/attn_keys.h"
+
+namespace lsm::decode_attn {
+
+constexpr int kRows = 16, kWarps = 4, kThreads = kWarps * 32;
+using attn_rows::load_rows;
+using attn_rows::Pieces;
+constexpr float kLog2e = 1.44269504f;
+
+// What does not depend on the block.
+struct Plan {
+    i64 parts;
+    int heads, queries;  // of those that share keys: the rows, one query's heads after another's
+    int tiles;           // of kRows rows
+    int groups;          // of query heads of a key/value head with a list of their own
+    int k_columns, v_columns;  // of the tiles in shared memory
+    int stages;
+    bool shared_values;  // v is the first columns of k
+    AttnMask mask;       // with numbers that 32 bits hold
+    float* o;            // [parts, B, Tq, Hq, V]
+    float* lse;          // [parts, B, Hq, Tq]
+
+    int rows() const { return heads * queries; }
+};
+
+// One block's place, and the keys of its steps. In shared memory, two steps deep.
+template <int Keys>
+struct Step {
+    i64 k_at[Keys], v_at[Keys];  // elements from the cache's beginning
+    i64 entry[Keys];             // of the list
+    int key[Keys];               // -1: none
+};
+
+struct Place {
+    i64 b, kv_head, t0, h0, row0;  // row0: the block's first row
+    i64 keys, first_position, list_at;
+    i64 first, last;  // of the visits
+    AttnVisits visits;
+    int rows;  // of the block
+    bool listed;
+
+    LSM_DEVICE i64 query(Plan const& plan, int row) const { return t0 + (row0 + row) / plan.heads; }
+    LSM_DEVICE i64 head(Plan const& plan, int row) const { return h0 + (row0 + row) % plan.heads; }
+};
+
+LSM_DEVICE Place find_place(SparseAttnParams const& p, Plan const& plan) {
+    Place place;
+    i64 unit = blockIdx.x / plan.parts;
+    i64 const part = blockIdx.x - unit * plan.parts;
+    place.row0 = unit % plan.tiles * kRows, unit /= plan.tiles;
+    i64 const t = unit % (p.Tq / plan.queries), group = unit / (p.Tq / plan.queries) % plan.groups;
+    unit /= p.Tq / plan.queries * plan.groups;
+    place.kv_head = unit % p.Hkv, place.b = unit / p.Hkv;
+    place.t0 = t * plan.queries;
+    place.h0 = place.kv_head * (p.Hq / p.Hkv) + group * plan.heads;
+    int const rows = plan.heads * plan.queries - static_cast<int>(place.row0);
+    place.rows = rows < kRows ? rows : kRows;
+    place.keys = p.cache_seqlens == nullptr
+                     ? p.Tk
+                     : clamped(load_global(p.cache_seqlens + place.b), 0, p.Tk);
+    place.first_position = p.mask.offset + (p.mask.align_end ? place.keys - p.Tq : 0);
+    place.listed = p.lists.index != nullptr;
+    if (place.listed) {
+        i64 const row =
+            (place.b * p.lists.heads + place.h0 * p.lists.heads / p.Hq) * p.lists.rows + place.t0;
+        i64 count = p.lists.capacity;
+        if (p.lists.row_ptr != nullptr) {
+            place.list_at = clamped(load_global(p.lists.row_ptr + row), 0, p.lists.entries);
+            i64 const end = load_global(p.lists.row_ptr + row + 1);
+            count = clamped(end, place.list_at, p.lists.entries) - place.list_at;
+        } else {
+            place.list_at = row * p.lists.capacity;
+            i64 low = 0;  // entries before low are blocks, those from count on are not
+            while (low < count) {
+                i64 const middle = (low + count) / 2;
+                if (load_global(p.lists.index + place.list_at + middle) >= 0) {
+                    low = middle + 1;
+                } else {
+                    count = middle;
+                }
+            }
+        }
+        place.visits = {0, 0, count * p.lists.block_k};
+    } else {
+        i64 left = p.mask.left;
+        if (p.mask.head_left != nullptr) {
+            left = 0;
+            for (int h = 0; h < plan.heads; ++h) {
+                i64 const own = load_global(p.mask.head_left + place.h0 + h);
+                left = own < 0 || left < 0 ? -1 : own > left ? own : left;
+            }
+        }
+        place.visits = attn_visits(p.mask, left, place.first_position + place.t0,
+                                   place.first_position + place.t0 + plan.queries - 1, place.keys);
+    }
+    i64 const size = attn_part_keys(place.visits.count);
+    place.first = part * size;
+    place.last = clamped(place.first + size, 0, place.visits.count);
+    return place;
+}
+
+// Where the keys of a step lie.
+template <int Keys>
+LSM_DEVICE void find_keys(SparseAttnParams const& p, Place const& place, i64 first,
+                          Step<Keys>& step) {
+    for (int n = threadIdx.x; n < Keys; n += kThreads) {
+        i64 const i = first + n;
+        i64 key = -1, entry = 0;
+        if (i < place.last) {
+            if (place.listed) {
+                entry = place.list_at + i / p.lists.block_k;
+                key = static_cast<i64>(load_global(p.lists.index + entry)) * p.lists.block_k +
+                      i % p.lists.block_k;
+            } else {
+                key = place.visits.key(i);
+            }
+        }
+        if (key >= place.keys) key = -1;
+        i64 outer = place.b, inner = key;
+        if (key >= 0 && p.block_table != nullptr) {
+            inner = key % p.page_size;
+            outer = load_global(p.block_table + place.b * p.max_pages + key / p.page_size);
+            if (outer < 0 || outer >= p.pages) key = -1;
+        }
+        step.key[n] = key < 0 ? -1 : static_cast<int>(key), step.entry[n] = entry;
+        step.k_at[n] = outer * p.k.batch + inner * p.k.time + place.kv_head * p.k.head;
+        step.v_at[n] = outer * p.v.batch + inner * p.v.time + place.kv_head * p.v.head;
+    }
+}
+
+// What a block's rows add to the products with the keys of a step; -inf for what a query does not see.
+struct Adjust {
+    SparseAttnParams const& p;
+    Place const& place;
+    Plan const& plan;
+    bool changed, only_causal;
+
+    // A row's side of it.
+    struct Row {
+        int position, left;
+        float slope, ramp;
+        bool there;
+    };
+
+    LSM_DEVICE Adjust(SparseAttnParams const& params, Place const& where, Plan const& how)
+        : p(params), place(where), plan(how) {
+        AttnMask const& m = p.mask;
+        changed = p.softcap != 0 || p.lists.bias != nullptr || p.alibi_slopes != nullptr ||
+                  p.ramp != nullptr;
+        only_causal = m.left < 0 && m.head_left == nullptr && m.right < 0 && m.dilation == 1;
+    }
+
+    // Whether every key of a step is there and seen by every query, and nothing is added.
+    LSM_DEVICE bool idle(i64 first, int last_key, int keys) const {
+        return !changed && only_causal && first + keys <= place.last && p.block_table == nullptr &&
+               !place.listed &&
+               attn_sees(p.mask, -1, place.first_position + place.t0,
+                         attn_position(p.mask, last_key));
+    }
+
+    LSM_DEVICE Row row(int r) const {
+        Row row{0, static_cast<int>(plan.mask.left), 0.f, 0.f, r < place.rows};
+        if (!row.there) return row;
+        i64 const h = place.head(plan, r);
+        row.position = static_cast<int>(place.first_position + place.query(plan, r));
+        if (p.mask.head_left != nullptr) row.left = load_global(p.mask.head_left + h);
+        if (p.alibi_slopes != nullptr)
+            row.slope = load_global(static_cast<float const*>(p.alibi_slopes) + h);
+        if (p.ramp != nullptr) row.ramp = load_global(static_cast<float const*>(p.ramp) + h);
+        return row;
+    }
+
+    LSM_DEVICE float operator()(Row const& row, int key, i64 entry, float s) const {
+        if (!row.there || key < 0) return -INFINITY;
+        int const x = key * static_cast<int>(plan.mask.key_stride) +
+                      static_cast<int>(plan.mask.key_length) - 1;
+        if (!attn_sees(plan.mask, row.left, row.position, x)) return -INFINITY;
+        if (!changed) return s;
+        float const distance = fabsf(static_cast<float>(row.position - x));
+        if (p.softcap != 0) {
+            float const cap = static_cast<float>(p.softcap);
+            s = cap * tanhf(s / cap);
+        }
+        if (p.lists.bias != nullptr)
+            s += load_global(static_cast<float const*>(p.lists.bias) + entry);
+        s -= row.slope * distance;
+        if (p.ramp != nullptr) {
+            float const R = static_cast<float>(p.ramp_length), open = (R + row.ramp - distance) / R;
+            s += open >= 1.f ? 0.f : open > 0.f ? logf(open) : -INFINITY;
+        }
+        return s;
+    }
+};
+
+// bf16 and fp16: products on tensor cores. Each warp scores a quarter of a step's keys; the probabilities meet in shared
+// memory, and each warp sums a quarter of the columns of v.
+template <class Element, int V>
+struct TensorMath {
+    using T = Element;
+    static constexpr int kKeys = 64, kColumns = V, kTiles = V / kWarps / 8;
+    static constexpr int kBlocks = V > 256 ? 3 : 4;  // of a multiprocessor, for their registers
+
+    struct Shared {
+        alignas(128) T p[kRows * kKeys];
+        float top[kWarps][kRows], sum[kWarps][kRows];
+    };
+
+    float o[kTiles][4] = {};
+    float top[2] = {-INFINITY, -INFINITY},
+          sum[2] = {};  // of rows lane / 4 and the same + 8; sums of this thread's keys
+
+    LSM_DEVICE void step(SparseAttnParams const& p, Plan const& plan, Adjust const& adjust,
+                         bool idle, Pieces const& q, Pieces const& k, Pieces const& v,
+                         Step<kKeys> const& keys, Shared& shared) {
+        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        float s[2][4] = {};
+        LSM_UNROLL_BY(4)
+        for (int c = 0; c < plan.k_columns / 8; c += 2) {
+            u32 qa[4], kb[4];
+            ldmatrix_x4(qa, q.at(lane & 15, c + (lane >> 4)));
+            ldmatrix_x4(kb, k.at(warp * 16 + (lane & 7) + (lane >> 4) * 8, c + ((lane >> 3) & 1)));
+            mma_16x8x16(s[0], qa, kb[0], kb[1], static_cast<T const*>(nullptr));
+            mma_16x8x16(s[1], qa, kb[2], kb[3], static_cast<T const*>(nullptr));
+        }
+        float const scale = static_cast<float>(p.scale);
+        float high[2] = {-INFINITY, -INFINITY};
+        Adjust::Row const rows[2] = {adjust.row(lane / 4), adjust.row(lane / 4 + 8)};
+        LSM_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            int const n = i / 4, e = i % 4;
+            int const key = warp * 16 + n * 8 + lane % 4 * 2 + e % 2;
+            s[n][e] *= scale;
+            if (!idle) s[n][e] = adjust(rows[e / 2], keys.key[key], keys.entry[key], s[n][e]);
+            high[e / 2] = fmaxf(high[e / 2], s[n][e]);
+        }
+        LSM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            high[i] = fmaxf(high[i], __shfl_xor_sync(0xffffffffu, high[i], 1));
+            high[i] = fmaxf(high[i], __shfl_xor_sync(0xffffffffu, high[i], 2));
+            if (lane % 4 == 0) shared.top[warp][lane / 4 + 8 * i] = high[i];
+        }
+        __syncthreads();
+        float keep[2], base[2];
+        LSM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            float next = top[i];
+            LSM_UNROLL
+            for (int w = 0; w < kWarps; ++w) next = fmaxf(next, shared.top[w][lane / 4 + 8 * i]);
+            base[i] = next == -INFINITY ? 0.f : next;
+            keep[i] = exp2_approx((top[i] - base[i]) * kLog2e);
+            top[i] = next, sum[i] *= keep[i];
+        }
+        LSM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            int const n = i / 2, half_ = i % 2, row = lane / 4 + half_ * 8;
+            float const a = exp2_approx((s[n][2 * half_] - base[half_]) * kLog2e);
+            float const b = exp2_approx((s[n][2 * half_ + 1] - base[half_]) * kLog2e);
+            sum[half_] += a + b;
+            Pieces const tile{smem_u32(shared.p), kKeys * 2};
+            at_shared<u32>(tile.at(row, warp * 2 + n) + lane % 4 * 4) =
+                pack(a, b, static_cast<T*>(nullptr));
+        }
+        __syncthreads();
+        LSM_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            o[n][0] *= keep[0], o[n][1] *= keep[0], o[n][2] *= keep[1], o[n][3] *= keep[1];
+        }
+        Pieces const tile{smem_u32(shared.p), kKeys * 2};
+        LSM_UNROLL_BY(1)
+        for (int kk = 0; kk < kKeys / 16; ++kk) {
+            u32 pa[4];
+            ldmatrix_x4(pa, tile.at(lane & 15, kk * 2 + (lane >> 4)));
+            LSM_UNROLL
+            for (int n = 0; n < kTiles; n += 2) {
+                u32 vb[4];
+                ldmatrix_x4_trans(vb, v.at(kk * 16 + (lane & 15), warp * kTiles + n + (lane >> 4)));
+                mma_16x8x16(o[n], pa, vb[0], vb[1], static_cast<T const*>(nullptr));
+                mma_16x8x16(o[n + 1], pa, vb[2], vb[3], static_cast<T const*>(nullptr));
+            }
+        }
+    }
+
+    // store(row, column, value, sum of the row), lse(row, top, sum).
+    template <class Store, class Lse>
+    LSM_DEVICE void finish(Shared& shared, Store const& store, Lse const& lse) {
+        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+            if (lane % 4 == 0) shared.sum[warp][lane / 4 + 8 * i] = sum[i];
+        }
+        __syncthreads();
+        LSM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            int const row = lane / 4 + 8 * i;
+            float total = 0.f;
+            LSM_UNROLL
+            for (int w = 0; w < kWarps; ++w) total += shared.sum[w][row];
+            if (warp == 0 && lane % 4 == 0) lse(row, top[i], total);
+            LSM_UNROLL
+            for (int n = 0; n < kTiles; ++n) {
+                int const column = (warp * kTiles + n) * 8 + lane % 4 * 2;
+                store(row, column, o[n][2 * i], total);
+                store(row, column + 1, o[n][2 * i + 1], total);
+            }
+        }
+    }
+};
+
+// fp32, on CUDA cores: a warp scores four rows, a lane for each key; then a thread sums columns of v for all rows.
+template <int V>
+struct FloatMath {
+    using T = float;
+    static constexpr int kBlocks = V > 128 ? 2 : 3;
+    static constexpr int kKeys = 32, kColumns = V, kColumnsEach = V / kThreads,
+                         kOwnRows = kRows / kWarps;
+
+    struct Shared {
+        alignas(16) float p[kRows][kKeys];
+        float keep[kRows], sum[kRows];
+    };
+
+    float o[kColumnsEach][kRows] = {};
+    float top[kOwnRows] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[kOwnRows] = {};
+
+    LSM_DEVICE void step(SparseAttnParams const& p, Plan const& plan, Adjust const& adjust,
+                         bool idle, Pieces const& q, Pieces const& k, Pieces const& v,
+                         Step<kKeys> const& keys, Shared& shared) {
+        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        float s[kOwnRows] = {};
+        LSM_UNROLL_BY(2)
+        for (int c = 0; c < plan.k_columns / 4; ++c) {
+            float4 const y = load_shared(&at_shared<float4>(k.at(lane, c)));
+            LSM_UNROLL
+            for (int i = 0; i < kOwnRows; ++i) {
+                float4 const x = load_shared(&at_shared<float4>(q.at(warp * kOwnRows + i, c)));
+                s[i] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+            }
+        }
+        LSM_UNROLL
+        for (int i = 0; i < kOwnRows; ++i) {
+            int const row = warp * kOwnRows + i;
+            s[i] *= static_cast<float>(p.scale);
+            if (!idle) s[i] = adjust(adjust.row(row), keys.key[lane], keys.entry[lane], s[i]);
+            float next = s[i];
+            LSM_UNROLL
+            for (int d = 16; d > 0; d /= 2)
+                next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, d));
+            next = fmaxf(next, top[i]);
+            float const base = next == -INFINITY ? 0.f : next;
+            float const keep = expf(top[i] - base), e = expf(s[i] - base);
+            top[i] = next, sum[i] = sum[i] * keep + e;
+            shared.p[row][lane] = e;
+            if (lane == 0) shared.keep[row] = keep;
+        }
+        __syncthreads();
+        LSM_UNROLL
+        for (int j = 0; j < kColumnsEach; ++j) {
+            int const column = threadIdx.x + j * kThreads;
+            LSM_UNROLL
+            for (int r = 0; r < kRows; ++r) o[j][r] *= shared.keep[r];
+            LSM_UNROLL_BY(1)
+            for (int n = 0; n < kKeys; ++n) {
+                float const x = at_shared<float>(v.at(n, column / 4) + column % 4 * 4);
+                LSM_UNROLL
+                for (int r = 0; r < kRows; ++r) o[j][r] += shared.p[r][n] * x;
+            }
+        }
+    }
+
+    template <class Store, class Lse>
+    LSM_DEVICE void finish(Shared& shared, Store const& store, Lse const& lse) {
+        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        LSM_UNROLL
+        for (int i = 0; i < kOwnRows; ++i) {
+            LSM_UNROLL
+            for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], d);
+            if (lane == 0) {
+                shared.sum[warp * kOwnRows + i] = sum[i];
+                lse(warp * kOwnRows + i, top[i], sum[i]);
+            }
+        }
+        __syncthreads();
+        LSM_UNROLL
+        for (int j = 0; j < kColumnsEach; ++j) {
+            LSM_UNROLL
+            for (int r = 0; r < kRows; ++r)
+                store(r, threadIdx.x + j * kThreads, o[j][r], shared.sum[r]);
+        }
+    }
+};
+
+template <class Math>
+struct SharedStorage {
+    Step<Math::kKeys> steps[2];
+    typename Math::Shared math;
+};
+
+// Bytes of the tiles, which come after SharedStorage.
+template <class Math>
+std::size_t tile_bytes(Plan const& plan, int stages) {
+    std::size_t const k = plan.k_columns, v = plan.shared_values ? 0 : plan.v_columns;
+    return (kRows * k + stages * Math::kKeys * (k + v)) * sizeof(typename Math::T);
+}
+
+template <class Math>
+constexpr std::size_t storage_bytes() {
+    return (sizeof(SharedStorage<Math>) + 1023) / 1024 * 1024;
+}
+
+template <class Math>
+__global__ void __launch_bounds__(kThreads, Math::kBlocks)
+    decode_kernel(SparseAttnParams const p, Plan const plan) {
+    using T = typename Math::T;
+    constexpr int kKeys = Math::kKeys;
+    auto& shared = *reinterpret_cast<SharedStorage<Math>*>(dyn_smem());
+    Place const place = find_place(p, plan);
+    i64 const part = blockIdx.x % plan.parts;
+    auto const lse_of = [&](int row) {
+        return plan.lse + ((part * p.B + place.b) * p.Hq + place.head(plan, row)) * p.Tq +
+               place.query(plan, row);
+    };
+    if (place.first >= place.last) {
+        if (static_cast<int>(threadIdx.x) < place.rows)
+            store_global(lse_of(threadIdx.x), -INFINITY);
+        return;
+    }
+
+    u32 const row_bytes = plan.k_columns * sizeof(T), v_bytes = plan.v_columns * sizeof(T);
+    u32 const tiles = smem_u32(dyn_smem()) + storage_bytes<Math>();
+    Pieces const q{tiles, row_bytes};
+    auto const k_tile = [&](int stage) {
+        u32 const size = kKeys * (row_bytes + (plan.shared_values ? 0 : v_bytes));
+        return Pieces{tiles + kRows * row_bytes + stage * size, row_bytes};
+    };
+    auto const v_tile = [&](int stage) {
+        Pieces const k = k_tile(stage);
+        return plan.shared_values ? k : Pieces{k.base + kKeys * row_bytes, v_bytes};
+    };
+    auto const issue = [&](i64 s, int stage) {
+        Step<kKeys> const& keys = shared.steps[s % 2];
+        load_rows<T, kThreads>(
+            k_tile(stage), kKeys, static_cast<int>(p.K), plan.k_columns, p.q.data, [&](int n) {
+                return keys.key[n] < 0 ? nullptr : static_cast<T const*>(p.k.data) + keys.k_at[n];
+            });
+        if (!plan.shared_values) {
+            load_rows<T, kThreads>(
+                v_tile(stage), kKeys, static_cast<int>(p.V), plan.v_columns, p.q.data, [&](int n) {
+                    return keys.key[n] < 0 ? nullptr
+                                           : static_cast<T const*>(p.v.data) + keys.v_at[n];
+                });
+        }
+        cp_async_commit();
+    };
+
+    load_rows<T, kThreads>(q, kRows, static_cast<int>(p.K), plan.k_columns, p.q.data, [&](int r) {
+        return r >= place.rows
+                   ? nullptr
+                   : static_cast<T const*>(p.q.data) + place.b * p.q.batch +
+                         place.query(plan, r) * p.q.time + place.head(plan, r) * p.q.head;
+    });
+    find_keys(p, place, place.first, shared.steps[0]);
+    __syncthreads();
+    issue(0, 0);
+    i64 const steps = (place.last - place.first + kKeys - 1) / kKeys;
+    Adjust const adjust(p, place, plan);
+    Math math;
+    for (i64 s = 0; s < steps; ++s) {
+        int const stage = plan.stages == 2 ? static_cast<int>(s % 2) : 0;
+        if (plan.stages == 1 && s > 0) {
+            __syncthreads();  // the last step's values have been read
+            issue(s, 0);
+        }
+        i64 const first = place.first + s * kKeys;
+        if (s + 1 < steps) find_keys(p, place, first + kKeys, shared.steps[(s + 1) % 2]);
+        cp_async_wait<0>();
+        __syncthreads();
+        if (plan.stages == 2 && s + 1 < steps) issue(s + 1, 1 - stage);
+        Step<kKeys> const& keys = shared.steps[s % 2];
+        bool const idle = adjust.idle(first, keys.key[kKeys - 1], kKeys);
+        math.step(p, plan, adjust, idle, q, k_tile(stage), v_tile(stage), keys, shared.math);
+    }
+    math.finish(
+        shared.math,
+        [&](int row, int column, float value, float sum) {
+            if (row >= place.rows || column >= p.V) return;
+            i64 const at = (((part * p.B + place.b) * p.Tq + place.query(plan, row)) * p.Hq +
+                            place.head(plan, row)) *
+                           p.V;
+            store_global(plan.o + at + column, sum > 0.f ? value / sum : 0.f);
+        },
+        [&](int row, float top, float sum) {
+            if (row < place.rows)
+                store_global(lse_of(row), sum > 0.f ? top + logf(sum) : -INFINITY);
+        });
+}
+
+}  // namespace lsm::decode_attn

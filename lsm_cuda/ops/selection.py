@@ -1,0 +1,581 @@
+"""Which blocks of keys a row of queries should read: pooled keys, scores of blocks, and the choice
+among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._common import accumulation_dtype, check_device_like, check_no_forward_ad, check_rank
+from .block_lists import BlockLists
+
+__all__ = [
+    "BlockChoice",
+    "ScoreRule",
+    "antidiagonals",
+    "block_pool",
+    "block_scores",
+    "block_select",
+    "block_topk",
+    "row_boundaries",
+]
+
+_POOLS = ("mean", "max", "min", "bounds")
+
+
+def _ceil(n: int, unit: int) -> int:
+    return -(-n // unit)
+
+
+# ---- Rules ----
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How a row of queries rates blocks of keys.
+
+    Row r stands for queries ``[r · block_q, (r + 1) · block_q)`` of a sequence, and for one query
+    head, or (``group``) for all that read one key head: its members are the pairs of a query and a
+    head. The weight of key i is the sum over members of ``scale q·k_i``, −inf where a member does
+    not see the key; or (``softmax``) the sum of their probabilities, each a softmax over the keys
+    the member sees. The score of block j is the sum (``tap_max``: the maximum) over n of ``taps[n]
+    weight[j · tap_step + tap_first + n]``, over the keys that are there; without any it is 0
+    (softmax) or −inf.
+
+    Query t stands at ``t · q_stride + q_length − 1 + offset``, key i at ``i · key_stride +
+    key_length − 1``, in tokens; if ``causal``, a query sees the keys up to its own position.
+
+    Attributes:
+        softmax, group, causal: as above.
+        block_q (int): queries of a row.
+        block_k (int): tokens of a block.
+        key_stride, key_length (int): of pooled keys, as in :func:`block_pool`.
+        q_stride, q_length (int): likewise of pooled queries.
+        offset (int): added to the positions of queries.
+        taps: weights, above 0, as many as keys go into a block; or their number, for ones.
+        tap_step, tap_first (int): see above.
+        tap_max (bool): see above.
+
+    Example:
+        >>> ScoreRule.compressed().taps
+        (1.0, 2.0, 2.0, 2.0, 1.0)
+    """
+
+    softmax: bool = False
+    group: bool = False
+    causal: bool = True
+    block_q: int = 1
+    block_k: int = 64
+    key_stride: int = 1
+    key_length: int = 1
+    q_stride: int = 1
+    q_length: int = 1
+    offset: int = 0
+    taps: tuple[float, ...] | int = 1
+    tap_step: int = 1
+    tap_first: int = 0
+    tap_max: bool = False
+
+    @classmethod
+    def pooled(
+        cls, block_k: int = 64, block_q: int = 1, group: bool = False, causal: bool = True
+    ) -> ScoreRule:
+        """Products with one key for each block: its mean (MoBA), a gate's key (SeerAttention), or
+        its bounds (Quest: keys of ``block_pool(k, block_k, pool="bounds")``, queries
+        ``cat([q.relu(), -(-q).relu()], -1)``)."""
+        return cls(
+            group=group, causal=causal, block_q=block_q, block_k=block_k, key_stride=block_k,
+            key_length=block_k,
+        )  # fmt: skip
+
+    @classmethod
+    def compressed(
+        cls,
+        length: int = 32,
+        stride: int = 16,
+        block_k: int = 64,
+        block_q: int = 1,
+        tap_max: bool = False,
+    ) -> ScoreRule:
+        """Probabilities of compressed keys, summed over a group's heads, then over the keys whose
+        window overlaps a block, as often as by ``stride`` tokens (NSA); with ``tap_max`` their
+        maximum (InfLLM-v2)."""
+        inside, overlap = block_k // stride, length // stride
+        count = inside + overlap - 1
+        taps = tuple(float(min(i + 1, count - i, inside, overlap)) for i in range(count))
+        return cls(
+            softmax=True, group=True, block_q=block_q, block_k=block_k, key_stride=stride,
+            key_length=length, taps=count if tap_max else taps, tap_step=inside,
+            tap_first=1 - overlap, tap_max=tap_max,
+        )  # fmt: skip
+
+    @classmethod
+    def antidiagonal(cls, stride: int = 16, block_q: int = 64, block_k: int = 64) -> ScoreRule:
+        """For what :func:`antidiagonals` returns (XAttention)."""
+        return cls(
+            softmax=True, block_q=block_q // stride, block_k=block_k, key_stride=stride,
+            key_length=stride, q_stride=stride, q_length=stride, taps=block_k // stride,
+            tap_step=block_k // stride,
+        )  # fmt: skip
+
+    @classmethod
+    def columns(cls, Tq: int, block_k: int = 1, group: bool = False, offset: int = 0) -> ScoreRule:
+        """Sums of the probabilities that Tq queries give to each key, or block of keys (H2O, TOVA,
+        SnapKV; MInference's vertical lines, from the last queries)."""
+        return cls(
+            softmax=True, group=group, block_q=max(1, Tq), block_k=block_k, offset=offset,
+            taps=block_k, tap_step=block_k,
+        )  # fmt: skip
+
+    def _numbers(self, blocks: int) -> list[int]:
+        count = self.taps if isinstance(self.taps, int) else len(self.taps)
+        return [
+            int(self.softmax), int(self.group), int(self.causal), self.offset, self.q_stride,
+            self.q_length, self.key_stride, self.key_length, self.block_q, self.block_k,
+            self.tap_step, self.tap_first, count, int(self.tap_max), blocks,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """Which of a row's blocks are taken, by their scores.
+
+    A row may have the blocks up to the one of its last query, if causal, else all. The ``first``
+    ones are taken, and of each query the ``local`` ones up to its own. Then the best others, ties
+    to the lowest index, while there are fewer than ``top_k`` in all, the share of all scores that
+    the taken ones have is below ``top_p``, and the score is at least ``threshold`` and above −inf.
+
+    Attributes:
+        top_k (int): blocks of a row, those that must be taken among them; 0: any number.
+        top_p (float): share of the scores' sum, negative scores counting 0; 0: any share.
+        threshold (float): the least score.
+        first, local (int): blocks that must be taken.
+
+    Example:
+        >>> BlockChoice(top_k=16, first=1, local=2)  # NSA's
+        BlockChoice(top_k=16, top_p=0.0, threshold=-inf, first=1, local=2)
+    """
+
+    top_k: int = 0
+    top_p: float = 0.0
+    threshold: float = -torch.inf
+    first: int = 0
+    local: int = 0
+
+    def capacity(self, rule: ScoreRule, blocks: int) -> int:
+        """The most blocks of a row."""
+        must = self.first
+        if self.local:
+            must += self.local + _ceil(rule.block_q * rule.q_stride - 1, rule.block_k)
+        return min(blocks, max(self.top_k, must) if self.top_k else blocks)
+
+    def _arguments(self, rule: ScoreRule, blocks: int) -> tuple[list[int], list[float]]:
+        numbers = [self.top_k, self.first, self.local, self.capacity(rule, blocks)]
+        return numbers, [float(self.top_p), float(self.threshold)]
+
+
+def row_boundaries(
+    cu_seqlens: Tensor, length: int, stride: int | None = None, partial: bool = True
+) -> Tensor:
+    """Where the windows of each packed sequence begin: ``[N + 1]`` int32, on its device.
+
+    Args:
+        cu_seqlens (Tensor): ``[N + 1]`` boundaries of the sequences' tokens.
+        length, stride, partial: as in :func:`block_pool`.
+
+    Example:
+        >>> row_boundaries(torch.tensor([0, 100, 130]), 64)
+        tensor([0, 2, 3], dtype=torch.int32)
+    """
+    stride = length if stride is None else stride
+    tokens = cu_seqlens.diff()
+    counts = tokens + stride - 1 if partial else (tokens - length + stride).clamp(min=0)
+    ends = (counts // stride).cumsum(0)
+    return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+
+
+# ---- Pooling ----
+
+
+def _windows(x: Tensor, length: int, stride: int, partial: bool) -> int:
+    T = x.shape[1]
+    return _ceil(T, stride) if partial else max(0, (T - length) // stride + 1)
+
+
+@torch.library.register_fake("lsm::block_pool")
+def _pool_fake(x, cu_seqlens, cu_blocks, lengths, length, stride, pool, partial):  # type: ignore[no-untyped-def]
+    named = {"cu_seqlens": cu_seqlens, "cu_blocks": cu_blocks, "lengths": lengths}
+    check_device_like("block_pool", "x", x, named)
+    B, T, H, K = x.shape
+    blocks = _windows(x, length, stride, partial)
+    if cu_seqlens is not None:
+        blocks = T // stride + cu_seqlens.shape[0] - 1
+    return x.new_empty(B, blocks, H, 2 * K if pool == 3 else K)
+
+
+def _pool_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, *boundaries, length, stride, pool, partial = inputs
+    ctx.save_for_backward(x, *boundaries, output)
+    ctx.rule = (length, stride, pool, partial)
+
+
+def _pool_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """Token by token over the windows that hold it: a mean's share, or a share of the extremum's
+    gradient where the token is one of those that reach it."""
+    x, cu_seqlens, cu_blocks, lengths, y = ctx.saved_tensors
+    length, stride, pool, partial = ctx.rule
+    B, T, H, K = x.shape
+    wide, numbers = accumulation_dtype(x), torch.arange(T, device=x.device)
+    local, tokens = numbers.expand(B, T), torch.full((B, 1), T, device=x.device)
+    first = torch.zeros_like(local)
+    if cu_seqlens is not None:
+        n = torch.searchsorted(cu_seqlens[1:].long(), numbers, right=True)[None]
+        local = numbers - cu_seqlens.long()[n]
+        tokens, first = cu_seqlens.diff().long()[n], cu_blocks.long()[n]
+    elif lengths is not None:
+        tokens = lengths.long()[:, None]
+
+    def windows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows of y of every token's windows, which of them exist, and their tokens."""
+        for j in range(_ceil(length, stride)):
+            w = local // stride - j
+            start = w * stride
+            there = (w >= 0) & (local - start < length) & (local < tokens)
+            if not partial:
+                there = there & (start + length <= tokens)
+            at = (first + w).clamp(min=0, max=y.shape[1] - 1)
+            yield at, there, (tokens - start).clamp(max=length, min=1)
+
+    def rows(t: Tensor, at: Tensor) -> Tensor:
+        return t.gather(1, at[..., None, None].expand(B, T, H, K))
+
+    total = torch.zeros(x.shape, dtype=wide, device=x.device)
+    if y.shape[1] == 0:
+        return total.to(x.dtype), *(None,) * 7
+    for part in range(2 if pool == 3 else 1):
+        g, best = (t[..., part * K : (part + 1) * K] for t in (grad.to(wide), y))
+        if pool != 0:
+            ties = torch.zeros_like(g)
+            for at, there, _ in windows():
+                same = ((rows(best, at) == x) & there[..., None, None]).to(wide)
+                ties.scatter_add_(1, at[..., None, None].expand(B, T, H, K), same)
+        for at, there, count in windows():
+            if pool == 0:
+                share = rows(g, at) / count[..., None, None]
+            else:
+                share = (rows(best, at) == x) * rows(g, at) / rows(ties, at).clamp(min=1)
+            total = total + torch.where(there[..., None, None], share, 0.0)
+    return total.to(x.dtype), *(None,) * 7
+
+
+torch.library.register_autograd(
+    "lsm::block_pool", _pool_backward, setup_context=_pool_setup_context
+)
+
+
+def block_pool(
+    x: Tensor,
+    length: int,
+    stride: int | None = None,
+    pool: str = "mean",
+    partial: bool = True,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Pools windows of tokens: one key for each block (MoBA, SeerAttention), for overlapping
+    windows (NSA: 32 tokens, 16 apart), or a page's bounds (Quest).
+
+    Row i of a sequence pools its tokens ``[i · stride, i · stride + length)``.
+
+    Args:
+        x (Tensor): keys or queries ``[B, T, H, K]``, bf16, fp16 or fp32 (fp64 too on CPU).
+        length (int): tokens of a window.
+        stride (int, optional): default: length.
+        pool (str): ``mean``, ``max``, ``min``, or ``bounds``: the maximum's K columns, then the
+            minimum's.
+        partial (bool): windows that end behind the sequence pool what is there; else there are
+            none.
+        lengths (Tensor, optional): ``[B]`` int32, tokens of each row that count; rows of the result
+            behind their windows are 0.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of sequences packed into one row (then
+            B = 1). The windows of sequence n then begin at row ``row_boundaries(cu_seqlens, length,
+            stride, partial)[n]``, and T // stride + N rows have room for all; the others are 0.
+
+    Returns:
+        ``[B, blocks, H, K]``, for bounds ``[B, blocks, H, 2 K]``, in the dtype of x.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit.
+        ValueError: another pool.
+
+    Note: differentiable once in x; a maximum's gradient is shared among the tokens that reach it.
+
+    Source: MoBA, arXiv:2502.13189; NSA, arXiv:2502.11089; Quest, arXiv:2406.10774.
+
+    Example:
+        >>> block_pool(torch.arange(5.0).view(1, 5, 1, 1), 2).flatten()
+        tensor([0.5000, 2.5000, 4.0000])
+    """
+    if pool not in _POOLS:
+        raise ValueError(f"block_pool: pool must be one of {', '.join(_POOLS)}, got {pool!r}")
+    check_rank("block_pool", "x", x, "[B, T, H, K]")
+    check_no_forward_ad("block_pool", x=x)
+    stride = length if stride is None else stride
+    cu_blocks = None
+    if cu_seqlens is not None:
+        cu_blocks = row_boundaries(cu_seqlens, length, stride, partial)
+    return torch.ops.lsm.block_pool(  # type: ignore[no-any-return]
+        x, cu_seqlens, cu_blocks, lengths, length, stride, _POOLS.index(pool), partial
+    )
+
+
+# ---- Scores and choices ----
+
+
+def _map_shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, rule: list[int]) -> tuple[int, ...]:
+    B, Tq, Hq, _ = q.shape
+    rows = _ceil(Tq, rule[8]) if cu_seqlens is None else Tq // rule[8] + cu_seqlens.shape[0] - 1
+    return B, k.shape[2] if rule[1] else Hq, rows
+
+
+@torch.library.register_fake("lsm::block_scores")
+def _scores_fake(q, k, lse, taps, cu_q, cu_k, cu_rows, lengths, scale, rule):  # type: ignore[no-untyped-def]
+    check_device_like("block_scores", "q", q, {"k": k, "lse": lse, "taps": taps})
+    return q.new_empty(*_map_shape(q, k, cu_q, rule), rule[14], dtype=accumulation_dtype(q))
+
+
+@torch.library.register_fake("lsm::block_select")
+def _select_fake(q, k, lse, taps, cu_q, cu_k, cu_rows, lengths, scale, rule, choice, cuts):  # type: ignore[no-untyped-def]
+    check_device_like("block_select", "q", q, {"k": k, "lse": lse, "taps": taps})
+    return q.new_empty(*_map_shape(q, k, cu_q, rule), choice[3], dtype=torch.int32)
+
+
+@torch.library.register_fake("lsm::block_topk")
+def _topk_fake(scores, cu_q, cu_rows, lengths, Tq, rule, choice, cuts):  # type: ignore[no-untyped-def]
+    check_device_like("block_topk", "scores", scores, {"lengths": lengths})
+    return scores.new_empty(*scores.shape[:3], choice[3], dtype=torch.int32)
+
+
+def _blocks(k: Tensor, rule: ScoreRule, tokens: int | None) -> int:
+    if tokens is not None:
+        return _ceil(tokens, rule.block_k)
+    return _ceil(k.shape[1], rule.tap_step)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    rule: ScoreRule,
+    scale: float | None,
+    lse: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    blocks: int,
+) -> tuple[object, ...]:
+    wide = accumulation_dtype(q)
+    taps = None
+    if not isinstance(rule.taps, int):
+        taps = torch.tensor(rule.taps, dtype=wide, device=q.device)
+    cu_rows = None
+    if cu_seqlens is not None:
+        cu_rows = row_boundaries(cu_seqlens, rule.block_q)
+        if cu_seqlens_k is None:
+            cu_seqlens_k = row_boundaries(
+                cu_seqlens, rule.key_length, rule.key_stride, rule.key_length <= rule.key_stride
+            )
+        cu_seqlens_k = cu_seqlens_k.to(cu_seqlens.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = q.detach(), k.detach()
+    lse = None if lse is None else lse.detach().to(wide)
+    numbers = rule._numbers(blocks)
+    return (q, k, lse, taps, cu_seqlens, cu_seqlens_k, cu_rows, lengths, float(scale), numbers)
+
+
+def _lists(
+    index: Tensor, rule: ScoreRule, Tq: int, blocks: int, tokens: int | None, cu: Tensor | None
+) -> BlockLists:
+    B, heads, rows, _ = index.shape
+    tokens = blocks * rule.block_k if tokens is None else tokens
+    block_q = rule.block_q * rule.q_stride
+    return BlockLists(
+        index, None, (B, heads, rows), Tq, tokens, block_q, rule.block_k, None, cu, cu
+    )
+
+
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    rule: ScoreRule,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
+    r"""Scores of blocks of keys for rows of queries (:class:`ScoreRule`), without anything of size
+    Tq × Tk.
+
+    Args:
+        q (Tensor): ``[B, Tq, Hq, K]``, tokens or pooled ones; bf16, fp16 or fp32 (fp64 too on CPU).
+        k (Tensor): ``[B, Tk, Hk, K]`` in the dtype of q; Hk divides Hq.
+        rule (ScoreRule): what is scored, and how.
+        scale (float, optional): default ``K ** -0.5``.
+        lse (Tensor, optional): of the softmax, ``[B, Hq, Tq]``, as attention over k returns it, or
+            an estimate; fp32 (fp64). Default: computed here, for another sweep over the keys.
+        lengths (Tensor, optional): ``[B]`` int32, tokens of each sequence, of which the queries are
+            the last: ``lengths[b] − Tq · q_stride`` is added to their positions.
+        cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of queries packed into one row, B = 1;
+            each sequence begins a row of its own, and Tq // block_q + N rows have room for all.
+        cu_seqlens_k (Tensor, optional): likewise of the keys. Default: those of :func:`block_pool`
+            of the same sequences.
+        tokens (int, optional): key tokens, for ``ceil(tokens / block_k)`` blocks. Default: as many
+            blocks as ``ceil(Tk / tap_step)``.
+
+    Returns:
+        ``[B, heads, rows, blocks]`` fp32 (fp64 for fp64), heads = Hk if rule.group else Hq. Rows
+        behind those of packed sequences are −inf.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit.
+
+    Note: no gradient flows through selection.
+
+    Source: NSA, arXiv:2502.11089, eqs. 8-10; MoBA, arXiv:2502.13189; Quest, arXiv:2406.10774;
+        XAttention, arXiv:2503.16428; H2O, arXiv:2306.14048.
+
+    Example:
+        >>> q, k = torch.randn(1, 256, 4, 32), torch.randn(1, 256, 2, 32)
+        >>> block_scores(q, block_pool(k, 64), ScoreRule.pooled(64)).shape
+        torch.Size([1, 4, 256, 4])
+    """
+    check_rank("block_scores", "q", q, "[B, Tq, Hq, K]")
+    check_rank("block_scores", "k", k, "[B, Tk, Hk, K]")
+    blocks = _blocks(k, rule, tokens)
+    given = _arguments(q, k, rule, scale, lse, lengths, cu_seqlens, cu_seqlens_k, blocks)
+    return torch.ops.lsm.block_scores(*given)  # type: ignore[no-any-return]
+
+
+def block_select(
+    q: Tensor,
+    k: Tensor,
+    rule: ScoreRule,
+    choice: BlockChoice,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    tokens: int | None = None,
+) -> BlockLists:
+    r""":func:`block_scores` and the choice among them in one launch; scores stay on the chip.
+
+    Args:
+        q, k, rule, scale, lse, lengths, cu_seqlens, cu_seqlens_k, tokens: as :func:`block_scores`.
+        choice (BlockChoice): which blocks are taken.
+
+    Returns:
+        BlockLists of fixed capacity, ascending: for :func:`block_sparse_attn`, or with block_q = 1
+        :func:`sparse_attn_decode`.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; on CUDA more than 16384 keys and
+            blocks together in one row, which :func:`block_scores` and :func:`block_topk` take.
+
+    Note: no gradient flows through selection. Sums have one order: equal inputs give equal lists.
+
+    Example:
+        >>> q, k = torch.randn(1, 256, 16, 32), torch.randn(1, 256, 1, 32)  # NSA's selection
+        >>> pooled = block_pool(k, 32, 16, partial=False)
+        >>> choice = BlockChoice(top_k=3, first=1, local=2)
+        >>> lists = block_select(q, pooled, ScoreRule.compressed(), choice, tokens=256)
+        >>> lists.index[0, 0, -1]
+        tensor([0, 2, 3], dtype=torch.int32)
+    """
+    check_rank("block_select", "q", q, "[B, Tq, Hq, K]")
+    check_rank("block_select", "k", k, "[B, Tk, Hk, K]")
+    blocks = _blocks(k, rule, tokens)
+    given = _arguments(q, k, rule, scale, lse, lengths, cu_seqlens, cu_seqlens_k, blocks)
+    index = torch.ops.lsm.block_select(*given, *choice._arguments(rule, blocks))
+    return _lists(index, rule, q.shape[1] * rule.q_stride, blocks, tokens, cu_seqlens)
+
+
+def block_topk(
+    scores: Tensor,
+    rule: ScoreRule,
+    choice: BlockChoice,
+    Tq: int | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    tokens: int | None = None,
+) -> BlockLists:
+    r"""The choice among scores made elsewhere: by :func:`block_scores`, or a gate network.
+
+    Args:
+        scores (Tensor): ``[B, heads, rows, blocks]`` fp32 (fp64 too on CPU).
+        rule (ScoreRule): of its fields only those of positions, block_q and block_k are used.
+        choice (BlockChoice): which blocks are taken.
+        Tq (int, optional): queries. Default: rows × block_q; with cu_seqlens they are needed.
+        lengths, cu_seqlens: as :func:`block_scores`.
+        tokens (int, optional): key tokens. Default: blocks × block_k.
+
+    Returns:
+        BlockLists of fixed capacity, ascending.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit.
+
+    Example:
+        >>> rule = ScoreRule(causal=False, block_q=64, block_k=64)
+        >>> scores = torch.tensor([[[[0.1, 0.5, 0.4], [0.3, 0.3, 0.4]]]])
+        >>> block_topk(scores, rule, BlockChoice(top_p=0.5)).index
+        tensor([[[[ 1, -1, -1],
+                  [ 0,  2, -1]]]], dtype=torch.int32)
+    """
+    check_rank("block_topk", "scores", scores, "[B, heads, rows, blocks]")
+    blocks = scores.shape[3]
+    if Tq is None:
+        if cu_seqlens is not None:
+            raise RuntimeError("lsm::block_topk: cu_seqlens needs Tq, the queries, got None")
+        Tq = scores.shape[2] * rule.block_q
+    cu_rows = None if cu_seqlens is None else row_boundaries(cu_seqlens, rule.block_q)
+    index = torch.ops.lsm.block_topk(
+        scores.detach(), cu_seqlens, cu_rows, lengths, Tq, rule._numbers(blocks),
+        *choice._arguments(rule, blocks),
+    )  # fmt: skip
+    return _lists(index, rule, Tq * rule.q_stride, blocks, tokens, cu_seqlens)
+
+
+def antidiagonals(q: Tensor, k: Tensor, stride: int = 16) -> tuple[Tensor, Tensor]:
+    r"""Queries and keys whose products are sums along antidiagonals of stride × stride tokens.
+
+    ``q'_r · k'_i = Σ_s q_{rS + S−1−s} · k_{iS + s}``: score them with
+    :meth:`ScoreRule.antidiagonal` and scale ``K ** -0.5 / stride``.
+
+    Args:
+        q (Tensor): ``[B, Tq, Hq, K]``; k (Tensor): ``[B, Tk, Hk, K]``. Lengths that the stride does
+            not divide are filled with zeros.
+        stride (int): S.
+
+    Returns:
+        ``[B, ceil(Tq / S), Hq, S K]`` and ``[B, ceil(Tk / S), Hk, S K]``.
+
+    Source: XAttention, arXiv:2503.16428, algorithm 1.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 100, 4, 8)
+        >>> antidiagonals(q, k)[0].shape
+        torch.Size([1, 7, 4, 128])
+    """
+
+    def windows(x: Tensor) -> Tensor:
+        extra = -x.shape[1] % stride
+        B, T, H, K = x.shape
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, extra)).view(B, -1, stride, H, K)
+
+    a, b = windows(q).flip(2), windows(k)
+    return a.transpose(2, 3).flatten(3), b.transpose(2, 3).flatten(3)
