@@ -216,6 +216,23 @@ class CausalAttention(nn.Module):
         rows = o.new_zeros(B * T, H, o.shape[3]).index_copy(0, queries, o[0])
         return rows.view(B, T, H, -1)
 
+    def _row_by_row(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor,
+    ) -> Tensor:
+        """One sequence after another: behind a cache, padded, blocks of each stand elsewhere."""
+        bounds = zip(pairwise(cu_seqlens.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+        rows = []
+        for (s, e), (t, u) in bounds:
+            own = tuple(g[:, s:e] for g in gates)
+            rows.append(self._attend(q[:, s:e], k[:, t:u], v[:, t:u], own, None, None))
+        return torch.cat(rows, 1)
+
     @staticmethod
     def _one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """The last token over the cache as it is, padding masked instead of taken out."""
@@ -387,15 +404,7 @@ class NativeSparseAttention(CausalAttention):
         cu_seqlens_k: Tensor | None,
     ) -> Tensor:
         if cu_seqlens is not None and cu_seqlens_k is not None and q.shape[1] != k.shape[1]:
-            # behind a cache, padded: compressed keys stand at other places in each sequence
-            rows = zip(pairwise(cu_seqlens.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
-            return torch.cat(
-                [
-                    self._attend(q[:, s:e], k[:, t:u], v[:, t:u], (gates[0][:, s:e],), None, None)
-                    for (s, e), (t, u) in rows
-                ],
-                1,
-            )
+            return self._row_by_row(q, k, v, gates, cu_seqlens, cu_seqlens_k)
         g_cmp, g_slc, g_swa = gates[0].unbind(-1)
         return parallel_nsa(
             q, k, v, g_cmp, g_slc, g_swa,
@@ -483,10 +492,9 @@ class MoBA(CausalAttention):
                 q, k, v, None, AttnMask(causal=True),
                 cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
             )  # fmt: skip
-        return parallel_moba(
-            q, k, v, cu_seqlens, None, self.moba_chunk_size, self.moba_topk,
-            cu_seqlens_k=cu_seqlens_k,
-        )  # fmt: skip
+        if cu_seqlens is not None and cu_seqlens_k is not None and behind:
+            return self._row_by_row(q, k, v, gates, cu_seqlens, cu_seqlens_k)
+        return parallel_moba(q, k, v, cu_seqlens, None, self.moba_chunk_size, self.moba_topk)
 
     def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
         if not self.use_output_gate:

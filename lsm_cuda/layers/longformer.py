@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..cache import Cache
 from ..modules import RMSNorm
 from ..ops._common import accumulation_dtype
-from ..ops._select import stretches
+from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
 from ..sparse._pattern import merge

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import check_rank
-from ._select import Layout, choose_blocks, pool_mean, select, token_lists
 from .attn_mask import AttnMask
+from .block_lists import BlockLists
+from .selection import BlockChoice, ScoreRule, block_pool, block_select
 from .sparse_attn import block_sparse_attn
 
 __all__ = ["parallel_moba"]
@@ -22,8 +26,6 @@ def parallel_moba(
     chunk_size: int = 256,
     topk: int = 4,
     scale: float | None = None,
-    *,
-    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     r"""Mixture of block attention: softmax over the ``topk`` best blocks of each query and head.
 
@@ -40,7 +42,6 @@ def parallel_moba(
         topk: blocks of a query, its own among them. With 1 a query sees its own block only (FLA
             then falls back to full attention).
         scale: default ``K ** -0.5``.
-        cu_seqlens_k: of the keys, where the queries are the last of them; default ``cu_seqlens``.
 
     Returns:
         ``[B, TQ, HQ, V]`` in the dtype of v.
@@ -63,33 +64,29 @@ def parallel_moba(
             "parallel_moba: chunk_size must be a multiple of 16 and topk positive, got "
             f"{chunk_size} and {topk}"
         )
-    # A chunk is several of the engine's blocks, the largest that divide it.
-    block = min(128, chunk_size & -chunk_size)
-    per_chunk = chunk_size // block
-    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    layout = Layout.of(q, k.shape[1], cu_seqlens, cu_seqlens_k)
-    means, _ = pool_mean(k.detach(), layout, chunk_size)
-    last = -(-k.shape[1] // block)
-
-    def score(product: Tensor, at: slice, position: Tensor) -> Tensor:
-        return product.flatten(2, 3)
-
-    def choose(scores: Tensor, own: Tensor) -> Tensor:
-        chunk = choose_blocks(scores, own, topk)
-        if per_chunk == 1:
-            return chunk
-        blocks = chunk[..., None] * per_chunk + torch.arange(
-            per_chunk, dtype=torch.int32, device=q.device
-        )
-        # those of a query's own chunk that lie ahead of it, and may not even exist, are left out
-        return blocks.masked_fill(chunk[..., None] < 0, last).flatten(-2)
-
-    chosen = select(q, means, layout, chunk_size, chunk_size, score, choose)
-    if per_chunk > 1:
-        ahead = chosen > (layout.position // block)[:, None]
-        chosen = chosen.masked_fill(ahead, -1)
-    lists = token_lists(chosen, k, block, cu_seqlens, cu_seqlens_k)
-    return block_sparse_attn(
-        q, k, v, lists, AttnMask(causal=True), scale,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+    rule = replace(ScoreRule.pooled(chunk_size), offset=k.shape[1] - q.shape[1])
+    chosen = block_select(
+        q, block_pool(k.detach(), chunk_size, cu_seqlens=cu_seqlens), rule,
+        BlockChoice(top_k=topk, local=1), scale, cu_seqlens=cu_seqlens, tokens=k.shape[1],
     )  # fmt: skip
+    lists = _split(chosen, min(128, chunk_size & -chunk_size), q, cu_seqlens)
+    return block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scale, cu_seqlens=cu_seqlens)
+
+
+def _split(chosen: BlockLists, block: int, q: Tensor, cu_seqlens: Tensor | None) -> BlockLists:
+    """Lists of the engine's blocks, of which a chunk is several."""
+    per = chosen.block_k // block
+    if per == 1:
+        return chosen
+    token = torch.arange(q.shape[1], device=q.device)
+    place = token + (chosen.Tk - q.shape[1])
+    if cu_seqlens is not None:
+        cuts = cu_seqlens.long()
+        place = token - cuts[torch.searchsorted(cuts[1:], token, right=True)]
+    part = torch.arange(per, dtype=torch.int32, device=q.device)
+    index = (chosen.index[..., None] * per + part).masked_fill(chosen.index[..., None] < 0, -1)
+    index = index.flatten(-2)
+    # in a query's own chunk, blocks that lie ahead of it, and may not even exist; they come last
+    place = F.pad(place, (0, index.shape[2] - len(place)))  # rows that no query has
+    index = index.masked_fill(index > (place // block)[:, None], -1)
+    return replace(chosen, index=index, block_k=block)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import check_rank, check_shape
-from ._select import Layout, choose_blocks, pool_mean, select, token_lists
 from .attn_mask import AttnMask
 from .block_lists import BlockLists
+from .selection import BlockChoice, ScoreRule, block_pool, block_select, row_boundaries
 from .sparse_attn import block_sparse_attn
 
 __all__ = ["nsa_compression", "nsa_topk", "parallel_nsa"]
@@ -92,7 +94,8 @@ def nsa_topk(
         first, local: blocks that come first.
 
     Returns:
-        ``[B, H, T, S]`` int32, S the largest count: ascending, -1 at the end.
+        ``[B, H, T, S]`` int32: ascending, -1 at the end; S is the largest count, or as many as come
+        before all others, or as many as there are.
 
     Source: Native Sparse Attention, arXiv:2502.11089, eq. 8-12.
 
@@ -102,48 +105,62 @@ def nsa_topk(
         >>> nsa_topk(q, k, lse, 2, 16, local=1)[0, 0, 40].tolist()
         [0, 2]
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    counts = (
+        [block_counts] if isinstance(block_counts, int) else torch.unique(block_counts).tolist()
+    )
+    lists = [
+        _select(
+            q, k_cmp, lse, n, block_size, scale, cu_seqlens, length, stride, tokens, first, local
+        ).index[:, :, : q.shape[1]]  # packed sequences have rows to spare
+        for n in counts
+    ]
+    if isinstance(block_counts, int):
+        return lists[0]
+    check_shape("nsa", "block_counts", block_counts, "[B, T, H]", (*q.shape[:2], k_cmp.shape[2]))
+    width = max(x.shape[-1] for x in lists)
+    every = torch.stack([F.pad(x, (0, width - x.shape[-1]), value=-1) for x in lists])
+    which = torch.bucketize(block_counts, torch.unique(block_counts)).transpose(1, 2)
+    return every.gather(0, which[None, ..., None].expand(1, *every.shape[1:]))[0]
+
+
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    count: int,
+    block_size: int,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    length: int | None,
+    stride: int | None,
+    tokens: int | None,
+    first: int,
+    local: int,
+) -> BlockLists:
     length = block_size if length is None else length
     stride = length if stride is None else stride
+    tokens = q.shape[1] if tokens is None else tokens
     if length % stride or block_size % stride:
         raise ValueError(
             "nsa_topk: stride must divide length and block_size, got "
             f"{stride}, {length} and {block_size}"
         )
-    layout = Layout.of(q, q.shape[1] if tokens is None else tokens, cu_seqlens)
-    count = block_counts if isinstance(block_counts, int) else int(block_counts.max())
-    groups = k_cmp.shape[2]
-    per_block, reach = block_size // stride, length // stride
-    mass = torch.unflatten(lse.transpose(1, 2), 2, (groups, -1))  # [B, T, H, G]
+    rule = replace(ScoreRule.compressed(length, stride, block_size), offset=tokens - q.shape[1])
+    choice = BlockChoice(top_k=count, first=first, local=local)
+    cuts = None if cu_seqlens is None else row_boundaries(cu_seqlens, length, stride, False)
+    return block_select(q, k_cmp, rule, choice, scale, lse, None, cu_seqlens, cuts, tokens)
 
-    def score(product: Tensor, at: slice, position: Tensor) -> Tensor:
-        window = torch.arange(product.shape[-1], device=q.device)
-        seen = window * stride + length - 1 <= position[:, None]
-        p = (scale * product - mass[:, at, ..., None].to(product.dtype)).exp()
-        p = p.masked_fill(~seen[:, None, None], 0).sum(3)  # [B, t, H, windows]
-        spread = F.pad(p, (reach - 1, 0))
-        unit = torch.stack([spread[..., i : i + p.shape[-1]] for i in range(reach)]).sum(0)
-        unit = F.pad(unit, (0, -p.shape[-1] % per_block))
-        return torch.unflatten(unit, -1, (-1, per_block)).sum(-1)
 
-    def choose(scores: Tensor, own: Tensor) -> Tensor:
-        return choose_blocks(scores, own, count, first, local)
-
-    if isinstance(block_counts, int):
-        return select(q, k_cmp, layout, block_size, stride, score, choose)
-    # counts of their own: the best of each, which the ranking of all of them has in front
-    check_shape("nsa", "block_counts", block_counts, "[B, T, H]", (*q.shape[:2], groups))
-    ranks = [
-        select(
-            q, k_cmp, layout, block_size, stride, score,
-            lambda s, own, n=n: F.pad(  # type: ignore[misc]
-                choose_blocks(s, own, n, first, local), (0, count - n), value=-1
-            ),
-        )
-        for n in sorted({*block_counts.flatten().tolist()})
-    ]  # fmt: skip
-    which = torch.bucketize(block_counts, torch.unique(block_counts)).transpose(1, 2)
-    return torch.stack(ranks).gather(0, which[None, ..., None].expand(1, *ranks[0].shape))[0]
+def compress(
+    x: Tensor, length: int, stride: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Means of windows wholly inside a sequence, and the windows' boundaries for attention."""
+    y = block_pool(x, length, stride, partial=False, cu_seqlens=cu_seqlens)
+    if cu_seqlens is None:
+        return y, None
+    # rows that no sequence has are counted to the last, behind all its tokens
+    cuts = row_boundaries(cu_seqlens, length, stride, False)[:-1]
+    return y, F.pad(cuts, (0, 1), value=y.shape[1]).to(cu_seqlens.dtype)
 
 
 def parallel_nsa(
@@ -219,10 +236,10 @@ def parallel_nsa(
     stride = length if cmp_stride is None else cmp_stride
     o_cmp = None
     if g_cmp is not None:
-        layout = Layout.of(q, k.shape[1], cu_seqlens)
         cu_cmp = None
         if k_cmp is None or v_cmp is None:
-            (k_cmp, cu_cmp), (v_cmp, _) = (pool_mean(x, layout, length, stride) for x in (k, v))
+            k_cmp, cu_cmp = compress(k, length, stride, cu_seqlens)
+            v_cmp, _ = compress(v, length, stride, cu_seqlens)
         o_cmp, lse = nsa_compression(
             q, k_cmp, v_cmp, length, scale, cu_seqlens,
             stride=stride, tokens=k.shape[1], cu_seqlens_cmp=cu_cmp,
@@ -233,7 +250,9 @@ def parallel_nsa(
                 length=length, stride=stride, tokens=k.shape[1],
             )  # fmt: skip
     if block_indices is None:
-        lists = token_lists(chosen, k, block_size, cu_seqlens, cu_seqlens)
+        cuts = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        T = q.shape[1]
+        lists = BlockLists(chosen, None, (*chosen.shape[:3],), T, k.shape[1], 1, block_size, **cuts)
     else:
         indices = block_indices.transpose(1, 2)
         T = q.shape[1], k.shape[1]

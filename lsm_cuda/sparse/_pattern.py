@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
-from ..ops.sparse_attn import block_sparse_attn
-from ..reference import merge_attention_states
+from ..ops.sparse_attn import block_sparse_attn, merge_attn_states
 
 Attended = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -339,7 +338,7 @@ def merge(*parts: Attended) -> Attended:
     if len(parts) == 1:
         return parts[0]
     outputs, lses = zip(*parts, strict=True)
-    return merge_attention_states(torch.stack(outputs), torch.stack(lses))
+    return merge_attn_states(outputs, lses)
 
 
 def by_head(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from ..modules import RotaryEmbedding
 from ..ops._common import accumulation_dtype
-from ..ops._select import Layout, choose_blocks, pool_mean, select, stretches, token_lists
+from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
-from ..ops.nsa import nsa_compression
+from ..ops.nsa import compress, nsa_compression
+from ..ops.selection import BlockChoice, ScoreRule, block_pool, block_select, row_boundaries
 from ..ops.sparse_attn import block_sparse_attn
 from .kv_cache import Policy, pages_of
 from .prefill import cumulative
@@ -48,7 +50,7 @@ def infllm_v2_lists(
     """Blocks by the best window in them: pooled keys, softmaxes, their sum over a group of heads.
 
     Softmaxes are over windows wholly in a query's past; their denominators come from windows four
-    times as long and as far apart.
+    times as long and as far apart, and are 1 before the first of these ends.
 
     Args:
         q, k: ``[B, TQ, Hq, K]``, the last tokens of ``[B, T, Hkv, K]``.
@@ -74,36 +76,20 @@ def infllm_v2_lists(
             f"infllm_v2: stride must divide kernel and block, got {stride}, {kernel} and {block}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    layout = Layout.of(q, k.shape[1], cu_seqlens)
+    tokens, rule = k.shape[1], ScoreRule.compressed(kernel, stride, block, tap_max=True)
     with torch.no_grad():
-        coarse, cu = pool_mean(k, layout, 4 * kernel, 4 * stride)
+        coarse, cuts = compress(k, 4 * kernel, 4 * stride, cu_seqlens)
         _, lse = nsa_compression(
             q, coarse, coarse, 4 * kernel, scale, cu_seqlens,
-            stride=4 * stride, tokens=k.shape[1], cu_seqlens_cmp=cu,
+            stride=4 * stride, tokens=tokens, cu_seqlens_cmp=cuts,
         )  # fmt: skip
-        keys, _ = pool_mean(k, layout, kernel, stride)
-    mass = torch.unflatten(lse.transpose(1, 2), 2, (k.shape[2], -1))
-    per, reach = block // stride, kernel // stride - 1
-
-    def score(product: Tensor, at: slice, position: Tensor) -> Tensor:
-        window = torch.arange(product.shape[-1], device=q.device)
-        seen = (window * stride + kernel - 1 <= position[:, None])[:, None, None]
-        # before the first coarse window ends there is none: a softmax over what is seen
-        norm = mass[:, at, ..., None].to(product.dtype)
-        exact = (scale * product).masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
-        norm = torch.where(norm == -torch.inf, exact, norm)
-        p = (scale * product - norm).exp().masked_fill(~seen, 0).sum(3)
-        # the best of the windows that reach into a block: those that begin in it, and some before
-        best = F.pad(p, (reach, 0))
-        best = torch.stack([best[..., i : i + p.shape[-1]] for i in range(reach + 1)]).amax(0)
-        best = F.pad(best, (0, -p.shape[-1] % per))
-        return torch.unflatten(best, -1, (-1, per)).amax(-1)
-
-    def choose(scores: Tensor, own: Tensor) -> Tensor:
-        return choose_blocks(scores, own, topk, first, local)
-
-    chosen = select(q, keys, layout, block, stride, score, choose)
-    return token_lists(chosen, k, block, cu_seqlens, cu_seqlens)
+        keys = block_pool(k, kernel, stride, partial=False, cu_seqlens=cu_seqlens)
+    cuts = None if cu_seqlens is None else row_boundaries(cu_seqlens, kernel, stride, False)
+    return block_select(
+        q, keys, replace(rule, offset=tokens - q.shape[1]),
+        BlockChoice(top_k=topk, first=first, local=local), scale,
+        lse.masked_fill(lse == -torch.inf, 0), None, cu_seqlens, cuts, tokens,
+    )  # fmt: skip
 
 
 def infllm_v2_attn(

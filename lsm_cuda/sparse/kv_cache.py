@@ -9,9 +9,9 @@ from torch import Tensor
 from ..cache import KVBuffer
 from ..modules import RotaryEmbedding
 from ..ops._common import accumulation_dtype
-from ..ops._select import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
+from ..ops.selection import ScoreRule, block_scores
 from ..ops.sparse_attn import block_sparse_attn
 
 __all__ = ["KVCache", "Policy", "attention_mass"]
@@ -191,17 +191,14 @@ def attend_tokens(
     return o.to(q.dtype), lse.flatten(1)[..., None]
 
 
-def attention_mass(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None, causal: bool = True
-) -> Tensor:
-    """What every key gets of all queries' attention, without the map of it.
+def attention_mass(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
+    """What every key gets of all queries' causal attention, without the map of it.
 
     Args:
         q: ``[B, T, Hq, K]``, the last tokens of the keys' sequence.
         k: ``[B, S, Hkv, K]``.
         lse: ``[B, Hq, T]``, log-sum-exps of the queries over these keys.
         scale: default ``K ** -0.5``.
-        causal: queries see keys up to themselves.
 
     Returns:
         ``[B, Hq, S]``: sums over queries of their softmax.
@@ -212,22 +209,9 @@ def attention_mass(
         >>> attention_mass(q, k, lse, scale=1).sum(-1).allclose(torch.ones(1, 2))
         True
     """
-    B, T, Hq, K = q.shape
-    S, Hkv = k.shape[1:3]
-    scale = K**-0.5 if scale is None else scale
-    acc = accumulation_dtype(q)
-    k = k.to(acc)
-    total = torch.zeros(B, Hq, S, dtype=acc, device=q.device)
-    key = torch.arange(S, device=q.device)
-    for at in stretches(T, B * Hq * S):
-        qs = torch.unflatten(q[:, at].to(acc), 2, (Hkv, Hq // Hkv))
-        score = scale * torch.einsum("bthgd,bshd->bhgts", qs, k).flatten(1, 2)
-        p = (score - lse[:, :, at, None].to(acc)).exp()
-        if causal:
-            query = torch.arange(at.start, at.stop, device=q.device) + (S - T)
-            p = p.masked_fill(key > query[:, None], 0)
-        total += p.sum(2)
-    return total
+    T, S = q.shape[1], k.shape[1]
+    rule = ScoreRule.columns(T, offset=S - T)
+    return block_scores(q, k, rule, scale, lse)[:, :, 0]
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops._common import accumulation_dtype, check_shape
-from ..ops._select import stretches
+from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
 from ..ops.sparse_attn import block_sparse_attn

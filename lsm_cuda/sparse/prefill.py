@@ -4,15 +4,16 @@ keys."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._common import accumulation_dtype
-from ..ops._select import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
+from ..ops.selection import BlockChoice, ScoreRule, antidiagonals, block_select
 from ..ops.sparse_attn import block_sparse_attn
 
 __all__ = [
@@ -345,7 +346,7 @@ def xattention_lists(
     """The fewest blocks of each row that hold a share of its attention, by sums of antidiagonals.
 
     Every square of ``stride`` tokens is judged by the sum of its antidiagonal, which meets each of
-    its rows and columns once.
+    its rows and columns once. The first block and the row's own are read first.
 
     Args:
         q, k: ``[B, T, Hq, K]`` and ``[B, T, Hkv, K]``.
@@ -364,26 +365,12 @@ def xattention_lists(
     if block % stride:
         raise ValueError(f"xattention_lists: stride must divide block, got {stride} and {block}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    acc, (T, S) = accumulation_dtype(q), (q.shape[1], k.shape[1])
-
-    def squares(x: Tensor, flip: bool) -> Tensor:
-        """``[B, T / stride, H, stride · K]``, the last square filled up."""
-        x = torch.unflatten(F.pad(x.to(acc), (0, 0, 0, 0, 0, -x.shape[1] % block)), 1, (-1, stride))
-        x = x.flip(2) if flip else x
-        return x.transpose(2, 3).flatten(3)
-
-    qs, ks = squares(q, True), squares(k, False)
-    key = torch.arange(ks.shape[1], device=q.device)
-    maps = []
-    for at in stretches(qs.shape[1] * stride // block, q.shape[0] * q.shape[2] * ks.shape[1]):
-        own = slice(at.start * block // stride, at.stop * block // stride)
-        score = _products(qs[:, own], ks) * (scale / stride)
-        query = torch.arange(own.start, own.stop, device=q.device)[:, None]
-        score = score.masked_fill((key > query) | (key * stride >= S), -torch.inf)
-        p = score.softmax(-1).masked_fill(query * stride >= T, 0)
-        per = block // stride
-        maps.append(torch.unflatten(torch.unflatten(p, -1, (-1, per)).sum(-1), 2, (-1, per)).sum(3))
-    return _lists(cumulative(torch.cat(maps, 2), tau), q, k, block)
+    rule = ScoreRule.antidiagonal(stride, block, block)
+    choice = BlockChoice(top_p=tau, first=1, local=1)
+    lists = block_select(
+        *antidiagonals(q, k, stride), rule, choice, scale / stride, tokens=k.shape[1]
+    )
+    return replace(lists, Tq=q.shape[1])
 
 
 def sparge_lists(

@@ -35,7 +35,7 @@ def test_infllm_v2():
     block, kernel, stride, topk = 16, 8, 4, 3
     fine, coarse = softmaxes(q, k, kernel, stride), softmaxes(q, k, 4 * kernel, 4 * stride)
     norm = coarse.logsumexp(-1)
-    norm = torch.where(norm == -torch.inf, fine.logsumexp(-1), norm)
+    norm = norm.masked_fill(norm == -torch.inf, 0)
     p = (fine - norm[..., None]).exp().nan_to_num(0).unflatten(1, (HKV, G)).sum(2)
     blocks = -(-T // block)
     best = torch.stack(
