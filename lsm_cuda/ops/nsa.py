@@ -249,14 +249,13 @@ def parallel_nsa(
                 q, k_cmp, lse.detach(), block_counts, block_size, scale, cu_seqlens,
                 length=length, stride=stride, tokens=k.shape[1],
             )  # fmt: skip
+    Tq, Tk = q.shape[1], k.shape[1]
     if block_indices is None:
-        cuts = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        T = q.shape[1]
-        lists = BlockLists(chosen, None, (*chosen.shape[:3],), T, k.shape[1], 1, block_size, **cuts)
+        shape = (chosen.shape[0], chosen.shape[1], chosen.shape[2])
+        lists = BlockLists(chosen, None, shape, Tq, Tk, 1, block_size, None, cu_seqlens, cu_seqlens)
     else:
         indices = block_indices.transpose(1, 2)
-        T = q.shape[1], k.shape[1]
-        lists = BlockLists.from_indices(indices, *T, 1, block_size, cu_seqlens, cu_seqlens)
+        lists = BlockLists.from_indices(indices, Tq, Tk, 1, block_size, cu_seqlens, cu_seqlens)
     causal = AttnMask(causal=True)
     o = block_sparse_attn(q, k, v, lists, causal, scale, cu_seqlens=cu_seqlens)
     if g_slc is not None:
