@@ -391,11 +391,8 @@ struct ExactKeysKernel {
           warp(threadIdx.x / 32),
           K(static_cast<int>(p.K)),
           V(static_cast<int>(p.V)) {
-        i64 rest = blockIdx.x;
-        int const index = static_cast<int>(rest % work.key_tiles);
-        rest /= work.key_tiles;
-        key_head = static_cast<int>(rest % p.Hkv), batch = static_cast<int>(rest / p.Hkv);
-        place = locate(work, &First::keys, batch, index, kExactRows);
+        KeyTile const tile = locate_keys(work, kExactRows);
+        batch = tile.batch, key_head = tile.key_head, place = tile.place;
     }
 
     LSM_DEVICE void store(i64 first, i64 end, ExactSums const& dk, ExactSums const& dv, float by) {
@@ -443,12 +440,9 @@ struct ExactKeysKernel {
             int2 const* entries = nullptr;
             Blocks blocks = {nullptr, 0, 0, 0, 0};
             if (work.lists) {
-                i64 const owner = batch * p.lists.heads + work.list_head(head);
-                int const* const begin = inverse.begin + owner * (inverse.sections + 1) +
-                                         sequence.section0 + place.token / inverse.section_k;
-                int const from = load_global(begin);
-                blocks.count = load_global(begin + 1) - from;
-                entries = inverse.entries + from + inverse_base(work, owner);
+                Entries const those = section_entries(
+                    work, batch, head, sequence.section0 + place.token / inverse.section_k);
+                entries = those.at, blocks.count = those.count;
             } else {
                 blocks = visible_queries(work, sequence, left, x0, x1);
             }

@@ -88,9 +88,9 @@ struct Mask {
 
 // ---- Work ----
 
-// First tile of queries, tile of keys, row of lists and section of keys of each sequence.
+// First tile of queries, row of lists and section of keys of each sequence.
 struct alignas(16) First {
-    int queries, keys, rows, sections;
+    int queries, rows, sections, none;
 };
 
 // Lists the other way round: for each section of keys (section_k = max(block_k, 64)) the rows that have some of its
@@ -103,6 +103,13 @@ struct Inverse {
     int2* entries;  // as many as the lists have
 };
 
+// What a block of dk and dv's kernel does: a section of keys, or of a section that many rows have on their lists one of
+// several pieces of those rows, whose sums go to slots `slot` on.
+struct Item {
+    int owner;  // (batch row * Hkv + key head) * sections + section; below 0: nothing
+    int piece, pieces, slot;
+};
+
 struct Work {
     SparseAttnParams p;
     Mask mask;
@@ -113,10 +120,10 @@ struct Work {
     // A tile of queries is tokens x heads rows, heads outside; with `unite` tokens outside, and heads rounded up to a
     // power of two.
     int tokens, heads, token_shift, head_shift, head_tiles;
-    bool unite;                  // a tile has lists of its own per token (block_q == 1)
-    int key_tile;                // keys
-    int query_tiles, key_tiles;  // of a batch row
-    First* first;  // [N + 2], packed only; the last one's `queries` is 1 if cu_seqlens is bad
+    bool unite;         // a tile has lists of its own per token (block_q == 1)
+    int query_tiles;    // of a batch row
+    int section_tiles;  // tiles of keys in a section
+    First* first;       // [N + 2], packed only; the last one's `queries` is 1 if cu_seqlens is bad
     Inverse inverse;
     float4*
         stats;  // backward: (lse log2 e, or inf for a query that sees nothing; delta; lse; 0) per [B, Hq, Tq]
@@ -175,7 +182,7 @@ LSM_DEVICE int find_sequence(First const* first, int N, int First::* what, int i
     return low;
 }
 
-// Tile `index` of a batch row; `what` says of queries or of keys.
+// Tile, or section, `index` of a batch row.
 LSM_DEVICE Place locate(Work const& work, int First::* what, int batch, int index, int size) {
     SparseAttnParams const& p = work.p;
     if (work.first == nullptr)
@@ -195,6 +202,29 @@ LSM_DEVICE Place locate(Work const& work, int First::* what, int batch, int inde
             (index - first.*what) * size,
             false,
             false};
+}
+
+// A tile of `rows` keys for a block of dk and dv's kernel.
+struct KeyTile {
+    int batch, key_head, piece, pieces;
+    i64 slot;
+    Place place;
+};
+
+LSM_DEVICE KeyTile locate_keys(Work const& work, int rows) {
+    int const sub = blockIdx.x % work.section_tiles, index = blockIdx.x / work.section_tiles;
+    Item const item = work.items != nullptr ? work.items[index] : Item{index, 0, 1, 0};
+    KeyTile tile = {0, 0, item.piece, item.pieces, 0, {{}, 0, true, false}};
+    if (item.owner < 0) return tile;
+    int const sections = work.inverse.sections, head = item.owner / sections;
+    tile.batch = head / static_cast<int>(work.p.Hkv),
+    tile.key_head = head % static_cast<int>(work.p.Hkv);
+    tile.slot = static_cast<i64>(item.slot) * work.section_tiles + sub;
+    tile.place =
+        locate(work, &First::sections, tile.batch, item.owner % sections, work.inverse.section_k);
+    tile.place.token += sub * rows;
+    tile.place.unused |= !tile.place.poison && tile.place.token >= tile.place.sequence.Tk;
+    return tile;
 }
 
 // ---- Lists ----
@@ -228,6 +258,20 @@ LSM_DEVICE i64 inverse_base(Work const& work, i64 owner) {
     BlockLists const& lists = work.p.lists;
     return lists.row_ptr == nullptr ? owner * lists.rows * lists.capacity
                                     : load_global(lists.row_ptr + owner * lists.rows);
+}
+
+// Where the rows that have a section on their lists begin, and how many they are.
+struct Entries {
+    int2 const* at;
+    int count;
+};
+
+LSM_DEVICE Entries section_entries(Work const& work, i64 batch, int head, i64 section) {
+    Inverse const& inverse = work.inverse;
+    i64 const owner = batch * work.p.lists.heads + work.list_head(head);
+    int const* const begin = inverse.begin + owner * (inverse.sections + 1) + section;
+    int const from = load_global(begin);
+    return {inverse.entries + inverse_base(work, owner) + from, load_global(begin + 1) - from};
 }
 
 // Without lists: the blocks of keys that some row within the bounds may see.

@@ -54,6 +54,21 @@ struct Tiles {
 };
 constexpr Tiles kExactTiles = {16, 16};
 
+bool half_precision(SparseAttnParams const& p) {
+    return p.dtype == Dtype::bf16 || p.dtype == Dtype::f16;
+}
+
+// Biases of blocks are one per token and block in a union of lists, which its tags do not tell apart.
+bool tensor_forward(SparseAttnParams const& p) {
+    bool const unite = p.lists.index != nullptr && p.lists.block_q == 1;
+    return half_precision(p) && !(unite && p.lists.bias != nullptr);
+}
+
+// Gradients that are sums over a query's or a block's scores are the exact kernels'.
+bool tensor_backward(SparseAttnParams const& p) {
+    return half_precision(p) && p.lists.bias == nullptr && p.ramp == nullptr;
+}
+
 struct Layout {
     Work work{};
     int bias_parts = 0;
@@ -77,10 +92,10 @@ struct Layout {
         bool const packed = p.cu_seqlens_q != nullptr;
         int const more = packed ? static_cast<int>(p.N) : 0;
         work.query_tiles = static_cast<int>(ceil_div(p.Tq, work.tokens)) + more;
-        work.key_tiles = static_cast<int>(ceil_div(p.Tk, work.key_tile)) + more;
         work.inverse.section_k = std::max(work.block_k, 64);
         work.inverse.sections = static_cast<int>(ceil_div(p.Tk, work.inverse.section_k)) + more;
         if (packed) work.first = carve.take<First>(p.N + 2);
+        work.section_tiles = work.inverse.section_k / tiles.keys;
         if (backward) carve_backward(carve);
         bytes = carve.used();
     }
@@ -105,7 +120,6 @@ struct Layout {
         }
         work.head_shift = log2_of(work.tokens);
         work.head_tiles = static_cast<int>(ceil_div(work.group, work.heads));
-        work.key_tile = tiles.keys;
     }
 
     void carve_backward(Carver& carve) {
@@ -119,6 +133,7 @@ struct Layout {
         inverse.counts = carve.take<int>(owners() * inverse.chunks * inverse.sections);
         inverse.begin = carve.take<int>(owners() * (inverse.sections + 1));
         inverse.entries = carve.take<int2>(p.lists.entries);
+        if (tensor_backward(p)) carve_items(carve);
         if (p.grad_block_bias == nullptr) return;
         int64_t const sharing = p.lists.heads == p.Hq    ? 1
                                 : p.lists.heads == p.Hkv ? work.head_tiles
@@ -126,22 +141,23 @@ struct Layout {
         bias_parts = static_cast<int>(sharing * (work.block_q / work.tokens));
         work.bias_parts = carve.take<float>(bias_parts * p.lists.entries);
     }
+
+    // Lists of the mean length are a piece, as are 1024 tokens, or fewer if there are few multiprocessors to fill: so
+    // pieces are at most half as many as sections.
+    void carve_items(Carver& carve) {
+        SparseAttnParams const& p = work.p;
+        int64_t const tiles = p.B * p.Hkv * work.inverse.sections;
+        int64_t const mean =
+            ceil_div(p.lists.entries, std::max<int64_t>(1, owners() * work.inverse.sections));
+        int64_t const tokens = std::min<int64_t>(1024, 128 * multiprocessors());
+        work.piece = static_cast<int>(std::max(ceil_div(tokens, work.block_q), 2 * mean));
+        int64_t const shared = p.lists.heads == 1 ? p.Hkv : 1;
+        int64_t const pieces = ceil_div(p.lists.entries * shared, work.piece);
+        work.item_count = static_cast<int>(tiles + pieces);
+        work.items = carve.take<Item>(work.item_count);
+        work.slots = carve.take<float>(2 * pieces * work.inverse.section_k * (p.K + p.V));
+    }
 };
-
-bool half_precision(SparseAttnParams const& p) {
-    return p.dtype == Dtype::bf16 || p.dtype == Dtype::f16;
-}
-
-// Biases of blocks are one per token and block in a union of lists, which its tags do not tell apart.
-bool tensor_forward(SparseAttnParams const& p) {
-    bool const unite = p.lists.index != nullptr && p.lists.block_q == 1;
-    return half_precision(p) && !(unite && p.lists.bias != nullptr);
-}
-
-// Gradients that are sums over a query's or a block's scores are the exact kernels'.
-bool tensor_backward(SparseAttnParams const& p) {
-    return half_precision(p) && p.lists.bias == nullptr && p.ramp == nullptr;
-}
 
 Layout plan_forward(SparseAttnParams const& p, void* workspace) {
     return Layout(p, false, tensor_forward(p) ? Tiles{128, 64} : kExactTiles, workspace);
@@ -214,7 +230,11 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream) {
     auto const run = !tensor_backward(p)      ? exact_backward
                      : p.dtype == Dtype::bf16 ? backward_bf16
                                               : backward_f16;
+    if (work.items != nullptr)
+        launch(list_items, dim3(1), dim3(kPrepareThreads), kSmallSmem, stream, work);
     run(work, stream);
+    if (dim3 const grid = key_grid(work); work.items != nullptr && grid.x > 0)
+        launch(join_pieces, grid, dim3(kPrepareThreads), 0, stream, work, 64);
     if (parts > 0)
         launch(sum_parts, blocks_for(entries, kPrepareThreads), dim3(kPrepareThreads), 0, stream,
                static_cast<float const*>(work.bias_parts), layout.bias_parts,

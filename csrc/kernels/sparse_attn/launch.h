@@ -9,7 +9,9 @@ inline dim3 query_grid(Work const& work) {
     return dim3(static_cast<unsigned>(work.p.B * work.p.Hkv * work.head_tiles * work.query_tiles));
 }
 inline dim3 key_grid(Work const& work) {
-    return dim3(static_cast<unsigned>(work.p.B * work.p.Hkv * work.key_tiles));
+    int64_t const items =
+        work.items != nullptr ? work.item_count : work.p.B * work.p.Hkv * work.inverse.sections;
+    return dim3(static_cast<unsigned>(items * work.section_tiles));
 }
 
 void exact_forward(Work const& work, void* stream);

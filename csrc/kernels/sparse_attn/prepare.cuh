@@ -54,15 +54,14 @@ __global__ void __launch_bounds__(kPrepareThreads) map_sequences(Work work) {
             Tq = boundary(work, p.cu_seqlens_q, n + 1) - boundary(work, p.cu_seqlens_q, n);
             Tk = boundary(work, p.cu_seqlens_k, n + 1) - boundary(work, p.cu_seqlens_k, n);
         }
-        First at, total;
+        First at = {}, total = {};
         at.queries = base.queries + scan_block(count_tiles(Tq, work.tokens), warps, total.queries);
-        at.keys = base.keys + scan_block(count_tiles(Tk, work.key_tile), warps, total.keys);
         at.rows = base.rows + scan_block(count_tiles(Tq, work.block_q), warps, total.rows);
         at.sections = base.sections +
                       scan_block(count_tiles(Tk, work.inverse.section_k), warps, total.sections);
         if (n < N) work.first[n] = at;
-        base = {base.queries + total.queries, base.keys + total.keys, base.rows + total.rows,
-                base.sections + total.sections};
+        base = {base.queries + total.queries, base.rows + total.rows,
+                base.sections + total.sections, 0};
     }
     if (threadIdx.x == 0) {
         if (work.lists && base.rows > p.lists.rows) bad = true;
@@ -169,6 +168,36 @@ __global__ void __launch_bounds__(kPrepareThreads) scan_counts(Work work) {
     if (threadIdx.x == 0) store_global(begin + inverse.sections, before);
 }
 
+// One block. Cuts sections that many rows have into pieces, so that no block has all of a sequence to go through where
+// every query attends to its first keys.
+__global__ void __launch_bounds__(kPrepareThreads) list_items(Work work) {
+    int* const warps = reinterpret_cast<int*>(dyn_smem());
+    SparseAttnParams const& p = work.p;
+    int const sections = work.inverse.sections, owners = static_cast<int>(p.B * p.Hkv) * sections;
+    bool const bad = work.first != nullptr && work.first[p.N + 1].queries != 0;
+    int items = 0, slots = 0;
+    for (int tile = 0; tile < owners; tile += kPrepareThreads) {
+        int const owner = tile + threadIdx.x;
+        int pieces = 0;
+        if (owner < owners) {
+            int const head = owner / sections * work.group, batch = head / static_cast<int>(p.Hq);
+            int most = 0;
+            for (int h = 0; h < (p.lists.heads == p.Hq ? work.group : 1) && !bad; ++h) {
+                int const h0 = head % static_cast<int>(p.Hq) + h;
+                most = max(most, section_entries(work, batch, h0, owner % sections).count);
+            }
+            pieces = max(1, (most + work.piece - 1) / work.piece);
+        }
+        int all, all_slots;
+        int const at = items + scan_block(pieces, warps, all);
+        int const slot = slots + scan_block(pieces > 1 ? pieces : 0, warps, all_slots);
+        for (int i = 0; i < pieces; ++i) work.items[at + i] = {owner, i, pieces, slot};
+        items += all, slots += all_slots;
+    }
+    for (int i = items + threadIdx.x; i < work.item_count; i += kPrepareThreads)
+        work.items[i] = {-1, 0, 1, 0};
+}
+
 // ---- Rows ----
 
 // stats of every query: delta = sum dO O - dLSE. A warp per query and head.
@@ -226,6 +255,31 @@ __global__ void __launch_bounds__(kPrepareThreads) sum_queries(Work work) {
     if (p.grad_sink_logits != nullptr)
         store_global(static_cast<float*>(p.grad_sink_logits) + head, sink);
     if (p.grad_ramp != nullptr) store_global(static_cast<float*>(p.grad_ramp) + head, ramp);
+}
+
+// dk and dv of sections that were cut into pieces: their sums, in order. A block per tile of keys; the grid is that of the
+// kernel that left them.
+__global__ void __launch_bounds__(kPrepareThreads) join_pieces(Work work, int rows) {
+    SparseAttnParams const& p = work.p;
+    KeyTile const tile = locate_keys(work, rows);
+    if (tile.place.unused || tile.place.poison || tile.pieces == 1 || tile.piece > 0) return;
+    int const K = static_cast<int>(p.K), width = K + static_cast<int>(p.V);
+    int const keys = min(rows, tile.place.sequence.Tk - tile.place.token);
+    i64 const stride = static_cast<i64>(work.section_tiles) * rows * width;  // to the next piece
+    float const* const from = work.slots + tile.slot * rows * width;
+    for (int i = threadIdx.x; i < keys * (width / 4); i += kPrepareThreads) {
+        int const row = i / (width / 4), c = i % (width / 4) * 4;
+        float4 sum = {0.f, 0.f, 0.f, 0.f};
+        for (int piece = 0; piece < tile.pieces; ++piece) {
+            float4 const x = load_global(
+                reinterpret_cast<float4 const*>(from + piece * stride + row * width + c));
+            sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+        }
+        i64 const key = tile.place.sequence.k0 + tile.place.token + row;
+        Rows const& to = c < K ? p.dk : p.dv;
+        store4(to.data, row_offset(to, tile.batch, key, tile.key_head) + (c < K ? c : c - K),
+               p.dtype, sum);
+    }
 }
 
 __global__ void __launch_bounds__(kPrepareThreads) fill(float* to, i64 count, float value) {

@@ -36,8 +36,7 @@ struct KeysKernel {
         alignas(1024) char values[kRows * D * 2];
         Stage stage[2];
         Plan plan;
-        Place place;
-        int batch, key_head;
+        KeyTile tile;
         int head, left;  // whose queries it is, and how far they look back
         Head bent;
         Blocks blocks;        // of queries; with lists, how many
@@ -58,12 +57,8 @@ struct KeysKernel {
           s(*reinterpret_cast<SharedStorage*>(dyn_smem())),
           mask(work_.mask),
           steps(work_.block_q, N) {
-        i64 rest = blockIdx.x;
-        int const index = static_cast<int>(rest % work.key_tiles);
-        rest /= work.key_tiles;
-        int const key_head = static_cast<int>(rest % p.Hkv), batch = static_cast<int>(rest / p.Hkv);
-        Place const place = locate(work, &First::keys, batch, index, kRows);
-        if (threadIdx.x == 0) s.key_head = key_head, s.batch = batch, s.place = place;
+        KeyTile const tile = locate_keys(work, kRows);
+        if (threadIdx.x == 0) s.tile = tile;
         __syncthreads();
     }
 
@@ -73,43 +68,45 @@ struct KeysKernel {
     LSM_DEVICE int width_v() const { return static_cast<int>(p.V); }
     // Of this warp: which of a section's blocks it is in, where its first key is.
     LSM_DEVICE int member() const { return work.lists ? 16 * warp() / work.block_k : 0; }
-    LSM_DEVICE int position() const { return mask.key(s.place.token + 16 * warp()); }
+    LSM_DEVICE int position() const { return mask.key(s.tile.place.token + 16 * warp()); }
     LSM_DEVICE T* row_of(Rows const& x, int r) const {
-        int const key = s.place.token + r;
-        return key < s.place.sequence.Tk
-                   ? element<T>(x, s.batch, s.place.sequence.k0 + key, s.key_head)
+        int const key = s.tile.place.token + r;
+        return key < s.tile.place.sequence.Tk
+                   ? element<T>(x, s.tile.batch, s.tile.place.sequence.k0 + key, s.tile.key_head)
                    : nullptr;
     }
 
     LSM_DEVICE void poison() {
         u32 const nans = pack_as<T>(nan_value(), nan_value());
-        for (i64 key = s.place.token + warp();
-             key < min(p.Tk, static_cast<i64>(s.place.token + kRows)); key += Config::Warps) {
+        for (i64 key = s.tile.place.token + warp();
+             key < min(p.Tk, static_cast<i64>(s.tile.place.token + kRows)); key += Config::Warps) {
             if constexpr (kKeys)
                 for (int c = 2 * lane(); c < width_k(); c += 64)
-                    store_global(
-                        reinterpret_cast<u32*>(element<T>(p.dk, s.batch, key, s.key_head) + c),
-                        nans);
+                    store_global(reinterpret_cast<u32*>(
+                                     element<T>(p.dk, s.tile.batch, key, s.tile.key_head) + c),
+                                 nans);
             if constexpr (kValues)
                 for (int c = 2 * lane(); c < width_v(); c += 64)
-                    store_global(
-                        reinterpret_cast<u32*>(element<T>(p.dv, s.batch, key, s.key_head) + c),
-                        nans);
+                    store_global(reinterpret_cast<u32*>(
+                                     element<T>(p.dv, s.tile.batch, key, s.tile.key_head) + c),
+                                 nans);
         }
     }
 
-    LSM_DEVICE int shift() const { return mask.shift(s.place.sequence.Tq, s.place.sequence.Tk); }
-    LSM_DEVICE int last() const { return mask.key(s.place.sequence.Tk - 1); }
+    LSM_DEVICE int shift() const {
+        return mask.shift(s.tile.place.sequence.Tq, s.tile.place.sequence.Tk);
+    }
+    LSM_DEVICE int last() const { return mask.key(s.tile.place.sequence.Tk - 1); }
 
     LSM_DEVICE void load(int step) {
-        Sequence const& sequence = s.place.sequence;
+        Sequence const& sequence = s.tile.place.sequence;
         Stage& to = s.stage[step % 2];
         auto const token = [&](int column) {
             int const t = steps.token(s.plan, step, column);
             return t < 0 || t >= sequence.Tq ? -1 : t;
         };
         auto const at = [&](Rows const& x) {
-            T const* const base = element<T>(x, s.batch, sequence.q0, s.head);
+            T const* const base = element<T>(x, s.tile.batch, sequence.q0, s.head);
             return [&, base](int column) -> T const* {
                 int const t = token(column);
                 return t < 0 ? nullptr : base + t * x.time;
@@ -125,7 +122,8 @@ struct KeysKernel {
                 to.stats[threadIdx.x] = {infinity(), 0.f, 0.f, 0.f};
             } else {
                 cp_async16(smem_u32(&to.stats[threadIdx.x]),
-                           work.stats + per_head(work, s.batch, sequence.q0 + t, s.head), true);
+                           work.stats + per_head(work, s.tile.batch, sequence.q0 + t, s.head),
+                           true);
             }
         }
         cp_async_commit();
@@ -139,7 +137,7 @@ struct KeysKernel {
             Unit const unit = s.plan.at(step * steps.each + c);
             if (unit.first < 0 || !has(unit.tag)) continue;
             int const p0 = unit.first + shift();
-            int const p1 = min(unit.first + steps.size(), s.place.sequence.Tq) - 1 + shift();
+            int const p1 = min(unit.first + steps.size(), s.tile.place.sequence.Tq) - 1 + shift();
             if (mask.kind(mask.bounds(p0, p1, s.left, s.left, last()), x0, x1) != Kind::skip)
                 return false;
         }
@@ -186,7 +184,8 @@ struct KeysKernel {
 
     template <bool kBent>
     LSM_DEVICE void attend(int step) {
-        if (s.place.token + 16 * warp() >= s.place.sequence.Tk || (kBent && skips(step))) return;
+        if (s.tile.place.token + 16 * warp() >= s.tile.place.sequence.Tk || (kBent && skips(step)))
+            return;
         Stage const& tiles = s.stage[step % 2];
         Accumulators<N> x[1], grad[1];
         relate<T, D, N, 1>(rows_of<D>(s.keys, 16 * warp()), columns_of<D>(tiles.q), width_k(), x);
@@ -235,30 +234,33 @@ struct KeysKernel {
 
     // By one warp.
     LSM_DEVICE void start_plan() {
-        Sequence const& sequence = s.place.sequence;
+        Sequence const& sequence = s.tile.place.sequence;
         Inverse const& inverse = work.inverse;
         if (lane() != 0) return;
         s.left = mask.left_of(s.head);
         s.bent = Head::of(work, s.head);
         s.plan.next = 0;
         if (work.lists) {
-            i64 const owner = s.batch * p.lists.heads + work.list_head(s.head);
-            int const* const begin = inverse.begin + owner * (inverse.sections + 1) +
-                                     sequence.section0 + s.place.token / inverse.section_k;
-            int const from = load_global(begin);
-            s.blocks.count = load_global(begin + 1) - from;
-            s.entries = inverse.entries + from + inverse_base(work, owner);
+            // Of several pieces this block's.
+            Entries const those =
+                section_entries(work, s.tile.batch, s.head,
+                                sequence.section0 + s.tile.place.token / inverse.section_k);
+            i64 const count = those.count, piece = s.tile.piece, pieces = s.tile.pieces;
+            i64 const begin = count * piece / pieces;
+            s.entries = those.at + begin;
+            s.blocks.count = static_cast<int>(count * (piece + 1) / pieces - begin);
         } else {
-            s.blocks = visible_queries(work, sequence, s.left, mask.key(s.place.token), last_key());
+            s.blocks =
+                visible_queries(work, sequence, s.left, mask.key(s.tile.place.token), last_key());
         }
     }
     LSM_DEVICE int last_key() const {
-        return mask.key(min(s.place.token + kRows, s.place.sequence.Tk) - 1);
+        return mask.key(min(s.tile.place.token + kRows, s.tile.place.sequence.Tk) - 1);
     }
 
     LSM_DEVICE void plan_queries() {
         int const subs = work.block_q / steps.size(), per = work.inverse.section_k / work.block_k;
-        int const everything = work.lists ? (1 << per) - 1 : 1, Tq = s.place.sequence.Tq;
+        int const everything = work.lists ? (1 << per) - 1 : 1, Tq = s.tile.place.sequence.Tq;
         fill_plan(s.plan, s.blocks.count * subs, [&](int i, Unit& unit) {
             int2 const entry =
                 work.lists ? load_global(s.entries + i / subs) : int2{s.blocks[i / subs], 1};
@@ -267,15 +269,15 @@ struct KeysKernel {
             int const p0 = unit.first + shift(),
                       p1 = min(unit.first + steps.size(), Tq) - 1 + shift();
             Kind const kind = mask.kind(mask.bounds(p0, p1, s.left, s.left, last()),
-                                        mask.key(s.place.token), last_key());
+                                        mask.key(s.tile.place.token), last_key());
             bool const whole = work.plain && unit.tag == everything;
             return kind == Kind::full && !whole ? Kind::partial : kind;
         });
     }
 
     LSM_DEVICE void run() {
-        if (s.place.unused) return;
-        if (s.place.poison) return poison();
+        if (s.tile.place.unused) return;
+        if (s.tile.place.poison) return poison();
         load_tile_rows<T, D, kRows, kThreads>(p.k, s.keys, width_k(),
                                               [&](int r) { return row_of(p.k, r); });
         load_tile_rows<T, D, kRows, kThreads>(p.v, s.values, width_v(),
@@ -292,7 +294,7 @@ struct KeysKernel {
         LSM_UNROLL_BY(1)
         for (int h = 0; h < work.group; ++h) {
             __syncthreads();  // the last head is done with
-            if (threadIdx.x == 0) s.head = s.key_head * work.group + h;
+            if (threadIdx.x == 0) s.head = s.tile.key_head * work.group + h;
             if (warp() == 0) start_plan();
             LSM_UNROLL_BY(1)
             do {
@@ -304,12 +306,36 @@ struct KeysKernel {
         }
         cp_async_wait<0>();
         __syncthreads();
+        if (s.tile.pieces > 1) return leave();
         if constexpr (kKeys)
             store_tile_rows<T, D>(s.keys, 16 * warp(), width_k(), dk[0], work.scale, work.scale,
                                   [&](int r) { return row_of(p.dk, r); });
         if constexpr (kValues)
             store_tile_rows<T, D>(s.values, 16 * warp(), width_v(), dv[0], 1.f, 1.f,
                                   [&](int r) { return row_of(p.dv, r); });
+    }
+
+    // One of several pieces: its sums in fp32.
+    LSM_DEVICE void leave() {
+        int const width = width_k() + width_v();
+        float* const to =
+            work.slots +
+            (s.tile.slot + static_cast<i64>(s.tile.piece) * work.section_tiles) * kRows * width;
+        auto const store = [&](Accumulators<D> const& x, int first, int columns, float by) {
+            LSM_UNROLL
+            for (int n = 0; n < D / 8; ++n) {
+                int const c = 8 * n + lane() % 4 * 2;
+                if (c >= columns) continue;
+                LSM_UNROLL
+                for (int half_ = 0; half_ < 2; ++half_) {
+                    float* const row = to + (16 * warp() + lane() / 4 + 8 * half_) * width + first;
+                    store_global(reinterpret_cast<float2*>(row + c),
+                                 {x[n][2 * half_] * by, x[n][2 * half_ + 1] * by});
+                }
+            }
+        };
+        if constexpr (kKeys) store(dk[0], 0, width_k(), work.scale);
+        if constexpr (kValues) store(dv[0], width_k(), width_v(), 1.f);
     }
 };
 
