@@ -125,10 +125,14 @@ struct Work {
     int section_tiles;  // tiles of keys in a section
     First* first;       // [N + 2], packed only; the last one's `queries` is 1 if cu_seqlens is bad
     Inverse inverse;
-    float4*
-        stats;  // backward: (lse log2 e, or inf for a query that sees nothing; delta; lse; 0) per [B, Hq, Tq]
-    float* bias_parts;  // backward: [parts, entries of lists]
-    float* ramp_parts;  // backward: [B, Hq, Tq]
+    Item* items;     // null: every section is one
+    int item_count;  // an upper bound
+    int piece;       // entries of a list
+    float* slots;    // sums of a tile of keys each, [tile's keys, K + V]
+    // Backward, per [B, Hq, Tq]: lse log2 e, or inf of a query that sees nothing; delta; lse; 0.
+    float4* stats;
+    float* bias_parts;  // [parts, entries of lists]
+    float* ramp_parts;  // [B, Hq, Tq]
     float scale, softcap, ramp_length, per_softcap, per_ramp_length;
 
     LSM_DEVICE int token_of(int m) const { return (m >> token_shift) & (tokens - 1); }

@@ -1,0 +1,138 @@
+"""Sparse attention's CUDA kernels on the emulator: traffic held to the lists, races, pieces of
+sections that every query has on its list, poison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention import Attn, Call, definition, emulated, make, run
+from checks import assert_accepted, assert_same_bits
+from emulators import emulator
+from impls import Emulator
+
+from lsm_cuda.ops import AttnMask, BlockLists
+
+CAUSAL = {"causal": True}
+
+
+def listed(bitmap: torch.Tensor, Tq: int, Tk: int, block_q: int, block_k: int) -> BlockLists:
+    return BlockLists.from_bitmap(bitmap, Tq, Tk, block_q, block_k)
+
+
+# ---- Traffic ----
+
+# Tq, Tk, Hq, Hkv, D, block_q, block_k; the tokens that go through a list together.
+SHAPES = {
+    "rows of 64": (256, 512, 2, 1, 128, 64, 64),
+    "rows of 128": (256, 512, 1, 1, 64, 128, 128),
+    "rows of 16 of a group": (64, 256, 4, 1, 128, 16, 16),
+    "tokens": (16, 512, 16, 1, 64, 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_reads_each_block_of_a_list_once(name):
+    Tq, Tk, Hq, Hkv, D, block_q, block_k = SHAPES[name]
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(1, Tq, Hq, D, generator=draw).bfloat16()
+    k, v = torch.randn(2, 1, Tk, Hkv, D, generator=draw).bfloat16()
+    rows, blocks = -(-Tq // block_q), Tk // block_k
+    bitmap = torch.rand(rows, blocks, generator=draw) < 0.5
+    lists = listed(bitmap, Tq, Tk, block_q, block_k)
+    emu = emulator("_emu")
+    emu.set_seed(0)
+    emu.reset_counters()
+    o, lse = torch.ops.lsm_emu.block_sparse_attn_fwd(
+        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0],
+        AttnMask().numbers(), [1, block_q, block_k],
+    )  # fmt: skip
+    (launch,) = emu.counters()["launches"]
+    moved = launch["global_read_bytes"] + launch["global_write_bytes"]
+    if block_q == 1:  # eight tokens read the union of their lists
+        bitmap = bitmap.unflatten(0, (-1, 8)).any(1)
+    heads = Hq if block_q >= 64 else Hkv  # that go through a list by themselves
+    read = int(bitmap.sum()) * heads * block_k * 2 * D * 2
+    assert moved <= 1.15 * (read + (q.numel() + o.numel()) * 2 + lse.numel() * 4)
+    assert 32 * launch["global_read_sectors"] <= 1.05 * launch["global_read_bytes"]
+    assert launch["ldmatrix_conflicts"] == 0
+
+
+def test_a_window_reads_what_it_sees():
+    T, left, D = 1024, 127, 64
+    q, k, v = torch.randn(3, 1, T, 1, D).bfloat16()
+    emu = emulator("_emu")
+    emu.reset_counters()
+    mask = AttnMask(causal=True, left=left, sinks=4)
+    torch.ops.lsm_emu.block_sparse_attn_fwd(
+        q, k, v, *(None,) * 9, [1.0, 0.0, 0.0], mask.numbers(), [1, 64, 64]
+    )
+    (launch,) = emu.counters()["launches"]
+    blocks = 128 // 64 + 2 + 1  # a tile's own, the window's, the sinks'
+    assert launch["global_read_bytes"] <= 1.05 * (T * D * 2 + T // 128 * blocks * 64 * 2 * D * 2)
+
+
+# ---- Pieces ----
+
+
+def popular(case: Attn, density: float = 0.05) -> Call:
+    """A call whose lists all have the first block."""
+    call = make(case)
+    assert call.lists is not None
+    bitmap = torch.rand(call.lists.to_bitmap().shape) < density
+    bitmap[..., 0] = True
+    cu = {"cu_seqlens_q": call.lists.cu_seqlens_q, "cu_seqlens_k": call.lists.cu_seqlens_k}
+    sizes = (case.Tq, case.Tk, *case.blocks)
+    return replace(call, lists=replace(BlockLists.from_bitmap(bitmap, *sizes), **cu))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (136, 256)], ids=str)
+def test_keys_of_every_query(dims):
+    call = popular(Attn(Tq=280, Tk=200, heads=(2, 1, 1), blocks=(1, 32), dtype="bf16", dims=dims))
+    impl = Emulator("emulator", seeds=(1, 2), multiprocessors=1)
+    truth, same = (definition(call, d) for d in (torch.float64, torch.float32))
+    assert_accepted(run(impl, call), truth, same, call.x)
+    launches = emulator("_emu").counters()["launches"]
+    assert sum("join_pieces" in launch["kernel"] for launch in launches[-3:]) == 1
+
+
+# ---- Races ----
+
+# Together they take every kernel, and the ways through a plan: none, some and many parts.
+RACES = [
+    Attn(Tq=150, Tk=150, heads=(2, 1, 1), blocks=(64, 64), mask=CAUSAL, dtype="bf16"),
+    Attn(Tq=70, Tk=300, heads=(2, 1, 2), blocks=(16, 16), dims=(128, 72), dtype="f16"),
+    Attn(Tq=40, Tk=90, blocks=(128, 128), dims=(256, 256), dtype="bf16", lists="all"),
+    Attn(Tq=40, Tk=90, blocks=(16, 32), dims=(256, 40), dtype="f16", mask=CAUSAL),
+    Attn(Tq=30, Tk=90, heads=(4, 1, 1), blocks=(1, 16), dtype="bf16", lists="capacity"),
+    Attn(Tq=60, Tk=60, lists="none", mask={"causal": True, "left": 20}, dtype="bf16",
+         extras=("softcap", "alibi", "sinks"), batch="int32"),
+    Attn(Tq=60, Tk=60, heads=(4, 2, 1), extras=("bias", "ramp"), mask=CAUSAL, dtype="bf16"),
+    Attn(Tq=60, Tk=45, heads=(2, 1, 1), blocks=(1, 16), batch="int64", mask=CAUSAL),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RACES, ids=str)
+def test_no_schedule_races(case):
+    call = make(case)
+    impl = Emulator("race", "_emu_race", seeds=(1, 2, 3, 4), multiprocessors=1)
+    results = run(impl, call)
+    plain = Emulator("emulator", seeds=(0,), multiprocessors=1)
+    assert_same_bits(results, run(plain, call))
+
+
+# ---- Poison ----
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_bad_boundaries_give_nan_everywhere(dtype, which):
+    call = make(Attn(Tq=40, Tk=40, batch="int64", dtype=dtype, lists="none", mask=CAUSAL))
+    bad = torch.tensor([0, 30, 20, 40, 40, 40, 40])[: len(call.x.cu_seqlens)]
+    bad[-1] = 40
+    x = replace(call.x, cu_seqlens=bad) if which == "q" else call.x
+    call = replace(call, x=x, cu_seqlens_k=bad if which == "k" else call.cu_seqlens_k)
+    impl = Emulator("emulator", seeds=(0,))
+    results = impl.under_every_seed(lambda: emulated(impl, call))
+    assert all(t.isnan().all() for t in results.values())
