@@ -244,6 +244,10 @@ struct Blocks {
     }
 };
 
+LSM_DEVICE i64 clamp_entry(Work const& work, i64 entry) {
+    return max(static_cast<i64>(0), min(entry, static_cast<i64>(work.p.lists.entries)));
+}
+
 // Of list row `row` of a sequence, as `head` reads it.
 LSM_DEVICE Blocks list_blocks(Work const& work, Sequence const& sequence, int head, i64 row) {
     BlockLists const& lists = work.p.lists;
@@ -253,15 +257,18 @@ LSM_DEVICE Blocks list_blocks(Work const& work, Sequence const& sequence, int he
     if (lists.row_ptr == nullptr)
         return {lists.index + r * lists.capacity, r * lists.capacity,
                 static_cast<int>(lists.capacity), 0, 0};
-    i64 const begin = load_global(lists.row_ptr + r), end = load_global(lists.row_ptr + r + 1);
+    // Lists are not checked on a GPU; what they say must not lead out of the tensors.
+    i64 const begin = clamp_entry(work, load_global(lists.row_ptr + r));
+    i64 const end = max(begin, clamp_entry(work, load_global(lists.row_ptr + r + 1)));
     return {lists.index + begin, begin, static_cast<int>(end - begin), 0, 0};
 }
 
 // The first of a batch row and list head's entries in Inverse::entries.
 LSM_DEVICE i64 inverse_base(Work const& work, i64 owner) {
     BlockLists const& lists = work.p.lists;
-    return lists.row_ptr == nullptr ? owner * lists.rows * lists.capacity
-                                    : load_global(lists.row_ptr + owner * lists.rows);
+    return lists.row_ptr == nullptr
+               ? owner * lists.rows * lists.capacity
+               : clamp_entry(work, load_global(lists.row_ptr + owner * lists.rows));
 }
 
 // Where the rows that have a section on their lists begin, and how many they are.

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(32) sort_rows(Work work, bool place) {
             if (place) {
                 int const to =
                     load_global(inverse.begin + owner * (inverse.sections + 1) + section) + at;
-                inverse.entries[base + to] = {local, tag};
+                if (base + to < work.p.lists.entries) inverse.entries[base + to] = {local, tag};
             }
         });
         __syncwarp();
