@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,6 +35,21 @@ class Pattern:
             o ``[B, T, Hq, V]`` and the softmax's log-denominator ``[B, Hq, T]``.
         """
         raise NotImplementedError
+
+    def packed(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    ) -> Attended:
+        """:meth:`attend` in each of the sequences packed into one row, whose boundaries are
+        ``cu_seqlens [N + 1]``: by a call for all where a mask says it, else one after the other,
+        which reads the boundaries."""
+        parts = [
+            self.attend(q[:, s:e], k[:, s:e], v[:, s:e], scale)
+            for s, e in pairwise(cu_seqlens.tolist())
+        ]
+        if not parts:
+            return self.attend(q, k, v, scale)
+        outputs, lses = zip(*parts, strict=True)
+        return torch.cat(outputs, 1), torch.cat(lses, 2)
 
     def to_dense(self, tokens: int, heads: int = 1) -> Tensor:
         """How often query t of head h reads key j, ``[heads, tokens, tokens]`` int64.
@@ -74,6 +90,13 @@ class Masked(Pattern):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         lists = None if self.lists is None else self.lists.to(q.device)
         return attend(q, k, v, self.mask, scale, lists=lists)
+
+    def packed(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    ) -> Attended:
+        if self.lists is not None:
+            raise ValueError("a pattern made for a number of tokens cannot read packed sequences")
+        return attend(q, k, v, self.mask, scale, cu_seqlens=cu_seqlens)
 
 
 @dataclass(frozen=True)

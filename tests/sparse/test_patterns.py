@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -125,6 +126,48 @@ def test_pattern_attends_as_dense(name, heads):
     assert_same_attention(pattern.attend(*leaves), want, *leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern_in_low_precision(name, dtype):
+    """No further from the truth than torch's attention under the dense mask, twice over."""
+    pattern, _ = PATTERNS[name]
+    leaves = [x.detach().to(dtype) for x in qkv(T)]
+    mask, weight = pattern.to_dense(T, H).double().log(), torch.randn(2, T, H, 6)
+
+    def sdpa(*x):
+        o = torch.nn.functional.scaled_dot_product_attention(
+            *(y.transpose(1, 2) for y in x), attn_mask=mask.to(x[0].dtype), enable_gqa=True
+        )
+        return o.transpose(1, 2)
+
+    def results(f, dtype):
+        x = [y.to(dtype).requires_grad_() for y in leaves]
+        o = f(*x)
+        return [o, *torch.autograd.grad((o * weight.to(dtype)).sum(), x)]
+
+    truth = results(sdpa, torch.float64)
+    ours = results(lambda *x: pattern.attend(*x)[0], dtype)
+    theirs = results(sdpa, dtype)
+    for want, got, plain in zip(truth, ours, theirs, strict=True):
+        size = want.norm() or want.numel() ** 0.5  # of one key a softmax has no gradient
+        error, baseline = ((y.double() - want).norm() / size for y in (got, plain))
+        assert got.dtype == dtype and error <= 2 * baseline + torch.finfo(dtype).eps
+
+
+MADE_FOR_T = ("block_streaming", "big_bird", "block_bert", "axial", "spatial", "temporal")
+
+
+@pytest.mark.parametrize("name", [n for n in PATTERNS if not n.startswith(MADE_FOR_T)])
+def test_packed_sequences_are_separate(name):
+    pattern, _ = PATTERNS[name]
+    q, k, v = (x[:1].detach() for x in qkv(T))
+    cuts = [0, 6, 6, 40, T]
+    o, lse = pattern.packed(q, k, v, torch.tensor(cuts))
+    for a, b in pairwise(cuts):
+        alone = pattern.attend(q[:, a:b], k[:, a:b], v[:, a:b])
+        torch.testing.assert_close((o[:, a:b], lse[..., a:b]), alone)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 @pytest.mark.parametrize(
     "name", ["strided", "fixed", "log_sparse", "longnet", "longformer", "s2_attn"]
@@ -171,6 +214,10 @@ def test_density_and_drawing(tmp_path):
         (lambda: sparse.block_bert(5, [[0, 1]]), "multiple of the blocks, got 5 and 2"),
         (lambda: sparse.spatio_temporal(1, 4, 4, 3), "window must divide height and width, got 3"),
         (lambda: sparse.block_diffusion(2).to_dense(5), "T must be even"),
+        (
+            lambda: sparse.block_streaming(32, 16).packed(*qkv(32, B=1), torch.tensor([0, 32])),
+            "made for a number of tokens cannot read packed",
+        ),
     ],
 )
 def test_errors(make, message):
