@@ -3,10 +3,10 @@
     lsm train --mixer attention --context 1024 --out run
     python benchmarks/recall.py run --tokens 1024 --budget 0.25
 
-Reads held-out text with a checkpoint of ``lsm train`` (its mixer is softmax attention), and prints for
-every method the share of pairs it reads and the share of the causal softmax these have, means over
-layers, heads and queries; and that share for its worst layer and head. Random blocks, as many as the
-budget, and the best ones there are, chosen from the whole map, stand at either end.
+Reads held-out text with a checkpoint of ``lsm train`` (its mixer is softmax attention), and prints
+for every method the share of pairs it reads and the share of the causal softmax these have, means
+over layers, heads and queries; and that share for its worst layer and head. Random blocks, as many
+as the budget, and the best ones there are, chosen from the whole map, stand at either end.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from lsm_cuda.ops import (
     block_pool,
     block_scores,
     block_select,
+    block_topk,
 )
 
 BLOCK = 16
@@ -77,8 +78,6 @@ def methods(blocks: int) -> dict[str, Callable[[Tensor, Tensor], BlockLists]]:
         return block_select(q, k, rule, rows, tokens=k.shape[1])
 
     def choose(scores: Tensor, rule: ScoreRule, q: Tensor) -> BlockLists:
-        from lsm_cuda.ops import block_topk
-
         return block_topk(scores, replace(rule, causal=True), rows, q.shape[1], tokens=q.shape[1])
 
     def moba(q: Tensor, k: Tensor) -> BlockLists:
