@@ -133,9 +133,9 @@ class Segments(Pattern):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         B, T = q.shape[:2]
         first = self.length - self.shift
-        ends = torch.arange(first, max(T, first), self.length)
+        ends = torch.arange(first, max(T, first), self.length, device=q.device)
         own = torch.cat([ends.new_zeros(1), ends])
-        return packed(q, k, v, bounds(own, T, B, q.device), scale, self.mask)
+        return packed(q, k, v, bounds(own, T, B), scale, self.mask)
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ class Dilated(Pattern):
         runs, most = -(-T // self.length), -(-max(self.length - phase, 0) // self.rate)
         over = T - (runs - 1) * self.length - phase
         count = (runs - 1) * most + min(max(-(-over // self.rate), 0), most) if T else 0
-        first = torch.arange(max(runs, 1)) * most
-        run = torch.arange(runs)[:, None] * self.length
-        kept = (run + phase + torch.arange(most) * self.rate).flatten()[:count]
-        kept = kept.to(q.device)
+        first = torch.arange(max(runs, 1), device=q.device) * most
+        run = torch.arange(runs, device=q.device)[:, None] * self.length
+        place = phase + torch.arange(most, device=q.device) * self.rate
+        kept = (run + place).flatten()[:count]
         rows = each(lambda x: x.index_select(1, kept), q, k, v)
-        cuts = bounds(first, count, B, q.device)
+        cuts = bounds(first, count, B)
         o, lse = packed(*rows, cuts, scale, AttnMask(causal=self.causal))
         return (
             v.new_zeros(B, T, H, v.shape[3]).index_copy(1, kept, o),
@@ -399,11 +399,10 @@ def _take(x: Tensor, heads: list[int]) -> Tensor:
     return x[:, :, heads]
 
 
-def bounds(starts: Tensor, tokens: int, batch: int, device: torch.device) -> Tensor:
+def bounds(starts: Tensor, tokens: int, batch: int) -> Tensor:
     """``cu_seqlens`` of a batch laid end to end, each row cut at ``starts`` (the first is 0)."""
-    rows = torch.arange(batch)[:, None] * tokens + starts
-    cuts = torch.cat([rows.flatten(), rows.new_tensor([batch * tokens])])
-    return cuts.to(torch.int32).to(device)
+    rows = torch.arange(batch, device=starts.device)[:, None] * tokens + starts
+    return F.pad(rows.flatten(), (0, 1), value=batch * tokens).to(torch.int32)
 
 
 def packed(

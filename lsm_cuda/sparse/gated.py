@@ -383,6 +383,10 @@ def seer_attention_forward(
     ``module.seer_gate`` and ``module.seer_choice`` are put there by :func:`attach_seer`. Prompts
     are causal and without padding; a single query after them, as in generation, reads everything.
     """
+    if attention_mask is not None:
+        last = attention_mask[..., -1, :]  # of the last query, which padding alone hides keys from
+        if not bool(last.all() if last.dtype == torch.bool else (last == 0).all()):
+            raise ValueError("seer_attention_forward: sequences must come without padding")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     lists = None
     if q.shape[1] == k.shape[1] > 1:
@@ -413,9 +417,12 @@ def attach_seer(
     Raises:
         ValueError: no module is an attention module.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register("lsm_seer", seer_attention_forward)
+    # else transformers makes no mask for it, and padding would go unnoticed
+    AttentionMaskInterface.register("lsm_seer", sdpa_mask)
     gates = []
     for module in model.modules():
         if is_attention(module):

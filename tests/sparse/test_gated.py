@@ -207,5 +207,9 @@ def test_any_model_of_transformers():
     torch.testing.assert_close(model(ids).logits, whole, atol=1e-4, rtol=1e-4)
     attach(topk=1)
     assert (model(ids).logits - whole).abs().max() > 1e-3
+    mask = torch.ones(2, 70)
+    mask[0, :5] = 0
+    with pytest.raises(ValueError, match="must come without padding"):
+        model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="accepts no module"):
         sparse.attach_seer(model, lambda m: None, lambda m: False)
