@@ -1,7 +1,7 @@
 """Sequence-mixing layers, under FLA's names where FLA has them."""
 
 from .abc import ABCAttention
-from .attention import Attention, MoBA, NativeSparseAttention
+from .attention import Attention
 from .based import BasedLinearAttention, ReBasedLinearAttention
 from .delta_net import DeltaNet
 from .diag_attention import DiagAttention
@@ -39,6 +39,7 @@ from .rwkv7 import RWKV7Attention
 from .simple_gla import SimpleGatedLinearAttention
 from .skyformer import SkyformerAttention
 from .slstm import SLSTM
+from .sparse_attention import MoBA, NativeSparseAttention
 from .ssm import DSS, S4, S4D
 
 __all__ = [

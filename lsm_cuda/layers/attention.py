@@ -1,4 +1,4 @@
-"""Causal softmax attention: over everything, over a window, by native sparse attention or MoBA."""
+"""Causal softmax attention, over everything or over a window."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import Cache, KVBuffer, LayerState
-from ..modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding
+from ..modules import RMSNorm, RotaryEmbedding
 from ..ops.attn_mask import AttnMask
-from ..ops.moba import parallel_moba
-from ..ops.nsa import parallel_nsa
 from ..ops.sparse_attn import block_sparse_attn
 from ..sparse.kv_cache import KVCache, Policy
 from .common import check_mask, layer_index, layer_state, split_heads
 
-__all__ = ["Attention", "MoBA", "NativeSparseAttention"]
+__all__ = ["Attention", "CausalAttention"]
 
 
 class CausalAttention(nn.Module):
@@ -97,7 +95,9 @@ class CausalAttention(nn.Module):
         start = 0 if state is None else state.seen
         if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
             raise ValueError(f"{name}: pass cu_seqlens without attention_mask and cache")
-        q, k, v = self._project(hidden_states, start)
+        q, k, v = self._project(
+            hidden_states, self._positions(T, start, attention_mask, cu_seqlens)
+        )
         if past_key_values is not None and self.kv_policy is not None:
             if not use_cache or not (attention_mask is None or bool(attention_mask.all())):
                 raise ValueError(
@@ -148,7 +148,14 @@ class CausalAttention(nn.Module):
     def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
         return o
 
-    def _project(self, hidden_states: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _positions(
+        self, time: int, start: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> int | Tensor:
+        """Of the first token, or of all: scores depend on distances alone, so left padding and the
+        sequences before it in a packed row may count."""
+        return start
+
+    def _project(self, hidden_states: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             split_heads(projection(hidden_states), self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -156,7 +163,6 @@ class CausalAttention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            # Scores depend on distances alone, so left padding may count as positions.
             q, k = self.rotary(q, start), self.rotary(k, start)
         return q, k, v
 
@@ -334,171 +340,3 @@ class Attention(CausalAttention):
             q, k, v, None, mask, softcap=self.softcap, sink_logits=self.sinks,
             cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
         )  # fmt: skip
-
-
-class NativeSparseAttention(CausalAttention):
-    """Compressed, selected and recent keys, mixed by gates of the token (:func:`parallel_nsa`).
-
-    Args:
-        hidden_size: width of input and output.
-        num_heads: query heads.
-        num_kv_heads: key and value heads, each with its own selection; default ``num_heads``.
-        head_dim: channels of a head.
-        qkv_bias: biases in the q, k, v projections.
-        block_size: tokens of a selected block, 16, 32, 64 or 128.
-        block_counts: selected blocks of a token.
-        window_size: recent tokens.
-        rope_theta: base of the rotary embedding; None: no positions.
-        layer_idx: place in the cache; needed to use one.
-        cmp_length, cmp_stride: tokens of a compressed window, and from one to the next; default
-            ``block_size``, FLA's setting. The paper's: 32 and 16.
-
-    Raises:
-        ValueError: sizes that do not divide.
-
-    Parameter names are FLA's. Steps from a cache compress its keys again.
-
-    Source: Native Sparse Attention, arXiv:2502.11089.
-
-    Example:
-        >>> layer = NativeSparseAttention(64, num_heads=4, num_kv_heads=1, head_dim=16)
-        >>> layer(torch.randn(1, 100, 64))[0].shape
-        torch.Size([1, 100, 64])
-    """
-
-    def __init__(
-        self,
-        hidden_size: int = 2048,
-        num_heads: int = 64,
-        num_kv_heads: int | None = 4,
-        head_dim: int = 64,
-        qkv_bias: bool = False,
-        block_size: int = 64,
-        block_counts: int = 16,
-        window_size: int = 512,
-        rope_theta: float | None = 10000.0,
-        layer_idx: int | None = None,
-        cmp_length: int | None = None,
-        cmp_stride: int | None = None,
-    ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads, head_dim, qkv_bias, False, rope_theta, layer_idx
-        )
-        self.g_proj = nn.Linear(hidden_size, num_heads * 3, bias=False)
-        self.block_size = block_size
-        self.block_counts = block_counts
-        self.window_size = window_size
-        self.cmp_length = cmp_length
-        self.cmp_stride = cmp_stride
-
-    def _gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        return (split_heads(self.g_proj(hidden_states), 3).sigmoid(),)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: tuple[Tensor, ...],
-        cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-    ) -> Tensor:
-        if cu_seqlens is not None and cu_seqlens_k is not None and q.shape[1] != k.shape[1]:
-            return self._row_by_row(q, k, v, gates, cu_seqlens, cu_seqlens_k)
-        g_cmp, g_slc, g_swa = gates[0].unbind(-1)
-        return parallel_nsa(
-            q, k, v, g_cmp, g_slc, g_swa,
-            block_counts=self.block_counts, block_size=self.block_size,
-            window_size=self.window_size, cu_seqlens=cu_seqlens,
-            cmp_length=self.cmp_length, cmp_stride=self.cmp_stride,
-        )  # fmt: skip
-
-
-class MoBA(CausalAttention):
-    """Attention over the blocks whose mean key fits a query best (:func:`parallel_moba`).
-
-    Args:
-        hidden_size: width of input and output.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; default ``num_heads``.
-        qkv_bias: biases in the q, k, v projections.
-        qk_norm: RMSNorm of the heads' queries and keys.
-        rope_theta: base of the rotary embedding; None: no positions.
-        layer_idx: place in the cache; needed to use one.
-        moba_chunk_size: tokens of a block, a multiple of 16.
-        moba_topk: blocks of a query, its own among them.
-        use_output_gate: multiply heads by a gate of the token.
-        full_decode: a single token reads all of the cache, as the paper has it; else its best
-            blocks, as in training.
-
-    Raises:
-        ValueError: sizes that do not divide.
-
-    Parameter names are FLA's.
-
-    Source: MoBA, arXiv:2502.13189.
-
-    Example:
-        >>> layer = MoBA(64, num_heads=4, moba_chunk_size=16, moba_topk=2)
-        >>> layer(torch.randn(1, 100, 64))[0].shape
-        torch.Size([1, 100, 64])
-    """
-
-    def __init__(
-        self,
-        hidden_size: int = 2048,
-        num_heads: int = 32,
-        num_kv_heads: int | None = None,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        rope_theta: float | None = 10000.0,
-        layer_idx: int | None = None,
-        moba_chunk_size: int = 256,
-        moba_topk: int = 4,
-        use_output_gate: bool = False,
-        full_decode: bool = True,
-    ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads, None, qkv_bias, qk_norm, rope_theta, layer_idx
-        )
-        self.moba_chunk_size = moba_chunk_size
-        self.moba_topk = moba_topk
-        self.full_decode = full_decode
-        self.use_output_gate = use_output_gate
-        if use_output_gate:
-            self.g_proj = nn.Sequential(
-                nn.Linear(hidden_size, self.head_dim, bias=False),
-                nn.Linear(self.head_dim, hidden_size, bias=False),
-            )
-            self.o_norm: nn.Module = FusedRMSNormGated(
-                self.head_dim, activation="sigmoid", eps=1e-6
-            )
-        else:
-            self.o_norm = RMSNorm(self.head_dim, eps=1e-6)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: tuple[Tensor, ...],
-        cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-    ) -> Tensor:
-        behind = q.shape[1] != k.shape[1]
-        one = q.shape[1] == 1 if cu_seqlens is None else q.shape[1] < cu_seqlens.shape[0]
-        if self.full_decode and behind and one:
-            return block_sparse_attn(
-                q, k, v, None, AttnMask(causal=True),
-                cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
-            )  # fmt: skip
-        if cu_seqlens is not None and cu_seqlens_k is not None and behind:
-            return self._row_by_row(q, k, v, gates, cu_seqlens, cu_seqlens_k)
-        return parallel_moba(q, k, v, cu_seqlens, None, self.moba_chunk_size, self.moba_topk)
-
-    def _finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
-        if not self.use_output_gate:
-            y: Tensor = self.o_norm(o)
-        else:
-            y = self.o_norm(o, split_heads(self.g_proj(hidden_states), self.head_dim))
-        return y

@@ -212,8 +212,8 @@ def parallel_nsa(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
-        ValueError: neither ``g_cmp`` nor ``block_indices``; ``cmp_stride`` that divides neither
-            ``cmp_length`` nor ``block_size``.
+        ValueError: neither ``g_cmp`` nor ``block_indices``; ``k_cmp`` with ``cu_seqlens``;
+            ``cmp_stride`` that does not divide ``cmp_length`` and ``block_size``.
 
     Source: Native Sparse Attention, arXiv:2502.11089.
 
@@ -229,6 +229,8 @@ def parallel_nsa(
     for name, g in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
         if g is not None:
             check_shape("nsa", name, g, "[B, TQ, HQ]", q.shape[:3])
+    if k_cmp is not None and cu_seqlens is not None:
+        raise ValueError("parallel_nsa: k_cmp and v_cmp come without cu_seqlens")
     if g_cmp is None and block_indices is None:
         raise ValueError("parallel_nsa: needs block_indices where there is no g_cmp to choose by")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

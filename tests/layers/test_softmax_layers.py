@@ -23,6 +23,11 @@ LAYERS = {
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 16, "block_counts": 3}
         | {"window_size": 6, "cmp_length": 8, "cmp_stride": 4},
     ),
+    "nsa mlp": (
+        NativeSparseAttention,
+        {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "block_size": 16, "block_counts": 3}
+        | {"window_size": 6, "cmp_length": 8, "cmp_stride": 4, "cmp_mlp": True},
+    ),
     "moba": (MoBA, {"num_heads": 4, "moba_chunk_size": 16, "moba_topk": 2, "full_decode": False}),
     "moba gate": (MoBA, {"num_heads": 2, "moba_topk": 2, "use_output_gate": True}),
 }
@@ -134,6 +139,20 @@ def test_parameter_shapes():
         "o_proj.weight": [32, 32], "o_norm.weight": [16],
         "g_proj.0.weight": [16, 32], "g_proj.1.weight": [32, 16],
     }  # fmt: skip
+
+
+@torch.no_grad()
+def test_learned_compression_sees_whole_windows():
+    layer, x = make("nsa mlp"), torch.randn(2, 30, 1, 8, dtype=torch.float64)
+    mlp = layer.k_compress
+    torch.nn.init.normal_(mlp.position)
+    got = mlp(x, 4)
+    assert got.shape == (2, 6, 1, 8)  # the last begins at 20
+    for n in range(6):
+        window = (x[:, 4 * n : 4 * n + 8, 0] + mlp.position).flatten(1)
+        want = mlp.down(torch.nn.functional.silu(mlp.up(window)))
+        torch.testing.assert_close(got[:, n, 0], want)
+    assert mlp(x[:, :7], 4).shape == (2, 0, 1, 8)
 
 
 @torch.no_grad()
