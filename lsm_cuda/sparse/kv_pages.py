@@ -256,9 +256,6 @@ class DuoAttention(Policy):
         self.cache.keep(torch.arange(0, device=k.device))
         return o
 
-    def __len__(self) -> int:
-        return max((len(c) for c in self.caches), default=0)
-
 
 class LServe(DuoAttention):
     """Streaming heads, and heads that read pages found by bounds of their parts.
