@@ -96,6 +96,7 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from conv_calls()
     yield from slstm_calls()
     yield from selective_calls()
+    yield from wkv4_calls()
     yield from attention_calls()
 
 
@@ -125,13 +126,26 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
             yield f"{name} backward", 1, partial(backward, *forward(), grad, None)
 
 
+def wkv4_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    ops, no_state = torch.ops.lsm_emu, (None,) * 4
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        draw = torch.Generator().manual_seed(0)
+        k, v, grad = (torch.randn(2, 80, 64, generator=draw).to(dtype) for _ in range(3))
+        r, u = (torch.rand(64, generator=draw) for _ in range(2))
+        forward = partial(ops.wkv4_fwd, r, u, k, v, *no_state, True, False)
+        *_, states = forward()
+        yield f"wkv4 {str(dtype)[6:]} forward", 1, forward
+        given = (r, u, k, v, *no_state, states, None, grad, None, None)
+        yield f"wkv4 {str(dtype)[6:]} backward", 1, partial(ops.wkv4_bwd, *given)
+
+
 def selective_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         draw = torch.Generator().manual_seed(0)
         u, dt, z, grad = (torch.randn(2, 80, 64, generator=draw).to(dtype) for _ in range(4))
         B, C = (torch.randn(2, 80, 1, 16, generator=draw).to(dtype) for _ in range(2))
         A, skip, bias = (torch.randn(*d, generator=draw) for d in ((64, 16), (64,), (64,)))
-        common = (u, dt, -A.exp(), B, C, skip, z, bias, None, None, True)
+        common = (u, dt, -A.exp(), B, C, skip, z, bias, None, None, None, True)
         name, ops = f"selective_scan {str(dtype)[6:]}", torch.ops.lsm_emu
         yield f"{name} forward", 1, partial(ops.selective_scan_fwd, *common, True)
         yield f"{name} backward", 1, partial(ops.selective_scan_bwd, *common, grad, None)

@@ -124,6 +124,22 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "grad_final_state) -> (Tensor dx, Tensor di, Tensor dr, Tensor dc, Tensor dh0)");
     m.def("rg_lru_step(Tensor x, Tensor i, Tensor r, Tensor c, Tensor(a!) state) -> Tensor");
 
+    // RWKV-4 (params/wkv4.h): averages whose weights fade by a constant rate. k, v [B,T,D]; r, u [D]; a state is a
+    // numerator, a denominator and the logarithm of their scale, [N,D] each. `states` is for the backward alone, whose
+    // channels are the gradients of r and u. There is none of a scale.
+    m.def(
+        "wkv4_fwd(Tensor r, Tensor u, Tensor k, Tensor v, Tensor? numerator, Tensor? denominator, "
+        "Tensor? scale, Tensor? cu_seqlens, bool save_states, bool output_final_state) -> (Tensor "
+        "o, Tensor final_numerator, Tensor final_denominator, Tensor final_scale, Tensor states)");
+    m.def(
+        "wkv4_bwd(Tensor r, Tensor u, Tensor k, Tensor v, Tensor? numerator, Tensor? denominator, "
+        "Tensor? scale, Tensor? cu_seqlens, Tensor states, Tensor? final_scale, Tensor grad_o, "
+        "Tensor? grad_numerator, Tensor? grad_denominator) -> (Tensor dchannels, Tensor dk, Tensor "
+        "dv, Tensor dnumerator, Tensor ddenominator)");
+    m.def(
+        "wkv4_step(Tensor r, Tensor u, Tensor k, Tensor v, Tensor(a!) numerator, Tensor(b!) "
+        "denominator, Tensor(c!) scale) -> Tensor");
+
     // Short convolution over time, one filter per channel: x, y [B,T,D]; weight [D,W], its last tap for the current
     // token; states [N,D,S], the last inputs of each sequence. seq_idx [B,T] int32 marks sequences by a change. *_step
     // takes T tokens per row; with cache_seqlens the state is a ring.
@@ -154,12 +170,12 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     // [B,T,D]; A [D,S]; B, C [B,T,G,S] or [D,S]; skip, dt_bias [D]; states [N,D,S]. A, B, C and states may be complex.
     m.def(
         "selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
-        "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, bool softplus, "
-        "bool output_final_state) -> (Tensor y, Tensor final_state)");
+        "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
+        "bool softplus, bool output_final_state) -> (Tensor y, Tensor final_state)");
     m.def(
         "selective_scan_bwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
-        "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, bool softplus, "
-        "Tensor grad_y, Tensor? grad_final_state) -> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, "
+        "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
+        "bool softplus, Tensor grad_y, Tensor? grad_final_state) -> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, "
         "Tensor dC, Tensor dskip, Tensor dz, Tensor ddt_bias, Tensor dh0)");
     m.def(
         "selective_scan_step(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "

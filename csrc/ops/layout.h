@@ -120,6 +120,52 @@ inline Rows scalar_rows(Tensor const& t) {
             t.stride(one_token ? 1 : 2)};
 }
 
+inline OptionalTensor kernel_layout(OptionalTensor const& t) {
+    return t ? OptionalTensor(kernel_layout(*t)) : t;
+}
+
+inline OptionalTensor contiguous_or_none(OptionalTensor const& t) {
+    return t ? OptionalTensor(as_contiguous(*t)) : t;
+}
+
+inline void const* data_or_null(OptionalTensor const& t) {
+    return t ? t->const_data_ptr() : nullptr;
+}
+
+// [B, T, D], or [B, D] as one token.
+inline Rows token_rows(Tensor const& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.dim() == 2 ? 0 : t.stride(1), 0};
+}
+
+inline bool is_index(Tensor const& t) {
+    return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
+}
+
+// The order of the tokens [B, T, ..] of x as the kernels want it; on the CPU held to be a permutation.
+inline OptionalTensor prepare_order(Checks const& c, OptionalTensor const& order, Tensor const& x,
+                                    char const* like) {
+    if (!order) return order;
+    int64_t const T = x.size(1);
+    c.shape(*order, "order", "[T]", {T});
+    c.require(is_index(*order), "order must have dtype int32 or int64, got ",
+              name(order->scalar_type()));
+    c.device(*order, "order", x, like);
+    Tensor const packed = as_contiguous(order->scalar_type() == ScalarType::Int
+                                            ? *order
+                                            : torch::stable::to(*order, ScalarType::Int));
+    if (!kTensorCores) {
+        std::vector<bool> seen(static_cast<size_t>(T));
+        auto const* const tokens = static_cast<int32_t const*>(packed.const_data_ptr());
+        for (int64_t p = 0; p < T; ++p) {
+            bool const fresh = tokens[p] >= 0 && tokens[p] < T && !seen[size_t(tokens[p])];
+            c.require(fresh, "order must be a permutation of 0 .. T - 1 = ", T - 1, ", got ",
+                      tokens[p], " at position ", p);
+            seen[size_t(tokens[p])] = true;
+        }
+    }
+    return packed;
+}
+
 inline Tensor workspace(int64_t bytes, Tensor const& like) {
     return empty({bytes}, ScalarType::Byte, like);
 }
@@ -148,6 +194,11 @@ inline OptionalTensor pad_state(OptionalTensor const& s, int64_t dK, int64_t dV)
 
 inline Tensor cut(Tensor t, int64_t columns) {
     return as_contiguous(torch::stable::narrow(t, t.dim() - 1, 0, columns));
+}
+
+// The same where an absent result is an empty tensor of one dimension.
+inline Tensor cut_channels(Tensor const& t, int64_t D) {
+    return t.dim() == 1 && t.size(0) == 0 ? t : cut(t, D);
 }
 
 // Absent results are empty tensors of one dimension.

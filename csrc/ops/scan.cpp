@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
 #include "layout.h"
 
@@ -81,57 +80,12 @@ void check_inputs(Checks const& c, Arguments const& in, bool one_token) {
     }
 }
 
-bool is_index(Tensor const& t) {
-    return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
-}
-
-// The order as the kernels want it; on the CPU held to be a permutation.
-OptionalTensor prepare_order(Checks const& c, OptionalTensor const& order, Tensor const& x) {
-    if (!order) return order;
-    int64_t const T = x.size(1);
-    c.shape(*order, "order", "[T]", {T});
-    c.require(is_index(*order), "order must have dtype int32 or int64, got ",
-              name(order->scalar_type()));
-    c.device(*order, "order", x, "x");
-    Tensor const packed = as_contiguous(order->scalar_type() == ScalarType::Int
-                                            ? *order
-                                            : torch::stable::to(*order, ScalarType::Int));
-    if (!kTensorCores) {
-        std::vector<bool> seen(static_cast<size_t>(T));
-        auto const* const tokens = static_cast<int32_t const*>(packed.const_data_ptr());
-        for (int64_t p = 0; p < T; ++p) {
-            bool const fresh = tokens[p] >= 0 && tokens[p] < T && !seen[size_t(tokens[p])];
-            c.require(fresh, "order must be a permutation of 0 .. T - 1 = ", T - 1, ", got ",
-                      tokens[p], " at position ", p);
-            seen[size_t(tokens[p])] = true;
-        }
-    }
-    return packed;
-}
-
 void check_state(Checks const& c, OptionalTensor const& state, char const* arg, Tensor const& x,
                  int64_t N) {
     if (!state) return;
     c.shape(*state, arg, "[N, D]", {N, x.size(x.dim() - 1)});
     c.dtype(*state, arg, number_type(x));
     c.device(*state, arg, x, "x");
-}
-
-OptionalTensor kernel_layout(OptionalTensor const& t) {
-    return t ? OptionalTensor(kernel_layout(*t)) : t;
-}
-
-OptionalTensor contiguous_or_none(OptionalTensor const& t) {
-    return t ? OptionalTensor(as_contiguous(*t)) : t;
-}
-
-// [B, T, D], or [B, D] as one token.
-Rows token_rows(Tensor const& t) {
-    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.dim() == 2 ? 0 : t.stride(1), 0};
-}
-
-void const* data_or_null(OptionalTensor const& t) {
-    return t ? t->const_data_ptr() : nullptr;
 }
 
 // Checks what is the same for whole sequences and one token, and puts every argument into the layout of the kernels.
@@ -165,7 +119,7 @@ ScanParams prepare(Checks const& c, Arguments& in, bool one_token) {
 void check_sequences(Checks const& c, Arguments& in) {
     c.rank(in.x, "x", "[B, T, D]", 3);
     check_cu_seqlens(c, in.cu_seqlens, in.x, "x");
-    in.order = prepare_order(c, in.order, in.x);
+    in.order = prepare_order(c, in.order, in.x, "x");
     check_state(c, in.initial_state, "initial_state", in.x,
                 in.cu_seqlens ? in.cu_seqlens->size(0) - 1 : in.x.size(0));
 }
@@ -181,11 +135,6 @@ Arguments pad_all(Arguments const& in, int64_t columns) {
     wide.a = pad_last(in.a, columns), wide.channel = pad_last(in.channel, columns);
     wide.initial_state = pad_last(in.initial_state, columns);
     return wide;
-}
-
-// Absent results are empty.
-Tensor cut_channels(Tensor const& t, int64_t D) {
-    return t.dim() == 1 && t.size(0) == 0 ? t : cut(t, D);
 }
 
 std::tuple<Tensor, Tensor> forward(char const* op, Arguments in, bool output_final_state) {

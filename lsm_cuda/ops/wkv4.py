@@ -1,12 +1,7 @@
 """RWKV-4 and its kin: running averages of values with weights e^k, which must not overflow.
 
-With any c that bounds the logarithms of all weights so far,
-
-    S_t = e^{c_{t-1} - r - c_t} S_{t-1} + e^{k_t - c_t} v_t      Z_t = the same with v = 1
-
-hold the weighted sums over e^{c_t}, and no exponent is positive. c is the running maximum ``max_i
-(k_i - (t - i) r)``, found at once as a cumulative maximum of ``k_i + i r`` in fp64. Results do not
-depend on it, so it has no gradient; the two recurrences are the scan's.
+A state holds sums over e^m, m the logarithm of the largest weight in them, so that no exponent is
+positive; csrc/params/wkv4.h has the recurrence.
 """
 
 from __future__ import annotations
@@ -16,100 +11,109 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype, check_no_gradient, check_rank, check_shape, check_state
-from ._running import sequence_index
+from ._common import (
+    accumulation_dtype,
+    check_device_like,
+    check_no_forward_ad,
+    check_no_gradient,
+    check_rank,
+    check_shape,
+    check_state,
+    no_double_backward,
+)
 from .scan import scan
 
 __all__ = ["aft_full", "aft_simple", "bi_wkv", "wkv4", "wkv4_step"]
 
 State = tuple[Tensor, Tensor, Tensor]
 
-
-class _Sums(NamedTuple):
-    """Numerator and denominator over e^bound."""
-
-    numerator: Tensor
-    denominator: Tensor
-    bound: Tensor
+_TILE = 32  # tokens between the states kept for the backward: kWkv4Tile
 
 
-def _merge(*parts: _Sums) -> Tensor:
-    """The average over several sums; bounds of −inf belong to empty ones."""
-    bound = parts[0].bound
-    for part in parts[1:]:
-        bound = torch.maximum(bound, part.bound)
-    weights = [torch.exp(part.bound - bound) for part in parts]
-    numerator = sum(w * part.numerator for w, part in zip(weights, parts, strict=True))
-    denominator = sum(w * part.denominator for w, part in zip(weights, parts, strict=True))
-    assert isinstance(numerator, Tensor)
-    return numerator / denominator
+def _check_devices(kind: str, k: Tensor, tensors) -> None:  # type: ignore[no-untyped-def]
+    names = ("r", "u", "k", "v", "numerator", "denominator", "scale", "cu_seqlens")
+    check_device_like(f"wkv4_{kind}", "k", k, dict(zip(names, tensors, strict=False)))
 
 
-@torch.no_grad()
-def _bounds(
-    k: Tensor, rate: Tensor, first: Tensor | None, start: Tensor, sequence: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """c after and before every token, ``[B, T, D]`` fp64; ``first``: before each token's sequence,
-    ``start``: where that sequence starts, ``[T]``."""
-    rate = rate.double()
-    age = (torch.arange(k.shape[1], device=k.device) - start).double()[:, None] * rate
-    x = k.double() + age
-    if first is not None:
-        x = torch.maximum(x, first.double() - rate)  # it decays before the first token comes
-    if sequence is not None and x.numel():  # later sequences start above all earlier ones
-        step = x.amax().clamp(min=-1e300) - x.clamp(min=-1e6).amin().clamp(max=1e300) + 1.0
-        lift = (sequence.double() * step)[:, None]
-        x = (x + lift).movedim(1, -1).contiguous().cummax(-1).values.movedim(-1, 1) - lift
+def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    r, _, k, v, _, _, _, cu_seqlens, save_states, output_final_state = inputs
+    _check_devices("fwd", k, inputs[:8])
+    B, T, D = k.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tiles = (T + _TILE - 1) // _TILE
+    tiles = N * tiles if cu_seqlens is None else tiles + N
+    states = tiles * 3 * ((D + 7) // 8 * 8) if save_states else 0
+    final = [r.new_empty((N, D) if output_final_state else (0,)) for _ in range(3)]
+    return (v.new_empty(v.shape), *final, r.new_empty((states,)))
+
+
+def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    r, _, k, v, numerator, *_ = inputs
+    _check_devices("bwd", k, inputs[:8])
+    first = [r.new_empty((0,) if numerator is None else numerator.shape) for _ in range(2)]
+    return (r.new_empty((2, k.shape[2])), k.new_empty(k.shape), v.new_empty(v.shape), *first)
+
+
+def _step_fake(*inputs):  # type: ignore[no-untyped-def]
+    _check_devices("step", inputs[2], inputs)
+    return inputs[3].new_empty(inputs[3].shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, _, _, final_scale, states = output
+    ctx.output_final_state = inputs[-1]
+    ctx.save_for_backward(*inputs[:8], states, final_scale if inputs[-1] else None)
+    ctx.mark_non_differentiable(final_scale, states)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_o, grad_numerator, grad_denominator, *_):  # type: ignore[no-untyped-def]
+    *tensors, states, final_scale = ctx.saved_tensors
+    k, numerator = tensors[2], tensors[4]
+    grad_o = torch.zeros_like(k) if grad_o is None else grad_o
+    grads = [grad_numerator, grad_denominator]
+    if not ctx.output_final_state or grads == [None, None]:
+        grads = [None, None]
     else:
-        x = x.movedim(1, -1).contiguous().cummax(-1).values.movedim(-1, 1)
-    after = x - age
-    before = torch.cat([after[:, :1], after[:, :-1]], 1)
-    is_first = (torch.arange(k.shape[1], device=k.device) == start)[None, :, None]
-    none = torch.full_like(after, -torch.inf) if first is None else first.double()
-    return after, torch.where(is_first, none, before)
+        grads = [torch.zeros_like(final_scale) if g is None else g for g in grads]
+    channels, dk, dv, *first = torch.ops.lsm.wkv4_bwd(
+        *tensors, states, final_scale, grad_o, *grads
+    )
+    first = [None, None] if numerator is None else first
+    return channels[0], channels[1], dk, dv, *first, None, None, None, None
 
 
-def _sums(
-    k: Tensor, v: Tensor, rate: Tensor, state: State | None, cu_seqlens: Tensor | None
-) -> tuple[_Sums, State]:
-    """What precedes every token, and what follows the last one of every sequence; in the dtype of
-    states."""
-    dtype, T = accumulation_dtype(k), k.shape[1]
-    k, v, rate = (x.to(dtype) for x in (k, v, rate))
-    sequence, start = None, torch.zeros(T, dtype=torch.long, device=k.device)
-    if cu_seqlens is not None:
-        sequence, _ = sequence_index(T, cu_seqlens)
-        start = cu_seqlens[sequence].long() if T else start
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("wkv4_bwd"))
 
-    def of_tokens(x: Tensor) -> Tensor:
-        """A row per sequence, at every token."""
-        return x[:, None] if sequence is None else x[sequence][None]
 
-    first = None if state is None else of_tokens(state[2])
-    after, before = _bounds(k.detach(), rate.detach(), first, start, sequence)
-    weight = torch.exp((k.detach().double() - after).to(dtype) + (k - k.detach()))
-    # what is before a first token of a fresh sequence is nothing, at any decay
-    change = torch.where(before == -torch.inf, 0.0, before - rate.double().detach() - after)
-    gate = change.to(dtype) + (rate.detach() - rate)  # the gradient of the rate, and only that
-    results, ends = [], []
-    for i, x in enumerate((weight * v, weight)):
-        h0 = None if state is None else state[i].to(dtype)
-        h, last = scan(x, gate, h0, True, cu_seqlens, log=True)
-        assert last is not None
-        is_first = (torch.arange(T, device=k.device) == start)[None, :, None]
-        shifted = torch.cat([h[:, :1], h[:, :-1]], 1)
-        initial = torch.zeros_like(h) if h0 is None else of_tokens(h0)
-        results.append(torch.where(is_first, initial, shifted))
-        ends.append(last)
-    if cu_seqlens is None:
-        none = torch.full_like(ends[0], -torch.inf) if state is None else state[2].to(dtype)
-        bound = after[:, -1].to(dtype) if T else none
-    else:
-        none = torch.full_like(ends[0], -torch.inf) if state is None else state[2].to(dtype)
-        filled = cu_seqlens[1:] > cu_seqlens[:-1]
-        at = (cu_seqlens[1:] - 1).clamp(min=0)
-        bound = torch.where(filled[:, None], after[0, at].to(dtype), none) if T else none
-    return _Sums(results[0], results[1], before.to(dtype)), (ends[0], ends[1], bound.detach())
+torch.library.register_fake("lsm::wkv4_fwd")(_fwd_fake)
+torch.library.register_fake("lsm::wkv4_bwd")(_bwd_fake)
+torch.library.register_fake("lsm::wkv4_step")(_step_fake)
+torch.library.register_autograd("lsm::wkv4_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lsm::wkv4_bwd", _refuse_double_backward)
+
+
+def _average(
+    op: str,
+    r: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: State | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, State | None]:
+    """The operator; r is the rate itself."""
+    check_state(op, initial_state, "numerator", "denominator", "scale")
+    check_no_forward_ad(op, r=r, u=u, k=k, v=v)
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    state = (None,) * 3 if initial_state is None else tuple(s.to(wide) for s in initial_state)
+    tensors = (r.to(wide), u.to(wide), k.to(dtype), v.to(dtype), *state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    o, *final, _ = torch.ops.lsm.wkv4_fwd(*tensors, cu_seqlens, save, output_final_state)
+    return o.to(v.dtype), (final[0], final[1], final[2]) if output_final_state else None
 
 
 def wkv4(
@@ -142,8 +146,8 @@ def wkv4(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit.
 
-    Note: differentiable once; deterministic; no exponent is positive, however large k. Two scans in
-        the dtype of states and PyTorch operations around them: several passes over memory.
+    Note: differentiable once; deterministic; no exponent is positive, however large k. One pass
+        over memory; for the gradient the state before every 32nd token is kept.
 
     Source: RWKV, arXiv:2305.13048, eqs. 16-19.
 
@@ -155,9 +159,8 @@ def wkv4(
         (torch.Size([1, 100, 64]), 3)
     """
     _check("wkv4", k, v, w=w, u=u)
-    check_state("wkv4", initial_state, "numerator", "denominator", "scale")
-    past, state = _sums(k, v, w.exp(), initial_state, cu_seqlens)
-    return _with_own(past, k, v, u).to(v.dtype), state if output_final_state else None
+    rate = w.to(accumulation_dtype(k)).exp()
+    return _average("wkv4", rate, u, k, v, initial_state, output_final_state, cu_seqlens)
 
 
 def _check(op: str, k: Tensor, v: Tensor, **channels: Tensor) -> None:
@@ -165,15 +168,6 @@ def _check(op: str, k: Tensor, v: Tensor, **channels: Tensor) -> None:
     check_shape(op, "v", v, "[B, T, D]", k.shape)
     for name, t in channels.items():
         check_shape(op, name, t, "[D]", k.shape[-1:])
-
-
-def _with_own(past: _Sums, k: Tensor, v: Tensor, u: Tensor, *more: _Sums) -> Tensor:
-    """The average that adds the token itself, with weight e^{u + k}."""
-    dtype = past.numerator.dtype
-    logit = k.to(dtype) + u.to(dtype)
-    bound = logit.detach()
-    weight = torch.exp(logit - bound)
-    return _merge(past, *more, _Sums(weight * v.to(dtype), weight, bound))
 
 
 def wkv4_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
@@ -189,15 +183,8 @@ def wkv4_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: State) -> Tenso
     """
     check_no_gradient("wkv4_step", "wkv4", w, u, k, v, *state)
     check_state("wkv4_step", state, "numerator", "denominator", "scale")
-    numerator, denominator, bound = state
-    o = _with_own(_Sums(numerator, denominator, bound), k, v, u)
-    key = k.to(bound.dtype)
-    faded = bound - w.to(bound.dtype).exp()
-    after = torch.maximum(faded, key)
-    old, new = torch.exp(faded - after), torch.exp(key - after)
-    numerator.mul_(old).add_(new * v.to(bound.dtype))
-    denominator.mul_(old).add_(new)
-    bound.copy_(after)
+    wide = accumulation_dtype(k)
+    o: Tensor = torch.ops.lsm.wkv4_step(w.to(wide).exp(), u.to(wide), k, v.to(k.dtype), *state)
     return o.to(v.dtype)
 
 
@@ -228,9 +215,10 @@ def aft_simple(
     _check("aft_simple", k, v)
     check_shape("aft_simple", "q", q, "[B, T, D]", k.shape)
     still = k.new_zeros(k.shape[-1], dtype=accumulation_dtype(k))
-    past, state = _sums(k, v, still, initial_state, cu_seqlens)
-    o = q.to(still.dtype).sigmoid() * _with_own(past, k, v, still)
-    return o.to(v.dtype), state if output_final_state else None
+    o, state = _average(
+        "aft_simple", still, still, k, v, initial_state, output_final_state, cu_seqlens
+    )
+    return (q.to(still.dtype).sigmoid() * o).to(v.dtype), state
 
 
 def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = True) -> Tensor:
@@ -269,6 +257,32 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = True) ->
     return (q.double().sigmoid() * o).to(v.dtype)
 
 
+class _Sums(NamedTuple):
+    """Numerator and denominator over e^scale."""
+
+    numerator: Tensor
+    denominator: Tensor
+    scale: Tensor
+
+
+def _sums(k: Tensor, v: Tensor, rate: Tensor) -> _Sums:
+    """What precedes every token, by two scans, on the scale of a running maximum of ``k_i - (t - i)
+    r`` found as a cumulative one of ``k_i + i r``; the result does not depend on it, so it has no
+    gradient."""
+    age = torch.arange(k.shape[1], device=k.device, dtype=torch.double)[:, None]
+    age = age * rate.detach().double()
+    x = (k.detach().double() + age).movedim(1, -1).contiguous()
+    after = x.cummax(-1).values.movedim(-1, 1) - age
+    before = torch.cat([after[:, :1] - torch.inf, after[:, :-1]], 1)
+    weight = torch.exp((k.detach().double() - after).to(rate.dtype) + (k - k.detach()))
+    # what is before the first token is nothing, at any decay
+    change = torch.where(before == -torch.inf, 0.0, before - rate.detach().double() - after)
+    gate = change.to(rate.dtype) + (rate.detach() - rate)  # the gradient of the rate, and only that
+    sums = (scan(x, gate, log=True)[0] for x in (weight * v, weight))
+    shifted = (torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1) for h in sums)
+    return _Sums(*shifted, before.to(rate.dtype))
+
+
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     r"""Vision-RWKV's attention: :func:`wkv4` in both directions, distances relative to T.
 
@@ -291,8 +305,16 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.Size([1, 100, 64])
     """
     _check("bi_wkv", k, v, w=w, u=u)
-    rate = w.to(accumulation_dtype(k)) / max(k.shape[1], 1)
-    past, _ = _sums(k, v, rate, None, None)
-    future, _ = _sums(k.flip(1), v.flip(1), rate, None, None)
-    future = _Sums(*(x.flip(1) for x in future))
-    return _with_own(past, k, v, u, future).to(v.dtype)
+    wide, T = accumulation_dtype(k), k.shape[1]
+    if T == 0:
+        return v.clone()
+    rate, logit, x = w.to(wide) / T, k.to(wide), v.to(wide)
+    future = _Sums(*(s.flip(1) for s in _sums(logit.flip(1), x.flip(1), rate)))
+    logit = logit + u.to(wide)
+    own = torch.exp(logit - logit.detach())
+    parts = (_sums(k.to(wide), x, rate), future, _Sums(own * x, own, logit.detach()))
+    scale = torch.stack([part.scale for part in parts]).amax(0)
+    weights = [torch.exp(part.scale - scale) for part in parts]
+    top = sum(w * part.numerator for w, part in zip(weights, parts, strict=True))
+    bottom = sum(w * part.denominator for w, part in zip(weights, parts, strict=True))
+    return (top / bottom).to(v.dtype)  # type: ignore[union-attr]

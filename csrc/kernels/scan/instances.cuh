@@ -6,22 +6,6 @@
 
 namespace lsm::scan_kernel {
 
-template <class P>
-int64_t run_pass(ScanParams const& p, void* workspace, void* stream) {
-    if (workspace == nullptr) return Plan<P>(p, nullptr).bytes;
-    run_stream<P>(p, workspace, stream);
-    if constexpr (P::kChannelSums > 0) {
-        using V = typename P::V;
-        Plan<P> const plan(p, workspace);
-        if (p.channel_grad != nullptr) {
-            launch(add_shares<V>, dim3(static_cast<unsigned>((p.D + 127) / 128)), dim3(128), 0,
-                   stream, plan.segments, static_cast<V const*>(plan.partial),
-                   static_cast<V*>(p.channel_grad), p.D);
-        }
-    }
-    return 0;
-}
-
 template <class T>
 int64_t launch_typed(ScanParams const& p, Direction direction, void* workspace, void* stream) {
     bool const forward = direction == Direction::forward;

@@ -39,10 +39,13 @@ LSM_DEVICE Complex not_a_number<Complex>() {
 // What all passes over affine maps share; states are rows of [N, D].
 template <class T_, int kInputs_, int kBefore_>
 struct AffinePass {
+    using Params = ScanParams;
     using T = T_;
     using V = typename Lane<T>::V;
     using Monoid = Affine<V>;
     static constexpr int kLane = Lane<T>::kChannels;
+    static constexpr int kTokens = sizeof(T) == 2 ? 8 : 4;
+    static constexpr bool kRecomputes = false;
     static constexpr int kInputs = kInputs_;
     static constexpr int kBefore = kBefore_;
     static constexpr int kChannelSums = 0;

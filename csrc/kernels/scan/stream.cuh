@@ -13,6 +13,8 @@
 //                                  ahead of the walk (the state before, in a backward)
 //     rows(I), start(), end()      where they are; states at the two ends
 //     begin, read, fold, step      see passes.cuh
+//     kRecomputes                  tiles lie where a forward's tiles of kTile positions do, so that recompute() can walk
+//                                  each forwards again, from a state that the forward left, and fill the elements
 #pragma once
 
 #include <type_traits>
@@ -31,7 +33,7 @@ struct Config {
     using T = typename P::T;
     static constexpr int kLane = Lane<T>::kChannels;
     static constexpr int kColumn = 32 * kLane;              // channels of a block
-    static constexpr int kTokens = sizeof(T) == 2 ? 8 : 4;  // positions of a warp in a tile
+    static constexpr int kTokens = P::kTokens;  // positions of a warp in a tile
     static constexpr int kTile = kWarps * kTokens;
     static constexpr int kStages = P::kInputs <= 2 ? 4 : P::kInputs == 3 ? 3 : 2;
 
@@ -48,21 +50,24 @@ struct Config {
     static constexpr int kStageBytes = offset<P::kInputs>();
     using Aggregate = typename P::Monoid::Aggregate;
     static constexpr int kSharedBytes =
-        kStages * kStageBytes + kThreads * kLane * static_cast<int>(sizeof(Aggregate));
+        kStages * kStageBytes +
+        (P::kRecomputes ? 2 : 1) * kThreads * kLane * static_cast<int>(sizeof(Aggregate));
     static_assert(kStageBytes % 16 == 0 && kSharedBytes <= 160 * 1024);
 };
 
 // The positions of a segment in the order of a pass.
 struct Walk {
     Segment segment;
+    i64 begin;   // of the sequence
     i64 first;   // position of step 0
     i64 length;  // steps
     i64 record;  // of the segment
     int direction;
     bool starts, ends;  // the sequence does, with this segment
 
-    LSM_DEVICE Walk(Segment const& s, i64 record, int direction)
+    LSM_DEVICE Walk(Segment const& s, i64 L, i64 record, int direction)
         : segment(s),
+          begin(s.t0 - s.index * L),
           first(direction > 0 ? s.t0 : s.t1 - 1),
           length(s.t1 - s.t0),
           record(record),
@@ -92,15 +97,21 @@ struct Stream {
     using Aggregate = typename Monoid::Aggregate;
     using State = typename Monoid::State;
 
-    ScanParams const& p;
+    typename P::Params const& p;
     Walk const& walk;
     i64 column;  // first channel of the block
+    int shift;   // rows of the first tile before step 0
 
     LSM_DEVICE char* stage(i64 tile) const {
         return dyn_smem() + static_cast<int>(tile % C::kStages) * C::kStageBytes;
     }
     LSM_DEVICE Aggregate* carry() const {
         return reinterpret_cast<Aggregate*>(dyn_smem() + C::kStages * C::kStageBytes);
+    }
+    LSM_DEVICE Aggregate* second_carry() const { return carry() + kThreads * C::kLane; }
+    // Of the first row of a warp in a tile; those of a shifted first tile begin below zero.
+    LSM_DEVICE i64 step_of(i64 tile, int warp) const {
+        return tile * C::kTile + warp * C::kTokens - shift;
     }
 
     // Asks for input I of a tile; rows outside the walk and channels outside the tensor become zeros.
@@ -114,9 +125,10 @@ struct Stream {
         u32 const destination = smem_u32(stage(tile) + C::template offset<I>());
         LSM_UNROLL
         for (int piece = threadIdx.x; piece < C::kTile * kPerRow; piece += kThreads) {
-            i64 const step = tile * C::kTile + piece / kPerRow;
+            i64 const step = step_of(tile, 0) + piece / kPerRow;
             i64 const channel = column + piece % kPerRow * kPerPiece;
             bool valid = step < walk.length && channel < p.D;
+            if (P::kRecomputes) valid = valid && step >= 0;
             // The state before the sequence is nobody's output.
             if (kIsBefore) valid = valid && (step + 1 < walk.length || !walk.ends);
             i64 const position = walk.position(step + (kIsBefore ? 1 : 0));
@@ -165,8 +177,8 @@ struct Boundaries {
 // kAggregate: only folds, and leaves the segment's aggregate.
 template <class P, bool kAggregate>
 __global__ void __launch_bounds__(kThreads, 2)
-    stream(ScanParams const p, Segments const plan, Boundaries<typename P::Monoid> const boundaries,
-           void* partial, unsigned columns) {
+    stream(typename P::Params const p, Segments const plan,
+           Boundaries<typename P::Monoid> const boundaries, void* partial, unsigned columns) {
     using C = Config<P>;
     using Monoid = typename P::Monoid;
     using Aggregate = typename Monoid::Aggregate;
@@ -174,8 +186,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     unsigned const record = blockIdx.x / columns;
     Segment const segment = plan[record];
     if (segment.unused()) return;
-    Walk const walk(segment, record, P::direction(p));
-    Stream<P> const self{p, walk, i64(blockIdx.x % columns) * C::kColumn};
+    Walk const walk(segment, plan.L, record, P::direction(p));
+    int const shift =
+        P::kRecomputes ? static_cast<int>((C::kTile - walk.length % C::kTile) % C::kTile) : 0;
+    Stream<P> const self{p, walk, i64(blockIdx.x % columns) * C::kColumn, shift};
     int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     i64 const channel = self.column + lane * kLane;
     bool const inside = channel < p.D;
@@ -206,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
     }
 
-    i64 const tiles = (walk.length + C::kTile - 1) / C::kTile;
+    i64 const tiles = (walk.length + shift + C::kTile - 1) / C::kTile;
     LSM_UNROLL_BY(1)
     for (int tile = 0; tile < C::kStages - 1; ++tile) self.ask_all(tile, tiles);
     LSM_UNROLL_BY(1)
@@ -215,20 +229,24 @@ __global__ void __launch_bounds__(kThreads, 2)
         __syncthreads();  // the tile is there for all, and all have left the one before
         self.ask_all(tile + C::kStages - 1, tiles);
         char const* const stage = self.stage(tile);
-        i64 const left = walk.length - tile * C::kTile - warp * C::kTokens;
+        i64 const first = self.step_of(tile, warp);
 
         // kWhole: no bounds in the loops.
         auto const run = [&](auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
+            auto const outside = [&](int i) {
+                return !kWhole && (first + i >= walk.length || (P::kRecomputes && first + i < 0));
+            };
             typename P::Element element[C::kTokens];
+            if constexpr (P::kRecomputes) pass.recompute(self, stage, tile, outside, element);
             Aggregate mine[kLane];
             LSM_UNROLL
             for (int j = 0; j < kLane; ++j) mine[j] = Monoid::identity();
             LSM_UNROLL
             for (int i = 0; i < C::kTokens; ++i) {
-                if (!kWhole && i >= left) break;
+                if (outside(i)) continue;
                 TileRow<P> const row{stage, warp * C::kTokens + i};
-                pass.read(row, walk, tile * C::kTile + warp * C::kTokens + i, element[i]);
+                pass.read(row, walk, first + i, element[i]);
                 LSM_UNROLL
                 for (int j = 0; j < kLane; ++j) pass.fold(mine[j], element[i], j);
             }
@@ -252,15 +270,15 @@ __global__ void __launch_bounds__(kThreads, 2)
             if constexpr (!kAggregate) {
                 LSM_UNROLL
                 for (int i = 0; i < C::kTokens; ++i) {
-                    if (!kWhole && i >= left) break;
-                    i64 const step = tile * C::kTile + warp * C::kTokens + i;
-                    i64 const token = token_at(p, walk.position(step));
-                    pass.step(p, walk, TileRow<P>{stage, warp * C::kTokens + i}, step, token,
+                    if (outside(i)) continue;
+                    i64 const token = token_at(p, walk.position(first + i));
+                    pass.step(p, walk, TileRow<P>{stage, warp * C::kTokens + i}, first + i, token,
                               channel, inside && token >= 0, element[i], before);
                 }
             }
         };
-        if (walk.length - tile * C::kTile >= C::kTile) {
+        i64 const tile_step = self.step_of(tile, 0);
+        if (tile_step >= 0 && walk.length - tile_step >= C::kTile) {
             run(std::true_type{});
         } else {
             run(std::false_type{});
@@ -286,7 +304,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // The states before every segment of a sequence, from its aggregates; one thread per channel and sequence.
 template <class P>
 __global__ void __launch_bounds__(128)
-    join(ScanParams const p, Segments const plan, Boundaries<typename P::Monoid> const boundaries) {
+    join(typename P::Params const p, Segments const plan,
+         Boundaries<typename P::Monoid> const boundaries) {
     using Monoid = typename P::Monoid;
     i64 const index = i64(blockIdx.x) * 128 + threadIdx.x;
     i64 const first = index / p.D, channel = index % p.D;
@@ -307,14 +326,14 @@ __global__ void __launch_bounds__(128)
 // The records' shares of sums per channel, added in order.
 template <class V>
 __global__ void __launch_bounds__(128)
-    add_shares(Segments const plan, V const* shares, V* sums, i64 D) {
+    add_shares(Segments const plan, V const* shares, V* sums, i64 count) {
     i64 const channel = i64(blockIdx.x) * 128 + threadIdx.x;
-    if (channel >= D) return;
+    if (channel >= count) return;
     V sum = number<V>(0.f);
     for (i64 record = 0; record < plan.count; ++record) {
         // Only a table has unused records, and reading it costs no division.
         bool const unused = plan.table != nullptr && plan.table[record].unused();
-        if (!unused) sum = add(sum, load_global(shares + record * D + channel));
+        if (!unused) sum = add(sum, load_global(shares + record * count + channel));
     }
     store_global(sums + channel, sum);
 }
@@ -329,7 +348,7 @@ struct Plan {
     unsigned columns = 0;
 
     // Lays the workspace out; with a null base it only counts its bytes.
-    Plan(ScanParams const& p, void* base) {
+    Plan(typename P::Params const& p, void* base) {
         using C = Config<P>;
         auto const take = [&](i64 size) {
             void* const at = static_cast<char*>(base) + bytes;
@@ -355,7 +374,7 @@ struct Plan {
 };
 
 template <class P>
-void run_stream(ScanParams const& p, void* workspace, void* stream_) {
+void run_stream(typename P::Params const& p, void* workspace, void* stream_) {
     using C = Config<P>;
     Plan<P> const plan(p, workspace);
     if (plan.segments.count == 0) return;
@@ -370,6 +389,24 @@ void run_stream(ScanParams const& p, void* workspace, void* stream_) {
     }
     launch(stream<P, false>, grid, dim3(kThreads), C::kSharedBytes, stream_, p, plan.segments,
            plan.boundaries, plan.partial, plan.columns);
+}
+
+// A pass of an operator; a null workspace: only counts its bytes.
+template <class P>
+int64_t run_pass(typename P::Params const& p, void* workspace, void* stream) {
+    if (workspace == nullptr) return Plan<P>(p, nullptr).bytes;
+    run_stream<P>(p, workspace, stream);
+    if constexpr (P::kChannelSums > 0) {
+        using V = typename P::V;
+        Plan<P> const plan(p, workspace);
+        i64 const count = P::kChannelSums * p.D;
+        if (p.channel_grad != nullptr) {
+            launch(add_shares<V>, dim3(static_cast<unsigned>((count + 127) / 128)), dim3(128), 0,
+                   stream, plan.segments, static_cast<V const*>(plan.partial),
+                   static_cast<V*>(p.channel_grad), count);
+        }
+    }
+    return 0;
 }
 
 }  // namespace lsm::scan_kernel
