@@ -65,9 +65,16 @@ def draw(T: int, D: int, S: int, groups: int | str, extras: str, batch: int | st
     ), "s" in extras
 
 
-def results(call, x: Inputs):  # type: ignore[no-untyped-def]
+def walk(T: int) -> torch.Tensor:
+    """An order of T tokens."""
+    return torch.randperm(T, generator=torch.Generator().manual_seed(T))
+
+
+def results(call, x: Inputs, order: torch.Tensor | None = None):  # type: ignore[no-untyped-def]
     def forward(y: Inputs):  # type: ignore[no-untyped-def]
-        o, state = call(**y.tensors, initial_state=y.initial_state, cu_seqlens=y.cu_seqlens)
+        o, state = call(
+            **y.tensors, initial_state=y.initial_state, cu_seqlens=y.cu_seqlens, order=order
+        )
         nothing = 0 if o.numel() else sum(0 * t.sum() for t in y.tensors.values())
         return o + (nothing.real if torch.is_tensor(nothing) else 0), state + nothing
 

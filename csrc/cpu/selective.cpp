@@ -12,6 +12,7 @@ using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::SelectiveTask;
 
 constexpr int64_t kBlock = 512;                     // channels of a task at most
+constexpr int64_t kApart = 64;  // likewise where channels lie apart, each in pages of its own
 constexpr int64_t kUnit = 16;                       // blocks are multiples of it
 constexpr int64_t kThreadGrain = int64_t(1) << 16;  // states of tokens worth waking a thread for
 
@@ -30,7 +31,7 @@ Plan make_plan(SelectiveParams const& p, bool backward) {
     Plan plan{};
     int64_t const work = p.B * p.T * p.D * p.S / kThreadGrain, channels = p.D / p.G;
     plan.threads = std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
-    int64_t blocks = ceil_div(channels, kBlock);
+    int64_t blocks = ceil_div(channels, p.u.head == 1 ? kBlock : kApart);
     if (p.N * p.G * blocks % plan.threads != 0) {
         blocks = round_up(blocks, ceil_div(plan.threads, std::max<int64_t>(1, p.N * p.G)));
     }

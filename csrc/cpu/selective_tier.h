@@ -246,10 +246,47 @@ class Selective {
         });
     }
 
-    // Rows of tokens.
+    int64_t token(int64_t position) const {
+        return p.order == nullptr ? position : p.order[position];
+    }
+    // The row of a position's token.
     template <class E>
-    E* at(Rows const& r, int64_t token) const {
-        return static_cast<E*>(r.data) + batch * r.batch + token * r.time;
+    E* at(Rows const& r, int64_t position) const {
+        return static_cast<E*>(r.data) + batch * r.batch + token(position) * r.time;
+    }
+
+    // A tile of one vector of channels. Where channels lie apart, their rows are turned around.
+    LSM_INLINE void read_tile(Rows const& r, int64_t t, int64_t tokens, int64_t c, int64_t count,
+                              V* x) const {
+        if (r.head == 1) {
+            for (int64_t i = 0; i < tokens; ++i)
+                x[i] = read<Real<T>>(at<In const>(r, t + i) + c, count).re;
+            return;
+        }
+        for (int64_t i = 0; i < tokens; i += W) {
+            int64_t const n = min_of(W, tokens - i);
+            V square[W] = {};
+            for (int64_t j = 0; j < count; ++j)
+                square[j] = read<Real<T>>(at<In const>(r, t + i) + (c + j) * r.head, n).re;
+            transpose<T>(square);
+            for (int64_t k = 0; k < n; ++k) x[i + k] = square[k];
+        }
+    }
+    LSM_INLINE void write_tile(Rows const& r, int64_t t, int64_t tokens, int64_t c, int64_t count,
+                               V const* x) const {
+        if (r.head == 1) {
+            for (int64_t i = 0; i < tokens; ++i)
+                write(at<In>(r, t + i) + c, Real<T>{x[i]}, count);
+            return;
+        }
+        for (int64_t i = 0; i < tokens; i += W) {
+            int64_t const n = min_of(W, tokens - i);
+            V square[W] = {};
+            for (int64_t k = 0; k < n; ++k) square[k] = x[i + k];
+            transpose<T>(square);
+            for (int64_t j = 0; j < count; ++j)
+                write(at<In>(r, t + i) + (c + j) * r.head, Real<T>{square[j]}, n);
+        }
     }
 
     // B and C of a tile's tokens, widened; states past S are zero.
@@ -259,9 +296,10 @@ class Selective {
             if (!p.channel_C) load_row(p.c, t + i, tile_c + i * S * K);
         }
     }
-    void load_row(Rows const& r, int64_t token, T* to) const {
-        In const* const from = static_cast<In const*>(r.data) +
-                               (batch * r.batch + token * r.time + task.group * r.head) * K;
+    void load_row(Rows const& r, int64_t position, T* to) const {
+        In const* const from =
+            static_cast<In const*>(r.data) +
+            (batch * r.batch + token(position) * r.time + task.group * r.head) * K;
         for (int64_t s = 0; s < S * K; s += W) {
             int64_t const left = p.S * K - s, room = S * K - s;
             V const x = left <= 0  ? V{}
@@ -296,9 +334,10 @@ class Selective {
         LSM_INLINE Prologue(Selective const& s, int64_t t, int64_t tokens, int64_t c,
                             int64_t count) {
             V const bias = s.channel(s.p.dt_bias, c, count);
+            s.read_tile(s.p.u, t, tokens, c, count, u);
+            s.read_tile(s.p.dt, t, tokens, c, count, raw);
             for (int64_t i = 0; i < tokens; ++i) {
-                u[i] = read<Real<T>>(s.at<In const>(s.p.u, t + i) + c, count).re;
-                raw[i] = read<Real<T>>(s.at<In const>(s.p.dt, t + i) + c, count).re + bias;
+                raw[i] += bias;
                 dt[i] = s.p.softplus ? softplus(raw[i]) : raw[i];
             }
         }
@@ -348,16 +387,15 @@ class Selective {
     static constexpr T kReadFactor = K == 2 ? 2 : 1;  // y = 2 Re(C h) of conjugate pairs
 
     LSM_INLINE void finish(int64_t t, int64_t tokens, int64_t c, int64_t count, Prologue const& x,
-                           V const* y) const {
+                           V* y) const {
         V const skip = channel(p.skip, c, count);
-        for (int64_t i = 0; i < tokens; ++i) {
-            V out = kReadFactor * y[i] + skip * x.u[i];
-            if (p.z.data != nullptr) {
-                V const z = read<Real<T>>(at<In const>(p.z, t + i) + c, count).re;
-                out = out * z * sigmoid(z);
-            }
-            write(at<In>(p.y, t + i) + c, Real<T>{out}, count);
+        for (int64_t i = 0; i < tokens; ++i) y[i] = kReadFactor * y[i] + skip * x.u[i];
+        if (p.z.data != nullptr) {
+            V z[kTile];
+            read_tile(p.z, t, tokens, c, count, z);
+            for (int64_t i = 0; i < tokens; ++i) y[i] = y[i] * z[i] * sigmoid(z[i]);
         }
+        write_tile(p.y, t, tokens, c, count, y);
     }
 
     void sequence_backward(int64_t n) {
@@ -388,13 +426,11 @@ class Selective {
                 state[v * S + s] = checkpoints[(k * vectors + v) * S + s];
             V y[kTile] = {}, dy[kTile], ddt[kTile] = {}, ddu[kTile] = {};
             V const skip = channel(p.skip, c, count);
-            for (int64_t i = 0; i < tokens; ++i) {
-                dy[i] = read<Real<T>>(at<In const>(p.grad_y, t + i) + c, count).re;
-                if (p.z.data != nullptr) {
-                    V const z = read<Real<T>>(at<In const>(p.z, t + i) + c, count).re;
-                    dy[i] = dy[i] * z * sigmoid(z);
-                }
-            }
+            V z[kTile], out[kTile];  // out: the gradient of what z gated
+            read_tile(p.grad_y, t, tokens, c, count, out);
+            if (p.z.data != nullptr) read_tile(p.z, t, tokens, c, count, z);
+            for (int64_t i = 0; i < tokens; ++i)
+                dy[i] = p.z.data != nullptr ? out[i] * z[i] * sigmoid(z[i]) : out[i];
             for (int64_t s = 0; s < S; s += kStates) {
                 walk<true>(c, count, v, s, tokens, x, y);
                 if (p.channel_B || p.channel_C) {
@@ -406,18 +442,17 @@ class Selective {
             V sum_bias{}, sum_skip{};
             for (int64_t i = 0; i < tokens; ++i) {
                 if (p.z.data != nullptr) {
-                    V const z = read<Real<T>>(at<In const>(p.z, t + i) + c, count).re;
-                    V const out = read<Real<T>>(at<In const>(p.grad_y, t + i) + c, count).re;
-                    V const gate = sigmoid(z), before = kReadFactor * y[i] + skip * x.u[i];
-                    write(at<In>(p.dz, t + i) + c,
-                          Real<T>{out * before * gate * (1 + z * (1 - gate))}, count);
+                    V const gate = sigmoid(z[i]), before = kReadFactor * y[i] + skip * x.u[i];
+                    z[i] = out[i] * before * gate * (1 + z[i] * (1 - gate));
                 }
-                write(at<In>(p.du, t + i) + c, Real<T>{x.dt[i] * ddu[i] + skip * dy[i]}, count);
-                V d = ddt[i] + x.u[i] * ddu[i];
-                if (p.softplus) d = d * sigmoid(x.raw[i]);
-                write(at<In>(p.ddt, t + i) + c, Real<T>{d}, count);
-                sum_bias += d, sum_skip += x.u[i] * dy[i];
+                ddt[i] += x.u[i] * ddu[i];
+                if (p.softplus) ddt[i] = ddt[i] * sigmoid(x.raw[i]);
+                ddu[i] = x.dt[i] * ddu[i] + skip * dy[i];
+                sum_bias += ddt[i], sum_skip += x.u[i] * dy[i];
             }
+            if (p.z.data != nullptr) write_tile(p.dz, t, tokens, c, count, z);
+            write_tile(p.du, t, tokens, c, count, ddu);
+            write_tile(p.ddt, t, tokens, c, count, ddt);
             dbias[v] += sum_bias, dskip[v] += sum_skip;
         });
         store_tile(task.db, tile_db, t, tokens);
@@ -471,8 +506,8 @@ class Selective {
 
     LSM_INLINE void store_tile(void* to, N const* tile, int64_t t, int64_t tokens) const {
         if (to == nullptr) return;
-        T* row = static_cast<T*>(to) + (batch * p.T + t) * p.S * K;
-        for (int64_t i = 0; i < tokens; ++i, row += p.S * K) {
+        for (int64_t i = 0; i < tokens; ++i) {
+            T* const row = static_cast<T*>(to) + (batch * p.T + token(t + i)) * p.S * K;
             for (int64_t s = 0; s < p.S; ++s) {
                 N const x = tile[i * S + s];
                 row[s * K] = sum_lanes<T>(x.re);

@@ -13,7 +13,7 @@ namespace {
 // The tensors of a call, by the names of the schemas; without the T dimension in a step.
 struct Arguments {
     Tensor u, dt, A, B, C;
-    OptionalTensor skip, z, dt_bias, initial_state, cu_seqlens;
+    OptionalTensor skip, z, dt_bias, initial_state, cu_seqlens, order;
     bool softplus = false;
 };
 
@@ -117,8 +117,26 @@ void check_states(Checks const& c, OptionalTensor const& state, char const* arg,
     c.device(*state, arg, in.u, "u");
 }
 
-Rows token_rows(Tensor const& t) {
-    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.dim() == 2 ? 0 : t.stride(1), 0};
+// Whether a tensor [B, T, D] lies channels first, which CPU kernels take as it is.
+bool channels_first(Tensor const& t) {
+    return !kTensorCores && t.dim() == 3 && t.stride(1) == 1 && t.stride(2) != 1;
+}
+
+Tensor token_layout(Tensor const& t, OptionalTensor const& order) {
+    return channels_first(t) && !order ? t : kernel_layout(t);
+}
+
+Rows channel_rows(Tensor const& t) {
+    Rows r = token_rows(t);
+    r.head = channels_first(t) ? t.stride(2) : 1;
+    return r;
+}
+
+// A tensor like tokens, in their order of dimensions.
+Tensor empty_like_tokens(Tensor const& t) {
+    if (!channels_first(t)) return empty(t.sizes(), t.scalar_type(), t);
+    return torch::stable::transpose(
+        empty({t.size(0), t.size(2), t.size(1)}, t.scalar_type(), t), 1, 2);
 }
 
 // [B, T, G, S], [B, G, S] or [D, S].
@@ -127,26 +145,18 @@ Rows projection_rows(Tensor const& t) {
     return rows(t);
 }
 
-OptionalTensor as_contiguous_if_any(OptionalTensor const& t) {
-    return t ? OptionalTensor(as_contiguous(*t)) : t;
-}
-
-void const* data_or_null(OptionalTensor const& t) {
-    return t ? t->const_data_ptr() : nullptr;
-}
-
 // Puts every argument into the layout of the kernels; the tensors live in `in`.
 SelectiveParams prepare(Arguments& in, bool one_token) {
     auto const lay_out = [](Tensor const& t) {
         return by_channel(t) ? as_contiguous(t) : kernel_layout(t);
     };
     in.B = lay_out(in.B), in.C = lay_out(in.C);
-    in.u = kernel_layout(in.u), in.dt = kernel_layout(in.dt);
-    if (in.z) in.z = kernel_layout(*in.z);
+    in.u = token_layout(in.u, in.order), in.dt = token_layout(in.dt, in.order);
+    if (in.z) in.z = token_layout(*in.z, in.order);
     in.A = as_contiguous(in.A);
-    in.skip = as_contiguous_if_any(in.skip), in.dt_bias = as_contiguous_if_any(in.dt_bias);
-    in.initial_state = as_contiguous_if_any(in.initial_state);
-    in.cu_seqlens = as_contiguous_if_any(in.cu_seqlens);
+    in.skip = contiguous_or_none(in.skip), in.dt_bias = contiguous_or_none(in.dt_bias);
+    in.initial_state = contiguous_or_none(in.initial_state);
+    in.cu_seqlens = contiguous_or_none(in.cu_seqlens);
     SelectiveParams p{};
     p.is_complex = is_complex(in.A), p.softplus = in.softplus;
     p.channel_B = by_channel(in.B), p.channel_C = by_channel(in.C);
@@ -161,8 +171,9 @@ SelectiveParams prepare(Arguments& in, bool one_token) {
         p.cu_seqlens = in.cu_seqlens->const_data_ptr();
         p.cu_seqlens_is_64bit = in.cu_seqlens->scalar_type() == ScalarType::Long;
     }
-    p.u = token_rows(in.u), p.dt = token_rows(in.dt);
-    if (in.z) p.z = token_rows(*in.z);
+    p.order = static_cast<int32_t const*>(data_or_null(in.order));
+    p.u = channel_rows(in.u), p.dt = channel_rows(in.dt);
+    if (in.z) p.z = channel_rows(*in.z);
     p.b = projection_rows(in.B), p.c = projection_rows(in.C);
     p.A = in.A.const_data_ptr();
     p.skip = data_or_null(in.skip), p.dt_bias = data_or_null(in.dt_bias);
@@ -179,19 +190,21 @@ std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor 
                                       Tensor const& B, Tensor const& C, OptionalTensor const& skip,
                                       OptionalTensor const& z, OptionalTensor const& dt_bias,
                                       OptionalTensor const& initial_state,
-                                      OptionalTensor const& cu_seqlens, bool softplus,
+                                      OptionalTensor const& cu_seqlens,
+                                      OptionalTensor const& order, bool softplus,
                                       bool output_final_state) {
     Checks const c("selective_scan_fwd");
-    Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, softplus};
+    Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, order, softplus};
     check_inputs(c, in, false);
     check_cu_seqlens(c, cu_seqlens, u, "u");
+    in.order = prepare_order(c, order, u, "u");
     check_states(c, initial_state, "initial_state", in);
     SelectiveParams p = prepare(in, false);
     DeviceScope const scope(u);
-    Tensor y = empty({p.B, p.T, p.D}, u.scalar_type(), u);
+    Tensor y = empty_like_tokens(in.u);
     Tensor state = output_final_state ? empty({p.N, p.D, p.S}, number_type(in), u)
                                       : empty({0}, number_type(in), u);
-    p.y = token_rows(y);
+    p.y = channel_rows(y);
     if (output_final_state) p.final_state = state.mutable_data_ptr();
     run_forward(p, u, scope.stream());
     return {y, state};
@@ -200,38 +213,38 @@ std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_op(
     Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B, Tensor const& C,
     OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
-    OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, bool softplus,
-    Tensor const& grad_y, OptionalTensor const& grad_final_state) {
+    OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
+    OptionalTensor const& order, bool softplus, Tensor const& grad_y,
+    OptionalTensor const& grad_final_state) {
     Checks const c("selective_scan_bwd");
-    Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, softplus};
+    Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, order, softplus};
     check_inputs(c, in, false);
     check_cu_seqlens(c, cu_seqlens, u, "u");
+    in.order = prepare_order(c, order, u, "u");
     check_states(c, initial_state, "initial_state", in);
     check_tokens(c, grad_y, "grad_y", u);
     check_states(c, grad_final_state, "grad_final_state", in);
     SelectiveParams p = prepare(in, false);
     DeviceScope const scope(u);
-    Tensor const grad_rows = kernel_layout(grad_y);
-    OptionalTensor const grad_final = as_contiguous_if_any(grad_final_state);
+    Tensor const grad_rows = token_layout(grad_y, order);
+    OptionalTensor const grad_final = contiguous_or_none(grad_final_state);
     auto const type = u.scalar_type(), wide = state_type(u), number = number_type(in);
-    auto const tokens = [&](bool wanted) {
-        return wanted ? empty({p.B, p.T, p.D}, type, u) : empty({0}, type, u);
-    };
     auto const channels = [&](bool wanted) {
         return wanted ? empty({p.D}, wide, u) : empty({0}, wide, u);
     };
     auto const projection = [&](bool of_channel) {
         return of_channel ? empty({p.D, p.S}, number, u) : empty({p.B, p.T, p.G, p.S}, number, u);
     };
-    Tensor du = tokens(true), ddt = tokens(true), dz = tokens(z.has_value());
+    Tensor du = empty_like_tokens(in.u), ddt = empty_like_tokens(in.dt);
+    Tensor dz = z ? empty_like_tokens(*in.z) : empty({0}, type, u);
     Tensor dA = empty({p.D, p.S}, number, u);
     Tensor db = projection(p.channel_B), dc = projection(p.channel_C);
     Tensor dskip = channels(skip.has_value()), dbias = channels(dt_bias.has_value());
     Tensor dh0 = initial_state ? empty({p.N, p.D, p.S}, number, u) : empty({0}, number, u);
-    p.grad_y = token_rows(grad_rows);
+    p.grad_y = channel_rows(grad_rows);
     p.grad_final_state = data_or_null(grad_final);
-    p.du = token_rows(du), p.ddt = token_rows(ddt);
-    if (z) p.dz = token_rows(dz);
+    p.du = channel_rows(du), p.ddt = channel_rows(ddt);
+    if (z) p.dz = channel_rows(dz);
     p.db = db.mutable_data_ptr(), p.dc = dc.mutable_data_ptr(), p.dA = dA.mutable_data_ptr();
     if (skip) p.dskip = dskip.mutable_data_ptr();
     if (dt_bias) p.ddt_bias = dbias.mutable_data_ptr();
@@ -249,7 +262,7 @@ Tensor step_op(Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const&
                OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
                Tensor const& state, bool softplus) {
     Checks const c("selective_scan_step");
-    Arguments in{u, dt, A, B, C, skip, z, dt_bias, {}, {}, softplus};
+    Arguments in{u, dt, A, B, C, skip, z, dt_bias, {}, {}, {}, softplus};
     check_inputs(c, in, true);
     check_states(c, state, "state", in);
     c.require(state.is_contiguous(),
@@ -258,7 +271,7 @@ Tensor step_op(Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const&
     SelectiveParams p = prepare(in, true);
     DeviceScope const scope(u);
     Tensor y = empty({p.B, p.D}, u.scalar_type(), u);
-    p.y = token_rows(y);
+    p.y = channel_rows(y);
     p.initial_state = state.const_data_ptr();
     p.final_state = const_cast<void*>(state.const_data_ptr());
     run_forward(p, u, scope.stream());

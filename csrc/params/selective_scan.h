@@ -22,7 +22,11 @@ struct SelectiveParams {
     void const* cu_seqlens = nullptr;  // [N + 1], nullable; then B == 1
     bool cu_seqlens_is_64bit = false;
 
-    Rows u, dt;                  // [B, T, D]
+    // [T], a permutation; nullable: the identity. Position t of a row is token order[t].
+    int32_t const* order = nullptr;
+
+    // [B, T, D]. Here and below, head: between channels, 1 or (CPU only, without order, with time = 1) anything.
+    Rows u, dt;
     Rows z;                      // [B, T, D], nullable
     Rows b, c;                   // [B, T, G, S] (head: the group), or data alone: [D, S] contiguous
     void const* A = nullptr;     // [D, S] contiguous

@@ -18,7 +18,9 @@ from ._common import (
 
 __all__ = ["selective_scan_fn"]
 
-_TENSORS = ("u", "dt", "A", "B", "C", "skip", "z", "dt_bias", "initial_state", "cu_seqlens")
+_TENSORS = (
+    "u", "dt", "A", "B", "C", "skip", "z", "dt_bias", "initial_state", "cu_seqlens", "order",
+)  # fmt: skip
 
 
 def _same_device(kind: str, tensors: tuple[Tensor | None, ...]) -> None:
@@ -28,27 +30,35 @@ def _same_device(kind: str, tensors: tuple[Tensor | None, ...]) -> None:
     check_same_device(f"selective_scan_{kind}", u, **named)
 
 
+def _like_tokens(t: Tensor, order: Tensor | None) -> Tensor:
+    """A tensor like ``t [B, T, D]``; on the CPU channels lie first where they do in ``t``."""
+    if t.device.type == "cpu" and order is None and t.stride(1) == 1 and t.stride(2) != 1:
+        return t.new_empty(t.shape[0], t.shape[2], t.shape[1]).transpose(1, 2)
+    return t.new_empty(t.shape)
+
+
 @torch.library.register_fake("lsm::selective_scan_fwd")
 def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
     u, _, A = inputs[:3]
-    cu_seqlens, _, output_final_state = inputs[9:]
-    _same_device("fwd", inputs[:10])
+    cu_seqlens, order, _, output_final_state = inputs[9:]
+    _same_device("fwd", inputs[:11])
     N = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, *A.shape) if output_final_state else (0,)
-    return u.new_empty(u.shape), A.new_empty(state)
+    return _like_tokens(u, order), A.new_empty(state)
 
 
 @torch.library.register_fake("lsm::selective_scan_bwd")
 def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
-    u, dt, A, B, C, skip, z, dt_bias, h0 = inputs[:9]
-    _same_device("bwd", inputs[:10])
+    u, dt, A, B, C, skip, z, dt_bias, h0, _, order = inputs[:11]
+    _same_device("bwd", inputs[:11])
 
     def like(t: Tensor | None, base: Tensor) -> Tensor:
         return base.new_empty((0,) if t is None else t.shape)
 
     wide = u.new_empty(0, dtype=accumulation_dtype(u))
-    grads = [like(t, t) for t in (u, dt, A, B, C)]
-    return (*grads, like(skip, wide), like(z, u), like(dt_bias, wide), like(h0, A))
+    grads = [_like_tokens(u, order), _like_tokens(dt, order), *(like(t, t) for t in (A, B, C))]
+    dz = u.new_empty(0) if z is None else _like_tokens(z, order)
+    return (*grads, like(skip, wide), dz, like(dt_bias, wide), like(h0, A))
 
 
 @torch.library.register_fake("lsm::selective_scan_step")
@@ -58,8 +68,8 @@ def _step_fake(*inputs):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:10])
-    ctx.softplus, ctx.output_final_state = inputs[10:]
+    ctx.save_for_backward(*inputs[:11])
+    ctx.softplus, ctx.output_final_state = inputs[11:]
     ctx.set_materialize_grads(False)
 
 
@@ -73,7 +83,7 @@ def _backward(ctx, grad_y, grad_final_state):  # type: ignore[no-untyped-def]
         grad_final_state = grad_final_state.resolve_conj()
     grads = torch.ops.lsm.selective_scan_bwd(*tensors, ctx.softplus, grad_y, grad_final_state)
     grads = (None if t is None else g for t, g in zip(tensors[:9], grads, strict=True))
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -107,6 +117,7 @@ def selective_scan_fn(
     return_last_state: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Mamba's selective scan over whole sequences; channels first, as mamba_ssm has it.
 
@@ -130,19 +141,20 @@ def selective_scan_fn(
         initial_state (Tensor, optional): ``[Nseq, D, N]`` in the dtype of A. Default: zeros.
         cu_seqlens (Tensor, optional): ``[Nseq + 1]`` boundaries of sequences packed into one row
             (then B = 1), as in :func:`scan`.
+        order (Tensor, optional): ``[T]``, the token of each position of the walk, as in
+            :func:`scan` (:func:`scan_order` makes them for images). Results stay at their tokens.
 
     Returns:
         ``y [B, D, T]`` in the dtype of u; with return_last_state also ``[Nseq, D, N]``, fp32 (fp64,
         complex).
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit; on CUDA complex A, constant B or
-            C, or more than 64 states.
+        RuntimeError: a shape, dtype or device that does not fit.
 
     Note: differentiable once in every floating tensor; deterministic. Nothing of size ``D × N × T``
         is kept: backward walks the sequence forwards again, with the states of every 16th token in
-        a workspace. Channel-first tensors are transposed by a copy; ``[B, T, D]`` tensors passed as
-        ``x.transpose(1, 2)`` are not.
+        a workspace. On CUDA channel-first tensors are transposed by a copy; ``[B, T, D]`` tensors
+        passed as ``x.transpose(1, 2)`` are not.
 
     Source: Mamba, arXiv:2312.00752.
 
@@ -173,7 +185,7 @@ def selective_scan_fn(
         initial_state = initial_state.to(A.dtype).resolve_conj()
     y, state = torch.ops.lsm.selective_scan_fwd(
         *tokens[:2], A, *projections, D, tokens[2], delta_bias, initial_state, cu_seqlens,
-        delta_softplus, return_last_state,
+        order, delta_softplus, return_last_state,
     )  # fmt: skip
     y = y.transpose(1, 2)
     return (y, state) if return_last_state else y

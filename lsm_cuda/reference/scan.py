@@ -155,6 +155,7 @@ def selective_scan(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Mamba-1: ``h_t = exp(δ_t A) ⊙ h_{t-1} + δ_t u_t B_t``, ``y_t = (C_t · h_t + D u_t)
     silu(z_t)``; time before channels.
@@ -167,6 +168,7 @@ def selective_scan(
         D (Tensor, optional): ``[D]``.
         initial_state (Tensor, optional): ``[Nseq, D, N]``.
         cu_seqlens (Tensor, optional): ``[Nseq + 1]`` boundaries of packed sequences.
+        order (Tensor, optional): ``[T]``, the token of each position.
 
     Returns:
         ``y [B, T, D]`` and the final state ``[Nseq, D, N]``.
@@ -179,23 +181,25 @@ def selective_scan(
         dt = softplus(dt)
     bounds = [0, u.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     channels = u.shape[2]
+    walk = range(u.shape[1]) if order is None else order.tolist()
 
     def at(t: int, x: Tensor) -> Tensor:
         """B or C of a token, for every channel."""
         return x if x.dim() == 2 else x[:, t].repeat_interleave(channels // x.shape[2], 1)
 
-    outputs, final = [], []
+    outputs: dict[int, Tensor] = {}
+    final = []
     for n, (start, end) in enumerate(pairwise(bounds)):
         h = A.new_zeros(u.shape[0], *A.shape)
         if initial_state is not None:
             h = initial_state if cu_seqlens is None else initial_state[n, None]
-        for t in range(start, end):
+        for t in walk[start:end]:
             drive = (dt[:, t] * u[:, t]).unsqueeze(-1)
             h = (dt[:, t].unsqueeze(-1) * A).exp() * h + drive * at(t, B)
             y = (at(t, C) * h).sum(-1)
-            outputs.append(2 * y.real if y.is_complex() else y)
+            outputs[t] = 2 * y.real if y.is_complex() else y
         final.append(h)
-    y = torch.stack(outputs, 1) if outputs else u.new_empty(u.shape)
+    y = torch.stack([outputs[t] for t in sorted(outputs)], 1) if outputs else u.new_empty(u.shape)
     if D is not None:
         y = y + D * u
     if z is not None:

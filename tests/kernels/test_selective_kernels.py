@@ -8,22 +8,30 @@ from checks import assert_accepted
 from emulators import emulator
 from impls import Emulator
 from inputs import Tensors
-from selective import draw, results
+from scans import real, real_inputs, wide
+from selective import draw, results, walk
 
 from lsm_cuda import reference
 
 SHAPES = [
     (70, 40, 16, 1, "dzbs", 1, "f32"),
     (37, 20, 16, 1, "dzbs", 2, "bf16"),
-    (33, 24, 3, 2, "dzbs", 1, "f16"),
+    (33, 24, 3, 2, "dzbso", 1, "f16"),
     (50, 7, 17, 1, "zs", "int32", "f32"),
     (0, 8, 4, 1, "dzbs", 2, "f32"),
+    (37, 12, 16, "B", "dz", 2, "bf16"),
+    (20, 12, 20, "C", "bs", 1, "f32"),
+    (16, 10, 5, "BC", "d", "int64", "f32"),
+    (37, 10, 70, 1, "dzbs", 2, "f32"),  # more states than a block holds
+    (37, 20, 6, 1, "dzbs", 2, "c64"),
+    (20, 9, 17, "C", "bs", "int32", "c64"),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_definition_under_every_schedule(shape: tuple) -> None:
     x, softplus = draw(*shape)
+    order = walk(shape[0]) if "o" in shape[4] else None
     emu = Emulator("emulator", seeds=(1, 2, 4))
 
     def raw(kind: str):  # type: ignore[no-untyped-def]
@@ -33,19 +41,33 @@ def test_definition_under_every_schedule(shape: tuple) -> None:
     def call() -> Tensors:
         names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
         tensors = tuple(x.tensors.get(n) for n in names)
-        common = (*tensors, x.initial_state, x.cu_seqlens, softplus)
+        common = (*tensors, x.initial_state, x.cu_seqlens, order, softplus)
         y, state = raw("fwd")(*common, True)
         *grads, dh0 = raw("bwd")(*common, x.grad_o, x.grad_final_state)
-        order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-        by_name = {f"d{n}": g for n, g in zip(order, grads, strict=True) if n in x.tensors}
+        by_name = {f"d{n}": g for n, g in zip(names, grads, strict=True) if n in x.tensors}
         return {"o": y, "final_state": state, **by_name, "dinitial_state": dh0}
 
     def definition(**rest):  # type: ignore[no-untyped-def]
         return reference.selective_scan(dt_softplus=softplus, **rest)
 
     kinds = (torch.float64, torch.float32)
-    truth, same = (results(definition, x.map(lambda t, d=d: t.to(d))) for d in kinds)
-    assert_accepted(emu.under_every_seed(call), truth, same, x)
+    truth, same = (results(definition, x.map(lambda t, d=d: wide(t, d)), order) for d in kinds)
+    actual = emu.under_every_seed(call)
+    assert_accepted(*({n: real(t) for n, t in r.items()} for r in (actual, truth, same)),
+                    real_inputs(x))  # fmt: skip
+
+
+@pytest.mark.parametrize("boundaries", [[0, 9, 4, 40], [1, 5, 9, 40], [0, 5, 9, 39]])
+def test_impossible_boundaries_give_nan(boundaries: list[int]) -> None:
+    x, _ = draw(40, 16, 4, 1, "dzb", 1, "f32")
+    t, h0 = x.tensors, torch.zeros(3, 16, 4)
+    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    emulator("_emu")
+    ops, cu = torch.ops.lsm_emu, torch.tensor(boundaries)
+    common = (*(t[n] for n in names), h0, cu, None, True)
+    y, state = ops.selective_scan_fwd(*common, True)
+    grads = ops.selective_scan_bwd(*common, x.grad_o, h0)
+    assert all(r.isnan().all() for r in (y, state, *grads))
 
 
 def test_traffic() -> None:
@@ -57,7 +79,7 @@ def test_traffic() -> None:
     B, C = torch.randn(2, 1, T, 1, S).bfloat16()
     emu.reset_counters()
     torch.ops.lsm_emu.selective_scan_fwd(
-        u, dt, -torch.rand(D, S), B, C, None, z, None, None, None, True, False
+        u, dt, -torch.rand(D, S), B, C, None, z, None, None, None, None, True, False
     )
     (launch,) = emu.counters()["launches"]
     moved = launch["global_read_bytes"] + launch["global_write_bytes"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from checks import assert_accepted
 from impls import threads
 from scans import real, real_inputs, wide
-from selective import DTYPES, draw, results
+from selective import DTYPES, draw, results, walk
 
 from lsm_cuda import ops, reference
 
-# T, channels, states, groups of B and C ("B", "C": constant), with skip z bias softplus, batch
+# T, channels, states, groups of B and C ("B", "C": constant), with skip z bias softplus, or in an
+# order of their own ("o"), channels first ("c"); batch
 SHAPES = [
     (1, 8, 4, 1, "", 2),
     (37, 20, 16, 1, "dzbs", 2),
@@ -23,6 +25,8 @@ SHAPES = [
     (37, 12, 16, "B", "dz", 2),
     (20, 12, 8, "C", "bs", 1),
     (16, 10, 5, "BC", "d", "int64"),
+    (45, 37, 16, 1, "dzbsc", 2),
+    (37, 20, 3, 1, "dzbsoc", "int32"),
     (0, 8, 4, 1, "dzbs", 2),
 ]
 
@@ -43,16 +47,20 @@ def public(softplus: bool):
 @pytest.mark.parametrize(("shape", "dtype"), [*itertools.product(SHAPES, DTYPES)], ids=str)
 def test_definition(shape: tuple, dtype: str) -> None:
     x, softplus = draw(*shape, dtype)
+    order = walk(shape[0]) if "o" in shape[4] else None
 
     def definition(**rest):  # type: ignore[no-untyped-def]
         return reference.selective_scan(dt_softplus=softplus, **rest)
 
     truth, same = (
-        results(definition, x.map(lambda t, d=d: wide(t, d)))
+        results(definition, x.map(lambda t, d=d: wide(t, d)), order)
         for d in (torch.float64, torch.float32)
     )
+    if "c" in shape[4]:
+        tokens = {n: x.tensors[n].mT.contiguous().mT for n in ("u", "dt", "z")}
+        x = replace(x, tensors=x.tensors | tokens)
     with threads(2):
-        actual = results(public(softplus), x)
+        actual = results(public(softplus), x, order)
     if not dtype.startswith("c"):
         return assert_accepted(actual, truth, same, x)
     actual, truth, same = ({n: real(t) for n, t in r.items()} for r in (actual, truth, same))
@@ -145,7 +153,10 @@ def test_operator_is_well_formed() -> None:
     B, C = (t.mT.unsqueeze(2).contiguous().requires_grad_() for t in (B, C))
     A = A.requires_grad_()
     h0 = torch.zeros(2, *A.shape)
-    arguments_ = (*tokens[:2], A, B, C, D, tokens[2], bias, h0, None, True, True)
+    arguments_ = (*tokens[:2], A, B, C, D, tokens[2], bias, h0, None, None, True, True)
+    torch.library.opcheck(torch.ops.lsm.selective_scan_fwd, arguments_)
+    channels_first = [t.detach().mT.contiguous().mT.requires_grad_() for t in tokens]
+    arguments_ = (*channels_first[:2], *arguments_[2:6], channels_first[2], *arguments_[7:])
     torch.library.opcheck(torch.ops.lsm.selective_scan_fwd, arguments_)
     with torch.no_grad():
         one = [t[:, 0] for t in (*tokens[:2], B, C, tokens[2])]
