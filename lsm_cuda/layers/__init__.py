@@ -24,6 +24,7 @@ from .longformer import (
 from .longhorn import Longhorn
 from .lru import LRU, S5
 from .luna import LunaAttention
+from .mamba import SS2D, BiMamba, Mamba, VSSBlock
 from .mamba2 import LogLinearMamba2, Mamba2
 from .mesa_net import MesaNet
 from .metala import MetaLA
@@ -50,11 +51,13 @@ __all__ = [
     "S4D",
     "S5",
     "SLSTM",
+    "SS2D",
     "ABCAttention",
     "AFTSimple",
     "Attention",
     "BasedLinearAttention",
     "BigBirdSelfAttention",
+    "BiMamba",
     "Comba",
     "DeltaNet",
     "DiagAttention",
@@ -76,6 +79,7 @@ __all__ = [
     "LongformerSelfAttention",
     "Longhorn",
     "LunaAttention",
+    "Mamba",
     "Mamba2",
     "MesaNet",
     "MetaLA",
@@ -95,4 +99,5 @@ __all__ = [
     "SimpleGatedLinearAttention",
     "SkyformerAttention",
     "TransNormerAttention",
+    "VSSBlock",
 ]

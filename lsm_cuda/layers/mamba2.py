@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import ShortConvolution
+from ..modules.hippo import log_steps, softplus_inverse
 from ..modules.precision import wide
 from ..ops import (
     chunk_log_linear_attn,
@@ -133,9 +134,8 @@ class Mamba2(RecurrentLayer):
         self.conv1d = ShortConvolution(conv_dim, conv_kernel, use_conv_bias, hidden_act)
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
-        log_dt = torch.empty(self.num_heads).uniform_(math.log(dt_min), math.log(dt_max))
-        dt = log_dt.exp().clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())  # softplus of it is dt
+        dt = log_steps(self.num_heads, dt_min, dt_max).exp().clamp(min=dt_init_floor)
+        self.dt_bias = nn.Parameter(softplus_inverse(dt))
         self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(inner if D_has_hdim else self.num_heads))
         self.norm = GatedGroupNorm(inner, n_groups, norm_eps, norm_before_gate) if rmsnorm else None

@@ -94,6 +94,7 @@ MIXERS: dict[str, Builder] = {
     "gateloop": _mixer(layers.GateLoop, heads=False),
     "hgrn": _mixer(layers.HGRNAttention, heads=False),
     "lru": _mixer(layers.LRU, heads=False),
+    "mamba": _mixer(layers.Mamba, heads=False),
     "rg_lru": _mixer(layers.RGLRUBlock),
     "rwkv4": _mixer(layers.RWKV4Attention, heads=False),
     "s4": _mixer(layers.S4, heads=False),

@@ -22,6 +22,7 @@ __all__ = [
     "log_steps",
     "nplr",
     "perturbed_diagonal",
+    "softplus_inverse",
     "stable_rate",
     "stable_rate_inverse",
 ]
@@ -232,6 +233,16 @@ def diagonal_init(kind: str, N: int) -> Tensor:
 def log_steps(H: int, dt_min: float = 0.001, dt_max: float = 0.1) -> Tensor:
     """Logarithms of H step sizes, drawn log-uniformly: timescales from 1/dt_max to 1/dt_min."""
     return torch.empty(H).uniform_(math.log(dt_min), math.log(dt_max))
+
+
+def softplus_inverse(dt: Tensor) -> Tensor:
+    """What softplus makes ``dt`` of, precise for small ones.
+
+    Example:
+        >>> torch.nn.functional.softplus(softplus_inverse(torch.tensor([0.5])))
+        tensor([0.5000])
+    """
+    return dt + (-torch.expm1(-dt)).log()
 
 
 def stable_rate(w: Tensor, a: float = 1.0, b: float = 0.5) -> Tensor:

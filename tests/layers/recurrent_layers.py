@@ -15,6 +15,7 @@ from lsm_cuda.layers import (
     AFTSimple,
     GateLoop,
     HGRNAttention,
+    Mamba,
     RGLRUBlock,
     RWKV4Attention,
 )
@@ -30,6 +31,7 @@ LAYERS = {
     "gateloop": (GateLoop, {}),
     "rwkv4": (RWKV4Attention, {"attention_hidden_size": 12}),
     "aft": (AFTSimple, {}),
+    "mamba": (Mamba, {"state_size": 3, "intermediate_size": 10, "conv_kernel": 3}),
     "s4d": (S4D, {"d_state": 6}),
     "s4d bilinear": (S4D, {"d_state": 6, "init": "legs", "disc": "bilinear"}),
     "dss": (DSS, {"d_state": 5}),
