@@ -175,7 +175,8 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def(
         "selective_scan_bwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
         "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
-        "bool softplus, Tensor grad_y, Tensor? grad_final_state) -> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, "
+        "bool softplus, Tensor grad_y, Tensor? grad_final_state) -> (Tensor du, Tensor ddt, Tensor "
+        "dA, Tensor dB, "
         "Tensor dC, Tensor dskip, Tensor dz, Tensor ddt_bias, Tensor dh0)");
     m.def(
         "selective_scan_step(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "

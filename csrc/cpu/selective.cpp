@@ -11,9 +11,9 @@ namespace {
 using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::SelectiveTask;
 
-constexpr int64_t kBlock = 512;                     // channels of a task at most
-constexpr int64_t kApart = 64;  // likewise where channels lie apart, each in pages of its own
-constexpr int64_t kUnit = 16;                       // blocks are multiples of it
+constexpr int64_t kBlock = 512;  // channels of a task at most
+constexpr int64_t kApart = 64;   // likewise where channels lie apart, each in pages of its own
+constexpr int64_t kUnit = 16;    // blocks are multiples of it
 constexpr int64_t kThreadGrain = int64_t(1) << 16;  // states of tokens worth waking a thread for
 
 cpu::SelectiveKernels const& kernels() {

@@ -275,8 +275,7 @@ class Selective {
     LSM_INLINE void write_tile(Rows const& r, int64_t t, int64_t tokens, int64_t c, int64_t count,
                                V const* x) const {
         if (r.head == 1) {
-            for (int64_t i = 0; i < tokens; ++i)
-                write(at<In>(r, t + i) + c, Real<T>{x[i]}, count);
+            for (int64_t i = 0; i < tokens; ++i) write(at<In>(r, t + i) + c, Real<T>{x[i]}, count);
             return;
         }
         for (int64_t i = 0; i < tokens; i += W) {

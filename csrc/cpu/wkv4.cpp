@@ -8,8 +8,9 @@ namespace {
 using cpu::boundary, cpu::ceil_div, cpu::kAlign, cpu::round_up;
 using cpu::Wkv4Task;
 
-constexpr int64_t kBlock = 256;  // channels of a task at most: a tile's states stay in the second cache
-constexpr int64_t kUnit = 16;    // blocks are multiples of it
+constexpr int64_t kBlock =
+    256;  // channels of a task at most: a tile's states stay in the second cache
+constexpr int64_t kUnit = 16;                       // blocks are multiples of it
 constexpr int64_t kThreadGrain = int64_t(1) << 14;  // elements worth waking a thread for
 
 struct Plan {

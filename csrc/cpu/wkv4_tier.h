@@ -217,9 +217,9 @@ struct Wkv4 {
                       count);
                 own.bonus_grad += logit;
                 own.grad.scale -= own.rate;
-                own.rate_grad -= exp(past.scale + own.grad.scale) *
-                                 (past.numerator * own.grad.numerator +
-                                  past.denominator * own.grad.denominator);
+                own.rate_grad -=
+                    exp(past.scale + own.grad.scale) *
+                    (past.numerator * own.grad.numerator + past.denominator * own.grad.denominator);
                 own.grad = merge<T>(own.grad, {q, -q * y.o, -y.scale});
             });
         }
@@ -250,9 +250,8 @@ struct Wkv4 {
 template <class Run>
 void with_wkv4(Wkv4Params const& p, Run const& run) {
     if (p.dtype == Dtype::f64) return run(std::type_identity<Wkv4<double, double>>{});
-    with_element<float>(p.dtype, [&](auto zero) {
-        run(std::type_identity<Wkv4<float, decltype(zero)>>{});
-    });
+    with_element<float>(p.dtype,
+                        [&](auto zero) { run(std::type_identity<Wkv4<float, decltype(zero)>>{}); });
 }
 
 int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool backward) {

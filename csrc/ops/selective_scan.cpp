@@ -135,8 +135,8 @@ Rows channel_rows(Tensor const& t) {
 // A tensor like tokens, in their order of dimensions.
 Tensor empty_like_tokens(Tensor const& t) {
     if (!channels_first(t)) return empty(t.sizes(), t.scalar_type(), t);
-    return torch::stable::transpose(
-        empty({t.size(0), t.size(2), t.size(1)}, t.scalar_type(), t), 1, 2);
+    return torch::stable::transpose(empty({t.size(0), t.size(2), t.size(1)}, t.scalar_type(), t), 1,
+                                    2);
 }
 
 // [B, T, G, S], [B, G, S] or [D, S].
@@ -190,9 +190,8 @@ std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor 
                                       Tensor const& B, Tensor const& C, OptionalTensor const& skip,
                                       OptionalTensor const& z, OptionalTensor const& dt_bias,
                                       OptionalTensor const& initial_state,
-                                      OptionalTensor const& cu_seqlens,
-                                      OptionalTensor const& order, bool softplus,
-                                      bool output_final_state) {
+                                      OptionalTensor const& cu_seqlens, OptionalTensor const& order,
+                                      bool softplus, bool output_final_state) {
     Checks const c("selective_scan_fwd");
     Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, order, softplus};
     check_inputs(c, in, false);

@@ -80,8 +80,8 @@ State pad_all(State const& state, int64_t columns) {
 }
 
 Arguments pad_all(Arguments const& in, int64_t columns) {
-    return {pad_last(in.r, columns),       pad_last(in.u, columns), pad_last(in.k, columns),
-            pad_last(in.v, columns),       pad_all(in.state, columns), in.cu_seqlens};
+    return {pad_last(in.r, columns), pad_last(in.u, columns),    pad_last(in.k, columns),
+            pad_last(in.v, columns), pad_all(in.state, columns), in.cu_seqlens};
 }
 
 // Puts every argument into the layout of the kernels; the tensors live in `in`.
@@ -149,9 +149,8 @@ Forward forward_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor con
                    OptionalTensor const& numerator, OptionalTensor const& denominator,
                    OptionalTensor const& scale, OptionalTensor const& cu_seqlens, bool save_states,
                    bool output_final_state) {
-    return forward(Checks("wkv4_fwd"),
-                   {r, u, k, v, {numerator, denominator, scale}, cu_seqlens}, save_states,
-                   output_final_state);
+    return forward(Checks("wkv4_fwd"), {r, u, k, v, {numerator, denominator, scale}, cu_seqlens},
+                   save_states, output_final_state);
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -171,9 +170,8 @@ Backward backward(Checks const& c, Arguments in, Tensor const& states, Tensor co
     c.device(states, "states", in.k, "k");
     if (int64_t const columns = missing_channels(in); columns != 0) {
         int64_t const D = in.k.size(2);
-        auto [channels, dk, dv, numerator, denominator] =
-            backward(c, pad_all(in, columns), states, pad_last(grad_o, columns),
-                     pad_all(last, columns));
+        auto [channels, dk, dv, numerator, denominator] = backward(
+            c, pad_all(in, columns), states, pad_last(grad_o, columns), pad_all(last, columns));
         return {cut(channels, D), cut(dk, D), cut(dv, D), cut_channels(numerator, D),
                 cut_channels(denominator, D)};
     }
@@ -213,9 +211,8 @@ Backward backward_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor c
                      OptionalTensor const& scale, OptionalTensor const& cu_seqlens,
                      Tensor const& states, OptionalTensor const& final_scale, Tensor const& grad_o,
                      OptionalTensor const& grad_numerator, OptionalTensor const& grad_denominator) {
-    return backward(Checks("wkv4_bwd"),
-                    {r, u, k, v, {numerator, denominator, scale}, cu_seqlens}, states, grad_o,
-                    {grad_numerator, grad_denominator, final_scale});
+    return backward(Checks("wkv4_bwd"), {r, u, k, v, {numerator, denominator, scale}, cu_seqlens},
+                    states, grad_o, {grad_numerator, grad_denominator, final_scale});
 }
 
 // A forward over one token that starts and ends in the same memory.

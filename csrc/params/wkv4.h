@@ -15,7 +15,7 @@ namespace lsm {
 // Of ScanParams: x, dx are v's; a, da k's; h, grad_h o's; channel is r, [D]; initial_state, final_state and their
 // gradients are the numerators. kind, log, is_complex, reverse and order mean nothing.
 struct Wkv4Params : ScanParams {
-    void const* bonus = nullptr;  // u, [D]
+    void const* bonus = nullptr;                                          // u, [D]
     void const *initial_denominator = nullptr, *initial_scale = nullptr;  // [N, D], with the first
     void *final_denominator = nullptr, *final_scale = nullptr;            // [N, D], likewise
 

@@ -90,11 +90,12 @@ class Mamba(RecurrentLayer):
 
     def _projected(self, x: Tensor, suffix: str = "") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scan's u, dt, B and C."""
-        dt, B, C = self.get_submodule(f"x_proj{suffix}")(x).split(self.widths, -1)
+        projected = self.get_submodule(f"x_proj{suffix}")(x)
+        dt, B, C = torch.split(projected, self.widths, -1)
         dt = F.linear(dt, self.get_parameter(f"dt_proj{suffix}.weight"))
         return x, dt, B, C
 
-    def _constants(self, suffix: str = "") -> dict[str, Tensor]:
+    def _constants(self, suffix: str = "") -> dict[str, Any]:
         return {
             "A": -wide(self.get_parameter(f"A{suffix}_log")).exp(),
             "D": self.get_parameter(f"D{suffix}"),
@@ -103,7 +104,7 @@ class Mamba(RecurrentLayer):
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         x, z = self.in_proj(x).chunk(2, -1)
-        u, dt, B, C = self._projected(call.convolve(self.conv1d, x))
+        u, dt, B, C = self._projected(call.convolve(self.get_submodule("conv1d"), x))
         o: Tensor = self.out_proj(call.run(_scan, _update, u, dt, B, C, z, **self._constants()))
         return o
 
@@ -124,12 +125,11 @@ def _scan(
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`selective_scan_fn` over ``[B, T, ·]``, with the arguments of the other operators."""
-    tokens = (t.transpose(1, 2) for t in (u, dt))
+    u, dt, B, C = (t.transpose(1, 2) for t in (u, dt, B, C))
+    z = None if z is None else z.transpose(1, 2)
     result = selective_scan_fn(
-        *tokens, A, B.transpose(1, 2), C.transpose(1, 2), D,
-        None if z is None else z.transpose(1, 2), dt_bias, True, output_final_state,
-        initial_state, cu_seqlens, order,
-    )  # fmt: skip
+        u, dt, A, B, C, D, z, dt_bias, True, output_final_state, initial_state, cu_seqlens, order
+    )
     y, state = (result, None) if isinstance(result, Tensor) else result
     return y.transpose(1, 2), state
 
@@ -250,7 +250,7 @@ class SS2D(nn.Module):
         D = self.Ds.view(len(self.directions), -1)
         y = torch.zeros_like(wide(u))
         for k, (kind, backwards) in enumerate(self.directions):
-            dt, b, c = F.linear(u, self.x_proj_weight[k]).split(self.widths, -1)
+            dt, b, c = torch.split(F.linear(u, self.x_proj_weight[k]), self.widths, -1)
             dt = F.linear(dt, self.dt_projs_weight[k])
             order = scan_order(H, W, kind, backwards).to(u.device)
             o, _ = _scan(

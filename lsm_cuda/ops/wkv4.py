@@ -76,9 +76,7 @@ def _backward(ctx, grad_o, grad_numerator, grad_denominator, *_):  # type: ignor
         grads = [None, None]
     else:
         grads = [torch.zeros_like(final_scale) if g is None else g for g in grads]
-    channels, dk, dv, *first = torch.ops.lsm.wkv4_bwd(
-        *tensors, states, final_scale, grad_o, *grads
-    )
+    channels, dk, dv, *first = torch.ops.lsm.wkv4_bwd(*tensors, states, final_scale, grad_o, *grads)
     first = [None, None] if numerator is None else first
     return channels[0], channels[1], dk, dv, *first, None, None, None, None
 
@@ -279,8 +277,8 @@ def _sums(k: Tensor, v: Tensor, rate: Tensor) -> _Sums:
     change = torch.where(before == -torch.inf, 0.0, before - rate.detach().double() - after)
     gate = change.to(rate.dtype) + (rate.detach() - rate)  # the gradient of the rate, and only that
     sums = (scan(x, gate, log=True)[0] for x in (weight * v, weight))
-    shifted = (torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1) for h in sums)
-    return _Sums(*shifted, before.to(rate.dtype))
+    top, bottom = (torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1) for h in sums)
+    return _Sums(top, bottom, before.to(rate.dtype))
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RWKV-4's running average, the CUDA kernels on the emulator: definition, schedules, races, traffic,
+"""RWKV-4's running average, the CUDA kernels on the emulator: definition, schedules, traffic,
 poison."""
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ template <class P>
 struct Config {
     using T = typename P::T;
     static constexpr int kLane = Lane<T>::kChannels;
-    static constexpr int kColumn = 32 * kLane;              // channels of a block
+    static constexpr int kColumn = 32 * kLane;  // channels of a block
     static constexpr int kTokens = P::kTokens;  // positions of a warp in a tile
     static constexpr int kTile = kWarps * kTokens;
     static constexpr int kStages = P::kInputs <= 2 ? 4 : P::kInputs == 3 ? 3 : 2;
@@ -303,9 +303,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // The states before every segment of a sequence, from its aggregates; one thread per channel and sequence.
 template <class P>
-__global__ void __launch_bounds__(128)
-    join(typename P::Params const p, Segments const plan,
-         Boundaries<typename P::Monoid> const boundaries) {
+__global__ void __launch_bounds__(128) join(typename P::Params const p, Segments const plan,
+                                            Boundaries<typename P::Monoid> const boundaries) {
     using Monoid = typename P::Monoid;
     i64 const index = i64(blockIdx.x) * 128 + threadIdx.x;
     i64 const first = index / p.D, channel = index % p.D;

@@ -81,9 +81,8 @@ struct Wkv4Pass {
     LSM_DEVICE static float* saved(Wkv4Params const& p, Walk const& walk, i64 position,
                                    i64 channel) {
         i64 const sequence = walk.segment.sequence;
-        i64 const first = p.cu_seqlens != nullptr
-                              ? walk.begin / kWkv4Tile + sequence
-                              : sequence * ((p.T + kWkv4Tile - 1) / kWkv4Tile);
+        i64 const first = p.cu_seqlens != nullptr ? walk.begin / kWkv4Tile + sequence
+                                                  : sequence * ((p.T + kWkv4Tile - 1) / kWkv4Tile);
         i64 const tile = first + (position - walk.begin) / kWkv4Tile;
         return static_cast<float*>(p.states) + tile * 3 * p.D + channel;
     }
@@ -296,8 +295,7 @@ struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
                 element[i].past[j] = state[j];
                 element[i].scale[j] = w.scale;
                 element[i].q[j] = q;
-                element[i].qo[j] =
-                    q * fmaf(w.first, state[j].numerator, w.second * v[j]) * inverse;
+                element[i].qo[j] = q * fmaf(w.first, state[j].numerator, w.second * v[j]) * inverse;
                 FadingSums::apply(state[j], aggregate(j));
             }
         }

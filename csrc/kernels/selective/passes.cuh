@@ -20,7 +20,7 @@ namespace lsm::selective_kernel {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMine = 4;   // states of a lane
+constexpr int kMine = 4;  // states of a lane
 
 LSM_DEVICE float real_product(float a, float b) {
     return a * b;
@@ -56,10 +56,10 @@ struct Kind {
     static constexpr int L = L_;  // lanes of a channel
     static constexpr bool kChannelBC = kChannelBC_;
     static constexpr bool kIsComplex = std::is_same_v<N, Complex>;
-    using TokenNumber = std::conditional_t<kIsComplex, N, T>;   // of B and C of tokens
-    static constexpr int kChannels = kThreads / L;              // of a block
-    static constexpr int kStates = L * kMine;                   // of a round
-    static constexpr int kTile = kIsComplex ? 16 : 32;          // tokens
+    using TokenNumber = std::conditional_t<kIsComplex, N, T>;    // of B and C of tokens
+    static constexpr int kChannels = kThreads / L;               // of a block
+    static constexpr int kStates = L * kMine;                    // of a round
+    static constexpr int kTile = kIsComplex ? 16 : 32;           // tokens
     static constexpr int kPairs = kTile * kChannels / kThreads;  // token and channel of a thread
     static constexpr int kMicro = kIsComplex ? 4 : 8;  // tokens whose states the backward keeps
     static constexpr float kReadFactor = kIsComplex ? 2.f : 1.f;  // y = 2 Re(C h) of pairs
@@ -77,12 +77,12 @@ struct Kind {
 
 // The workspace. Sums over the states of earlier rounds are null where there is one round.
 struct Scratch {
-    float* y = nullptr;            // [B T][D]
+    float* y = nullptr;  // [B T][D]
     float *ddt = nullptr, *ddu = nullptr;
-    void* checkpoints = nullptr;   // [tile of a sequence][D][S], tiles numbered over all sequences
-    void* tokens = nullptr;        // [2][blocks of channels][B T][S]: shares of dB and dC
-    float* channels = nullptr;     // [2][N][D]: of dD and the bias
-    void* states = nullptr;        // [1 or 3][S][N][D]: of dA, and of channels' dB and dC
+    void* checkpoints = nullptr;  // [tile of a sequence][D][S], tiles numbered over all sequences
+    void* tokens = nullptr;       // [2][blocks of channels][B T][S]: shares of dB and dC
+    float* channels = nullptr;    // [2][N][D]: of dD and the bias
+    void* states = nullptr;       // [1 or 3][S][N][D]: of dA, and of channels' dB and dC
 };
 
 template <class T>
@@ -98,10 +98,6 @@ LSM_DEVICE void write(Rows const& r, i64 batch, i64 token, i64 channel, float x)
 
 LSM_DEVICE float sigmoid(float x) {
     return 1.f / (1.f + expf(-x));
-}
-
-LSM_DEVICE float not_a_number() {
-    return __uint_as_float(0x7fc00000u);
 }
 
 // What a thread knows of its block, channel and states.
@@ -143,9 +139,9 @@ struct Block {
     LSM_DEVICE void load_constants(void const* from, bool wanted, N (&x)[kMine]) const {
         LSM_UNROLL
         for (int s = 0; s < kMine; ++s) {
-            x[s] = wanted && inside(s) ? load_global(static_cast<N const*>(from) +
-                                                     (first + own) * p.S + state(s))
-                                       : number<N>(0.f);
+            x[s] = wanted && inside(s)
+                       ? load_global(static_cast<N const*>(from) + (first + own) * p.S + state(s))
+                       : number<N>(0.f);
         }
     }
     LSM_DEVICE int column(int s) const { return lane * kMine + s; }  // of the round's states
@@ -272,12 +268,12 @@ struct Block {
     LSM_DEVICE void poison_tokens(Rows const& rows) const {
         if (rows.data == nullptr) return;
         for (i64 i = threadIdx.x; i < (end - begin) * count; i += kThreads)
-            write<T>(rows, batch, begin + i / count, first + i % count, not_a_number());
+            write<T>(rows, batch, begin + i / count, first + i % count, nan_value());
     }
 };
 
 template <class K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     forward(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
             Scratch const scratch) {
     using T = typename K::T;
@@ -287,7 +283,7 @@ __global__ void __launch_bounds__(kThreads)
     typename K::N h[kMine];
     if (block.segment.poison) {
         block.poison_tokens(p.y);
-        Block<K>::fill(h, not_a_number());
+        Block<K>::fill(h, nan_value());
         if (block.sequence >= 0) block.store_states(p.final_state, h);
         return;
     }
@@ -328,7 +324,7 @@ LSM_DEVICE i64 first_tile(SelectiveParams const& p, i64 sequence, i64 begin) {
 }
 
 template <class K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     backward(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
              Scratch const scratch) {
     using T = typename K::T;
@@ -346,7 +342,7 @@ __global__ void __launch_bounds__(kThreads)
         return static_cast<N*>(scratch.tokens) + at * p.S + s;
     };
     // Of dA, and of channels' dB and dC.
-    auto const store_state_shares = [&](int which, N const (&x)[kMine]) {
+    auto const store_state_shares = [&](int which, N const(&x)[kMine]) {
         LSM_UNROLL
         for (int s = 0; s < kMine; ++s) {
             if (!block.inside(s)) continue;
@@ -366,14 +362,14 @@ __global__ void __launch_bounds__(kThreads)
         for (i64 i = threadIdx.x; i < (block.end - block.begin) * columns; i += kThreads) {
             for (int which = 0; which < 2; ++which)
                 store_global(share(which, block.begin + i / columns, s0 + i % columns),
-                             number<N>(not_a_number()));
+                             number<N>(nan_value()));
         }
         if (block.sequence < 0) return;
-        Block<K>::fill(h, not_a_number());
+        Block<K>::fill(h, nan_value());
         block.store_states(p.grad_initial_state, h);
         for (int which = 0; which < (K::kChannelBC ? 3 : 1); ++which) store_state_shares(which, h);
         if (static_cast<int>(threadIdx.x) < block.count)
-            store_channel_shares(not_a_number(), not_a_number());
+            store_channel_shares(nan_value(), nan_value());
         return;
     }
 
@@ -450,15 +446,13 @@ __global__ void __launch_bounds__(kThreads)
                         dC[s] = add(dC[s], of_c);
                     } else {
                         N const sum = block.over_channels(of_c);
-                        if (threadIdx.x % 32 < K::L)
-                            shared.dc[token][block.column(s)][warp] = sum;
+                        if (threadIdx.x % 32 < K::L) shared.dc[token][block.column(s)][warp] = sum;
                     }
                     if (K::kChannelBC && p.channel_B) {
                         dB[s] = add(dB[s], of_b);
                     } else {
                         N const sum = block.over_channels(of_b);
-                        if (threadIdx.x % 32 < K::L)
-                            shared.db[token][block.column(s)][warp] = sum;
+                        if (threadIdx.x % 32 < K::L) shared.db[token][block.column(s)][warp] = sum;
                     }
                     ddu += real_product(g[s], conj(block.b(shared, token, s)));
                     g[s] = multiply(g[s], conj(power_of_two(scaled(block.a_log2[s], dt))));
@@ -570,8 +564,7 @@ struct Launch {
 
     // Lays the workspace out; with a null base it only counts its bytes.
     Launch(SelectiveParams const& p, Direction direction, void* base) : p(p) {
-        blocks_of_group =
-            static_cast<unsigned>((p.D / p.G + K::kChannels - 1) / K::kChannels);
+        blocks_of_group = static_cast<unsigned>((p.D / p.G + K::kChannels - 1) / K::kChannels);
         auto const take = [&](i64 count, std::size_t size) {
             void* const at = static_cast<char*>(base) + bytes;
             bytes += (count * static_cast<i64>(size) + 255) / 256 * 256;
@@ -583,8 +576,8 @@ struct Launch {
         if (rounds) scratch.y = floats(p.B * p.T * p.D);
         if (direction == Direction::forward) return;
         if (rounds) scratch.ddt = floats(p.B * p.T * p.D), scratch.ddu = floats(p.B * p.T * p.D);
-        i64 const tiles =
-            p.cu_seqlens == nullptr ? p.N * ((p.T + K::kTile - 1) / K::kTile) : p.T / K::kTile + p.N + 1;
+        i64 const tiles = p.cu_seqlens == nullptr ? p.N * ((p.T + K::kTile - 1) / K::kTile)
+                                                  : p.T / K::kTile + p.N + 1;
         scratch.checkpoints = take(tiles * p.D * p.S, sizeof(N));
         scratch.tokens = take(2 * i64(blocks_of_group) * p.G * p.B * p.T * p.S, sizeof(N));
         scratch.channels = floats(2 * p.N * p.D);
@@ -605,7 +598,9 @@ struct Launch {
     }
     void backward(void* stream) const {
         rounds(selective_kernel::backward<K>, sizeof(typename K::SharedBackward), stream);
-        auto const blocks = [](i64 count) { return dim3(static_cast<unsigned>((count + 127) / 128)); };
+        auto const blocks = [](i64 count) {
+            return dim3(static_cast<unsigned>((count + 127) / 128));
+        };
         auto const states = [&](int which) {
             return static_cast<N const*>(scratch.states) + which * p.S * p.N * p.D;
         };
