@@ -41,10 +41,11 @@ from .simple_gla import SimpleGatedLinearAttention
 from .skyformer import SkyformerAttention
 from .slstm import SLSTM
 from .sparse_attention import MoBA, NativeSparseAttention
-from .ssm import DSS, S4, S4D
+from .ssm import DSS, H3, S4, S4D
 
 __all__ = [
     "DSS",
+    "H3",
     "LRU",
     "MLSTM",
     "S4",

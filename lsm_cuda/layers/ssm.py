@@ -1,4 +1,4 @@
-"""State space layers that do not change with time: S4, S4D and DSS between a GELU and a gate."""
+"""State space layers that do not change with time: S4, S4D and DSS between a GELU and a gate; H3."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules import ShortConvolution
 from ..modules.hippo import diagonal_init, log_steps, nplr
 from ..modules.precision import wide
 from ..ops.ssm import (
@@ -22,7 +23,7 @@ from ..ops.ssm import (
 )
 from .recurrent import Call, RecurrentLayer
 
-__all__ = ["DSS", "S4", "S4D"]
+__all__ = ["DSS", "H3", "S4", "S4D"]
 
 
 def _real_pairs(x: Tensor) -> nn.Parameter:
@@ -226,3 +227,54 @@ class S4(_SSMLayer):
             return dense_ssm_step(x, A, Bd, C, self.D, state)
 
         return call.run(whole, step, x)
+
+
+class H3(RecurrentLayer):
+    """H3 with heads of one channel: ``q ⊙ SSM_diag(SSM_shift(k) ⊙ v)``.
+
+    Args:
+        hidden_size: width of input and output, H.
+        d_state: states N of the diagonal system, conjugate pairs counted twice.
+        d_shift: tokens that the shift system sees; up to 8 on CUDA, 128 on CPU.
+        init: eigenvalues to start from, as in :class:`S4D`.
+        dt_min, dt_max: step sizes start log-uniformly between them.
+        layer_idx: place in the cache; needed to use one.
+
+    Note: a shift system is a filter of as many taps as it has states; its skip is the last tap.
+
+    Source: Hungry Hungry Hippos, arXiv:2212.14052, section 3.
+
+    Example:
+        >>> H3(hidden_size=16)(torch.randn(1, 10, 16))[0].shape
+        torch.Size([1, 10, 16])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        d_state: int = 64,
+        d_shift: int = 8,
+        init: str = "legs",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, layer_idx)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.shift = ShortConvolution(hidden_size, d_shift, activation=None)
+        self.kernel = DiagonalKernel(hidden_size, d_state, init, dt_min, dt_max)
+        self.D = nn.Parameter(torch.randn(hidden_size))
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def _mix(self, x: Tensor, call: Call) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        kernel = self.kernel
+        log_A, factor = discretize_diagonal(kernel.eigenvalues(), kernel.log_dt.exp())
+        system = {"log_A": log_A, "B": factor, "C": _complex(kernel.C), "D": self.D}
+        remembered = call.convolve(self.shift, k)
+        o: Tensor = self.o_proj(
+            q * call.run(diagonal_ssm, diagonal_ssm_step, remembered * v, **system)
+        )
+        return o

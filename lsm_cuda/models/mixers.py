@@ -92,6 +92,7 @@ MIXERS: dict[str, Builder] = {
     "nsa": _mixer(layers.NativeSparseAttention, num_kv_heads=_none, head_dim=_head_dim),
     "aft_simple": _mixer(layers.AFTSimple, heads=False),
     "gateloop": _mixer(layers.GateLoop, heads=False),
+    "h3": _mixer(layers.H3, heads=False),
     "hgrn": _mixer(layers.HGRNAttention, heads=False),
     "lru": _mixer(layers.LRU, heads=False),
     "mamba": _mixer(layers.Mamba, heads=False),

@@ -45,6 +45,7 @@ from .dplr import (
     iplr_delta_rule_step,
     rwkv7_step,
 )
+from .dyadic import dyadic_projections, dyadic_reconstruction
 from .gated import gateloop, glru, min_gru, min_lstm
 from .gated_delta_rule import (
     chunk_gated_delta_product,
@@ -249,6 +250,8 @@ __all__ = [
     "discretize_dplr",
     "dplr_delta_rule_step",
     "dss_kernel",
+    "dyadic_projections",
+    "dyadic_reconstruction",
     "fft_conv",
     "flash_attn_func",
     "flash_attn_varlen_func",

@@ -7,6 +7,7 @@ import torch
 
 from lsm_cuda.layers import (
     DSS,
+    H3,
     LRU,
     S4,
     S4D,
@@ -36,6 +37,7 @@ LAYERS = {
     "s4d bilinear": (S4D, {"d_state": 6, "init": "legs", "disc": "bilinear"}),
     "dss": (DSS, {"d_state": 5}),
     "dss softmax": (DSS, {"d_state": 5, "variant": "softmax", "max_length": 20}),
+    "h3": (H3, {"d_state": 6, "d_shift": 3}),
     "s4": (S4, {"d_state": 6}),
     "s4 fout": (S4, {"d_state": 6, "basis": "fout"}),
     "slstm": (SLSTM, {"num_heads": 2}),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from recurrent_layers import D, close, make, tokens
 
 from lsm_cuda.layers import DSS, SLSTM
+from lsm_cuda.ops import diagonal_kernel, discretize_diagonal, h3
 
 
 def test_s4d_is_the_published_layer():
@@ -29,6 +30,20 @@ def test_s4d_is_the_published_layer():
     z = torch.einsum("oh,bht->bot", w["output_linear.0.weight"][..., 0], y)
     y = F.glu(z + w["output_linear.0.bias"][:, None], dim=1)
     close(layer(x)[0], y.transpose(1, 2))
+
+
+def test_h3_is_its_definition():
+    """By the operator, whose shift filter has the taps in the order of time and a skip apart."""
+    layer, x = make("h3"), tokens(2, 11)
+    w = layer.state_dict()
+    q, k, v = (x @ w[f"{n}_proj.weight"].T + w[f"{n}_proj.bias"] for n in "qkv")
+    taps = w["shift.weight"][:, 0].flip(1)
+    shift = torch.cat([torch.zeros_like(taps[:, :1]), taps[:, 1:]], 1)
+    A, dt = layer.kernel.eigenvalues(), w["kernel.log_dt"].exp()
+    log_A, factor = discretize_diagonal(A, dt)
+    kernel = diagonal_kernel(log_A, factor * torch.view_as_complex(w["kernel.C"]), 11)
+    y = h3(q, k, v, shift, kernel, taps[:, 0], w["D"])
+    close(layer(x)[0], y @ w["o_proj.weight"].T + w["o_proj.bias"])
 
 
 def test_slstm_is_the_layer_of_xlstm():
