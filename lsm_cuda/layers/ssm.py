@@ -1,4 +1,4 @@
-"""State space layers that do not change with time: S4, S4D and DSS between a GELU and a gate; H3."""
+"""State space layers that do not change with time: S4, S4D, DSS between a GELU and a gate; H3."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_traffic_is_the_floor() -> None:
     r, u = torch.rand(2, D)
     ops, none = torch.ops.lsm_emu, (None,) * 4
     emu.reset_counters()
-    o, *_, states = ops.wkv4_fwd(r, u, k, v, *none, True, False)
+    *_, states = ops.wkv4_fwd(r, u, k, v, *none, True, False)
     ops.wkv4_bwd(r, u, k, v, *none, states, None, dy, None, None)
     forward, backward, *_ = emu.counters()["launches"]
     for launch, floor in ((forward, 3 * X + saved), (backward, 5 * X + saved)):
