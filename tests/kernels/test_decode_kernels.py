@@ -1,0 +1,95 @@
+"""Decode attention's and block selection's CUDA kernels on the emulator: races, traffic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulators import emulator
+from torch import Tensor
+
+from lsm_cuda.ops import AttnMask, BlockChoice, BlockLists, ScoreRule, _sparse_attn, selection
+
+BF16 = torch.bfloat16
+
+
+def decode(lib, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists | None, table=None, left=-1):
+    mask = AttnMask(causal=True, left=left)
+    given = _sparse_attn._arguments("", q, lists, mask, None, 0.0, None, None, None, 0.0)
+    return lib.sparse_attn_decode(q, k, v, None, table, *given)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("latent", [False, True])
+def test_decode_has_no_races(dtype, latent):
+    emu, lib = emulator("_emu_race"), torch.ops.lsm_emu_race
+    q = torch.randn(1, 2, 3, 64).to(dtype)
+    k, v = torch.randn(2, 5, 64, 1, 64).to(dtype)
+    table = torch.tensor([[4, 0, 2, 3, 1]], dtype=torch.int32)
+    for seed in (1, 2):
+        emu.set_seed(seed)
+        o, lse = decode(lib, q, k, k[..., :40] if latent else v, None, table)
+        lib.merge_attn_states_bwd(o[None], lse[None], o, lse, o, lse)
+        lengths = torch.tensor([300], dtype=torch.int32)
+        lib.kv_cache_update(k, v, k[:1, :2], v[:1, :2], lengths, table)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_selection_has_no_races(dtype):
+    emu, lib = emulator("_emu_race"), torch.ops.lsm_emu_race
+    q, k = torch.randn(1, 20, 8, 72).to(dtype), torch.randn(1, 130, 2, 72).to(dtype)
+    rule = ScoreRule.compressed(8, 4, 16)
+    chosen = BlockChoice(top_k=3, top_p=0.9, first=1, local=1)._arguments(rule, 9)
+    for seed in (1, 2):
+        emu.set_seed(seed)
+        pooled = lib.block_pool(k, None, None, None, 8, 4, 3, False)[..., :72]
+        given = selection._arguments(q, pooled, rule, None, None, None, None, None, 9)
+        lib.block_select(*given, *chosen)
+        lib.block_topk(lib.block_scores(*given), None, None, None, 20, given[-1], *chosen)
+
+
+def moved(launch: dict) -> int:
+    return launch["global_read_bytes"] + launch["global_write_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "window", "lists", "latent"])
+def test_decode_reads_what_it_attends_to(kind):
+    """The cache's bytes once for each group of heads, queries, and results of the parts."""
+    emu, lib = emulator("_emu"), torch.ops.lsm_emu
+    emu.set_seed(0)
+    T, G, Hkv, K, V = 1024, 8, 2, 128, 64
+    q = torch.randn(1, 1, G * Hkv, K).to(BF16)
+    k, v = torch.randn(1, T, Hkv, K).to(BF16), torch.randn(1, T, Hkv, V).to(BF16)
+    lists, keys, left, columns = None, T, -1, K + V
+    if kind == "window":
+        keys, left = 200, 199
+    elif kind == "lists":
+        chosen = torch.zeros(1, Hkv, 1, T // 64, dtype=torch.bool)
+        chosen[..., ::4] = True
+        lists, keys = BlockLists.from_bitmap(chosen, 1, T, 1, 64, 4), T // 4
+    elif kind == "latent":
+        v, columns = k[..., :V], K
+    emu.reset_counters()
+    decode(lib, q, k, v, lists, left=left)
+    launch, merge = emu.counters()["launches"]
+    parts = -(-keys // 256)
+    results = parts * G * Hkv * (V + 1) * 4
+    cache, queries = keys * Hkv * columns * 2, q.numel() * 2 * parts
+    assert moved(launch) <= 1.05 * (cache + queries + results) + 512
+    assert moved(merge) <= 4 * results
+
+
+def test_scores_stay_on_the_chip():
+    """NSA's selection: keys once for every 64 members, lists out, nothing in between."""
+    emu, lib = emulator("_emu"), torch.ops.lsm_emu
+    emu.set_seed(0)
+    T, G, K = 64, 16, 64
+    q, keys = torch.randn(1, T, G, K).to(BF16), torch.randn(1, 15, 1, K).to(BF16)
+    rule, choice = ScoreRule.compressed(8, 4, 16), BlockChoice(top_k=2, local=1)
+    lse = torch.randn(1, G, T)
+    given = selection._arguments(q, keys, rule, None, lse, None, None, None, 4)
+    emu.reset_counters()
+    index = lib.block_select(*given, *choice._arguments(rule, 4))
+    (launch,) = emu.counters()["launches"]
+    blocks = T * G // 64
+    expected = q.numel() * 2 + blocks * keys.numel() * 2 + lse.numel() * 4 + index.numel() * 4
+    assert moved(launch) <= 1.05 * expected + blocks * 4 * 5 * 4 * 4  # taps
