@@ -2,7 +2,7 @@
 // C++, no vectors.
 #pragma once
 
-#include "params/sparse_attn.h"
+#include "policy/attn_keys.h"
 #include "tier_choice.h"
 
 namespace lsm::cpu {

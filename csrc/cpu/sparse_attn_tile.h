@@ -128,15 +128,6 @@ void turn(T* dst, int64_t dst_row, T const* src, int64_t src_row, int64_t rows, 
 
 // ---- Masks ----
 
-LSM_INLINE int64_t clamp_of(int64_t x, int64_t least, int64_t most) {
-    return max_of(least, min_of(x, most));
-}
-
-inline int64_t floor_div(int64_t a, int64_t b) {
-    int64_t const q = a / b;
-    return q * b > a ? q - 1 : q;
-}
-
 // Keys that a query sees by its position: [0, sink_end) and [begin, end).
 struct Seen {
     int64_t sink_end, begin, end;
@@ -144,8 +135,7 @@ struct Seen {
 
 // Keys before position x, of `keys`.
 inline int64_t keys_before(AttnMask const& m, int64_t x, int64_t keys) {
-    int64_t const first = -floor_div(-(x - m.key_length + 1), m.key_stride);
-    return clamp_of(first, 0, keys);
+    return clamped(attn_key_from(m, x), 0, keys);
 }
 
 // `reach`: keys at that distance or farther have no weight.
@@ -385,7 +375,7 @@ class AttnTile {
             for (int i = v * W; i < (v + 1) * W; ++i) {
                 bool const in = rows_ == 0 || member_[min_of(i / lanes_of_row_, rows_ - 1)];
                 auto const relative = [&](int64_t key) {
-                    return in ? clamp_of(key - first_, 0, count_) : 0;
+                    return in ? clamped(key - first_, 0, count_) : 0;
                 };
                 int64_t const sink = relative(seen_[i].sink_end);
                 int64_t const begin = relative(seen_[i].begin), end = relative(seen_[i].end);
