@@ -16,8 +16,8 @@ namespace {
 // The chunk engine (params/operators.h): S_t = decay(S_{t-1}) + k_t v_t^T, o_t = scale S_t^T q_t. q, k [B,T,H,K];
 // v [B,T,HV,V]; states [N,HV,K,V]. Gates, natural log unless the operator's policy says otherwise: none, one per head
 // [B,T,HV] (strides 0 where it is constant), per channel of the key [B,T,HV,K], of the value [B,T,HV,V], or both. An
-// absent result is an empty tensor. *_step takes one token per sequence, without the T dimension; state [B,HV,K,V] is
-// updated in place.
+// absent result is an empty tensor. *_step takes one token per sequence, without the T dimension; state [B,HV,K,V], or
+// a tensor of [B,HV,V,K] with the last two transposed, is updated in place.
 template <class Library>
 void define(Library& m, lsm::ChunkOperator const& op) {
     bool const gated = op.decay != lsm::Decay::none, two = op.decay == lsm::Decay::both;
@@ -64,6 +64,12 @@ void define(Library& m, lsm::ChunkOperator const& op) {
 
 STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     for (auto const& op : lsm::kChunkOperators) define(m, op);
+
+    // The chunk engine's step with mLSTM's gates i, f [B,HV] before their activation, normaliser n [B,HV,K] and
+    // stabiliser m [B,HV]; whole sequences are simple_gla's with one more column of values.
+    m.def(
+        "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!) n, "
+        "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");
 
     // Delta engine (params/delta.h has the recurrences): q [B,T,H,K]; k [B,Tn,H,K], v [B,Tn,HV,V], beta [B,Tn,HV] or
     // [B,Tn,HV,V] with n = num_householder micro-steps per token; states [N,HV,K,V]; gates natural log. Steps as above;

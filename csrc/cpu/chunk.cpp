@@ -276,7 +276,11 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
               [&](ChunkTask const& task, void* scratch) { kernels().backward(p, task, scratch); });
 }
 
-void step(StepParams const& p, void*) {
+int64_t step_workspace(StepParams const&) {
+    return 0;
+}
+
+void step(StepParams const& p, void*, void*) {
     int64_t const grain = std::max<int64_t>(1, kStepGrain / (p.K * p.V)), states = p.B * p.HV;
     auto const run = [&](int64_t first, int64_t last) { kernels().step(p, first, last); };
     if (states <= grain) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decay.h"
+#include "policy/input_gate.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -13,89 +14,174 @@ template <class T>
 struct StepTile {
     T k[kStepChannels], q[kStepChannels];
     T v[kStepChannels], o[kStepChannels];
-    T row_decay[kStepChannels], column_decay[kStepChannels];  // whichever there are
+    T key_decay[kStepChannels], value_decay[kStepChannels];  // whichever there are
 };
 
 enum class StepOrder { write_read, read_write };
 enum class StepDecay { rows, columns, both };
 
 // One vector, or number, of a row.
-template <StepOrder kOrder, class X, class T>
-LSM_INLINE X step_row(X s, X& o, T q, T k, X v, X decay) {
+template <StepOrder kOrder, class X, class Y, class Z>
+LSM_INLINE X step_row(X s, X& o, Y q, Y k, Z v, X decay) {
     if constexpr (kOrder == StepOrder::read_write) o += q * s;
     s = decay * s + k * v;
     if constexpr (kOrder == StepOrder::write_read) o += q * s;
     return s;
 }
 
-template <StepOrder kOrder, StepDecay kDecay, int N, class T>
-LSM_INLINE void step_panels(StepTile<T>& tile, T* S, int64_t stride, int64_t rows, int64_t column) {
-    constexpr int W = kLanes<T>;
-    Vector<T> v[N], o[N], column_decay[N];
-    for (int n = 0; n < N; ++n) v[n] = load(tile.v + column + n * W);
-    for (int n = 0; n < N; ++n) o[n] = load(tile.o + column + n * W);
-    if constexpr (kDecay != StepDecay::rows) {
-        for (int n = 0; n < N; ++n) column_decay[n] = load(tile.column_decay + column + n * W);
+// Decays of row i and of a vector of columns, whichever act.
+template <StepDecay kDecay, class T>
+LSM_INLINE Vector<T> step_decay(T const* rows, int64_t i, Vector<T> columns) {
+    if constexpr (kDecay == StepDecay::columns) {
+        return columns;
+    } else if constexpr (kDecay == StepDecay::both) {
+        return columns * rows[i];
+    } else {
+        return splat(rows[i]);
     }
-    for (int64_t i = 0; i < rows; ++i) {
-        T* row = S + i * stride + column;
-        for (int n = 0; n < N; ++n) {
-            Vector<T> decay;
-            if constexpr (kDecay == StepDecay::columns) {
-                decay = column_decay[n];
-            } else {
-                decay = Vector<T>{} + tile.row_decay[i];
-            }
-            if constexpr (kDecay == StepDecay::both) decay *= column_decay[n];
-            store(row + n * W,
-                  step_row<kOrder>(load(row + n * W), o[n], tile.q[i], tile.k[i], v[n], decay));
-        }
-    }
-    for (int n = 0; n < N; ++n) store(tile.o + column + n * W, o[n]);
 }
 
+// A piece of a state that has a row for each key channel: outputs lie along the rows.
 template <StepOrder kOrder, StepDecay kDecay, class T>
-void step_columns(StepTile<T>& tile, T* S, int64_t stride, int64_t rows, int64_t columns) {
-    constexpr int W = kLanes<T>;
-    int64_t c = 0;
-    for (; c + 4 * W <= columns; c += 4 * W)
-        step_panels<kOrder, kDecay, 4>(tile, S, stride, rows, c);
-    for (; c + W <= columns; c += W) step_panels<kOrder, kDecay, 1>(tile, S, stride, rows, c);
-    for (; c < columns; ++c) {
+struct KeyRows {
+    StepTile<T>& tile;
+    T* S;
+    int64_t stride, rows, columns;
+
+    void walk() const {
+        constexpr int W = kLanes<T>;
+        int64_t c = 0;
+        for (; c + 4 * W <= columns; c += 4 * W) panels<4>(c);
+        for (; c + W <= columns; c += W) panels<1>(c);
+        for (; c < columns; ++c) column(c);
+    }
+
+  private:
+    template <int N>
+    LSM_INLINE void panels(int64_t column) const {
+        constexpr int W = kLanes<T>;
+        Vector<T> v[N], o[N], decay[N] = {};
+        for (int n = 0; n < N; ++n) v[n] = load(tile.v + column + n * W);
+        for (int n = 0; n < N; ++n) o[n] = load(tile.o + column + n * W);
+        if constexpr (kDecay != StepDecay::rows) {
+            for (int n = 0; n < N; ++n) decay[n] = load(tile.value_decay + column + n * W);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            T* row = S + i * stride + column;
+            for (int n = 0; n < N; ++n) {
+                store(row + n * W,
+                      step_row<kOrder>(load(row + n * W), o[n], tile.q[i], tile.k[i], v[n],
+                                       step_decay<kDecay>(tile.key_decay, i, decay[n])));
+            }
+        }
+        for (int n = 0; n < N; ++n) store(tile.o + column + n * W, o[n]);
+    }
+
+    void column(int64_t c) const {
         for (int64_t i = 0; i < rows; ++i) {
             T& s = S[i * stride + c];
-            T decay = kDecay == StepDecay::columns ? tile.column_decay[c] : tile.row_decay[i];
-            if constexpr (kDecay == StepDecay::both) decay *= tile.column_decay[c];
+            T decay = kDecay == StepDecay::columns ? tile.value_decay[c] : tile.key_decay[i];
+            if constexpr (kDecay == StepDecay::both) decay *= tile.value_decay[c];
             s = step_row<kOrder>(s, tile.o[c], tile.q[i], tile.k[i], tile.v[c], decay);
         }
     }
-}
+};
+
+// A piece of a state that has a row for each value channel: an output is a row's product with q,
+// summed over the lanes for as many rows at a time as there are lanes.
+template <StepOrder kOrder, StepDecay kDecay, class T>
+struct ValueRows {
+    StepTile<T>& tile;
+    T* S;
+    int64_t stride, rows, columns;
+
+    void walk() const {
+        constexpr int W = kLanes<T>;
+        int64_t const whole = columns / W * W;
+        for (int64_t first = 0; first < rows; first += W) {
+            int64_t const count = min_of(W, rows - first);
+            Vector<T> sums[W] = {};
+            int64_t c = 0;
+            for (; c + 4 * W <= whole; c += 4 * W) panels<4>(sums, first, count, c);
+            for (; c < whole; c += W) panels<1>(sums, first, count, c);
+            store(tile.o + first, load(tile.o + first) + sum_each<T>(sums));
+            for (int64_t i = first; c < columns && i < first + count; ++i) row_end(i, c);
+        }
+    }
+
+  private:
+    template <int N>
+    LSM_INLINE void panels(Vector<T>* sums, int64_t first, int64_t count, int64_t column) const {
+        constexpr int W = kLanes<T>;
+        Vector<T> q[N], k[N], decay[N] = {};
+        for (int n = 0; n < N; ++n) q[n] = load(tile.q + column + n * W);
+        for (int n = 0; n < N; ++n) k[n] = load(tile.k + column + n * W);
+        if constexpr (kDecay != StepDecay::rows) {
+            for (int n = 0; n < N; ++n) decay[n] = load(tile.key_decay + column + n * W);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            T* row = S + (first + i) * stride + column;
+            Vector<T> sum[N] = {};
+            for (int n = 0; n < N; ++n) {
+                store(row + n * W,
+                      step_row<kOrder>(load(row + n * W), sum[n], q[n], k[n], tile.v[first + i],
+                                       step_decay<kDecay>(tile.value_decay, first + i, decay[n])));
+            }
+            for (int n = 0; n < N; ++n) sums[i] += sum[n];
+        }
+    }
+
+    void row_end(int64_t i, int64_t c) const {
+        for (; c < columns; ++c) {
+            T& s = S[i * stride + c];
+            T decay = kDecay == StepDecay::columns ? tile.key_decay[c] : tile.value_decay[i];
+            if constexpr (kDecay == StepDecay::both) decay *= tile.key_decay[c];
+            s = step_row<kOrder>(s, tile.o[i], tile.q[c], tile.k[c], tile.v[i], decay);
+        }
+    }
+};
 
 template <class T>
 class StepHead {
   public:
     StepHead(StepParams const& p, int64_t batch, int64_t head)
-        : p_(p), batch_(batch), head_(head) {}
+        : p_(p), batch_(batch), head_(head), query_head_(head / (p.HV / p.H)) {}
 
     void run() {
         T* const S = static_cast<T*>(p_.state) + (batch_ * p_.HV + head_) * p_.K * p_.V;
-        int64_t const query_head = head_ / (p_.HV / p_.H);
+        T decay = 1, weight = 1, inverse = 1;
+        if (p_.normaliser.n != nullptr) {
+            normalise(decay, weight, inverse);
+        } else if (p_.decay == Decay::scalar) {
+            row(p_.g, p_.gate_dtype, head_, 0, 1).read(tile_.key_decay, 0);
+            decays_of(p_.gate, tile_.key_decay, 1);
+            decay = tile_.key_decay[0];
+        }
         for (int64_t v0 = 0; v0 < p_.V; v0 += kStepChannels) {
-            int64_t const columns = min_of(kStepChannels, p_.V - v0);
-            Row const o = row(p_.o, p_.dtype, head_, v0, columns);
-            row(p_.v, p_.dtype, head_, v0, columns).read(tile_.v, 0);
-            for (int64_t i = 0; i < columns; i += W) store(tile_.o + i, Vector<T>{});
+            int64_t const values = min_of(kStepChannels, p_.V - v0);
+            Row const o = row(p_.o, p_.dtype, head_, v0, values);
+            row(p_.v, p_.dtype, head_, v0, values).read(tile_.v, 0, weight);
+            for (int64_t i = 0; i < values; i += W) store(tile_.o + i, Vector<T>{});
             if (decays_values(p_.decay)) {
-                read_decay(tile_.column_decay, p_.decay == Decay::both ? p_.gv : p_.g, v0, columns);
+                read_decay(tile_.value_decay, p_.decay == Decay::both ? p_.gv : p_.g, v0, values);
+            } else if (p_.values_first) {
+                fill(tile_.value_decay, decay, values);
             }
             for (int64_t k0 = 0; k0 < p_.K; k0 += kStepChannels) {
-                int64_t const rows = min_of(kStepChannels, p_.K - k0);
-                row(p_.q, p_.dtype, query_head, k0, rows).read(tile_.q, 0, T(p_.scale));
-                row(p_.k, p_.dtype, query_head, k0, rows).read(tile_.k, 0);
-                if (p_.decay != Decay::value) read_decay(tile_.row_decay, p_.g, k0, rows);
-                walk(S + k0 * p_.V + v0, rows, columns);
+                int64_t const keys = min_of(kStepChannels, p_.K - k0);
+                read_keys(k0, keys, 1);
+                if (decays_keys(p_.decay)) {
+                    read_decay(tile_.key_decay, p_.g, k0, keys);
+                } else if (!p_.values_first) {
+                    fill(tile_.key_decay, decay, keys);
+                }
+                if (p_.values_first) {
+                    walk<ValueRows>(p_.decay == Decay::key, S + v0 * p_.K + k0, p_.K, values, keys);
+                } else {
+                    walk<KeyRows>(p_.decay == Decay::value, S + k0 * p_.V + v0, p_.V, keys, values);
+                }
             }
-            o.write(tile_.o, 0);
+            o.write(tile_.o, 0, inverse);
         }
     }
 
@@ -107,42 +193,79 @@ class StepHead {
         return {rows, dtype, batch_, head, Span{0, 1}, columns, first};
     }
 
-    // Decays of `count` rows or columns of the state, from `first` on.
+    void read_keys(int64_t first, int64_t count, T weight) {
+        row(p_.q, p_.dtype, query_head_, first, count).read(tile_.q, 0, T(p_.scale));
+        row(p_.k, p_.dtype, query_head_, first, count).read(tile_.k, 0, weight);
+    }
+
+    // Decays of `count` channels, from `first` on.
     void read_decay(T (&decay)[kStepChannels], Rows const& gate, int64_t first, int64_t count) {
-        if (decays_keys(p_.decay) || decays_values(p_.decay)) {
-            row(gate, p_.gate_dtype, head_, first, count).read(decay, 0);
-            return decays_of(p_.gate, decay, count);
-        }
-        T all = 1;
-        if (p_.decay == Decay::scalar) {
-            row(gate, p_.gate_dtype, head_, 0, 1).read(decay, 0);
-            decays_of(p_.gate, decay, 1);
-            all = decay[0];
-        }
-        for (int64_t i = 0; i < count; i += W) store(decay + i, Vector<T>{} + all);
+        row(gate, p_.gate_dtype, head_, first, count).read(decay, 0);
+        decays_of(p_.gate, decay, count);
     }
 
-    void walk(T* S, int64_t rows, int64_t columns) {
+    static void fill(T (&decay)[kStepChannels], T all, int64_t count) {
+        for (int64_t i = 0; i < count; i += W) store(decay + i, splat(all));
+    }
+
+    template <template <StepOrder, StepDecay, class> class Lying>
+    void walk(bool columns_decay, T* S, int64_t stride, int64_t rows, int64_t columns) {
+        auto const as = [&](auto order, auto decay) {
+            Lying<order, decay, T>{tile_, S, stride, rows, columns}.walk();
+        };
+        auto const ordered = [&](auto decay) {
+            if (p_.exclusive) {
+                as(constant<StepOrder::read_write>, decay);
+            } else {
+                as(constant<StepOrder::write_read>, decay);
+            }
+        };
         if (p_.decay == Decay::both) {
-            walk_as<StepDecay::both>(S, rows, columns);
-        } else if (p_.decay == Decay::value) {
-            walk_as<StepDecay::columns>(S, rows, columns);
+            ordered(constant<StepDecay::both>);
+        } else if (columns_decay) {
+            ordered(constant<StepDecay::columns>);
         } else {
-            walk_as<StepDecay::rows>(S, rows, columns);
+            ordered(constant<StepDecay::rows>);
         }
     }
+    template <auto kValue>
+    static constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
-    template <StepDecay kDecay>
-    void walk_as(T* S, int64_t rows, int64_t columns) {
-        if (p_.exclusive) {
-            step_columns<StepOrder::read_write, kDecay>(tile_, S, p_.V, rows, columns);
-        } else {
-            step_columns<StepOrder::write_read, kDecay>(tile_, S, p_.V, rows, columns);
+    // n and m after the token, and what it takes from them.
+    void normalise(T& decay, T& weight, T& inverse) {
+        auto const& own = p_.normaliser;
+        int64_t const chain = batch_ * p_.HV + head_;
+        T* const n = static_cast<T*>(own.n) + chain * p_.K;
+        T& m = static_cast<T*>(own.m)[chain];
+        T i[W], f[W];
+        row(own.i, p_.gate_dtype, head_, 0, 1).read(i, 0);
+        row(own.f, p_.gate_dtype, head_, 0, 1).read(f, 0);
+        InputGate const gate = input_gate(i[0], f[0], m, own.exponential);
+        decay = T(gate.decay), weight = T(gate.weight), m = T(gate.m);
+        Vector<T> sums{};
+        for (int64_t k0 = 0; k0 < p_.K; k0 += kStepChannels) {
+            int64_t const keys = min_of(kStepChannels, p_.K - k0);
+            read_keys(k0, keys, weight);
+            for (int64_t c = 0; c < keys; c += W) {
+                T* const at = n + k0 + c;
+                int64_t const count = min_of(W, keys - c);
+                Vector<T> const old = count == W ? load(at) : widen_first<T>(at, count);
+                Vector<T> const now = decay * old + load(tile_.k + c);
+                sums += now * load(tile_.q + c);
+                if (count == W) {
+                    store(at, now);
+                } else {
+                    narrow_first<T>(at, now, count);
+                }
+            }
         }
+        if (!own.divides) return;
+        double const size = std::fabs(double(sum_lanes<T>(sums)));
+        inverse = T(1 / ((size < gate.least ? gate.least : size) + own.eps));
     }
 
     StepParams const& p_;
-    int64_t batch_, head_;
+    int64_t batch_, head_, query_head_;
     StepTile<T> tile_;
 };
 

@@ -241,17 +241,38 @@ Gradients backward(ChunkOperator const& op, Tensor const& q, Tensor const& k, Te
     return {sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, dg, dh0};
 }
 
-Tensor one_step(ChunkOperator const& op, Tensor const& q, Tensor const& k, Tensor const& v,
-                Gates const& gates, Tensor const& state, double scale) {
-    Checks const c(op.name, "_step");
-    check_inputs(c, op.decay, q, k, v, gates, true);
-    int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
-    check_step_state(c, state, q, HV, K, V);
-    DeviceScope const scope(q);
-    Tensor const qr = last_contiguous(q), kr = last_contiguous(k), vr = last_contiguous(v);
-    Gates const gr = gates.map(op.decay, gate_layout);
-    Tensor o = empty({B, HV, V}, q.scalar_type(), q);
+// The tensors of a step in the layout of the kernels, kept alive beside the params that point into them.
+struct StepInputs {
+    Tensor q, k, v, o;
+    Gates gates;
     StepParams p{};
+
+    Tensor run() {
+        DeviceScope const scope(q);
+        int64_t const bytes = step_workspace(p);
+        OptionalTensor scratch;
+        if (bytes > 0) scratch = workspace(bytes, q);
+        step(p, scratch ? scratch->mutable_data_ptr() : nullptr, scope.stream());
+        return o;
+    }
+};
+
+// Tokens that are checked already, and their state.
+StepInputs prepare_step(Checks const& c, ChunkOperator const& op, Tensor const& q, Tensor const& k,
+                        Tensor const& v, Gates const& gates, Tensor const& state,
+                        char const* state_arg, double scale) {
+    int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
+    // of states with one row or one column, either is right
+    bool const values_first = state.dim() == 4 && !state.is_contiguous() && is_transposed(state);
+    check_in_place(c, state, state_arg, "[B, HV, K, V]", {B, HV, K, V}, q, values_first);
+    DeviceScope const scope(q);
+    StepInputs in{last_contiguous(q),
+                  last_contiguous(k),
+                  last_contiguous(v),
+                  empty({B, HV, V}, q.scalar_type(), q),
+                  gates.map(op.decay, gate_layout),
+                  {}};
+    StepParams& p = in.p;
     p.decay = op.decay;
     p.exclusive = op.exclusive;
     p.gate = op.gate;
@@ -260,11 +281,44 @@ Tensor one_step(ChunkOperator const& op, Tensor const& q, Tensor const& k, Tenso
     p.state_dtype = to_dtype(state_type(q));
     p.B = B, p.H = H, p.HV = HV, p.K = K, p.V = V;
     p.scale = scale;
-    p.q = rows(qr), p.k = rows(kr), p.v = rows(vr), p.o = rows(o);
-    point_at(op.decay, gr, p.g, p.gv);
+    p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v), p.o = rows(in.o);
+    point_at(op.decay, in.gates, p.g, p.gv);
+    p.values_first = values_first;
     p.state = const_cast<void*>(state.const_data_ptr());
-    step(p, scope.stream());
-    return o;
+    return in;
+}
+
+Tensor one_step(ChunkOperator const& op, Tensor const& q, Tensor const& k, Tensor const& v,
+                Gates const& gates, Tensor const& state, double scale) {
+    Checks const c(op.name, "_step");
+    check_inputs(c, op.decay, q, k, v, gates, true);
+    return prepare_step(c, op, q, k, v, gates, state, "state", scale).run();
+}
+
+// A step of one decay per head with an input gate and a normaliser beside the state.
+Tensor mlstm_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i,
+                  Tensor const& f, Tensor const& C, Tensor const& n, Tensor const& m, double scale,
+                  double eps, bool exponential, bool normalize) {
+    Checks const c("mlstm_step");
+    check_inputs(c, Decay::none, q, k, v, {}, true);
+    int64_t const B = q.size(0), K = q.size(2), HV = v.size(1);
+    check_gate(c, Decay::scalar, "i", i, q, v, true);
+    check_gate(c, Decay::scalar, "f", f, q, v, true);
+    c.dtype(f, "f", i.scalar_type(), " like i");
+    check_in_place(c, n, "n", "[B, HV, K]", {B, HV, K}, q);
+    check_in_place(c, m, "m", "[B, HV]", {B, HV}, q);
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    StepInputs in = prepare_step(c, op, q, k, v, {}, C, "C", scale);
+    StepParams& p = in.p;
+    p.gate_dtype = to_dtype(i.scalar_type());
+    p.normaliser = {scalar_rows(i),
+                    scalar_rows(f),
+                    const_cast<void*>(n.const_data_ptr()),
+                    const_cast<void*>(m.const_data_ptr()),
+                    exponential,
+                    normalize,
+                    eps};
+    return in.run();
 }
 
 // The dispatcher wants plain functions; here they are for row i of the operators, with as many gates as it has.
@@ -355,4 +409,5 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<
 
 STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     lsm::implement_all(m, std::make_index_sequence<lsm::kChunkOperators.size()>{});
+    m.impl("mlstm_step", TORCH_BOX(&lsm::mlstm_step));
 }

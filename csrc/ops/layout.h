@@ -53,15 +53,27 @@ inline void check_state(Checks const& c, OptionalTensor const& state, char const
     c.device(*state, arg, q, "q");
 }
 
-// The state of a step, which is updated in place.
+// A state of a step, which is updated in place.
+inline void check_in_place(Checks const& c, Tensor const& state, char const* arg, char const* dims,
+                           std::initializer_list<int64_t> shape, Tensor const& q,
+                           bool or_transposed = false) {
+    c.shape(state, arg, dims, shape);
+    c.dtype(state, arg, state_type(q));
+    c.device(state, arg, q, "q");
+    c.require(state.is_contiguous() || or_transposed, arg,
+              " is updated in place and must be contiguous, got strides ", show(state.strides()));
+}
+
 inline void check_step_state(Checks const& c, Tensor const& state, Tensor const& q, int64_t HV,
                              int64_t K, int64_t V) {
-    c.shape(state, "state", "[B, HV, K, V]", {q.size(0), HV, K, V});
-    c.dtype(state, "state", state_type(q));
-    c.device(state, "state", q, "q");
-    c.require(state.is_contiguous(),
-              "state is updated in place and must be contiguous, got strides ",
-              show(state.strides()));
+    check_in_place(c, state, "state", "[B, HV, K, V]", {q.size(0), HV, K, V}, q);
+}
+
+// Whether a [B, HV, K, V] tensor lies in memory as [B, HV, V, K].
+inline bool is_transposed(Tensor const& t) {
+    int64_t const HV = t.size(1), K = t.size(2), V = t.size(3);
+    return t.stride(2) == 1 && t.stride(3) == K && (HV == 1 || t.stride(1) == K * V) &&
+           (t.size(0) == 1 || t.stride(0) == HV * K * V);
 }
 
 // Values of cu_seqlens are read here only where that costs no synchronisation; the CUDA kernels check them on the

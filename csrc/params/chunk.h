@@ -67,6 +67,17 @@ struct ChunkParams {
     void* grad_initial_state = nullptr;  // [N, HV, K, V], nullable
 };
 
+// What mLSTM has in a token: gates before their activation, of which exp(f) or sigmoid(f) decays a head's state and
+// exp(i) or sigmoid(i) weighs what is written to it; and sums of the weighted keys to divide by (policy/input_gate.h).
+struct Normaliser {
+    Rows i, f;          // [B, 1, HV], in gate_dtype
+    void* n = nullptr;  // [B, HV, K] contiguous, updated in place; null: not an mLSTM
+    void* m = nullptr;  // [B, HV] contiguous, updated in place: the logarithm by which the states are scaled down
+    bool exponential;   // the input gate; else a sigmoid, and m stays
+    bool divides;       // outputs by max(|scale · q·n|, exp(-m)) + eps
+    double eps;
+};
+
 // One token: the state is read once, decayed and written to; the query reads it after that, or before if exclusive.
 struct StepParams {
     Decay decay;
@@ -75,10 +86,12 @@ struct StepParams {
     Dtype dtype, gate_dtype, state_dtype;
     int64_t B, H, HV, K, V;
     double scale;
-    Rows q, k;    // [B, 1, H, K]
-    Rows v, o;    // [B, 1, HV, V]
-    Rows g, gv;   // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
-    void* state;  // [B, HV, K, V] contiguous, updated in place
+    Rows q, k;          // [B, 1, H, K]
+    Rows v, o;          // [B, 1, HV, V]
+    Rows g, gv;         // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
+    bool values_first;  // how the state lies: [B, HV, V, K] rather than [B, HV, K, V]
+    void* state;        // contiguous, updated in place
+    Normaliser normaliser;
 };
 
 // What a backend (cpu/, kernels/) provides to ops/chunk.cpp. Workspaces are uninitialised bytes, 256-byte aligned.
@@ -86,6 +99,7 @@ int64_t chunk_fwd_workspace(ChunkParams const& p);
 int64_t chunk_bwd_workspace(ChunkParams const& p);
 void chunk_fwd(ChunkParams const& p, void* workspace, void* stream);
 void chunk_bwd(ChunkParams const& p, void* workspace, void* stream);
-void step(StepParams const& p, void* stream);
+int64_t step_workspace(StepParams const& p);
+void step(StepParams const& p, void* workspace, void* stream);
 
 }  // namespace lsm

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._common import accumulation_dtype, autocast, check_in_place, check_shape
+from ._common import (
+    accumulation_dtype,
+    autocast,
+    check_no_gradient,
+    check_same_device,
+    check_shape,
+)
 from ._running import sequence_index
-from ._sums import quotient, step_sums, sums
+from ._sums import quotient, sums
 
 __all__ = [
     "chunk_mlstm",
@@ -22,6 +28,12 @@ __all__ = [
 
 States: TypeAlias = tuple[Tensor, Tensor, Tensor]
 InputGate: TypeAlias = Literal["exp", "sigmoid"]
+
+
+@torch.library.register_fake("lsm::mlstm_step")
+def _step_fake(q, k, v, i, f, C, n, m, *_):  # type: ignore[no-untyped-def]
+    check_same_device("mlstm_step", q, k=k, v=v, i=i, f=f, C=C, n=n, m=m)
+    return v.new_empty(v.shape)
 
 
 def chunk_mlstm(
@@ -88,7 +100,10 @@ def chunk_mlstm(
         >>> C.shape, n.shape, m.shape
         (torch.Size([1, 2, 32, 32]), torch.Size([1, 2, 32]), torch.Size([1, 2]))
     """
-    _check_gates("chunk_mlstm", "[B, T, HV]", v, i, f, input_gate, normalize)
+    op = "chunk_mlstm"
+    _check_input_gate(op, input_gate, normalize)
+    check_shape(op, "i", i, "[B, T, HV]", v.shape[:-1])
+    check_shape(op, "f", f, "[B, T, HV]", v.shape[:-1])
     q, k, v = autocast(q, k, v)
     C, n, m = (None, None, None) if initial_state is None else initial_state
     dtype = accumulation_dtype(q)
@@ -143,20 +158,17 @@ def mlstm_step(
         >>> mlstm_step(q, k, v, torch.zeros(1, 2), torch.zeros(1, 2), state).shape
         torch.Size([1, 2, 32])
     """
-    _check_gates("mlstm_step", "[B, HV]", v, i, f, input_gate, normalize)
+    op = "mlstm_step"
     C, n, m = state
-    check_in_place("mlstm_step", "m", m, "[B, HV]", v.shape[:-1], q)
-    i, f = i.to(m.dtype), f.to(m.dtype)
-    g = f.clamp(max=0) - f.abs().neg().exp().log1p()  # logsigmoid wakes threads for eight numbers
-    bound: Tensor | float
-    if input_gate == "exp":
-        new = torch.maximum(g + m, i)
-        g, weight, bound = g + m - new, (i - new).exp(), (-new)[..., None].exp()
-    else:
-        new, weight, bound = m, i.sigmoid(), 1.0
-    above, below = step_sums("simple_gla", q, k, v, g, weight, (C, n), scale, "chunk_mlstm")
-    m.copy_(new)
-    return (_normalise(above, below, bound, eps) if normalize else above).to(v.dtype)
+    _check_input_gate(op, input_gate, normalize)
+    check_no_gradient(op, "chunk_mlstm", q, k, v, i, f, *state)
+    wide = accumulation_dtype(q)
+    if i.dtype != f.dtype or i.dtype not in (q.dtype, wide):
+        i, f = i.to(wide), f.to(wide)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.lsm.mlstm_step(  # type: ignore[no-any-return]
+        q, k, v, i, f, C, n, m, scale, eps, input_gate == "exp", normalize
+    )
 
 
 def mlstm_chunkwise(
@@ -314,11 +326,7 @@ def _stabilised(
     return a + (before - m), (i - m).exp(), (-m).exp(), last
 
 
-def _check_gates(
-    op: str, dims: str, v: Tensor, i: Tensor, f: Tensor, input_gate: str, normalize: bool
-) -> None:
-    check_shape(op, "i", i, dims, v.shape[:-1])
-    check_shape(op, "f", f, dims, v.shape[:-1])
+def _check_input_gate(op: str, input_gate: str, normalize: bool) -> None:
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"lsm::{op}: input_gate must be exp or sigmoid, got {input_gate!r}")
     if input_gate == "exp" and not normalize:

@@ -65,7 +65,7 @@ def mamba_chunk_scan_combined(
 
     Returns:
         ``y [B, T, H, P]`` in the dtype of x, then the states asked for, fp32 (fp64 for fp64
-        inputs), views with N rows of P in memory, as :func:`selective_state_update` likes them.
+        inputs), views with N rows of P in memory.
 
     Raises:
         ValueError: return_varlen_states without cu_seqlens.
@@ -127,10 +127,8 @@ def selective_state_update(
     N]`` or ``[B, G, N]``; D, dt_bias ``[D]``. Else:
 
     Args:
-        state (Tensor): ``[B, H, P, N]`` fp32 (fp64 for fp64 inputs). Where its last two dimensions
-            are transposed in memory, as the states of mamba_chunk_scan_combined and
-            ``zeros(B, H, N, P).transpose(-1, -2)`` are, it is read and written once, else twice
-            more.
+        state (Tensor): ``[B, H, P, N]`` fp32 (fp64 for fp64 inputs), contiguous or with its last
+            two dimensions transposed in memory, as the states of mamba_chunk_scan_combined are.
         x (Tensor): ``[B, H, P]``.
         dt (Tensor): ``[B, H]``, or that expanded to ``[B, H, P]``.
         A (Tensor): ``[H]``, or that expanded to ``[H, P, N]``.
@@ -150,7 +148,7 @@ def selective_state_update(
     Source: as :func:`mamba_chunk_scan_combined`.
 
     Example:
-        >>> state = torch.zeros(1, 4, 16, 32).transpose(-1, -2)
+        >>> state = torch.zeros(1, 4, 32, 16)
         >>> x, dt, A = torch.randn(1, 4, 32), torch.randn(1, 4), -torch.rand(4)
         >>> B, C = (torch.randn(1, 1, 16) for _ in range(2))
         >>> selective_state_update(state, x, dt, A, B, C, dt_softplus=True).shape
@@ -164,14 +162,10 @@ def selective_state_update(
     dt_bias = None if dt_bias is None else _per_head(op, "dt_bias", dt_bias, 1)
     check_shape(op, "dt", dt, "[B, H]", x.shape[:2])
     dt, g = _discretise(op, x, dt, A, dt_bias, dt_softplus, (0.0, float("inf")))
-    turned = state.transpose(-1, -2)
-    work = turned.contiguous()  # itself if it is
     y = _chunk.step(
-        "simple_gla", C, B, x * dt[..., None].to(x.dtype), g, work, 1.0,
+        "simple_gla", C, B, x * dt[..., None].to(x.dtype), g, state.transpose(-1, -2), 1.0,
         "mamba_chunk_scan_combined",
     )  # fmt: skip
-    if work is not turned:
-        turned.copy_(work)
     return _finish(op, y, x, D, z)
 
 

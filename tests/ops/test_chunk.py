@@ -11,6 +11,8 @@ from checks import assert_accepted, expected, relative_rms, verdicts
 from impls import Impl
 from inputs import make_inputs
 
+from lsm_cuda.ops import _chunk
+
 
 def test_accepted(impl: Impl, case: Case) -> None:
     x, truth, same = expected(case)
@@ -69,6 +71,24 @@ def test_step(
         {n: same[n] for n in names},
         x,
     )
+
+
+@pytest.mark.parametrize("dtype, gate, dims, heads", STEP_CASES)
+def test_step_of_a_transposed_state(
+    impl: Impl, op: Op, dtype: str, gate: str, dims: tuple, heads: tuple
+) -> None:
+    """A state that lies as [B, HV, V, K], which the chunk engine takes, is updated where it is."""
+    if op.name not in _chunk.OPERATORS:
+        pytest.skip("an operator of another engine")
+    if dtype == "f64" and impl.tensor_cores:
+        pytest.skip("fp64 is for CPU kernels only")
+    case = Case(op, T=1, dtype=dtype, gate=gate, dims=dims, heads=heads, batch=2, state="both")
+    x, truth, same = expected(case)
+    memory = x.initial_state.mT.contiguous().to(impl.device)
+    o = impl.step(op, {n: t[:, 0] for n, t in x.tensors.items()}, memory.mT, case.scale)
+    names = ("o", "final_state")
+    results = {"o": o[:, None], "final_state": memory.mT}
+    assert_accepted(results, {n: truth[n] for n in names}, {n: same[n] for n in names}, x)
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, assert_rule, definition, draw, gradients, operator
+from cases import GLA
+from families import FAMILIES, Family, assert_rule, definition, draw, gradients, operator
+from impls import Impl
+from inputs import Tensors
 from torch import Tensor
 
 from lsm_cuda import ops, reference
@@ -90,6 +94,100 @@ def test_step_is_the_step_of_mlstm_kernels() -> None:
     assert mine[0] is C and mine[2] is m
 
 
+def raw_step(impl: Impl) -> Any:
+    if impl.name != "emulator":
+        return torch.ops.lsm.mlstm_step.default
+    impl.raw(GLA, "step")  # loads it
+    return torch.ops.lsm_emu.mlstm_step.default
+
+
+STEPS = {
+    "f32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "f16": {"dtype": torch.float16},
+    "f64": {"dtype": torch.float64},
+    "bf16 with fp32 gates": {"dtype": torch.bfloat16, "gates": torch.float32},
+    "wide": {"K": 160, "V": 70, "B": 1, "HV": 2},
+    "wider than the stack": {"K": 300, "V": 260, "B": 1, "H": 1, "HV": 1},
+    "transposed": {"transposed": True},
+    "extreme": {"extreme": True},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("family", [EXP, SIGMOID], ids=["exp", "sigmoid"])
+def test_steps_of_the_operator(impl: Impl, family: Family, case: str) -> None:
+    """Tokens one by one, in each layout of C, obey the rule; on CUDA's kernels too."""
+    options = dict(STEPS[case])
+    transposed, runs = options.pop("transposed", False), options.pop("extreme", False)
+    gate_dtype = options.pop("gates", None)
+    if impl.tensor_cores and (case == "f64" or options.get("K", 0) > 256):
+        pytest.skip("for CPU kernels only")
+    x = draw(family, T=6, **options)
+    if runs:
+        x.tensors["i"], x.tensors["f"] = (t.roll(1, 1) for t in extreme(6, B=2, HV=4)[3:])
+    if gate_dtype is not None:
+        for name in "if":
+            x.tensors[name] = x.tensors[name].to(gate_dtype)
+    (B, T, _, K), wide = x.tensors["q"].shape, x.states[0].dtype
+    C, n, m = (s.to(impl.device, copy=True) for s in x.states)
+    if transposed:
+        C = C.mT.contiguous().mT
+    step, exponential, tokens = raw_step(impl), family is EXP, []
+    for t in range(T):
+        token = [y[:, t].to(impl.device) for y in x.tensors.values()]
+        before = [s.clone() for s in (C, n, m)]
+
+        def call(token=token, before=before) -> Tensors:
+            for s, old in zip((C, n, m), before, strict=True):
+                s.copy_(old)
+            h = step(*token, C, n, m, K**-0.5, 1e-6, exponential, True)
+            return {"h": h, "C": C.clone(), "n": n.clone(), "m": m.clone()}
+
+        run = impl.under_every_seed if impl.name == "emulator" else lambda call: call()
+        tokens.append(run(call)["h"].cpu())
+    results = {"o": torch.stack(tokens, 1)}
+    results |= {f"final_state {i}": s.cpu() for i, s in enumerate((C, n, m))}
+    assert_rule(results, definition(family, x), x)
+
+
+def step_arguments(**replaced: Tensor) -> list[Any]:
+    """Of torch.ops.lsm.mlstm_step."""
+    q, k, v, i, f = (t[:, :, 0].float() for t in arguments())
+    C, n, m = (s.float() for s in states())
+    named = {"q": q, "k": k, "v": v, "i": i, "f": f, "C": C, "n": n, "m": m.squeeze(-1)}
+    return [*(named | replaced).values(), 0.3, 1e-6, True, True]
+
+
+def test_step_is_a_sound_operator() -> None:
+    op = torch.ops.lsm.mlstm_step.default
+    torch.library.opcheck(op, step_arguments())
+    assert [a.name for a in op._schema.arguments if a.is_write] == ["C", "n", "m"]
+
+
+BAD_STEPS = {
+    "i": (torch.zeros(2, 2), "i must have shape [B, HV] = [2, 3], got [2, 2]"),
+    "f": (torch.zeros(2, 3).double(), "f must have dtype float32 like q, or float32, got float64"),
+    "C": (
+        torch.zeros(2, 3, 16, 6)[:, :, ::2],
+        "C is updated in place and must be contiguous, got strides [288, 96, 12, 1]",
+    ),
+    "n": (torch.zeros(2, 3, 6), "n must have shape [B, HV, K] = [2, 3, 8], got [2, 3, 6]"),
+    "m": (torch.zeros(2, 3).bfloat16(), "m must have dtype float32, got bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_step_refuses(impl: Impl, name: str) -> None:
+    bad, text = BAD_STEPS[name]
+    given = [
+        t.to(impl.device) if isinstance(t, Tensor) else t for t in step_arguments(**{name: bad})
+    ]
+    with pytest.raises(RuntimeError) as error:
+        raw_step(impl)(*given)
+    assert str(error.value).splitlines()[0] == f"lsm::mlstm_step: {text}"
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sigmoid_gate_is_what_mlstm_kernels_computes(normalize: bool) -> None:
     there = kernels("parallel.native_siging.fw").mlstm_siging_parallel_fw
@@ -104,10 +202,10 @@ def test_sigmoid_gate_is_what_mlstm_kernels_computes(normalize: bool) -> None:
     torch.testing.assert_close(torch.cat([first, second], 2), ops.mlstm_siging_chunkwise(*x))
 
 
-def extreme(T: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def extreme(T: int, dtype: torch.dtype = torch.float32, B: int = 1, HV: int = 2) -> list[Tensor]:
     """Logits of -100, 0 and 100, in runs."""
-    q, k, v = (torch.randn(1, T, 2, 8).to(dtype) for _ in range(3))
-    runs = torch.randint(0, 3, (2, 1, T // 5 + 1, 2)).repeat_interleave(5, 2)[:, :, :T]
+    q, k, v = (torch.randn(B, T, HV, 8).to(dtype) for _ in range(3))
+    runs = torch.randint(0, 3, (2, B, T // 5 + 1, HV)).repeat_interleave(5, 2)[:, :, :T]
     i, f = 100.0 * (runs - 1)
     return [q.abs(), k.abs(), v, i, f]
 

@@ -1,34 +1,43 @@
-// The decode step's instances: dtype, rows of the state, width of a block.
+// The decode step's instances: dtype, key channels, value channels of a block, how the state lies.
 #include "kernels/dispatch.h"
-#include "kernels/policy/decay.cuh"
 #include "kernels/step/step.cuh"
 
 namespace lsm {
 namespace {
 
 template <class T>
-void step_typed(StepParams const& p, void* stream) {
+void step_typed(StepParams const& p, void* workspace, void* stream) {
+    auto* const factors = p.normaliser.n != nullptr
+                              ? static_cast<step_kernel::HeadFactors*>(workspace)
+                              : nullptr;
+    if (factors != nullptr) step_kernel::run_normaliser<T>(p, factors, stream);
     bool const few = p.B * p.HV * ((p.V + 31) / 32) < multiprocessors();
     dispatch(Buckets<64, 128, 256>{}, p.K, [&](auto K) {
-        if (few) {
-            step_kernel::run_step<T, K, 16>(p, stream);
-        } else {
-            step_kernel::run_step<T, K, 32>(p, stream);
-        }
+        dispatch(Buckets<16, 32>{}, few ? 16 : 32, [&](auto V) {
+            if (p.values_first) {
+                step_kernel::run_step<T, K, V, true>(p, factors, stream);
+            } else {
+                step_kernel::run_step<T, K, V, false>(p, factors, stream);
+            }
+        });
     });
 }
 
 }  // namespace
 
-void step(StepParams const& p, void* stream) {
+int64_t step_workspace(StepParams const& p) {
+    return step_kernel::workspace_bytes(p);
+}
+
+void step(StepParams const& p, void* workspace, void* stream) {
     if (p.B == 0) return;
     switch (p.dtype) {
         case Dtype::bf16:
-            return step_typed<bf16>(p, stream);
+            return step_typed<bf16>(p, workspace, stream);
         case Dtype::f16:
-            return step_typed<half>(p, stream);
+            return step_typed<half>(p, workspace, stream);
         default:
-            return step_typed<float>(p, stream);
+            return step_typed<float>(p, workspace, stream);
     }
 }
 

@@ -1,0 +1,35 @@
+// mLSTM's gates of one token and head, for the steps on CPU and CUDA; over whole sequences they are
+// found for all tokens at once (lsm_cuda/ops/mlstm.py), with the same limits.
+#pragma once
+
+#include <cmath>
+
+#include "policy/gate.h"
+
+namespace lsm {
+
+struct InputGate {
+    double decay;   // of the states
+    double weight;  // of what is written to them
+    double m;       // their logarithmic scale after the token, as it will be stored
+    double least;   // what outputs are divided by at least
+};
+
+LSM_POLICY double sigmoid_of(double x) {
+    return 1 / (1 + exp(-x));
+}
+
+// i and f before their activation; m has the type it is kept in, and what it loses there is in the
+// decay and the weight.
+template <class T>
+LSM_POLICY InputGate input_gate(double i, double f, T m, bool exponential) {
+    if (!exponential) return {sigmoid_of(f), sigmoid_of(i), double(m), 1};
+    double const log_decay = (f < 0 ? f : 0) - log1p(exp(-fabs(f)));
+    // -inf forgets everything or writes nothing, and m stays a number.
+    double const fallen = (log_decay < -3e4 ? -3e4 : log_decay) + double(m);
+    double const level = i < -1e30 ? -1e4 : i;
+    double const next = double(T(level > fallen ? level : fallen));
+    return {exp(log_decay + double(m) - next), exp(i - next), next, exp(-next)};
+}
+
+}  // namespace lsm
