@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lsm_cuda.ops import mlstm
+
 BUILD = Path(__file__).resolve().parent.parent / "build" / "emulator"
 
 
@@ -32,8 +34,11 @@ def stand_in() -> torch.library.Library:
     library = torch.library.Library("lsm", "IMPL")
     warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("lsm_emu::"):
+        if name.startswith("lsm_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(
+            name, "CPU"
+        ):
             op = name.removeprefix("lsm_emu::")
             emulated = getattr(torch.ops.lsm_emu, op).default
             library.impl(op, emulated, "CPU", allow_override=True)
+    mlstm.FUSED.clear()  # what CUDA composes is composed
     return library

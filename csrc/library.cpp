@@ -65,8 +65,14 @@ void define(Library& m, lsm::ChunkOperator const& op) {
 STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     for (auto const& op : lsm::kChunkOperators) define(m, op);
 
-    // The chunk engine's step with mLSTM's gates i, f [B,HV] before their activation, normaliser n [B,HV,K] and
-    // stabiliser m [B,HV]; whole sequences are simple_gla's with one more column of values.
+    // simple_gla with mLSTM's gates i, f [B,T,HV] before their activation: values are weighted by the input gate,
+    // outputs divided; states C [N,HV,K,V], n [N,HV,K], m [N,HV]. tokens [4,B,HV,T] holds what the backward needs of
+    // the gates: log decay, weight, scale q·n, exp(-m). The forward is for CPU tensors; on CUDA it is composed.
+    m.def(
+        "mlstm_fwd(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? "
+        "m, Tensor? cu_seqlens, float scale, float eps, bool exponential, bool normalize, bool "
+        "output_final_state) -> (Tensor h, Tensor C_last, Tensor n_last, Tensor m_last, Tensor "
+        "tokens)");
     m.def(
         "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!) n, "
         "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");

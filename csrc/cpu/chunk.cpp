@@ -47,8 +47,17 @@ int64_t accumulator_bytes(ChunkParams const& p) {
     return p.dtype == Dtype::f64 ? 8 : 4;
 }
 
-int64_t state_bytes(ChunkParams const& p) {
+int64_t matrix_bytes(ChunkParams const& p) {
     return p.K * p.V * accumulator_bytes(p);
+}
+
+// Of the states at boundaries, which have their normaliser behind them if there is one.
+int64_t state_bytes(ChunkParams const& p) {
+    return matrix_bytes(p) + (p.normaliser.tokens != nullptr ? p.K * accumulator_bytes(p) : 0);
+}
+
+void* normaliser_of(ChunkParams const& p, void* state) {
+    return p.normaliser.tokens != nullptr ? static_cast<char*>(state) + matrix_bytes(p) : nullptr;
 }
 
 Plan make_plan(ChunkParams const& p, bool backward) {
@@ -127,17 +136,27 @@ void run_tasks(std::vector<ChunkTask> const& tasks, Plan const& plan, Workspace 
 ChunkTask segment_task(Plan const& plan, Chain const& chain, int64_t segment, int64_t tile,
                        int64_t V) {
     ChunkTask task{};
-    task.batch = chain.batch, task.head = chain.head;
+    task.sequence = chain.sequence, task.batch = chain.batch, task.head = chain.head;
     task.begin = chain.segment_begin(segment), task.end = chain.segment_begin(segment + 1);
     task.v_begin = tile * plan.columns, task.v_end = std::min(task.v_begin + plan.columns, V);
     return task;
 }
 
+// A chain's part of states, or of what has `bytes` for each.
 template <class State>
-State* state_of(State* states, ChunkParams const& p, Chain const& chain) {
+State* part_of(State* states, ChunkParams const& p, Chain const& chain, int64_t bytes) {
     if (states == nullptr) return nullptr;
     using Byte = std::conditional_t<std::is_const_v<State>, char const, char>;
-    return reinterpret_cast<Byte*>(states) + (chain.sequence * p.HV + chain.head) * state_bytes(p);
+    return reinterpret_cast<Byte*>(states) + (chain.sequence * p.HV + chain.head) * bytes;
+}
+template <class State>
+State* state_of(State* states, ChunkParams const& p, Chain const& chain) {
+    return part_of(states, p, chain, matrix_bytes(p));
+}
+
+template <class Sums>
+Sums* sums_of(Sums* sums, ChunkParams const& p, Chain const& chain) {
+    return part_of(sums, p, chain, p.K * accumulator_bytes(p));
 }
 
 // Segment-local states become the states at the segments' far boundaries, in the order of the
@@ -166,6 +185,13 @@ void join_states(ChunkParams const& p, void const* decay, void const* before, vo
     }
 }
 
+// The same of a normaliser's sums, which decay like the state.
+void join_sums(ChunkParams const& p, void const* decay, void const* before, void* sums) {
+    ChunkParams one_column = p;
+    one_column.V = 1;
+    join_states(one_column, decay, before, sums);
+}
+
 // S at the end of every segment but the last (direction 0).
 void boundary_states(ChunkParams const& p, Plan const& plan, Workspace const& w) {
     std::vector<ChunkTask> tasks;
@@ -174,6 +200,7 @@ void boundary_states(ChunkParams const& p, Plan const& plan, Workspace const& w)
             ChunkTask task = segment_task(plan, chain, i, 0, p.V);
             task.v_begin = 0, task.v_end = p.V;
             task.state_end = w.state(0, chain.first_state + i);
+            task.n_end = normaliser_of(p, task.state_end);
             task.decay = w.decay(chain.first_state + i);
             tasks.push_back(task);
         }
@@ -182,10 +209,13 @@ void boundary_states(ChunkParams const& p, Plan const& plan, Workspace const& w)
               [&](ChunkTask const& task, void* scratch) { kernels().end_state(p, task, scratch); });
     for (Chain const& chain : plan.chains) {
         void const* before = state_of(p.initial_state, p, chain);
+        void const* n_before = sums_of(p.normaliser.n0, p, chain);
         for (int64_t i = 0; i + 1 < chain.segments; ++i) {
             void* const state = w.state(0, chain.first_state + i);
+            void* const n = normaliser_of(p, state);
             join_states(p, w.decay(chain.first_state + i), before, state);
-            before = state;
+            if (n != nullptr) join_sums(p, w.decay(chain.first_state + i), n_before, n);
+            before = state, n_before = n;
         }
     }
 }
@@ -214,6 +244,17 @@ void boundary_grads(ChunkParams const& p, Plan const& plan, Workspace const& w) 
     }
 }
 
+// What a normaliser's gates are, for all tokens.
+void gates(ChunkParams const& p, Plan const& plan, Workspace const& w) {
+    std::vector<ChunkTask> tasks;
+    for (Chain const& chain : plan.chains) {
+        ChunkTask task = segment_task(plan, chain, 0, 0, p.V);
+        task.end = chain.end;
+        tasks.push_back(task);
+    }
+    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void*) { kernels().gates(p, task); });
+}
+
 void const* state_before(ChunkParams const& p, Workspace const& w, Chain const& chain,
                          int64_t segment) {
     return segment == 0 ? state_of(p.initial_state, p, chain)
@@ -239,6 +280,7 @@ int64_t chunk_bwd_workspace(ChunkParams const& p) {
 void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
     Plan const plan = make_plan(p, false);
     Workspace const w(p, plan, workspace);
+    if (p.normaliser.tokens != nullptr) gates(p, plan, w);
     if (plan.segmented()) boundary_states(p, plan, w);
     std::vector<ChunkTask> tasks;
     for (Chain const& chain : plan.chains) {
@@ -246,7 +288,12 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
             for (int64_t tile = 0; tile < plan.column_tiles; ++tile) {
                 ChunkTask task = segment_task(plan, chain, i, tile, p.V);
                 task.state_begin = state_before(p, w, chain, i);
-                if (i + 1 == chain.segments) task.state_end = state_of(p.final_state, p, chain);
+                task.n_begin = i == 0 ? sums_of(p.normaliser.n0, p, chain)
+                                      : normaliser_of(p, w.state(0, chain.first_state + i - 1));
+                if (i + 1 == chain.segments) {
+                    task.state_end = state_of(p.final_state, p, chain);
+                    if (tile == 0) task.n_end = sums_of(p.normaliser.n, p, chain);
+                }
                 tasks.push_back(task);
             }
         }

@@ -4,6 +4,7 @@
 // scheduler deals out stretches, heads and value columns.
 #pragma once
 
+#include "chunk_normaliser.h"
 #include "decay_channel.h"
 
 namespace lsm::cpu {
@@ -143,7 +144,9 @@ class ForwardStretch : Stretch<T, Decay> {
 
   public:
     ForwardStretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
-        : Base(p, task, scratch), o_(Base::value_rows(p.o, Base::readers_)) {
+        : Base(p, task, scratch),
+          o_(Base::value_rows(p.o, Base::readers_)),
+          normaliser_(p, task, key_.panels, arena_) {
         Base::lay_out(key_, Side::key);
         Base::lay_out(value_, Side::value);
         S_ = arena_.take(key_.panels * W * value_.panels * W);
@@ -156,12 +159,14 @@ class ForwardStretch : Stretch<T, Decay> {
         auto const* begin = static_cast<T const*>(task_.state_begin);
         read_state(S_, begin == nullptr ? begin : begin + task_.v_begin, p_.V, p_.K,
                    value_.channels);
+        normaliser_.begin();
         StretchDecay<T> stretch_decay(task_.decay, gates_per_token(p_.decay, p_.K, p_.V));
         for (int64_t b = 0; b < blocks_; ++b) {
             k_.read(key_.writer, b);
             k_.prefetch(b + 1);
             v_.read(value_.writer, b);
             v_.prefetch(b + 1);
+            normaliser_.weigh(value_.writer, value_.panels, b);
             decay_.read(b);
             decay_.prefetch(b + 1);
             Base::to_end();
@@ -171,7 +176,9 @@ class ForwardStretch : Stretch<T, Decay> {
                 o_.prefetch(b + 1);
                 Base::template to_start<Side::key>();
                 decay_.template pairs<Side::key>(key_);
+                normaliser_.sums(key_.start, key_.pairs, b);
             }
+            normaliser_.advance(key_.end, decay_.total(Side::key));
             for_each_tile(value_.panels, [&](auto tile, int64_t i) {
                 constexpr int N = decltype(tile)::value;
                 if constexpr (kOutputs) {
@@ -182,6 +189,7 @@ class ForwardStretch : Stretch<T, Decay> {
             });
             if constexpr (kOutputs) {
                 if constexpr (Decay::acts_on(Side::value)) decay_.finish_reads(value_, key_);
+                normaliser_.divide(value_.d_reader, value_.panels);
                 o_.write(value_.d_reader, b);
             }
             stretch_decay.multiply(decay_);
@@ -190,10 +198,12 @@ class ForwardStretch : Stretch<T, Decay> {
             write_state(static_cast<T*>(task_.state_end) + task_.v_begin, p_.V, S_, p_.K,
                         value_.channels);
         }
+        normaliser_.end();
     }
 
   private:
     typename Base::Rows o_;
+    StretchNormaliser<T, C> normaliser_;
     T* S_;  // [K, V], V in lanes
 };
 

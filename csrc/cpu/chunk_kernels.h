@@ -10,11 +10,14 @@ namespace lsm::cpu {
 // A stretch [begin, end) of one sequence of one value head. States are in the accumulation type,
 // [K, V].
 struct ChunkTask {
-    int64_t batch, head, begin, end;
+    int64_t sequence, batch, head, begin, end;
     void const* state_begin = nullptr;  // S before the stretch; null: zeros
     void* state_end = nullptr;          // S after it, nullable
     void* decay = nullptr;              // product of the stretch's decays, nullable; as many as
                                         // a token has gates, those of keys first
+
+    void const* n_begin = nullptr;  // a normaliser's sums [K] likewise
+    void* n_end = nullptr;
 
     int64_t v_begin = 0, v_end = 0;  // forward: the value columns to work on, out of V
 
@@ -23,6 +26,7 @@ struct ChunkTask {
 };
 
 struct ChunkKernels {
+    void (*gates)(ChunkParams const& p, ChunkTask const& task);  // of a normaliser, by sequence
     int64_t (*scratch_bytes)(ChunkParams const& p, int64_t tokens, bool backward);
     void (*forward)(ChunkParams const& p, ChunkTask const& task, void* scratch);
     void (*end_state)(ChunkParams const& p, ChunkTask const& task, void* scratch);  // S only

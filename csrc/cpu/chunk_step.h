@@ -238,8 +238,8 @@ class StepHead {
         T* const n = static_cast<T*>(own.n) + chain * p_.K;
         T& m = static_cast<T*>(own.m)[chain];
         T i[W], f[W];
-        row(own.i, p_.gate_dtype, head_, 0, 1).read(i, 0);
-        row(own.f, p_.gate_dtype, head_, 0, 1).read(f, 0);
+        row(own.i, own.dtype, head_, 0, 1).read(i, 0);
+        row(own.f, own.dtype, head_, 0, 1).read(f, 0);
         InputGate const gate = input_gate(i[0], f[0], m, own.exponential);
         decay = T(gate.decay), weight = T(gate.weight), m = T(gate.m);
         Vector<T> sums{};

@@ -37,6 +37,10 @@ auto with_stretch(ChunkParams const& p, ChunkTask const& task, void* scratch, Ru
     });
 }
 
+void gates(ChunkParams const& p, ChunkTask const& task) {
+    with_accumulator(p.dtype, [&](auto zero) { normaliser_gates<decltype(zero)>(p, task); });
+}
+
 int64_t scratch_bytes(ChunkParams const& p, int64_t tokens, bool backward) {
     ChunkTask task{};
     task.end = tokens, task.v_end = p.V;
@@ -65,8 +69,8 @@ void step(StepParams const& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-constinit ChunkKernels const chunk_kernels{scratch_bytes, forward<true>, forward<false>,
-                                           backward,      begin_grad,    step};
+constinit ChunkKernels const chunk_kernels{
+    gates, scratch_bytes, forward<true>, forward<false>, backward, begin_grad, step};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

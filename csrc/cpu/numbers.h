@@ -63,6 +63,28 @@ LSM_INLINE Vector<float> hyperbolic_tangent(Vector<float> x) {
     return x < zero ? -y : y;
 }
 
+// log(1 + e^x), precise where it is small.
+LSM_INLINE Vector<float> softplus(Vector<float> x) {
+    using V = Vector<float>;
+    V const e = exp(x > 0.0f ? -x : x);  // in (0, 1]
+    // log1p by its series in s = e / (2 + e), |s| <= 1/3
+    V const s = e / (e + 2.0f), z = s * s;
+    V y = V{} + 2.0f / 15;
+    for (float const c : {2.0f / 13, 2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f})
+        y = y * z + c;
+    return (x > 0.0f ? x : V{}) + y * s;
+}
+LSM_INLINE Vector<double> softplus(Vector<double> x) {
+    return each_lane<double>(
+        x, [](double v) { return (v > 0 ? v : 0) + std::log1p(std::exp(v > 0 ? -v : v)); });
+}
+
+// log σ(x)
+template <class V>
+LSM_INLINE V log_sigmoid(V x) {
+    return -softplus(-x);
+}
+
 template <class V>
 LSM_INLINE V sigmoid(V x) {
     return 1 / (1 + exp(-x));

@@ -76,6 +76,23 @@ void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k
     c.device(v, "v", q, "q");
 }
 
+// mLSTM's, before their activation.
+void check_input_gates(Checks const& c, Tensor const& i, Tensor const& f, Tensor const& q,
+                       Tensor const& v, bool one_token) {
+    check_gate(c, Decay::scalar, "i", i, q, v, one_token);
+    check_gate(c, Decay::scalar, "f", f, q, v, one_token);
+    c.dtype(f, "f", i.scalar_type(), " like i");
+}
+
+Normaliser input_gates(Tensor const& i, Tensor const& f, bool exponential, bool divides,
+                       double eps) {
+    Normaliser own{};
+    own.i = scalar_rows(i), own.f = scalar_rows(f);
+    own.dtype = to_dtype(i.scalar_type());
+    own.exponential = exponential, own.divides = divides, own.eps = eps;
+    return own;
+}
+
 // The tensors a call reads, in the layout the kernels want, kept alive beside the params that point into them.
 struct Inputs {
     Tensor q, k, v;
@@ -181,6 +198,58 @@ std::tuple<Tensor, Tensor> forward(ChunkOperator const& op, Tensor const& q, Ten
     chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
     return {o, final_state};
 }
+
+#if defined(LSM_BACKEND_CPU)
+void check_sums(Checks const& c, Tensor const& t, char const* arg, char const* dims,
+                std::initializer_list<int64_t> shape, Tensor const& q) {
+    c.shape(t, arg, dims, shape);
+    c.dtype(t, arg, state_type(q));
+    c.device(t, arg, q, "q");
+}
+
+// mLSTM over whole sequences: simple_gla of values that the input gates weigh, whose outputs are divided by what it makes
+// of the weights alone. The gates' rows (Normaliser::tokens) are for the backward.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i, Tensor const& f,
+    OptionalTensor const& C, OptionalTensor const& n, OptionalTensor const& m,
+    OptionalTensor const& cu_seqlens, double scale, double eps, bool exponential, bool normalize,
+    bool output_final_state) {
+    Checks const c("mlstm_fwd");
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    check_input_gates(c, i, f, q, v, false);
+    if (n) check_sums(c, *n, "n", "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    if (m) check_sums(c, *m, "m", "[N, HV]", {p.N, p.HV}, q);
+    DeviceScope const scope(q);
+    ScalarType const wide = state_type(q);
+    OptionalTensor n0, m0;
+    if (n) n0 = as_contiguous(*n);
+    if (m) m0 = as_contiguous(*m);
+    auto const last = [&](std::initializer_list<int64_t> sizes) {
+        return output_final_state ? empty(sizes, wide, q) : empty({0}, wide, q);
+    };
+    Tensor h = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
+    Tensor C_last = last({p.N, p.HV, p.K, p.V}), n_last = last({p.N, p.HV, p.K}),
+           m_last = last({p.N, p.HV});
+    Tensor tokens = empty({kGateRows, p.B, p.HV, p.T}, wide, q);
+    p.o = rows(h);
+    p.decay = Decay::scalar;
+    p.g = {tokens.mutable_data_ptr(), p.HV * p.T, 1, p.T};
+    p.gate_dtype = p.state_dtype;
+    p.normaliser = input_gates(i, f, exponential, normalize, eps);
+    p.normaliser.tokens = tokens.mutable_data_ptr();
+    if (n0) p.normaliser.n0 = n0->const_data_ptr();
+    if (m0) p.normaliser.m0 = m0->const_data_ptr();
+    if (output_final_state) {
+        p.final_state = C_last.mutable_data_ptr();
+        p.normaliser.n = n_last.mutable_data_ptr(), p.normaliser.m = m_last.mutable_data_ptr();
+    }
+    Tensor scratch = workspace(chunk_fwd_workspace(p), q);
+    chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {h, C_last, n_last, m_last, tokens};
+}
+#endif
 
 Gates empty_gate_gradients(ChunkParams const& p, Gates const& gates, Tensor const& q, bool wanted) {
     ScalarType const type = gate_type(gates, q);
@@ -302,22 +371,15 @@ Tensor mlstm_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor cons
     Checks const c("mlstm_step");
     check_inputs(c, Decay::none, q, k, v, {}, true);
     int64_t const B = q.size(0), K = q.size(2), HV = v.size(1);
-    check_gate(c, Decay::scalar, "i", i, q, v, true);
-    check_gate(c, Decay::scalar, "f", f, q, v, true);
-    c.dtype(f, "f", i.scalar_type(), " like i");
+    check_input_gates(c, i, f, q, v, true);
     check_in_place(c, n, "n", "[B, HV, K]", {B, HV, K}, q);
     check_in_place(c, m, "m", "[B, HV]", {B, HV}, q);
     static constexpr ChunkOperator op{"mlstm", Decay::none, false};
     StepInputs in = prepare_step(c, op, q, k, v, {}, C, "C", scale);
-    StepParams& p = in.p;
-    p.gate_dtype = to_dtype(i.scalar_type());
-    p.normaliser = {scalar_rows(i),
-                    scalar_rows(f),
-                    const_cast<void*>(n.const_data_ptr()),
-                    const_cast<void*>(m.const_data_ptr()),
-                    exponential,
-                    normalize,
-                    eps};
+    Normaliser& own = in.p.normaliser;
+    own = input_gates(i, f, exponential, normalize, eps);
+    own.n0 = own.n = const_cast<void*>(n.const_data_ptr());
+    own.m0 = own.m = const_cast<void*>(m.const_data_ptr());
     return in.run();
 }
 
@@ -409,5 +471,8 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<
 
 STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     lsm::implement_all(m, std::make_index_sequence<lsm::kChunkOperators.size()>{});
+#if defined(LSM_BACKEND_CPU)
+    m.impl("mlstm_fwd", TORCH_BOX(&lsm::mlstm_fwd));
+#endif
     m.impl("mlstm_step", TORCH_BOX(&lsm::mlstm_step));
 }

@@ -34,6 +34,22 @@ inline int64_t gates_per_token(Decay decay, int64_t K, int64_t V) {
     return (decays_keys(decay) ? K : 0) + (decays_values(decay) ? V : 0);
 }
 
+// mLSTM: gates before their activation, of which log sigmoid(f) decays a head's state and exp(i) or sigmoid(i) weighs
+// what is written to it; and sums n of the weighted keys, of which outputs are divided by max(|scale · q·n|, exp(-m)) +
+// eps. States are kept scaled down by exp(m) (policy/input_gate.h).
+struct Normaliser {
+    Rows i, f;                             // [B, T, HV], T = 1 in a step
+    Dtype dtype;                           // theirs: that of q, or f32
+    void const *n0 = nullptr, *m0 = nullptr;  // [N, HV, K] and [N, HV] contiguous, nullable (zeros)
+    void *n = nullptr, *m = nullptr;  // after the last token, nullable; those of a step are n0 and m0
+    bool exponential;                 // the input gate; else a sigmoid, and m stays
+    bool divides;                     // whether outputs are divided at all
+    double eps;
+    void* tokens = nullptr;  // whole sequences: [kGateRows, B, HV, T] in state_dtype, to be filled; else null
+};
+// Rows of Normaliser::tokens: log decay, weight, scale · q·n where outputs are divided, exp(-m).
+inline constexpr int64_t kGateRows = 4;
+
 // S_t = decay(S_{t-1}) + k_t v_t^T,   o_t = scale · S_t^T q_t,   or o_t = scale · S_{t-1}^T q_t if exclusive.
 // H query/key heads serve HV value heads (HV % H == 0): value head h reads query/key head h / (HV / H).
 struct ChunkParams {
@@ -53,6 +69,7 @@ struct ChunkParams {
     Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
+    Normaliser normaliser;  // if it has tokens; then g is the first of their rows. Forward on the CPU
 
     // Forward.
     Rows o;                       // [B, T, HV, V]
@@ -65,17 +82,6 @@ struct ChunkParams {
     Rows dq, dk, dv;
     Rows dg, dgv;                        // like g and gv, contiguous; null: not wanted
     void* grad_initial_state = nullptr;  // [N, HV, K, V], nullable
-};
-
-// What mLSTM has in a token: gates before their activation, of which exp(f) or sigmoid(f) decays a head's state and
-// exp(i) or sigmoid(i) weighs what is written to it; and sums of the weighted keys to divide by (policy/input_gate.h).
-struct Normaliser {
-    Rows i, f;          // [B, 1, HV], in gate_dtype
-    void* n = nullptr;  // [B, HV, K] contiguous, updated in place; null: not an mLSTM
-    void* m = nullptr;  // [B, HV] contiguous, updated in place: the logarithm by which the states are scaled down
-    bool exponential;   // the input gate; else a sigmoid, and m stays
-    bool divides;       // outputs by max(|scale · q·n|, exp(-m)) + eps
-    double eps;
 };
 
 // One token: the state is read once, decayed and written to; the query reads it after that, or before if exclusive.
@@ -91,7 +97,7 @@ struct StepParams {
     Rows g, gv;         // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
     bool values_first;  // how the state lies: [B, HV, V, K] rather than [B, HV, K, V]
     void* state;        // contiguous, updated in place
-    Normaliser normaliser;
+    Normaliser normaliser;  // if it has an n
 };
 
 // What a backend (cpu/, kernels/) provides to ops/chunk.cpp. Workspaces are uninitialised bytes, 256-byte aligned.

@@ -1,5 +1,6 @@
-// mLSTM's gates of one token and head, for the steps on CPU and CUDA; over whole sequences they are
-// found for all tokens at once (lsm_cuda/ops/mlstm.py), with the same limits.
+// mLSTM's gates of one token and head, for the steps on CPU and CUDA, and its stabiliser for whole
+// sequences too. Where those are composed of other operators (lsm_cuda/ops/mlstm.py) it has the same
+// limits.
 #pragma once
 
 #include <cmath>
@@ -19,16 +20,20 @@ LSM_POLICY double sigmoid_of(double x) {
     return 1 / (1 + exp(-x));
 }
 
+// m after a token. -inf forgets everything or writes nothing, and m stays a number.
+LSM_POLICY double next_stabiliser(double i, double log_decay, double m) {
+    double const fallen = (log_decay < -3e4 ? -3e4 : log_decay) + m;
+    double const level = i < -1e30 ? -1e4 : i;
+    return level > fallen ? level : fallen;
+}
+
 // i and f before their activation; m has the type it is kept in, and what it loses there is in the
 // decay and the weight.
 template <class T>
 LSM_POLICY InputGate input_gate(double i, double f, T m, bool exponential) {
     if (!exponential) return {sigmoid_of(f), sigmoid_of(i), double(m), 1};
     double const log_decay = (f < 0 ? f : 0) - log1p(exp(-fabs(f)));
-    // -inf forgets everything or writes nothing, and m stays a number.
-    double const fallen = (log_decay < -3e4 ? -3e4 : log_decay) + double(m);
-    double const level = i < -1e30 ? -1e4 : i;
-    double const next = double(T(level > fallen ? level : fallen));
+    double const next = double(T(next_stabiliser(i, log_decay, double(m))));
     return {exp(log_decay + double(m) - next), exp(i - next), next, exp(-next)};
 }
 

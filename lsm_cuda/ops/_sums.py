@@ -12,7 +12,7 @@ from . import _chunk
 from ._common import accumulation_dtype, check_in_place, check_rank, check_shape
 
 _WIDEST = 256  # columns of values that the CUDA kernels take
-_ROW = 8  # columns that make rows of values whole 16-byte pieces in every dtype
+ROW = 8  # columns that make rows of values whole 16-byte pieces in every dtype
 
 
 def sums(
@@ -60,7 +60,7 @@ def sums(
 
     run = partial(_chunk.chunk, name, q, k, as_given=True)
     rest = output_final_state, cu_seqlens
-    more = _ROW - V % _ROW
+    more = ROW - V % ROW
     if V + more > _WIDEST:
         above, S = run(v if weight is None else v * column, g, scale, S, *rest)
         below, z = run(column.expand(*v.shape[:-1], 1), g, scale, z, *rest)

@@ -11,12 +11,13 @@ from torch.nn.functional import logsigmoid
 from ._common import (
     accumulation_dtype,
     autocast,
+    check_no_forward_ad,
     check_no_gradient,
     check_same_device,
     check_shape,
 )
 from ._running import sequence_index
-from ._sums import quotient, sums
+from ._sums import ROW, quotient, sums
 
 __all__ = [
     "chunk_mlstm",
@@ -28,6 +29,7 @@ __all__ = [
 
 States: TypeAlias = tuple[Tensor, Tensor, Tensor]
 InputGate: TypeAlias = Literal["exp", "sigmoid"]
+FUSED = {"cpu"}  # devices whose kernels know mLSTM's gates over whole sequences
 
 
 @torch.library.register_fake("lsm::mlstm_step")
@@ -85,10 +87,10 @@ def chunk_mlstm(
         RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
 
     Note: differentiable once in everything but m: the stabiliser cancels in h but for eps, so no
-        gradient flows through it. It is found for all tokens at once, by sums and a running maximum
-        in fp64, of ``[B, HV, T]``; gate logits up to ±100 over 1e5 tokens stay finite and exact.
-        Around the engine v is read and written once for i' and once, with eight columns more, for
-        n; fp16 is computed in fp32.
+        gradient flows through it. It is kept in fp64; gate logits up to ±100 over 1e5 tokens stay
+        finite and exact. On the CPU the forward is one pass. On CUDA, and in every backward, v is
+        read and written once around the engine for i', with eight columns more for n, and fp16 is
+        computed in fp32.
 
     Source: xLSTM, arXiv:2405.04517, equations 19 to 27; the sigmoid gate: Tiled Flash Linear
         Attention, arXiv:2503.14376, section 4.
@@ -105,21 +107,11 @@ def chunk_mlstm(
     check_shape(op, "i", i, "[B, T, HV]", v.shape[:-1])
     check_shape(op, "f", f, "[B, T, HV]", v.shape[:-1])
     q, k, v = autocast(q, k, v)
-    C, n, m = (None, None, None) if initial_state is None else initial_state
-    dtype = accumulation_dtype(q)
-    bound: Tensor | float
-    if input_gate == "exp":
-        g, weight, bound, m = _stabilised(i, f, m, cu_seqlens)
-        g, weight, bound = g.to(dtype), weight.to(dtype), bound[..., None].to(dtype)
-    else:
-        g, weight, bound = logsigmoid(f.to(dtype)), i.to(dtype).sigmoid(), 1.0
-        N = i.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        m = g.new_zeros(N, v.shape[2]) if m is None else m
-    above, below, state = sums(
-        "simple_gla", q, k, v, g, weight, scale, (C, n), output_final_state, cu_seqlens
-    )
-    h = _normalise(above, below, bound, eps) if normalize else above
-    return h.to(v.dtype), None if state is None else (*state, m.to(dtype).contiguous())
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    states = (None, None, None) if initial_state is None else initial_state
+    rest = scale, states, output_final_state, cu_seqlens, eps, input_gate == "exp", normalize
+    run = _in_one_pass if q.device.type in FUSED else _composed
+    return run(q, k, v, i, f, *rest)
 
 
 def mlstm_step(
@@ -162,9 +154,7 @@ def mlstm_step(
     C, n, m = state
     _check_input_gate(op, input_gate, normalize)
     check_no_gradient(op, "chunk_mlstm", q, k, v, i, f, *state)
-    wide = accumulation_dtype(q)
-    if i.dtype != f.dtype or i.dtype not in (q.dtype, wide):
-        i, f = i.to(wide), f.to(wide)
+    i, f = _gates(q, i, f)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.lsm.mlstm_step(  # type: ignore[no-any-return]
         q, k, v, i, f, C, n, m, scale, eps, input_gate == "exp", normalize
@@ -273,6 +263,146 @@ def _heads_first(
     )  # fmt: skip
     h = h.transpose(1, 2)
     return h if last is None else (h, (last[0], last[1], last[2][..., None]))
+
+
+def _in_one_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    scale: float,
+    states: tuple[Tensor | None, ...],
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    exponential: bool,
+    normalize: bool,
+) -> tuple[Tensor, States | None]:
+    """By the operator, which weighs and divides where the engine has its tokens at hand."""
+    C, n, m = states
+    check_no_forward_ad("mlstm_fwd", q=q, k=k, v=v, i=i, f=f, C=C, n=n)
+    i, f = _gates(q, i, f)
+    C, n, m = (None if s is None else s.to(accumulation_dtype(q)) for s in states)
+    h, C, n, m, _ = torch.ops.lsm.mlstm_fwd(
+        q, k, v, i, f, C, n, m, cu_seqlens, scale, eps, exponential, normalize, output_final_state
+    )
+    return h, (C, n, m) if output_final_state else None
+
+
+def _gates(q: Tensor, i: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """In a dtype that operators take beside q."""
+    wide = accumulation_dtype(q)
+    if i.dtype != f.dtype or i.dtype not in (q.dtype, wide):
+        return i.to(wide), f.to(wide)
+    return i, f
+
+
+def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    q, k, v, i, f, C, n, m, cu_seqlens, *_, output_final_state = inputs
+    states = {"C": C, "n": n, "m": m, "cu_seqlens": cu_seqlens}
+    check_same_device("mlstm_fwd", q, k=k, v=v, i=i, f=f, **states)
+    (B, T, HV, V), K, wide = v.shape, q.shape[-1], accumulation_dtype(q)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    last = ((N, HV, K, V), (N, HV, K), (N, HV)) if output_final_state else ((0,),) * 3
+    tokens = (4, B, HV, T)
+    return v.new_empty(v.shape), *(q.new_empty(s, dtype=wide) for s in (*last, tokens))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, cu_seqlens, scale, eps, exponential, normalize, output_final_state = inputs
+    h, _, _, m, tokens = output
+    ctx.mark_non_differentiable(m, tokens)
+    ctx.save_for_backward(*tensors[:7], cu_seqlens, h, tokens)
+    ctx.options = scale, eps, exponential, normalize, output_final_state
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_h, grad_C, grad_n, *_):  # type: ignore[no-untyped-def]
+    """That of simple_gla, whose values are the weighted ones and, as one more column, the weights.
+    The stabiliser is a constant."""
+    q, k, v, i, f, C, n, cu_seqlens, h, tokens = ctx.saved_tensors
+    scale, eps, exponential, normalize, output_final_state = ctx.options
+    g, weight, size, least = tokens.transpose(2, 3)
+    (*shape, V), dtype, wide = v.shape, v.dtype, tokens.dtype
+    if dtype == torch.float16:  # as in the sums of _sums.py
+        q, k, v, h = q.float(), k.float(), v.float(), h.float()
+    above = torch.zeros_like(v) if grad_h is None else grad_h.to(v.dtype)
+    values = weighted = v * weight[..., None].to(v.dtype)
+    columns = 0
+    if normalize or n is not None or grad_n is not None:
+        columns = ROW - V % ROW
+        below = v.new_zeros(*shape, columns)
+        if normalize:
+            magnitude = size.abs()
+            divisor = (torch.maximum(magnitude, least) + eps)[..., None]
+            above = (above / divisor).to(v.dtype)
+            total = (above * h).sum(-1, dtype=wide)
+            below[..., 0] = -total * size.sign() * (magnitude > least)
+        values = torch.cat([weighted, weight[..., None].to(v.dtype).expand(*shape, columns)], -1)
+        above = torch.cat([above, below], -1)
+
+    def beside(S: Tensor | None, z: Tensor | None) -> Tensor | None:
+        if S is None and z is None:
+            return None
+        N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        both = q.new_zeros(N, v.shape[2], q.shape[-1], V + columns, dtype=wide)
+        if S is not None:
+            both[..., :V] = S
+        if z is not None:
+            both[..., V] = z
+        return both
+
+    grad_last = beside(grad_C, grad_n) if output_final_state else None
+    dq, dk, dv, dg, dh0 = torch.ops.lsm.simple_gla_bwd(
+        q, k, values, g, beside(C, n), cu_seqlens, scale, above, grad_last, True
+    )
+    dweight = (dv[..., :V] * v).sum(-1, dtype=wide)
+    if columns:
+        dweight = dweight + dv[..., V].to(wide)
+    dv = dv[..., :V] * weight[..., None].to(v.dtype)
+    di = dweight * (weight if exponential else weight * (1 - weight))
+    df = dg * (-f.to(wide)).sigmoid()
+    dC = None if C is None else dh0[..., :V]
+    dn = None if n is None else dh0[..., V]
+    grads = dq.to(dtype), dk.to(dtype), dv.to(dtype), di.to(i.dtype), df.to(f.dtype)
+    return (*grads, dC, dn, *(None for _ in range(7)))
+
+
+torch.library.register_fake("lsm::mlstm_fwd")(_fwd_fake)
+torch.library.register_autograd("lsm::mlstm_fwd", _backward, setup_context=_setup_context)
+
+
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    scale: float,
+    states: tuple[Tensor | None, ...],
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    exponential: bool,
+    normalize: bool,
+) -> tuple[Tensor, States | None]:
+    """By simple_gla, of weighted values and the weights, between PyTorch's operations."""
+    C, n, m = states
+    dtype = accumulation_dtype(q)
+    bound: Tensor | float
+    if exponential:
+        g, weight, bound, m = _stabilised(i, f, m, cu_seqlens)
+        g, weight, bound = g.to(dtype), weight.to(dtype), bound[..., None].to(dtype)
+    else:
+        g, weight, bound = logsigmoid(f.to(dtype)), i.to(dtype).sigmoid(), 1.0
+        N = i.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        m = g.new_zeros(N, v.shape[2]) if m is None else m
+    above, below, state = sums(
+        "simple_gla", q, k, v, g, weight, scale, (C, n), output_final_state, cu_seqlens
+    )
+    h = _normalise(above, below, bound, eps) if normalize else above
+    return h.to(v.dtype), None if state is None else (*state, m.to(dtype).contiguous())
 
 
 def _normalise(above: Tensor, below: Tensor, bound: Tensor | float, eps: float) -> Tensor:

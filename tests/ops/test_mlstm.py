@@ -11,11 +11,12 @@ import pytest
 import torch
 from cases import GLA
 from families import FAMILIES, Family, assert_rule, definition, draw, gradients, operator
-from impls import Impl
+from impls import Impl, threads
 from inputs import Tensors
 from torch import Tensor
 
 from lsm_cuda import ops, reference
+from lsm_cuda.ops import mlstm
 
 STATES = "c_initial n_initial m_initial return_last_states eps"
 SIGNATURES = {
@@ -149,6 +150,93 @@ def test_steps_of_the_operator(impl: Impl, family: Family, case: str) -> None:
     results = {"o": torch.stack(tokens, 1)}
     results |= {f"final_state {i}": s.cpu() for i, s in enumerate((C, n, m))}
     assert_rule(results, definition(family, x), x)
+
+
+WHOLE = {
+    "plain": {},
+    "bf16": {"dtype": torch.bfloat16, "T": 70},
+    "fp16": {"dtype": torch.float16},
+    "packed": {"T": 40, "cu_seqlens": [0, 0, 9, 9, 27, 40]},
+    "no state": {"states": False},
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("family", [EXP, SIGMOID], ids=["exp", "sigmoid"])
+def test_composed_as_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, family: Family, case: str
+) -> None:
+    """What takes the place of one pass where kernels do not know mLSTM's gates."""
+    monkeypatch.setattr(mlstm, "FUSED", set())
+    x = draw(family, **WHOLE[case])
+    assert_rule(gradients(operator(family), family, x), definition(family, x), x)
+
+
+@pytest.mark.parametrize("V", [16, 64])
+@pytest.mark.parametrize("family", [EXP, SIGMOID], ids=["exp", "sigmoid"])
+def test_work_that_is_cut_for_threads(family: Family, V: int) -> None:
+    """Into segments of time, whose sums are joined too, or into columns, which all need the sums."""
+    x = draw(family, T=600, B=1, H=1, HV=1, K=256, V=V)
+    with threads(2):
+        results = gradients(operator(family), family, x)
+    assert_rule(results, definition(family, x), x)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_of_each_result(normalize: bool) -> None:
+    """Gradients of final states alone, of h alone, and of everything, against PyTorch's own."""
+    x = [t.transpose(1, 2).clone().requires_grad_() for t in arguments(T=9)]
+    C, n, m = states()
+    initial = C.requires_grad_(), n.requires_grad_(), m.squeeze(-1)
+    options = {"input_gate": "sigmoid", "normalize": normalize}
+    for wanted in ([0], [1], [2], [0, 1, 2]):
+        grads = []
+        for run in (partial(ops.chunk_mlstm, output_final_state=True), reference.mlstm):
+            h, last = run(*x, initial_state=initial, **options)
+            results = [(h, *last)[j] for j in wanted]
+            upstream = [torch.ones_like(r).cumsum(-1) for r in results]
+            grads.append(
+                torch.autograd.grad(
+                    results, [*x, C, n], upstream, allow_unused=True, materialize_grads=True
+                )
+            )
+        torch.testing.assert_close(*grads)
+
+
+def whole_arguments(**replaced: Any) -> list[Any]:
+    """Of torch.ops.lsm.mlstm_fwd."""
+    named = dict(zip("qkvif", (t.transpose(1, 2) for t in arguments(T=5)), strict=True))
+    C, n, m = states()
+    named |= {"C": C, "n": n, "m": m.squeeze(-1), "cu_seqlens": None}
+    return [*(named | replaced).values(), 0.3, 1e-6, True, True, True]
+
+
+def test_whole_sequences_are_a_sound_operator() -> None:
+    op = torch.ops.lsm.mlstm_fwd.default
+    leaves = [
+        t.requires_grad_() if isinstance(t, Tensor) and j < 7 else t
+        for j, t in enumerate(whole_arguments())
+    ]
+    torch.library.opcheck(op, leaves)
+    torch.library.opcheck(op, whole_arguments(C=None, n=None, m=None))
+
+
+BAD_SEQUENCES = {
+    "f": (
+        torch.zeros(2, 5, 2),
+        "f must have shape [B, T, HV] = [2, 5, 3], got [2, 5, 2]",
+    ),
+    "n": (torch.zeros(2, 3, 6), "n must have shape [N, HV, K] = [2, 3, 8], got [2, 3, 6]"),
+    "m": (torch.zeros(2, 3).bfloat16(), "m must have dtype float64, got bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SEQUENCES)
+def test_whole_sequences_refuse(name: str) -> None:
+    bad, text = BAD_SEQUENCES[name]
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.lsm.mlstm_fwd(*whole_arguments(**{name: bad}))
+    assert str(error.value).splitlines()[0] == f"lsm::mlstm_fwd: {text}"
 
 
 def step_arguments(**replaced: Tensor) -> list[Any]:

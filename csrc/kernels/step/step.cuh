@@ -275,7 +275,7 @@ inline i64 workspace_bytes(StepParams const& p) {
 template <class T>
 void run_normaliser(StepParams const& p, HeadFactors* factors, void* stream) {
     auto const loader = [&](Rows const& g) {
-        return GateLoader<T>{g, 0, p.gate_dtype == Dtype::f32, p.gate};
+        return GateLoader<T>{g, 0, p.normaliser.dtype == Dtype::f32, p.gate};
     };
     unsigned const blocks =
         static_cast<unsigned>((p.B * p.HV + kThreads / 32 - 1) / (kThreads / 32));
