@@ -223,6 +223,7 @@ void gate_gradient_of(ChunkParams const& p, Plan const& plan, void* stream) {
                                 per_value_head(p.dg),
                                 plan.chunk_flux,
                                 plan.end_flux,
+                                p.initial_state == nullptr,
                                 plan.parts,
                                 static_cast<int>(p.HV),
                                 p.T};
