@@ -17,7 +17,8 @@ namespace {
 // v [B,T,HV,V]; states [N,HV,K,V]. Gates, natural log unless the operator's policy says otherwise: none, one per head
 // [B,T,HV] (strides 0 where it is constant), per channel of the key [B,T,HV,K], of the value [B,T,HV,V], or both. An
 // absent result is an empty tensor. *_step takes one token per sequence, without the T dimension; state [B,HV,K,V], or
-// a tensor of [B,HV,V,K] with the last two transposed, is updated in place.
+// a tensor of [B,HV,V,K] with the last two transposed, is updated in place; where tokens read before they write, u
+// [HV,K] or [B,HV,K] says how much of their own write they read too.
 template <class Library>
 void define(Library& m, lsm::ChunkOperator const& op) {
     bool const gated = op.decay != lsm::Decay::none, two = op.decay == lsm::Decay::both;
@@ -32,7 +33,8 @@ void define(Library& m, lsm::ChunkOperator const& op) {
     add("_bwd", "(" + tokens + rest + "Tensor grad_o, Tensor? grad_final_state" +
                     (gated ? ", bool need_dg=True" : "") +
                     ") -> (Tensor dq, Tensor dk, Tensor dv, " + d_gates + "Tensor dh0)");
-    add("_step", "(" + tokens + "Tensor(a!) state, float scale) -> Tensor");
+    add("_step", "(" + tokens + "Tensor(a!) state, float scale" +
+                     (op.exclusive ? ", Tensor? u=None" : "") + ") -> Tensor");
 }
 
 }  // namespace

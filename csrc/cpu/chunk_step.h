@@ -149,7 +149,7 @@ class StepHead {
 
     void run() {
         T* const S = static_cast<T*>(p_.state) + (batch_ * p_.HV + head_) * p_.K * p_.V;
-        T decay = 1, weight = 1, inverse = 1;
+        T decay = 1, weight = 1, inverse = 1, bonus = 0;
         if (p_.normaliser.n != nullptr) {
             normalise(decay, weight, inverse);
         } else if (p_.decay == Decay::scalar) {
@@ -170,6 +170,7 @@ class StepHead {
             for (int64_t k0 = 0; k0 < p_.K; k0 += kStepChannels) {
                 int64_t const keys = min_of(kStepChannels, p_.K - k0);
                 read_keys(k0, keys, 1);
+                if (v0 == 0 && p_.u.data != nullptr) bonus += bonus_of(k0, keys);
                 if (decays_keys(p_.decay)) {
                     read_decay(tile_.key_decay, p_.g, k0, keys);
                 } else if (!p_.values_first) {
@@ -181,6 +182,8 @@ class StepHead {
                     walk<KeyRows>(p_.decay == Decay::value, S + k0 * p_.V + v0, p_.V, keys, values);
                 }
             }
+            for (int64_t i = 0; p_.u.data != nullptr && i < values; i += W)
+                store(tile_.o + i, load(tile_.o + i) + bonus * load(tile_.v + i));
             o.write(tile_.o, 0, inverse);
         }
     }
@@ -196,6 +199,15 @@ class StepHead {
     void read_keys(int64_t first, int64_t count, T weight) {
         row(p_.q, p_.dtype, query_head_, first, count).read(tile_.q, 0, T(p_.scale));
         row(p_.k, p_.dtype, query_head_, first, count).read(tile_.k, 0, weight);
+    }
+
+    // Of some keys, which have been read: what the query reads of the token itself. Uses their decays' room.
+    T bonus_of(int64_t first, int64_t count) {
+        row(p_.u, p_.u_dtype, head_, first, count).read(tile_.key_decay, 0);
+        Vector<T> sums{};
+        for (int64_t i = 0; i < count; i += W)
+            sums += load(tile_.q + i) * load(tile_.key_decay + i) * load(tile_.k + i);
+        return sum_lanes<T>(sums);
     }
 
     // Decays of `count` channels, from `first` on.

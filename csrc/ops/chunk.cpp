@@ -315,6 +315,7 @@ struct StepInputs {
     Tensor q, k, v, o;
     Gates gates;
     StepParams p{};
+    OptionalTensor u;
 
     Tensor run() {
         DeviceScope const scope(q);
@@ -340,6 +341,7 @@ StepInputs prepare_step(Checks const& c, ChunkOperator const& op, Tensor const& 
                   last_contiguous(v),
                   empty({B, HV, V}, q.scalar_type(), q),
                   gates.map(op.decay, gate_layout),
+                  {},
                   {}};
     StepParams& p = in.p;
     p.decay = op.decay;
@@ -357,11 +359,32 @@ StepInputs prepare_step(Checks const& c, ChunkOperator const& op, Tensor const& 
     return in;
 }
 
+// What the query of an exclusive step reads of the token's own write, [HV, K] or [B, HV, K].
+void check_bonus(Checks const& c, Tensor const& u, Tensor const& q, Tensor const& v) {
+    int64_t const B = q.size(0), HV = v.size(1), K = q.size(2);
+    if (u.dim() == 3) {
+        c.shape(u, "u", "[B, HV, K]", {B, HV, K});
+    } else {
+        c.shape(u, "u", "[HV, K]", {HV, K});
+    }
+    check_gate_type(c, u, "u", q);
+}
+
 Tensor one_step(ChunkOperator const& op, Tensor const& q, Tensor const& k, Tensor const& v,
-                Gates const& gates, Tensor const& state, double scale) {
+                Gates const& gates, Tensor const& state, double scale,
+                OptionalTensor const& u = {}) {
     Checks const c(op.name, "_step");
     check_inputs(c, op.decay, q, k, v, gates, true);
-    return prepare_step(c, op, q, k, v, gates, state, "state", scale).run();
+    if (u) check_bonus(c, *u, q, v);
+    StepInputs in = prepare_step(c, op, q, k, v, gates, state, "state", scale);
+    if (u) {
+        in.u = last_contiguous(*u);
+        int64_t const head = in.u->dim() - 2;
+        in.p.u = {const_cast<void*>(in.u->const_data_ptr()), head == 1 ? in.u->stride(0) : 0, 0,
+                  in.u->stride(head)};
+        in.p.u_dtype = to_dtype(in.u->scalar_type());
+    }
+    return in.run();
 }
 
 // A step of one decay per head with an input gate and a normaliser beside the state.
@@ -408,6 +431,10 @@ struct Functions {
     static Tensor step(Tensor const& q, Tensor const& k, Tensor const& v, G const&... g,
                        Tensor const& state, double scale) {
         return one_step(op, q, k, v, gates_of(g...), state, scale);
+    }
+    static Tensor exclusive_step(Tensor const& q, Tensor const& k, Tensor const& v, G const&... g,
+                                 Tensor const& state, double scale, OptionalTensor const& u) {
+        return one_step(op, q, k, v, gates_of(g...), state, scale, u);
     }
 };
 
@@ -458,7 +485,11 @@ void implement(torch::stable::detail::StableLibrary& m) {
     std::string const name = kChunkOperators[i].name;
     m.impl((name + "_fwd").c_str(), TORCH_BOX(&Op::fwd));
     m.impl((name + "_bwd").c_str(), TORCH_BOX(&Op::bwd));
-    m.impl((name + "_step").c_str(), TORCH_BOX(&Op::step));
+    if constexpr (kChunkOperators[i].exclusive) {
+        m.impl((name + "_step").c_str(), TORCH_BOX(&Op::exclusive_step));
+    } else {
+        m.impl((name + "_step").c_str(), TORCH_BOX(&Op::step));
+    }
 }
 
 template <size_t... i>

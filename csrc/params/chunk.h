@@ -95,6 +95,8 @@ struct StepParams {
     Rows q, k;          // [B, 1, H, K]
     Rows v, o;          // [B, 1, HV, V]
     Rows g, gv;         // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
+    Rows u;             // [B, 1, HV, K], nullable: if exclusive, the query reads Diag(u) k v^T too
+    Dtype u_dtype;      // dtype, or f32
     bool values_first;  // how the state lies: [B, HV, V, K] rather than [B, HV, K, V]
     void* state;        // contiguous, updated in place
     Normaliser normaliser;  // if it has an n

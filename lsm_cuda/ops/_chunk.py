@@ -65,8 +65,8 @@ def _register(name: str) -> None:
         return (*(x.new_empty(x.shape) for x in (q, k, v)), *dg, dh0)
 
     def step_fake(q, k, v, *rest):  # type: ignore[no-untyped-def]
-        gate, (state, _) = rest[:gates], rest[gates:]
-        same_device("step", q, k, v, gate, state=state)
+        gate, (state, _, *u) = rest[:gates], rest[gates:]
+        same_device("step", q, k, v, gate, state=state, **dict(zip("u", u, strict=False)))
         return v.new_empty(v.shape)
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -153,11 +153,13 @@ def step(
     scale: float | None,
     chunk_name: str,
     gv: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
     """One token through operator ``name``; ``chunk_name`` is what to use where gradients are
-    needed."""
+    needed. ``u``: how much of its own write a token reads that reads before it writes."""
     gate = tuple(x for x in (g, gv) if x is not None)
     check_no_gradient(f"{name}_step", chunk_name, q, k, v, *gate, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     operator = getattr(torch.ops.lsm, f"{name}_step")
-    return operator(q, k, v, *gate, state, scale)  # type: ignore[no-any-return]
+    bonus = () if u is None else (u,)
+    return operator(q, k, v, *gate, state, scale, *bonus)  # type: ignore[no-any-return]

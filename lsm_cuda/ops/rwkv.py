@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, addcmul, einsum
 
 from . import _chunk
-from ._common import backwards, check_no_gradient, check_rank, check_shape
+from ._common import accumulation_dtype, backwards, check_no_gradient, check_rank, check_shape
 
 __all__ = [
     "chunk_rwkv5",
@@ -125,7 +125,7 @@ def rwkv6_step(
         r, k (Tensor): ``[B, H, K]``.
         v (Tensor): ``[B, HV, V]``, HV a multiple of H.
         w (Tensor): log decay ``[B, HV, K]``, natural log.
-        u (Tensor): bonus, ``[HV, K]`` or ``[B, HV, K]``.
+        u (Tensor): bonus, ``[HV, K]`` or ``[B, HV, K]``, any floating dtype.
         state (Tensor): ``[B, HV, K, V]`` fp32 (fp64 for fp64 inputs), contiguous, updated in place.
         scale (float, optional): default ``K ** -0.5``.
 
@@ -144,8 +144,9 @@ def rwkv6_step(
         torch.Size([1, 2, 32])
     """
     check_no_gradient("rwkv6_step", "chunk_rwkv6", r, k, v, w, u, state)
-    o = _chunk.step("rwkv6", r, k, v, w, state, scale, "chunk_rwkv6")
-    return _add_bonus("rwkv6_step", o, r, k, v, u, scale)
+    if u.dtype not in (r.dtype, accumulation_dtype(r)):
+        u = u.to(accumulation_dtype(r))
+    return _chunk.step("rwkv6", r, k, v, w, state, scale, "chunk_rwkv6", u=u)
 
 
 def _constant_decay(op: str, w: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from cases import OPS
 from families import (
     FAMILIES,
     assert_rule,
@@ -15,11 +16,13 @@ from families import (
     operator,
     row,
 )
+from impls import Impl
 from torch import Tensor
 
 from lsm_cuda import ops, reference
 
 BY_NAME = {str(family): family for family in FAMILIES}
+(RWKV6,) = (op for op in OPS if op.name == "rwkv6")
 
 
 def test_rwkv5_is_rwkv6_with_one_decay() -> None:
@@ -34,6 +37,29 @@ def test_no_bonus_reads_before_it_writes() -> None:
     o, _ = ops.chunk_rwkv6(**(x | {"u": torch.zeros_like(x["u"])}))
     assert not o[:, 0].any()
     assert o[:, 1].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv5"])
+def test_bonus_of_a_step(impl: Impl, name: str, dtype: torch.dtype, transposed: bool) -> None:
+    """With u for all sequences or one for each, on a state in either layout."""
+    family = BY_NAME[name]
+    x = draw(family, T=1, dtype=dtype)
+    r, k, v, w, u = (t.to(impl.device) for t in x.tensors.values())
+    w = w[:, 0] if name == "rwkv6" else w.expand(2, -1, -1)
+    state = x.states[0].to(impl.device, copy=True)
+    if transposed:
+        state = state.mT.contiguous().mT
+    step, scale, before = impl.raw(RWKV6, "step"), r.shape[-1] ** -0.5, state.clone()
+
+    def call() -> dict[str, Tensor]:
+        state.copy_(before)
+        o = step(r[:, 0], k[:, 0], v[:, 0], w, state, scale, u)
+        return {"o": o[:, None].cpu(), "final_state 0": state.cpu().clone()}
+
+    results = impl.under_every_seed(call) if impl.name == "emulator" else call()
+    assert_rule(results, definition(family, x), x)
 
 
 def test_gates_on_either_side() -> None:

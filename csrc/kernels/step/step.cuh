@@ -46,6 +46,7 @@ struct StepTile {
 template <int n>
 struct Token {
     float write[n], read[n], decay[n];
+    float bonus[n];  // of keys: how much of its own write the query reads before it is there
 };
 
 template <class Tile>
@@ -89,7 +90,7 @@ LSM_DEVICE void each(bool pieces, F const& f) {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads)
-    step_kernel(Operands const p, BySide<GateLoader<T>> const gates) {
+    step_kernel(Operands const p, BySide<GateLoader<T>> const gates, GateLoader<T> const bonus) {
     constexpr bool kValuesFirst = Tile::kValuesFirst;
     auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(dyn_smem());
     int const tid = threadIdx.x;
@@ -139,6 +140,10 @@ __global__ void __launch_bounds__(kThreads)
         token.read[i] = there ? p.scale * static_cast<float>(load_global(q + channel)) : 0.f;
         token.write[i] = there ? static_cast<float>(load_global(k + channel)) : 0.f;
         token.decay[i] = there ? factors.decay * decay(gates.rows, channel) : 1.f;
+        token.bonus[i] = there && bonus.g.data != nullptr
+                             ? token.write[i] * bonus.value(bonus.load(
+                                                    bonus.at(batch, 0, head, channel)))
+                             : 0.f;
     };
     auto const of_value = [&](auto& token, int i, int channel) {
         bool const there = channel < p.V;
@@ -171,13 +176,13 @@ __global__ void __launch_bounds__(kThreads)
     float out[kValuesFirst ? Tile::kRows : Tile::kColumns] = {};
     each<Tile>(false, [&](int i, int j) {
         int const c = Tile::row(i);
-        float const old = S[i][j];
-        S[i][j] = shared.rows.decay[c] * own.decay[j] * old + shared.rows.write[c] * own.write[j];
-        float const read = p.exclusive ? old : S[i][j];
+        float const old = S[i][j], row = shared.rows.write[c], column = own.write[j];
+        S[i][j] = shared.rows.decay[c] * own.decay[j] * old + row * column;
         if constexpr (kValuesFirst) {
-            out[i] += own.read[j] * read;
+            out[i] += own.read[j] * (p.exclusive ? old + own.bonus[j] * row : S[i][j]);
         } else {
-            out[j] += shared.rows.read[c] * read;
+            out[j] +=
+                shared.rows.read[c] * (p.exclusive ? old + shared.rows.bonus[c] * column : S[i][j]);
         }
     });
 
@@ -302,7 +307,8 @@ void run_step(StepParams const& p, HeadFactors const* factors, void* stream) {
                             row % 4 == 0 && reinterpret_cast<uintptr_t>(p.state) % 16 == 0};
     i64 const blocks = p.B * p.HV * ((p.V + V - 1) / V);
     launch(step_kernel<T, Tile>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-           sizeof(SharedStorage<Tile>), stream, operands, gate_loaders<T>(p));
+           sizeof(SharedStorage<Tile>), stream, operands, gate_loaders<T>(p),
+           GateLoader<T>{p.u, 1, p.u_dtype == Dtype::f32, p.gate});
 }
 
 }  // namespace lsm::step_kernel
