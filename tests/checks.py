@@ -1,23 +1,4 @@
-"""The one acceptance rule.
-
-A result passes if its relative RMS error against the fp64 recurrence is at most
-
-    2 x the error of the same recurrence run by PyTorch in the promised dtypes  +  a few ulp.
-
-The promise: inputs and results in the dtype of q, state and accumulation in fp32 (fp64 for fp64).
-So the recurrence takes the same rounded inputs, runs in fp32 (fp64) and rounds what it returns;
-for half precision this is far stricter than a recurrence with a half-precision state would be.
-For fp64 the truth itself is such a recurrence; how far off it may be, the fp32 run tells, scaled.
-Factor 2: two orders of summation may each be unlucky. The few ulp are, in unit roundoffs u of the
-dtype of q:
-
-- fp32, fp64: 16 u (1e-6, 1.8e-15). A sum of n terms in another order differs by about
-  0.3 sqrt(n) u; n goes up to some thousand tokens or columns, which the recurrence's own error
-  covers only where it sums as many terms.
-- bf16, fp16: 4 u (1.6e-2, 2e-3). Tensor cores take products of operands rounded up to three times
-  (0.4 u RMS each), and gate gradients are sums of differences of such products; a CPU kernel stays
-  near the recurrence's 0.4 u.
-"""
+"""The acceptance rule (lsm_cuda/bench/rule.py) on whole calls, gradients included."""
 
 from __future__ import annotations
 
@@ -29,14 +10,7 @@ from cases import Case, Op
 from inputs import Inputs, Tensors, make_inputs
 from torch import Tensor
 
-UNIT_ROUNDOFF = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 4, torch.bfloat16: 4}
-
+from lsm_cuda.bench.rule import allowed, relative_rms
 
 def differentiate(forward: Callable[[Inputs], tuple[Tensor, Tensor | None]], x: Inputs) -> Tensors:
     """Results of a forward function and the gradients of its arguments, by autograd."""
@@ -82,16 +56,6 @@ def expected(case: Case) -> tuple[Inputs, Tensors, Tensors]:
     return x, *definition(case.op, x)
 
 
-def relative_rms(a: Tensor, truth: Tensor) -> float:
-    """RMS of a − truth over RMS of truth; 0 if both are zero, inf if only the truth is."""
-    a, truth = a.double(), truth.double()
-    size = truth.abs().max().item() if truth.numel() else 0.0
-    if size == 0.0:
-        return 0.0 if not a.any() else float("inf")
-    error, truth = (a - truth) / size, truth / size
-    return (error.square().mean() / truth.square().mean()).sqrt().item()
-
-
 def result_dtype(x: Inputs, name: str) -> torch.dtype:
     if name.startswith(("final_state", "dinitial_state", "lse")):
         return x.state_dtype
@@ -106,7 +70,6 @@ def verdicts(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs) -> list[
     broken = []
     if actual.keys() != truth.keys():
         return [f"results {sorted(actual)}, expected {sorted(truth)}"]
-    slack = ULPS[x.dtype] * UNIT_ROUNDOFF[x.dtype]
     for name, got in actual.items():
         want, dtype = truth[name], result_dtype(x, name)
         got, rounded = got.cpu(), same[name].to(dtype)
@@ -123,14 +86,13 @@ def verdicts(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs) -> list[
         spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         size = want[ok].double().square().mean().sqrt().item() if ok.any() else 0.0
         subnormal = spacing / size if size else 0.0
-        if dtype == torch.float64:
-            baseline *= UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]
-        if not error <= 2 * baseline + slack + subnormal:
+        most, baseline = allowed(baseline, x.dtype, dtype)
+        if not error <= most + subnormal:
             worst = (got.double() - want).abs().nan_to_num(0).argmax().item()
             at = [int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)]
             broken.append(
-                f"{name}: relative RMS error {error:.2e}, allowed {2 * baseline + slack:.2e} "
-                f"(2 x {baseline:.2e} of the recurrence + {slack:.1e}); worst at {at}: "
+                f"{name}: relative RMS error {error:.2e}, allowed {most:.2e} "
+                f"(2 x {baseline:.2e} of the recurrence + {most - 2 * baseline:.1e}); worst at {at}: "
                 f"{got[tuple(at)].item():.6g} for {want[tuple(at)].item():.6g}"
             )
     return broken
