@@ -17,7 +17,7 @@ struct InputGate {
 };
 
 LSM_POLICY double sigmoid_of(double x) {
-    return 1 / (1 + exp(-x));
+    return 1 / (1 + ::exp(-x));
 }
 
 // m after a token. -inf forgets everything or writes nothing, and m stays a number.
@@ -32,9 +32,9 @@ LSM_POLICY double next_stabiliser(double i, double log_decay, double m) {
 template <class T>
 LSM_POLICY InputGate input_gate(double i, double f, T m, bool exponential) {
     if (!exponential) return {sigmoid_of(f), sigmoid_of(i), double(m), 1};
-    double const log_decay = (f < 0 ? f : 0) - log1p(exp(-fabs(f)));
+    double const log_decay = (f < 0 ? f : 0) - ::log1p(::exp(-::fabs(f)));
     double const next = double(T(next_stabiliser(i, log_decay, double(m))));
-    return {exp(log_decay + double(m) - next), exp(i - next), next, exp(-next)};
+    return {::exp(log_decay + double(m) - next), ::exp(i - next), next, ::exp(-next)};
 }
 
 }  // namespace lsm
