@@ -53,11 +53,11 @@ int64_t matrix_bytes(ChunkParams const& p) {
 
 // Of the states at boundaries, which have their normaliser behind them if there is one.
 int64_t state_bytes(ChunkParams const& p) {
-    return matrix_bytes(p) + (p.normaliser.tokens != nullptr ? p.K * accumulator_bytes(p) : 0);
+    return matrix_bytes(p) + (p.normaliser.on ? p.K * accumulator_bytes(p) : 0);
 }
 
 void* normaliser_of(ChunkParams const& p, void* state) {
-    return p.normaliser.tokens != nullptr ? static_cast<char*>(state) + matrix_bytes(p) : nullptr;
+    return p.normaliser.on ? static_cast<char*>(state) + matrix_bytes(p) : nullptr;
 }
 
 Plan make_plan(ChunkParams const& p, bool backward) {
@@ -280,7 +280,7 @@ int64_t chunk_bwd_workspace(ChunkParams const& p) {
 void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
     Plan const plan = make_plan(p, false);
     Workspace const w(p, plan, workspace);
-    if (p.normaliser.tokens != nullptr) gates(p, plan, w);
+    if (p.normaliser.on) gates(p, plan, w);
     if (plan.segmented()) boundary_states(p, plan, w);
     std::vector<ChunkTask> tasks;
     for (Chain const& chain : plan.chains) {

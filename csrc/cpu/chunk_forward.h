@@ -203,7 +203,8 @@ class ForwardStretch : Stretch<T, Decay> {
 
   private:
     typename Base::Rows o_;
-    StretchNormaliser<T, C> normaliser_;
+    std::conditional_t<std::is_same_v<Decay, ScalarDecay<T>>, StretchNormaliser<T, C>, NoNormaliser>
+        normaliser_;
     T* S_;  // [K, V], V in lanes
 };
 

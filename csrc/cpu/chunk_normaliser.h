@@ -4,6 +4,7 @@
 
 #include "chunk_block.h"
 #include "numbers.h"
+#include "policy/input_gate.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -64,6 +65,22 @@ void normaliser_gates(ChunkParams const& p, ChunkTask const& task) {
     if (own.m != nullptr) static_cast<T*>(own.m)[chain] = T(m);
 }
 
+// What a stretch without one has in its place.
+struct NoNormaliser {
+    template <class... Arguments>
+    explicit NoNormaliser(Arguments const&...) {}
+    void begin() const {}
+    void end() const {}
+    template <class... Arguments>
+    void weigh(Arguments const&...) const {}
+    template <class... Arguments>
+    void sums(Arguments const&...) const {}
+    template <class... Arguments>
+    void divide(Arguments const&...) const {}
+    template <class... Arguments>
+    void advance(Arguments const&...) const {}
+};
+
 template <class T, int C>
 class StretchNormaliser {
   public:
@@ -76,7 +93,7 @@ class StretchNormaliser {
         arena.take_each(C, weight_, inverse_);
     }
 
-    bool on() const { return own_.tokens != nullptr; }
+    bool on() const { return own_.on; }
 
     void begin() const {
         if (!on()) return;

@@ -150,7 +150,7 @@ class StepHead {
     void run() {
         T* const S = static_cast<T*>(p_.state) + (batch_ * p_.HV + head_) * p_.K * p_.V;
         T decay = 1, weight = 1, inverse = 1, bonus = 0;
-        if (p_.normaliser.n != nullptr) {
+        if (p_.normaliser.on) {
             normalise(decay, weight, inverse);
         } else if (p_.decay == Decay::scalar) {
             row(p_.g, p_.gate_dtype, head_, 0, 1).read(tile_.key_decay, 0);

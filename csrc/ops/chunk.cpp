@@ -87,6 +87,7 @@ void check_input_gates(Checks const& c, Tensor const& i, Tensor const& f, Tensor
 Normaliser input_gates(Tensor const& i, Tensor const& f, bool exponential, bool divides,
                        double eps) {
     Normaliser own{};
+    own.on = true;
     own.i = scalar_rows(i), own.f = scalar_rows(f);
     own.dtype = to_dtype(i.scalar_type());
     own.exponential = exponential, own.divides = divides, own.eps = eps;

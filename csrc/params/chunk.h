@@ -38,6 +38,7 @@ inline int64_t gates_per_token(Decay decay, int64_t K, int64_t V) {
 // what is written to it; and sums n of the weighted keys, of which outputs are divided by max(|scale · q·n|, exp(-m)) +
 // eps. States are kept scaled down by exp(m) (policy/input_gate.h).
 struct Normaliser {
+    bool on = false;                       // else nothing else here means anything
     Rows i, f;                             // [B, T, HV], T = 1 in a step
     Dtype dtype;                           // theirs: that of q, or f32
     void const *n0 = nullptr, *m0 = nullptr;  // [N, HV, K] and [N, HV] contiguous, nullable (zeros)
@@ -69,7 +70,7 @@ struct ChunkParams {
     Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
-    Normaliser normaliser;  // if it has tokens; then g is the first of their rows. Forward on the CPU
+    Normaliser normaliser;  // forward, on the CPU: g is then the first of its rows of tokens
 
     // Forward.
     Rows o;                       // [B, T, HV, V]
@@ -99,7 +100,7 @@ struct StepParams {
     Dtype u_dtype;      // dtype, or f32
     bool values_first;  // how the state lies: [B, HV, V, K] rather than [B, HV, K, V]
     void* state;        // contiguous, updated in place
-    Normaliser normaliser;  // if it has an n
+    Normaliser normaliser;
 };
 
 // What a backend (cpu/, kernels/) provides to ops/chunk.cpp. Workspaces are uninitialised bytes, 256-byte aligned.

@@ -311,16 +311,17 @@ def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, cu_seqlens, scale, eps, exponential, normalize, output_final_state = inputs
-    h, _, _, m, tokens = output
-    ctx.mark_non_differentiable(m, tokens)
+    h, *_, tokens = output
+    ctx.mark_non_differentiable(tokens)
     ctx.save_for_backward(*tensors[:7], cu_seqlens, h, tokens)
+    ctx.from_m = tensors[7] is not None
     ctx.options = scale, eps, exponential, normalize, output_final_state
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_h, grad_C, grad_n, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_h, grad_C, grad_n, grad_m, _):  # type: ignore[no-untyped-def]
     """That of simple_gla, whose values are the weighted ones and, as one more column, the weights.
-    The stabiliser is a constant."""
+    The stabiliser is a constant where there are tokens to find it from."""
     q, k, v, i, f, C, n, cu_seqlens, h, tokens = ctx.saved_tensors
     scale, eps, exponential, normalize, output_final_state = ctx.options
     g, weight, size, least = tokens.transpose(2, 3)
@@ -366,7 +367,14 @@ def _backward(ctx, grad_h, grad_C, grad_n, *_):  # type: ignore[no-untyped-def]
     dC = None if C is None else dh0[..., :V]
     dn = None if n is None else dh0[..., V]
     grads = dq.to(dtype), dk.to(dtype), dv.to(dtype), di.to(i.dtype), df.to(f.dtype)
-    return (*grads, dC, dn, *(None for _ in range(7)))
+    dm = None
+    if ctx.from_m and grad_m is not None:
+        dm = grad_m
+        if exponential and cu_seqlens is not None:
+            dm = grad_m.masked_fill((cu_seqlens.diff() > 0)[:, None], 0)
+        elif exponential and v.shape[1]:
+            dm = None
+    return (*grads, dC, dn, dm, *(None for _ in range(6)))
 
 
 torch.library.register_fake("lsm::mlstm_fwd")(_fwd_fake)

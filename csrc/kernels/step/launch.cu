@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 void step_typed(StepParams const& p, void* workspace, void* stream) {
-    auto* const factors = p.normaliser.n != nullptr
+    auto* const factors = p.normaliser.on
                               ? static_cast<step_kernel::HeadFactors*>(workspace)
                               : nullptr;
     if (factors != nullptr) step_kernel::run_normaliser<T>(p, factors, stream);

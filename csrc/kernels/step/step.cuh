@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 inline i64 workspace_bytes(StepParams const& p) {
-    return p.normaliser.n != nullptr ? p.B * p.HV * i64(sizeof(HeadFactors)) : 0;
+    return p.normaliser.on ? p.B * p.HV * i64(sizeof(HeadFactors)) : 0;
 }
 
 template <class T>
