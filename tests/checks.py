@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lsm_cuda.bench.rule import allowed, relative_rms
 
+
 def differentiate(forward: Callable[[Inputs], tuple[Tensor, Tensor | None]], x: Inputs) -> Tensors:
     """Results of a forward function and the gradients of its arguments, by autograd."""
     x = x.leaves()
@@ -92,8 +93,8 @@ def verdicts(actual: Tensors, truth: Tensors, same: Tensors, x: Inputs) -> list[
             at = [int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)]
             broken.append(
                 f"{name}: relative RMS error {error:.2e}, allowed {most:.2e} "
-                f"(2 x {baseline:.2e} of the recurrence + {most - 2 * baseline:.1e}); worst at {at}: "
-                f"{got[tuple(at)].item():.6g} for {want[tuple(at)].item():.6g}"
+                f"(2 x {baseline:.2e} of the recurrence + {most - 2 * baseline:.1e}); "
+                f"worst at {at}: {got[tuple(at)].item():.6g} for {want[tuple(at)].item():.6g}"
             )
     return broken
 

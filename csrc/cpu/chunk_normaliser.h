@@ -101,8 +101,7 @@ class StretchNormaliser {
         if (task_.n_begin != nullptr) std::memcpy(n_, task_.n_begin, size_t(keys_) * sizeof(T));
     }
     void end() const {
-        if (on() && task_.n_end != nullptr)
-            std::memcpy(task_.n_end, n_, size_t(keys_) * sizeof(T));
+        if (on() && task_.n_end != nullptr) std::memcpy(task_.n_end, n_, size_t(keys_) * sizeof(T));
     }
 
     // What a block writes, weighted.

@@ -69,8 +69,8 @@ void step(StepParams const& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-constinit ChunkKernels const chunk_kernels{
-    gates, scratch_bytes, forward<true>, forward<false>, backward, begin_grad, step};
+constinit ChunkKernels const chunk_kernels{gates,    scratch_bytes, forward<true>, forward<false>,
+                                           backward, begin_grad,    step};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

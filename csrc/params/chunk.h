@@ -38,15 +38,17 @@ inline int64_t gates_per_token(Decay decay, int64_t K, int64_t V) {
 // what is written to it; and sums n of the weighted keys, of which outputs are divided by max(|scale · q·n|, exp(-m)) +
 // eps. States are kept scaled down by exp(m) (policy/input_gate.h).
 struct Normaliser {
-    bool on = false;                       // else nothing else here means anything
-    Rows i, f;                             // [B, T, HV], T = 1 in a step
-    Dtype dtype;                           // theirs: that of q, or f32
+    bool on = false;                          // else nothing else here means anything
+    Rows i, f;                                // [B, T, HV], T = 1 in a step
+    Dtype dtype;                              // theirs: that of q, or f32
     void const *n0 = nullptr, *m0 = nullptr;  // [N, HV, K] and [N, HV] contiguous, nullable (zeros)
-    void *n = nullptr, *m = nullptr;  // after the last token, nullable; those of a step are n0 and m0
-    bool exponential;                 // the input gate; else a sigmoid, and m stays
-    bool divides;                     // whether outputs are divided at all
+    void *n = nullptr,
+         *m = nullptr;  // after the last token, nullable; those of a step are n0 and m0
+    bool exponential;   // the input gate; else a sigmoid, and m stays
+    bool divides;       // whether outputs are divided at all
     double eps;
-    void* tokens = nullptr;  // whole sequences: [kGateRows, B, HV, T] in state_dtype, to be filled; else null
+    void* tokens =
+        nullptr;  // whole sequences: [kGateRows, B, HV, T] in state_dtype, to be filled; else null
 };
 // Rows of Normaliser::tokens: log decay, weight, scale · q·n where outputs are divided, exp(-m).
 inline constexpr int64_t kGateRows = 4;

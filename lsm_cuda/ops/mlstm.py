@@ -347,7 +347,7 @@ def _backward(ctx, grad_h, grad_C, grad_n, grad_m, _):  # type: ignore[no-untype
         if S is None and z is None:
             return None
         N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        both = q.new_zeros(N, v.shape[2], q.shape[-1], V + columns, dtype=wide)
+        both: Tensor = q.new_zeros(N, v.shape[2], q.shape[-1], V + columns, dtype=wide)
         if S is not None:
             both[..., :V] = S
         if z is not None:

@@ -168,9 +168,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("family", [EXP, SIGMOID], ids=["exp", "sigmoid"])
-def test_composed_as_on_cuda(
-    monkeypatch: pytest.MonkeyPatch, family: Family, case: str
-) -> None:
+def test_composed_as_on_cuda(monkeypatch: pytest.MonkeyPatch, family: Family, case: str) -> None:
     """What takes the place of one pass where kernels do not know mLSTM's gates."""
     monkeypatch.setattr(mlstm, "FUSED", set())
     x = draw(family, **WHOLE[case])
@@ -180,7 +178,7 @@ def test_composed_as_on_cuda(
 @pytest.mark.parametrize("V", [16, 64])
 @pytest.mark.parametrize("family", [EXP, SIGMOID], ids=["exp", "sigmoid"])
 def test_work_that_is_cut_for_threads(family: Family, V: int) -> None:
-    """Into segments of time, whose sums are joined too, or into columns, which all need the sums."""
+    """Into segments of time, whose sums are joined too, or columns, which all need the sums."""
     x = draw(family, T=600, B=1, H=1, HV=1, K=256, V=V)
     with threads(2):
         results = gradients(operator(family), family, x)

@@ -7,9 +7,8 @@ namespace {
 
 template <class T>
 void step_typed(StepParams const& p, void* workspace, void* stream) {
-    auto* const factors = p.normaliser.on
-                              ? static_cast<step_kernel::HeadFactors*>(workspace)
-                              : nullptr;
+    auto* const factors =
+        p.normaliser.on ? static_cast<step_kernel::HeadFactors*>(workspace) : nullptr;
     if (factors != nullptr) step_kernel::run_normaliser<T>(p, factors, stream);
     bool const few = p.B * p.HV * ((p.V + 31) / 32) < multiprocessors();
     dispatch(Buckets<64, 128, 256>{}, p.K, [&](auto K) {

@@ -36,7 +36,9 @@ struct StepTile {
     static_assert(32 % kLanes == 0 && kTileRows % kGroups == 0);
 
     // The i-th row and the j-th column of a thread, within the tile.
-    LSM_DEVICE static int row(int i) { return static_cast<int>(threadIdx.x) / kLanes + i * kGroups; }
+    LSM_DEVICE static int row(int i) {
+        return static_cast<int>(threadIdx.x) / kLanes + i * kGroups;
+    }
     LSM_DEVICE static int column(int j) {
         return j / 4 * 4 * kLanes + static_cast<int>(threadIdx.x) % kLanes * 4 + j % 4;
     }
@@ -119,9 +121,8 @@ __global__ void __launch_bounds__(kThreads)
             S[i][j] = x.x, S[i][j + 1] = x.y, S[i][j + 2] = x.z, S[i][j + 3] = x.w;
         });
     } else {
-        each<Tile>(false, [&](int i, int j) {
-            S[i][j] = inside(i, j) ? load_global(at(i, j)) : 0.f;
-        });
+        each<Tile>(false,
+                   [&](int i, int j) { S[i][j] = inside(i, j) ? load_global(at(i, j)) : 0.f; });
     }
 
     // The token's query, key, value and decays, as floats: those of rows in shared memory, those of
@@ -140,10 +141,10 @@ __global__ void __launch_bounds__(kThreads)
         token.read[i] = there ? p.scale * static_cast<float>(load_global(q + channel)) : 0.f;
         token.write[i] = there ? static_cast<float>(load_global(k + channel)) : 0.f;
         token.decay[i] = there ? factors.decay * decay(gates.rows, channel) : 1.f;
-        token.bonus[i] = there && bonus.g.data != nullptr
-                             ? token.write[i] * bonus.value(bonus.load(
-                                                    bonus.at(batch, 0, head, channel)))
-                             : 0.f;
+        token.bonus[i] =
+            there && bonus.g.data != nullptr
+                ? token.write[i] * bonus.value(bonus.load(bonus.at(batch, 0, head, channel)))
+                : 0.f;
     };
     auto const of_value = [&](auto& token, int i, int channel) {
         bool const there = channel < p.V;
@@ -268,9 +269,9 @@ __global__ void __launch_bounds__(kThreads)
     double const size = fabs(double(sum));
     double const divisor = (size < gate.least ? gate.least : size) + own.eps;
     store_global(m, static_cast<float>(gate.m));
-    store_global(factors + chain, HeadFactors{decay, weight,
-                                              own.divides ? static_cast<float>(1 / divisor) : 1.f,
-                                              0.f});
+    store_global(
+        factors + chain,
+        HeadFactors{decay, weight, own.divides ? static_cast<float>(1 / divisor) : 1.f, 0.f});
 }
 
 inline i64 workspace_bytes(StepParams const& p) {
@@ -284,8 +285,8 @@ void run_normaliser(StepParams const& p, HeadFactors* factors, void* stream) {
     };
     unsigned const blocks =
         static_cast<unsigned>((p.B * p.HV + kThreads / 32 - 1) / (kThreads / 32));
-    launch(normaliser_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, p,
-           loader(p.normaliser.i), loader(p.normaliser.f), factors);
+    launch(normaliser_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, p, loader(p.normaliser.i),
+           loader(p.normaliser.f), factors);
 }
 
 template <class T, int K, int V, bool kValuesFirst>
