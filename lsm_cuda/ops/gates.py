@@ -91,13 +91,14 @@ def fused_kda_gate(
 
 
 class _L2Norm(torch.autograd.Function):
-    """Keeps x as it came and one number per row for backward, instead of fp32 copies."""
+    """Keeps x as it came and one number per row for backward, instead of wide copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        y = x.to(accumulation_dtype(x))
+        # what a length is off by is common to a whole row, and sums over tokens collect it
+        y = x.to(torch.float32 if x.itemsize < 4 else torch.float64)
         inverse = (y.square().sum(-1, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x, inverse)
+        ctx.save_for_backward(x, inverse.to(accumulation_dtype(x)))
         return (y * inverse).to(x.dtype)
 
     @staticmethod
@@ -109,7 +110,8 @@ class _L2Norm(torch.autograd.Function):
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(Σ x² + eps)`` over the last dimension, in fp32, rounded to the dtype of x."""
+    """``x / sqrt(Σ x² + eps)`` over the last dimension, in fp32 for half precision, else in fp64,
+    rounded to the dtype of x."""
     return _L2Norm.apply(x, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 

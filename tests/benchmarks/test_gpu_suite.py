@@ -33,25 +33,18 @@ def emulator():
         pytest.skip(why)
 
 
-# Sums over all tokens that miss the rule by little on CUDA's arithmetic (docs/numerics.md, "Open").
-KNOWN = {
-    "family gated_delta_rule from logits",
-    "time ssd B1 T40 H1 HV2 K64 V32 beside torch SDPA",
-}
-
-
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory) -> tuple[dict, str]:
     out = tmp_path_factory.mktemp("suite")
     done = script("gpu_suite", "--dry-run", "--minutes", 10, "--cases", 3, "--out", out)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "emulator" / "ops.json").read_text()), done.stdout
 
 
 def test_a_dry_run_reaches_everything(dry_run):
     record, said = dry_run
     assert "0 of" in said and "its times mean nothing" in said
-    assert {item["name"] for item in record["items"] if item["status"] != "ok"} <= KNOWN
+    assert not [item["name"] for item in record["items"] if item["status"] != "ok"]
     names = [item["name"] for item in record["items"]]
     for op in TESTED:
         kinds = ["graph", "stream", "guard", "memory", "long", "correct"]
