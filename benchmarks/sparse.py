@@ -4,7 +4,8 @@
 
 Results are held to dense attention under the pattern's mask before anything is timed. A row has the
 time, the FLOPs of the pairs attended to (4 K each; in a backward 10 K more), the bytes of every
-argument and result once, and how many times longer dense attention takes.
+argument and result once, and how many times longer dense attention takes. Patterns of a cache are
+timed for one new token: their bytes are those of the keys and values that it attends to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lsm_cuda.bench.measure import CudaClock, HostClock, environment, race, summary
 from lsm_cuda.bench.registry import Shape
-from lsm_cuda.ops import AttnMask, BlockLists, block_sparse_attn
+from lsm_cuda.ops import AttnMask, BlockLists, block_sparse_attn, sparse_attn_decode
 
 Pattern = tuple[BlockLists | None, AttnMask]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -58,6 +59,18 @@ PATTERNS: dict[str, Callable[[int], Pattern]] = {
     "16 blocks per token, shared by 4": lambda T: (token_lists(T, 4), CAUSAL),
     "16 blocks per token, independent": lambda T: (token_lists(T, 1), CAUSAL),
 }
+# Which keys one new token attends to.
+CACHED: dict[str, Callable[[int], Pattern]] = {
+    "cache": lambda T: (None, CAUSAL),
+    "cache, window 1024": lambda T: (None, AttnMask(causal=True, left=1023)),
+    "cache, 10 % of blocks": lambda T: (one_list(T, 10), CAUSAL),
+}
+
+
+def one_list(T: int, every: int) -> BlockLists:
+    """Every so many-th block of 64 keys."""
+    blocks = torch.arange(0, -(-T // 64), every)
+    return BlockLists.from_indices(blocks[None, None, None], 1, T, 1, 64)
 
 
 def make(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,21 +159,52 @@ def rows(
     return found
 
 
+def decode_row(
+    name: str, shape: Shape, dtype: torch.dtype, device: str, seconds: float
+) -> dict[str, Any]:
+    T, K = shape["T"], shape["K"]
+    q, k, v = make(shape, dtype, device)
+    q, (lists, mask) = q[:, -1:], CACHED[name](T)
+    lists = None if lists is None else lists.expand(shape["B"]).to(device)
+    pairs = mask.to_dense(1, T, device) if lists is None else lists.to_dense(mask)
+    exact = dense(q.double(), k.double(), v.double(), attn_mask=pairs.expand(1, 1, 1, T))
+    error = (sparse_attn_decode(q, k, v, lists=lists, mask=mask) - exact).norm() / exact.norm()
+    if not error < TOLERANCE[dtype]:
+        raise RuntimeError(f"{name}: relative error {error:.1e}; nothing is timed")
+    runs = {
+        "lsm_cuda": lambda: sparse_attn_decode(q, k, v, lists=lists, mask=mask),
+        "torch SDPA, dense": lambda: dense(q, k, v),
+    }
+    clock = CudaClock() if device == "cuda" else HostClock()
+    samplers = {n: clock.sampler(clock.kinds[-1], [f]) for n, f in runs.items()}
+    times = {n: summary(t) for n, t in race(samplers, seconds).items()}
+    keys, ms = int(pairs.sum()) * shape["B"], times["lsm_cuda"]["ms"]
+    flops = 4 * K * keys * shape["H"]
+    return {
+        "pattern": name, "shape": str(shape), "dtype": str(dtype)[6:], "mode": "decode",
+        "minimal_flops": flops, "minimal_bytes": 2 * K * keys * k.shape[2] * dtype.itemsize,
+        "GFLOP/s": flops / ms / 1e6, "times": times,
+        "dense / ours": times["torch SDPA, dense"]["ms"] / ms,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="B1 T8192 H4 K64", help="sizes; HKV for fewer kv heads")
     parser.add_argument("--dtype", default="float32", choices=[str(d)[6:] for d in TOLERANCE])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--patterns", nargs="*", default=list(PATTERNS))
+    parser.add_argument("--patterns", nargs="*", default=[*PATTERNS, *CACHED])
     parser.add_argument("--seconds", type=float, default=0.5, help="for each implementation")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if unknown := set(options.patterns) - set(PATTERNS):
-        parser.error(f"no pattern {', '.join(unknown)}; there are {', '.join(PATTERNS)}")
+    if unknown := set(options.patterns) - set(PATTERNS) - set(CACHED):
+        known = ", ".join([*PATTERNS, *CACHED])
+        parser.error(f"no pattern {', '.join(unknown)}; there are {known}")
     shape, dtype = Shape(options.shape), getattr(torch, options.dtype)
     result: dict[str, Any] = {"environment": environment(options.device), "rows": []}
     for name in options.patterns:
-        for row in rows(name, shape, dtype, options.device, options.seconds):
+        given = (name, shape, dtype, options.device, options.seconds)
+        for row in [decode_row(*given)] if name in CACHED else rows(*given):
             result["rows"].append(row)
             print(
                 f"{row['mode']:9}{name:34}{row['times']['lsm_cuda']['ms']:10.2f} ms"

@@ -54,12 +54,14 @@ char* row_scores(ScoreParams const& p, BlockRow const& row, int64_t head) {
     return static_cast<char*>(p.scores) + at * p.blocks * width(p);
 }
 
-// Writes a row's blocks in ascending order.
+using Blocks = std::vector<int64_t>;
+
+// Writes a row's blocks in ascending order; `chosen` and `others` are room.
 template <class T>
 void choose(ScoreParams const& p, BlockChoice const& choice, BlockRow const& row, T const* scores,
-            int32_t* index) {
+            int32_t* index, Blocks& chosen, Blocks& others) {
     BlockRange const range = block_range(p, choice, row);
-    std::vector<int64_t> chosen, others;
+    chosen.clear(), others.clear();
     double total = 0, mass = 0;
     for (int64_t j = 0; j < range.limit; ++j) {
         double const share = scores[j] > 0 ? double(scores[j]) : 0;
@@ -93,15 +95,16 @@ void choose(ScoreParams const& p, BlockChoice const& choice, BlockRow const& row
 
 void choose_rows(ScoreParams const& p, BlockChoice const& choice, BlockTask const& task,
                  char const* scores) {
+    Blocks chosen, others;
     for (int64_t r = task.first; r < task.last; ++r) {
         BlockRow const row = block_row(p, task.sequence, r);
         int64_t const at = (row.batch * p.heads + task.head) * p.rows + row.row;
         int32_t* const index = p.index + at * choice.capacity;
         char const* const own = scores + (r - task.first) * p.blocks * width(p);
         if (width(p) == 8) {
-            choose(p, choice, row, reinterpret_cast<double const*>(own), index);
+            choose(p, choice, row, reinterpret_cast<double const*>(own), index, chosen, others);
         } else {
-            choose(p, choice, row, reinterpret_cast<float const*>(own), index);
+            choose(p, choice, row, reinterpret_cast<float const*>(own), index, chosen, others);
         }
     }
 }

@@ -89,15 +89,33 @@ class DecodeWalk {
         return at(x, page, key % p_.page_size, task_.kv_head);
     }
 
+    int64_t visited(int64_t i) const {
+        int64_t const block = p_.lists.block_k;
+        return task_.list != nullptr ? task_.list[i / block] * block + i % block
+                                     : task_.visits.key(i);
+    }
+
+    // Asks for a chunk ahead of its use: a head's rows lie too far apart for the hardware.
+    LSM_INLINE void prefetch(int64_t first, int64_t count) const {
+        for (int64_t i = first; i < first + count; ++i) {
+            int64_t const key = visited(i);
+            if (key >= task_.keys) break;
+            char const *const k = reinterpret_cast<char const*>(cached(p_.k, key)),
+                              *const v = reinterpret_cast<char const*>(cached(p_.v, key));
+            for (int64_t line = 0; line < p_.K * int64_t(sizeof(Element)); line += 64)
+                __builtin_prefetch(k + line);
+            for (int64_t line = 0; line < p_.V * int64_t(sizeof(Element)); line += 64)
+                __builtin_prefetch(v + line);
+        }
+    }
+
     // Visits [first, first + count).
     void chunk(int64_t first, int64_t count) {
         int64_t keys[kChunk], live = 0, entries[kChunk];
         for (int64_t i = first; i < first + count; ++i) {
-            int64_t const block = p_.lists.block_k;
-            int64_t const key = task_.list != nullptr ? task_.list[i / block] * block + i % block
-                                                      : task_.visits.key(i);
+            int64_t const key = visited(i);
             if (key >= task_.keys) break;  // the end of the last block
-            entries[live] = i / block, keys[live++] = key;
+            entries[live] = i / p_.lists.block_k, keys[live++] = key;
         }
         if (live == 0) return;
         for (int64_t n = 0; n < live; ++n) {
@@ -106,6 +124,7 @@ class DecodeWalk {
         }
         for (int64_t n = live; n < panels(live, W) * W; ++n)
             for (int64_t c = 0; c < K_; c += W) store(s_.keys + n * K_ + c, Vector<T>{});
+        prefetch(first + count, min_of(kChunk, task_.last - first - count));
         for (int64_t r = 0; r < rows_; ++r) score(r, live);
         adjust(keys, entries, live);
         for (int64_t r = 0; r < rows_; ++r) accumulate(r, live);
