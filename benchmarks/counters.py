@@ -101,29 +101,28 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
 
 
 def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """Lists for rows and for tokens, and a mask alone; widths of every kernel."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for kind, D, block_q, block_k, mask in (
-            ("rows", 64, 64, 64, AttnMask()),
-            ("wide rows", 128, 32, 16, AttnMask(causal=True)),
-            ("widest rows", 256, 128, 128, AttnMask()),
-            ("tokens", 64, 1, 32, AttnMask()),
-            ("window", 64, 64, 64, AttnMask(causal=True, left=63)),
-        ):
-            draw = torch.Generator().manual_seed(0)
-            T, Hq, Hkv = 200, 4, 2
-            q, grad = (torch.randn(1, T, Hq, D, generator=draw).to(dtype) for _ in range(2))
-            k, v = (torch.randn(1, T, Hkv, D, generator=draw).to(dtype) for _ in range(2))
-            bitmap = torch.rand(1, Hkv, -(-T // block_q), -(-T // block_k), generator=draw) < 0.5
-            lists = BlockLists.from_bitmap(bitmap, T, T, block_q, block_k)
-            listed = (None, None) if kind == "window" else (lists.index, lists.row_ptr)
-            numbers = ([0.1, 0.0, 0.0], mask.numbers(), [Hkv, block_q, block_k])
-            common = (q, k, v, None, None, *listed, *(None,) * 5, *numbers)
-            forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
-            name = f"block_sparse_attn {kind} {str(dtype)[6:]}"
-            yield f"{name} forward", 1, forward
-            backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common)
-            yield f"{name} backward", 1, partial(backward, *forward(), grad, None)
+    """Lists for rows and for tokens, and a mask alone; widths of every kernel on tensor cores."""
+    for kind, D, block_q, block_k, mask in (
+        ("rows", 64, 64, 64, AttnMask()),
+        ("wide rows", 128, 32, 16, AttnMask(causal=True)),
+        ("widest rows", 256, 128, 128, AttnMask()),
+        ("tokens", 64, 1, 32, AttnMask()),
+        ("window", 64, 64, 64, AttnMask(causal=True, left=63)),
+    ):
+        draw = torch.Generator().manual_seed(0)
+        T, Hq, Hkv = 200, 4, 2
+        q, grad = (torch.randn(1, T, Hq, D, generator=draw).bfloat16() for _ in range(2))
+        k, v = (torch.randn(1, T, Hkv, D, generator=draw).bfloat16() for _ in range(2))
+        bitmap = torch.rand(1, Hkv, -(-T // block_q), -(-T // block_k), generator=draw) < 0.5
+        lists = BlockLists.from_bitmap(bitmap, T, T, block_q, block_k)
+        listed = (None, None) if kind == "window" else (lists.index, lists.row_ptr)
+        numbers = ([0.1, 0.0, 0.0], mask.numbers(), [Hkv, block_q, block_k])
+        common = (q, k, v, None, None, *listed, *(None,) * 5, *numbers)
+        forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
+        name = f"block_sparse_attn {kind} bfloat16"
+        yield f"{name} forward", 1, forward
+        backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common)
+        yield f"{name} backward", 1, partial(backward, *forward(), grad, None)
 
 
 def wkv4_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
