@@ -206,7 +206,8 @@ def long(device: Device, op: str) -> Record:
 def family(device: Device, name: str) -> Record:
     """An operator around an engine's: results and gradients on the device, against fp64."""
     row = FAMILIES[name]
-    for case in ({"dtype": torch.float32}, {"dtype": torch.bfloat16, "T": 70}, PACKED):
+    half = {"dtype": torch.bfloat16}
+    for case in ({"dtype": torch.float32}, half | {"T": 70}, PACKED, half | PACKED):
         x = families.draw(row, **case)
         there = dataclasses.replace(
             x,
