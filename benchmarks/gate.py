@@ -40,7 +40,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--update", action="store_true")
-    parser.add_argument("--ops", nargs="*", default=list(OPS))
+    beside = [op.name for op in OPS.values() if op.qkv]  # what attention stands beside
+    parser.add_argument("--ops", nargs="*", default=beside)
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(BASELINE.read_text()) if BASELINE.is_file() else {}

@@ -120,13 +120,18 @@ def ours(op: Op, mode: str) -> Call:
 
 def one_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     """Arguments of a step: the first token of each input, and the states."""
-    token = {n: x[n][:, 0].contiguous() if op.per_token(n) else x[n] for n in op.inputs}
-    return {**token, "state": states(op, x, shape)}
+    token = {
+        op.step_names.get(n, n): op.first_token(x[n], op.dims(n)[0]).contiguous()
+        if op.per_token(n)
+        else x[n]
+        for n in op.inputs
+    }
+    return {**token, "state": states(op, x, shape), **op.step_options}
 
 
 def states(op: Op, x: Inputs, shape: Shape) -> Tensor | tuple[Tensor, ...]:
     """One of zeros, or a tuple of them."""
-    device = x[op.qkv[0]].device
+    device = next(iter(x.values())).device
     made = tuple(torch.zeros(shape.dims(dims), device=device) for dims in op.state)
     return made if len(made) > 1 else made[0]
 
@@ -310,9 +315,20 @@ def flex(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
 
 
 def of_every_op(sequence: Call, step: Call | None = None) -> dict[tuple[str, str], Call]:
-    """Softmax attention stands beside every operator."""
-    found = {(name, "sequence"): sequence for name in OPS}
-    return found if step is None else found | {(name, "step"): step for name in OPS}
+    """Softmax attention stands beside every operator with queries, keys and values."""
+    names = [op.name for op in OPS.values() if op.qkv]
+    found = {(name, "sequence"): sequence for name in names}
+    return found if step is None else found | {(name, "step"): step for name in names}
+
+
+def hf_selective(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    theirs = {"u": "hidden_states", "delta": "dt"}
+    return {theirs.get(name, name): t.to(x["A"].dtype) for name, t in x.items()}
+
+
+def hf_wkv4(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    theirs = {"w": "time_decay", "u": "time_first", "k": "key", "v": "value"}
+    return {theirs[name]: t for name, t in x.items()}
 
 
 def in_chunks(shape: Shape) -> bool:
@@ -322,6 +338,8 @@ def in_chunks(shape: Shape) -> bool:
 SSD = "transformers.models.mamba2.modeling_mamba2"
 GDN = "transformers.models.qwen3_next.modeling_qwen3_next"
 KIMI = "transformers.models.kimi_linear.modeling_kimi_linear"
+MAMBA = "transformers.models.mamba.modeling_mamba"
+RWKV = "transformers.models.rwkv.modeling_rwkv"
 DPLR = {"a": "alpha", "b": "beta"}
 
 PEERS = [
@@ -416,6 +434,18 @@ PEERS = [
         fits=in_chunks,
     ),
     Peer(
+        "transformers, a loop",
+        "transformers",
+        ("cpu",),
+        {
+            ("wkv4", "sequence"): Call(f"{RWKV}:rwkv_linear_attention_cpu", hf_wkv4),
+            ("selective_scan", "sequence"): Call(
+                f"{MAMBA}:mamba_selective_scan.__wrapped__", hf_selective
+            ),
+        },
+        longest=512,  # training takes a minute and gigabytes at 2048
+    ),
+    Peer(
         "FLA naive, a loop",
         "fla-core",
         ("cpu",),
@@ -432,6 +462,7 @@ PEERS = [
                 fla_token({"r": "q"}, head_first=True),
                 heads_second,
             ),
+            ("hgrn", "sequence"): Call("ops/hgrn/naive.py:naive_recurrent_hgrn", fla()),
             ("gsa", "sequence"): Call("ops/gsa/naive.py:naive_recurrent_gsa", fla()),
             ("gsa", "step"): Call("ops/gsa/naive.py:naive_recurrent_gsa", fla_token()),
         },

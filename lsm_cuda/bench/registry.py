@@ -98,8 +98,9 @@ class Op:
     """An operator: its names in ``lsm_cuda.ops`` and ``lsm_cuda.reference``, and its arguments.
 
     ``inputs``: arguments in order, with their dims and, where it is not normal, how they are drawn.
-    ``qkv``: which of them are queries, keys and values. ``state``: dims of each state, matrices
-    with four. ``options``: further arguments of ``chunk``. ``adapt``: gives ``reference`` our
+    ``qkv``: which of them are queries, keys and values, if there are such. ``state``: dims of each
+    state, matrices with four. ``options``, ``step_options``: further arguments of ``chunk`` and
+    ``step``; ``step_names``: names that differ in ``step``. ``adapt``: gives ``reference`` our
     arguments where it has others.
     """
 
@@ -108,10 +109,12 @@ class Op:
     step: str  # one token
     reference: str
     inputs: dict[str, str] = field(hash=False)
-    qkv: tuple[str, str, str] = ("q", "k", "v")
+    qkv: tuple[str, ...] = ("q", "k", "v")
     output: str = "B T HV V"
     state: tuple[str, ...] = ("N HV K V",)
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    step_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    step_names: dict[str, str] = field(default_factory=dict, hash=False)
     adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda definition: definition
     engine: str = "chunk"  # whose SETS apply
 
@@ -135,6 +138,10 @@ class Op:
 
     def per_token(self, name: str) -> bool:
         return "T" in self.inputs[name].split()
+
+    def first_token(self, x: Tensor, dims: str) -> Tensor:
+        """Of a tensor with such dims, time among them."""
+        return x.select(dims.split().index("T"), 0)
 
     def make(self, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         """Arguments by name."""
@@ -178,10 +185,17 @@ class Op:
         A delta rule's token reads the state once more, for what it erases: 2 KV, and 6 in a
         backward (again, its gradient, and what that takes from the state's); by pairs, scores with
         what is erased, and a sum of values for each, 2 K + 2 V, and 6 K + 6 V in a backward.
+
+        The scan engine's states are numbers: each takes a multiply-add per token, and in a backward
+        three, for itself, its gradient and the gate's. What makes gates is not counted.
         """
         if mode == "training":
             return self.minimal_flops(shape, "forward") + self.minimal_flops(shape, "backward")
         T = shape["T"] // max(1, shape.packed)  # a packed sequence, on average
+        if self.engine == "scan":
+            numbers = sum(prod(shape.dims(dims.removeprefix("N "))) for dims in self.state)
+            tokens = shape["B"] * (1 if mode == "step" else shape["T"])
+            return tokens * numbers * (6 if mode == "backward" else 2)
         flops = 0
         for _, heads, K, V in (shape.dims(dims) for dims in self.state if len(dims.split()) == 4):
             erased = 1 if self.engine == "delta" else 0
@@ -214,6 +228,20 @@ def retained(simple_gla: Callable[..., Any]) -> Callable[..., Any]:
         heads = torch.arange(v.shape[2], device=v.device, dtype=v.dtype)
         decay = torch.log1p(-torch.exp2(-5 - heads))
         return simple_gla(q, k, v, decay.expand(v.shape[:3]), **rest)
+
+    return definition
+
+
+def channels_first(selective_scan: Callable[..., Any]) -> Callable[..., Any]:
+    """mamba_ssm's layout, and its names."""
+
+    def definition(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any
+    ) -> Tensor:
+        B, C = (t.transpose(1, 2)[:, :, None] for t in (B, C))
+        y, _ = selective_scan(u.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, **rest)
+        turned: Tensor = y.transpose(1, 2)
+        return turned
 
     return definition
 
@@ -337,6 +365,49 @@ ROWS = (
         engine="delta",
         adapt=lambda dplr: lambda gk, **x: dplr(g=gk, **x),
     ),
+    Op(
+        name="hgrn",
+        chunk="chunk_hgrn",
+        step="hgrn_step",
+        reference="scan",
+        inputs={"x": "B T D", "g": "B T D gate"},
+        qkv=(),
+        output="B T D",
+        state=("N D",),
+        engine="scan",
+        adapt=lambda scan: lambda x, g, **rest: scan(x, g, log=True, **rest),
+    ),
+    Op(
+        name="wkv4",
+        chunk="wkv4",
+        step="wkv4_step",
+        reference="wkv4",
+        inputs={"w": "D", "u": "D", "k": "B T D", "v": "B T D"},
+        qkv=(),
+        output="B T D",
+        state=("N D", "N D", "N D"),
+        engine="scan",
+    ),
+    Op(
+        name="selective_scan",
+        chunk="selective_scan_fn",
+        step="selective_state_update",
+        reference="selective_scan",
+        inputs={
+            "u": "B D T",
+            "delta": "B D T step",
+            "A": "D S rate",
+            "B": "B S T",
+            "C": "B S T",
+            "D": "D",
+        },
+        qkv=(),
+        output="B D T",
+        state=("N D S",),
+        step_names={"u": "x", "delta": "dt"},
+        engine="scan",
+        adapt=channels_first,
+    ),
 )
 OPS = {op.name: op for op in ROWS if op.available}
 
@@ -401,6 +472,23 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("tiny", WHOLE, (Shape("B1 T40 H1 HV2 K64 V32"),)),
         Set("tiny packed", ("forward",), (Shape("B1 T40 H1 HV2 K64 V32", packed=3),)),
         Set("tiny decode", ("step",), (Shape("B2 T16 H1 HV2 K64 V32"),)),
+    ),
+    # D channels; S states for each where there are such.
+    ("scan", "cuda"): (
+        Set("reference", WHOLE, (Shape("B8 T4096 D2048 S16"),)),
+        Set("short", WHOLE, shapes("B1 T{} D2048 S16", T=(2048, 256))),
+        Set("decode", ("step",), shapes("B{} T4096 D2048 S16", B=(64, 1))),
+        Set("packed", WHOLE, (Shape("B1 T32768 D2048 S16", packed=16),)),
+    ),
+    ("scan", "cpu"): (
+        Set("lengths", WHOLE, shapes("B1 T{} D1536 S16", T=(2048, 512))),
+        Set("decode", ("step",), (Shape("B1 T2048 D1536 S16"),)),
+        Set("packed", WHOLE, (Shape("B1 T4096 D1536 S16", packed=8),)),
+    ),
+    ("scan", "emulator"): (
+        Set("tiny", WHOLE, (Shape("B1 T40 D64 S4"),)),
+        Set("tiny packed", ("forward",), (Shape("B1 T40 D64 S4", packed=3),)),
+        Set("tiny decode", ("step",), (Shape("B2 T16 D64 S4"),)),
     ),
 }
 for _device in ("cuda", "cpu", "emulator"):

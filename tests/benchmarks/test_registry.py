@@ -29,7 +29,9 @@ def test_rows_name_what_there_is():
         assert hasattr(reference, op.reference) and set(op.qkv) <= set(op.inputs)
         parameters = inspect.signature(getattr(ops, op.chunk)).parameters
         assert {*op.inputs, *op.options} <= set(parameters)
-        assert {*op.inputs, "state"} <= set(inspect.signature(getattr(ops, op.step)).parameters)
+        tokens = {op.step_names.get(name, name) for name in op.inputs}
+        parameters = inspect.signature(getattr(ops, op.step)).parameters
+        assert {*tokens, "state", *op.step_options} <= set(parameters)
 
 
 def test_shapes_are_read_by_name():
@@ -65,6 +67,16 @@ def test_minimal_bytes_with_value_heads():
     shape = Shape("B1 T10 H2 HV4 K8 V16")
     qk, vo, g = 2 * 10 * 2 * 8 * 2, 2 * 10 * 4 * 16 * 2, 10 * 4 * 8 * 4
     assert OPS["gla"].minimal_bytes(shape, BF16, "forward") == qk + vo + g
+
+
+def test_minimal_bytes_and_flops_of_a_scan():
+    """bf16, delta and A in fp32, in mamba_ssm's layout."""
+    op, shape = OPS["selective_scan"], Shape("B2 T100 D64 S16")
+    X, BC = 2 * 64 * 100 * 2, 2 * 2 * 16 * 100 * 2
+    assert op.minimal_bytes(shape, BF16, "forward") == 4 * X + BC + 64 * 16 * 4 + 64 * 2
+    assert op.minimal_flops(shape, "forward") == 2 * 100 * 64 * 16 * 2
+    assert op.minimal_flops(shape, "step") == 2 * 64 * 16 * 2
+    assert OPS["wkv4"].minimal_flops(shape, "backward") == 2 * 100 * 3 * 64 * 6
 
 
 def test_minimal_flops():
