@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/platform.cuh"
+#include "kernels/policy/decay.cuh"
 #include "kernels/segments.cuh"
 #include "params/chunk.h"
 
@@ -47,8 +48,8 @@ struct Work {
     }
 };
 
-// The tokens of a segment in the order of a pass. In reverse, where tensors have negative strides of
-// time, a token counts from the other side of 0.
+// The tokens of a segment in the order of a pass. In reverse, where tensors have negative strides
+// of time, a token counts from the other side of 0.
 struct Walk {
     i64 first;
     int steps;
@@ -127,6 +128,35 @@ LSM_DEVICE void copy_rows(T (&tile)[Tokens][Columns], T const* from, i64 time, W
         bool const inside = walk.has(step + token) && c < columns;
         cp_async16(smem_u32(&tile[token][c]), from + token * time + c, inside);
     }
+}
+
+// What each of `tiles` tiles of rows has in the gradient of a gate that all rows share.
+template <class T>
+struct GateShares {
+    float const* shares;  // [tiles, size]; null: nothing to add up
+    int tiles;
+    i64 size, HV;  // B T HV
+    GateLoader<T> gates;
+    Rows dg;  // contiguous; the gate may not be
+};
+
+// dg: the shares' sum, in the order of the tiles.
+template <class T>
+__global__ void __launch_bounds__(256) sum_gate_shares(GateShares<T> const p) {
+    i64 const at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= p.size) return;
+    float sum = 0.f;
+    for (int tile = 0; tile < p.tiles; ++tile) sum += load_global(p.shares + tile * p.size + at);
+    i64 const row = at / p.HV, time = p.dg.batch / p.HV;
+    i64 const gate = p.gates.at(row / time, row % time, at % p.HV, 0);
+    p.gates.store(p.dg.data, at, p.gates.through(sum, gate));
+}
+
+template <class T>
+void run_sum_gate_shares(GateShares<T> const& p, void* stream) {
+    if (p.shares == nullptr || p.size == 0) return;
+    launch(sum_gate_shares<T>, dim3(static_cast<unsigned>((p.size + 255) / 256)), dim3(256), 0,
+           stream, p);
 }
 
 }  // namespace lsm::recurrence

@@ -4,8 +4,8 @@
 // the join of segments, and the sweep of all segments at once. Backward: segments of at most
 // kRowSegment tokens always, joined in both directions, then dv and the gradient of the initial
 // state by columns, dq, dk and dg by rows. A decay of the state's columns is one of the rows of the
-// transposed state, where dq and dk are by columns, dv and dg by rows. Where either side decays, the
-// gates of columns get their gradient from a second pass by rows, of the transposed state.
+// transposed state, where dq and dk are by columns, dv and dg by rows. Where either side decays,
+// the gates of columns get their gradient from a second pass by rows, of the transposed state.
 #pragma once
 
 #include "kernels/segments.cuh"

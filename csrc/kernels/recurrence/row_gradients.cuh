@@ -17,8 +17,8 @@
 // to the first, is walked forwards once more with all its states kept in registers, and backwards.
 // What a segment starts from, on either side, comes from joined boundary states.
 //
-// Where columns decay too, by b_t, it stands beside the row's a in every product with a state, and dO
-// is read through it: S_{t-1} b dO, S_{t-1} b · G, b (G + q dO^T).
+// Where columns decay too, by b_t, it stands beside the row's a in every product with a state, and
+// dO is read through it: S_{t-1} b dO, S_{t-1} b · G, b (G + q dO^T).
 #pragma once
 
 #include "kernels/dispatch.h"
@@ -426,20 +426,6 @@ __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
     s.walk_segment();
 }
 
-// dg of a gate that all rows share: what the tiles of rows have in it, in their order.
-template <class T>
-__global__ void __launch_bounds__(256) sum_gate_shares(RowParams<T> const p, int tiles) {
-    i64 const at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= p.gate_share_size) return;
-    float sum = 0.f;
-    for (int tile = 0; tile < tiles; ++tile)
-        sum += load_global(p.gate_shares + tile * p.gate_share_size + at);
-    // dg is contiguous, the gate may not be
-    i64 const row = at / p.HV, time = p.dg.batch / p.HV;
-    i64 const gate = p.gates.rows.at(row / time, row % time, at % p.HV, 0);
-    p.gates.rows.store(p.dg.data, at, p.gates.rows.through(sum, gate));
-}
-
 inline i64 row_tiles(i64 K, i64 V) {
     i64 tile = 0;
     dispatch(Buckets<64, 128, 256>{}, V, [&](auto bucket) { tile = RowConfig<bucket>::kTileRows; });
@@ -454,9 +440,9 @@ void run_row_gradients(RowParams<T> const& p, Segments const& segments, void* st
                dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V, on>), stream, p, segments,
                static_cast<int>(tiles));
     });
-    if (p.gate_shares == nullptr || p.gate_share_size == 0) return;
-    launch(sum_gate_shares<T>, dim3(static_cast<unsigned>((p.gate_share_size + 255) / 256)),
-           dim3(256), 0, stream, p, static_cast<int>(tiles));
+    run_sum_gate_shares<T>(
+        {p.gate_shares, static_cast<int>(tiles), p.gate_share_size, p.HV, p.gates.rows, p.dg},
+        stream);
 }
 
 }  // namespace lsm::recurrence

@@ -10,8 +10,8 @@
 //     reverse                                          1            0
 //     reading before decay and write, both             1            1
 //
-// With a lag, one step after the last token completes the state that is left. Forward with (q, k, v)
-// gives o and the final state, reverse with (k, q, dO) dv and the gradient of the initial state.
+// With a lag, one step after the last token completes the state that is left. Forward with (q, k,
+// v) gives o and the final state, reverse with (k, q, dO) dv and the gradient of the initial state.
 // Without output, from a zero state, either leaves what a segment adds to its neighbour, and its
 // summed gates.
 //
@@ -33,7 +33,8 @@ struct SweepConfig {
     static constexpr int kThreads = K, kWarps = kThreads / 32;
     static constexpr int kTokens = 8;  // per stage
     static constexpr int kPair = 2;    // tokens whose sums over K are taken together
-    // Per multiprocessor: leaves 128 registers, 168 for 64 rows, where 128 spill; 168 for either side.
+    // Per multiprocessor: leaves 128 registers, 168 for 64 rows, where 128 spill; 168 for either
+    // side.
     static constexpr int kBlocks = K == 64 ? 6 : (on == DecayOn::both ? 384 : 512) / K;
     static constexpr bool kByRow = on != DecayOn::columns, kByColumn = on != DecayOn::rows;
     static constexpr int kRowGates = kByRow ? K : 0,

@@ -11,6 +11,7 @@ namespace lsm::delta::exact {
 using recurrence::Groups;
 using recurrence::load4;
 using recurrence::row_at;
+using recurrence::run_sum_gate_shares;
 using recurrence::scatter_sums;
 using recurrence::store4_global;
 using recurrence::Work;

@@ -424,17 +424,6 @@ __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
     s.walk();
 }
 
-// dg of a gate that all rows share: what the tiles of rows have in it, in their order.
-template <class T>
-__global__ void __launch_bounds__(256) sum_gate_shares(RowParams<T> const p, int tiles) {
-    i64 const at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= p.gate_share_size) return;
-    float sum = 0.f;
-    for (int tile = 0; tile < tiles; ++tile)
-        sum += load_global(p.gate_shares + tile * p.gate_share_size + at);
-    p.gates.store(p.dg.data, at, sum);
-}
-
 inline i64 row_tiles(i64 K, i64 V) {
     i64 tile = 0;
     dispatch(Buckets<64, 128, 256>{}, V, [&](auto bucket) { tile = RowConfig<bucket>::kTileRows; });
@@ -453,9 +442,8 @@ void run_row_gradients(RowParams<T> const& p, Segments const& segments, void* st
         p.transition == Transition::dplr ? run(row_gradients<T, V, true>)
                                          : run(row_gradients<T, V, false>);
     });
-    if (p.gate_shares == nullptr || p.gate_share_size == 0) return;
-    launch(sum_gate_shares<T>, dim3(static_cast<unsigned>((p.gate_share_size + 255) / 256)),
-           dim3(256), 0, stream, p, static_cast<int>(tiles));
+    run_sum_gate_shares<T>(
+        {p.gate_shares, static_cast<int>(tiles), p.gate_share_size, p.HV, p.gates, p.dg}, stream);
 }
 
 // dbeta = d · d', a sum over V or, with a beta per channel, the products. A warp per micro-step and
