@@ -40,11 +40,15 @@ struct alignas(16) Segment {
 };
 
 struct Segments {
-    i64 T = 0, L = 1;          // tokens per row; tokens per segment, at least 1
-    i64 unit = 1;              // what cu_seqlens counts, in tokens of the above
-    i64 per_sequence = 1;      // dense only
-    i64 count = 0;             // records, used or not
+    i64 T = 0, L = 1;      // tokens per row; tokens per segment, at least 1
+    i64 unit = 1;          // what cu_seqlens counts, in tokens of the above
+    bool on_grid = false;  // cut where the row's time is a multiple of L, not the sequence's own
+    i64 per_sequence = 1;  // dense only
+    i64 count = 0;         // records, used or not
     Segment* table = nullptr;  // packed only
+
+    // Tokens between the last cut that a sequence may have and its beginning.
+    LSM_DEVICE i64 past_cut(i64 begin) const { return on_grid ? begin % L : 0; }
 
     LSM_DEVICE Segment operator[](i64 record) const {
         if (table != nullptr) return table[record];
@@ -110,8 +114,9 @@ __global__ void __launch_bounds__(kThreads)
     i64 first = 0;  // record of the tile
     for (i64 tile = 0; tile < N; tile += kThreads) {
         i64 const n = tile + threadIdx.x;
-        i64 const length = n < N ? (cu_seqlens[n + 1] - cu_seqlens[n]) * plan.unit : 0;
-        i64 const whole = (length + L - 1) / L;
+        i64 const start = n < N ? cu_seqlens[n] * plan.unit : 0;
+        i64 const length = n < N ? cu_seqlens[n + 1] * plan.unit - start : 0;
+        i64 const whole = (plan.past_cut(start) + length + L - 1) / L;
         scan_counts(shared, n >= N ? 0 : whole > 1 ? static_cast<int>(whole) : 1);
         int const records = shared.offset[kThreads];
         for (int y = threadIdx.x; y < records; y += kThreads) {
@@ -123,9 +128,10 @@ __global__ void __launch_bounds__(kThreads)
             i64 const begin = cu_seqlens[tile + low] * plan.unit,
                       end = cu_seqlens[tile + low + 1] * plan.unit;
             int const index = y - shared.offset[low];
-            i64 const t0 = begin + index * L;
+            i64 const cut = begin - plan.past_cut(begin) + index * L,
+                      t0 = cut > begin ? cut : begin;
             plan.table[first + y] = {t0,
-                                     t0 + L < end ? t0 + L : end,
+                                     cut + L < end ? cut + L : end,
                                      first + shared.offset[low],
                                      end,
                                      0,

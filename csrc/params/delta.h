@@ -1,11 +1,13 @@
-// The seam between PyTorch-facing code and kernels of the delta engine: plain structs, no torch, no CUDA.
+// The seam between PyTorch-facing code and kernels of the delta engine: plain structs, no torch, no
+// CUDA.
 #pragma once
 
 #include "params/chunk.h"
 
 namespace lsm {
 
-// How a token changes the state S [K, V] beside the decay A = 1, e^g or Diag(e^g). All sums in fp32 (fp64 for fp64).
+// How a token changes the state S [K, V] beside the decay A = 1, e^g or Diag(e^g). All sums in fp32
+// (fp64 for fp64).
 //
 //   householder   S <- A S,  then for each of the token's n micro-steps   S <- S + k (beta (v - S^T k))^T
 //   comba         S <- A S + k (beta (v - S^T e))^T       the erased value is read before the decay, with a key of its own
@@ -14,8 +16,8 @@ namespace lsm {
 // Then o_t = scale · S^T q_t. n = 1 but for householder.
 enum class Transition : int32_t { householder, comba, dplr };
 
-// H heads of q, k, erase and write serve HV value heads (HV % H == 0): value head h reads head h / (HV / H).
-// Micro-step j of token t is row t n + j of k, v, beta, erase, write and their gradients.
+// H heads of q, k, erase and write serve HV value heads (HV % H == 0): value head h reads head h /
+// (HV / H). Micro-step j of token t is row t n + j of k, v, beta, erase, write and their gradients.
 struct DeltaParams {
     Transition transition;
     Decay decay;            // none, scalar or key
@@ -45,7 +47,8 @@ struct DeltaParams {
     Rows o;                       // [B, T, HV, V]
     void* final_state = nullptr;  // [N, HV, K, V], nullable
 
-    // Backward. dq, dk, derase and dwrite are per value head here, [B, T or Tn, HV, K]; the launcher adds each group up.
+    // Backward. dq, dk, derase and dwrite are per value head here, [B, T or Tn, HV, K]; the
+    // launcher adds each group up.
     Dtype key_grad_dtype;                    // of those four: dtype, or f32 if HV > H (f64 for f64)
     Rows grad_o;                             // [B, T, HV, V]
     void const* grad_final_state = nullptr;  // [N, HV, K, V], nullable (zeros)
@@ -68,7 +71,8 @@ struct DeltaStepParams {
     void* state;              // [B, HV, K, V] contiguous, updated in place
 };
 
-// What a backend (cpu/, kernels/) provides to ops/delta.cpp. Workspaces are uninitialised bytes, 256-byte aligned.
+// What a backend (cpu/, kernels/) provides to ops/delta.cpp. Workspaces are uninitialised bytes,
+// 256-byte aligned.
 int64_t delta_fwd_workspace(DeltaParams const& p);
 int64_t delta_bwd_workspace(DeltaParams const& p);
 void delta_fwd(DeltaParams const& p, void* workspace, void* stream);

@@ -1,16 +1,18 @@
-// What the tensor-core kernels of the delta engine share: how time is cut, scratch memory, tiles and fragments.
+// What the tensor-core kernels of the delta engine share: how time is cut, scratch memory, tiles
+// and fragments.
 //
-// A chunk has up to kC = 32 rows, one per micro-step (one per token unless n > 1), of whole tokens. With S the state before
-// it, in the folded form (docs/math.md, section 12),
+// A chunk has up to kC = 32 rows, one per micro-step (one per token unless n > 1), of whole tokens.
+// With S the state before it, in the folded form (docs/math.md, section 12),
 //
 //     E = w (V + e X S)        O = c Y S + R E        S <- gamma S + Z^T E
 //
-// X: what erases, Y: queries, [rows, K]; w, e, c: one number per row; gamma: one per head or per key channel. Z [rows, K] and
-// R [rows, rows] hold the chunk's triangular inverse. Rows past the end have w = e = c = 0 and zeros everywhere.
+// X: what erases, Y: queries, [rows, K]; w, e, c: one number per row; gamma: one per head or per
+// key channel. Z [rows, K] and R [rows, rows] hold the chunk's triangular inverse. Rows past the
+// end have w = e = c = 0 and zeros everywhere.
 #pragma once
 
+#include "kernels/delta/cuts.cuh"
 #include "kernels/platform.cuh"
-#include "kernels/segments.cuh"
 #include "kernels/tile/tile.cuh"
 #include "params/delta.h"
 
@@ -22,13 +24,15 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kForget =
     -256.f;  // log2: a stronger gate leaves nothing either, and sums stay exact
 
-// What a chunk's decay and sources are. whole: one decay for the state, or none. channels: by key channel; X and Y carry it.
-// sources: that, and rows write k v^T beside what they erase (dplr), so that with W = V and two more tiles
+// What a chunk's decay and sources are. whole: one decay for the state, or none. channels: by key
+// channel; X and Y carry it. sources: that, and rows write k v^T beside what they erase (dplr), so
+// that with W = V and two more tiles
 //
 //     E = e X S        O = c Y S + R E + R_v W        S <- gamma S + Z^T E + Z_v^T W.
 enum class Form { whole, channels, sources };
 
-// A [rows, kC] tile of bf16. Rows are 16 bytes longer than they need to be, so that eight of them fall into different banks.
+// A [rows, kC] tile of bf16. Rows are 16 bytes longer than they need to be, so that eight of them
+// fall into different banks.
 struct Square {
     static constexpr int kRowBytes = kC * 2 + 16, kBytes = kC * kRowBytes;
 
@@ -42,12 +46,13 @@ struct Square {
     }
 };
 
-// One number per row of a chunk, as prepare leaves them: E's w and e, O's c; and gamma, then the largest |T_ts|, t > s.
+// One number per row of a chunk, as prepare leaves them: E's w and e, O's c; and gamma, then the
+// largest |T_ts|, t > s.
 using Coefficients = float[4][kC];
 enum Coefficient { kWrite, kErase, kRead, kKeep };
 
-// Where |T| exceeds 1, keys repeat and beta > 1: the state turns over along a key instead of shrinking, and what rounds off its
-// writes adds up. There E and Z get twice the bits.
+// Where |T| exceeds 1, keys repeat and beta > 1: the state turns over along a key instead of
+// shrinking, and what rounds off its writes adds up. There E and Z get twice the bits.
 LSM_DEVICE bool amplifies(Coefficients const& by) {
     return by[kKeep][1] > 1.f;
 }
@@ -74,16 +79,24 @@ struct Scratch {
 struct DeltaWork {
     DeltaParams p;
     Segments segments;
+    Cuts cuts;
     Scratch scratch;
-    int tokens;   // per chunk
-    int v_tiles;  // of kV values
+    int tokens;           // per chunk
+    int v_tiles;          // of kV values
+    int tiles;            // of a chain's launch: v_tiles and, for transitions, of their columns
+    bool transfer;        // chains leave what their piece makes of a state, and nothing else
+    i64 slots_per_piece;  // dense only
 
+    // Slots hold the chunks of the current window.
     LSM_DEVICE i64 first_slot(Segment const& segment, i64 record) const {
-        return (segment.batch * p.T + segment.t0) / tokens + record;
+        i64 const from = segment.t0 - cuts.begin();
+        if (segments.table != nullptr) return from / tokens + record;
+        return (segment.batch * cuts.pieces + from / cuts.L) * slots_per_piece;
     }
     LSM_DEVICE int chunks(Segment const& segment) const {
         return static_cast<int>((segment.t1 - segment.t0 + tokens - 1) / tokens);
     }
+    LSM_DEVICE i64 record_of(i64 unit) const { return cuts.record_of(segments, unit); }
     LSM_DEVICE int key_head(int head) const { return head / static_cast<int>(p.HV / p.H); }
 };
 
@@ -102,20 +115,28 @@ LSM_DEVICE Chunk chunk_at(DeltaWork const& work, Segment const& segment, i64 fir
             (first_slot + index) * work.p.HV + head};
 }
 
-// For kernels with a block per (slot, head): the chunk in that slot. rows == 0: none.
-LSM_DEVICE Chunk chunk_of_block(DeltaWork const& work, int& head, bool& poison) {
-    head = static_cast<int>(blockIdx.x % work.p.HV);
-    i64 const slot = blockIdx.x / work.p.HV;
-    i64 low = 0,
-        high = work.segments.count;  // the last record whose first slot is not past this one
+// The last record whose first slot is not past this one, of a packed call.
+LSM_DEVICE i64 record_of_slot(DeltaWork const& work, i64 slot) {
+    i64 low = 0, high = work.segments.count;
     while (high - low > 1) {
         i64 const middle = (low + high) / 2;
         Segment const segment = work.segments[middle];
         bool const past = segment.unused() || work.first_slot(segment, middle) > slot;
         (past ? high : low) = middle;
     }
-    Segment const segment = work.segments[low];
-    i64 const first = work.first_slot(segment, low);
+    return work.cuts.holds(work.segments[low]) ? low : -1;
+}
+
+// For kernels with a block per (slot, head): the chunk in that slot. rows == 0: none.
+LSM_DEVICE Chunk chunk_of_block(DeltaWork const& work, int& head, bool& poison) {
+    head = static_cast<int>(blockIdx.x % work.p.HV);
+    i64 const slot = blockIdx.x / work.p.HV;
+    i64 const record = work.segments.table != nullptr ? record_of_slot(work, slot)
+                                                      : work.record_of(slot / work.slots_per_piece);
+    poison = false;
+    if (record < 0) return {0, 0, 0, 0, 0};
+    Segment const segment = work.segments[record];
+    i64 const first = work.first_slot(segment, record);
     poison = segment.poison;
     if (segment.unused() || slot - first >= work.chunks(segment)) return {0, 0, 0, 0, 0};
     return chunk_at(work, segment, first, static_cast<int>(slot - first), head);
@@ -123,8 +144,9 @@ LSM_DEVICE Chunk chunk_of_block(DeltaWork const& work, int& head, bool& poison) 
 
 // ---- Copies ----
 
-// Rows of a [B, T, H, D] tensor into a tile of kC rows: row i of the chunk is the row of token i / n, for its last
-// micro-step only, as q and o have them; n = 1 for what has a row per micro-step. The rest becomes zeros.
+// Rows of a [B, T, H, D] tensor into a tile of kC rows: row i of the chunk is the row of token i /
+// n, for its last micro-step only, as q and o have them; n = 1 for what has a row per micro-step.
+// The rest becomes zeros.
 template <int Columns, int Threads>
 LSM_DEVICE void load_rows(Rows const& x, i64 batch, i64 time, int head, int rows, int n,
                           int column0, int columns, u32 destination) {
@@ -185,8 +207,8 @@ LSM_DEVICE void split(float x, bf16& high, bf16& low) {
     low = bf16(x - static_cast<float>(high));
 }
 
-// Stores a warp's [16 values, kC tokens] of an output token by token; row(t) gives the address of value 0 of this warp in
-// row t, or null.
+// Stores a warp's [16 values, kC tokens] of an output token by token; row(t) gives the address of
+// value 0 of this warp in row t, or null.
 template <class Row>
 LSM_DEVICE void store_transposed(float const (&x)[kC / 8][4], int values, Row row) {
     int const lane = threadIdx.x % 32;

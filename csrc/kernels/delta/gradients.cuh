@@ -1,13 +1,14 @@
-// Gradients of a chunk, all chunks at once, from what the chains left (docs/math.md, section 12). With D_ts the decay
-// between two rows, U = T E and everything in the chunk's frame,
+// Gradients of a chunk, all chunks at once, from what the chains left (docs/math.md, section 12).
+// With D_ts the decay between two rows, U = T E and everything in the chunk's frame,
 //
 //     dP = tril(dO U^T)    dA = -tril(dE U^T, -1)    P~ = c D dP    M = w D dA
 //     dq = c e^G S dO + P~ K      dx = w e S dE + M K      dk = P~^T Q + M^T X + e^{G_end - G} dS U
 //     dbeta = dE . (V + e X S) + sum_s D dA (x . k)
 //
-// and dg_u adds up every pair the gate lies between, s < u <= t: those inside the chunk as they stand, a rectangle of
-// c D dP (q.k) + w D dA (x.k); those that enter or leave it by their ends; and gamma <S, dS> for those that span it. Nothing
-// is subtracted, so that dg is exact however strong the gates. Grid: (slot, head).
+// and dg_u adds up every pair the gate lies between, s < u <= t: those inside the chunk as they
+// stand, a rectangle of c D dP (q.k) + w D dA (x.k); those that enter or leave it by their ends;
+// and gamma <S, dS> for those that span it. Nothing is subtracted, so that dg is exact however
+// strong the gates. Grid: (slot, head).
 #pragma once
 
 #include "kernels/delta/prepare.cuh"
@@ -15,15 +16,16 @@
 
 namespace lsm::delta {
 
-// What takes the place of tiles of values once they are contracted: products of rows, and what pairs of rows give to dg and
-// dbeta.
+// What takes the place of tiles of values once they are contracted: products of rows, and what
+// pairs of rows give to dg and dbeta.
 template <int K, Form form>
 struct PairScratch {  // of a whole decay
     alignas(16) char P[Square::kBytes], M[Square::kBytes];
     float pairs[kC][kC + 1], erased[kC][kC + 1];  // c D dP (q.k), D dA (x.k)
 };
 
-// OwnErase: what erases is not k, and has a gradient of its own (and the value is erased before the row's own decay).
+// OwnErase: what erases is not k, and has a gradient of its own (and the value is erased before the
+// row's own decay).
 template <int K, bool OwnErase, Form form = Form::whole>
 struct Gradients {
     static constexpr bool kChannels = form != Form::whole, kSources = form == Form::sources;
@@ -298,7 +300,8 @@ struct Gradients {
         }
     }
 
-    // Brings what the states gave to the rows' scale; its dots with the rows are what crosses the chunk's ends.
+    // Brings what the states gave to the rows' scale; its dots with the rows are what crosses the
+    // chunk's ends.
     LSM_DEVICE void scale_ends() {
         float const scale = static_cast<float>(p.scale), last = s.sum[kC - 1];
         LSM_UNROLL

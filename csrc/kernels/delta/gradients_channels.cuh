@@ -1,12 +1,15 @@
-// gradients.cuh for decay by key channel. What rows give each other is summed level by level (levels.cuh): at each, dP and dA are
-// masked to its pairs, meet the level's rows of k and q, and the result takes the other factor, row by row.
+// gradients.cuh for decay by key channel. What rows give each other is summed level by level
+// (levels.cuh): at each, dP and dA are masked to its pairs, meet the level's rows of k and q, and
+// the result takes the other factor, row by row.
 //
-// The gate's gradient likewise: a level's pair (s, t) has its gates in two pieces, of the right half up to t and of the left half
-// after s. So with r_t = q.dq + x.dx and l_s = k.dk of that level alone, by channel,
+// The gate's gradient likewise: a level's pair (s, t) has its gates in two pieces, of the right
+// half up to t and of the left half after s. So with r_t = q.dq + x.dx and l_s = k.dk of that level
+// alone, by channel,
 //
 //     dg_u += sum of r_t over t >= u in u's half, if that is a right one, else of l_s over s < u in it,
 //
-// and the same once for the chunk as a whole and what crosses its ends. Again nothing is subtracted.
+// and the same once for the chunk as a whole and what crosses its ends. Again nothing is
+// subtracted.
 #pragma once
 
 #include "kernels/delta/gradients.cuh"
@@ -257,8 +260,8 @@ struct GradientsChannels : Gradients<K, form == Form::sources, form> {
         }
     }
 
-    // A level's products, by the rows' factors. Of rows right of the cut: dq and dx; dots: of x with dx, before beta, for the
-    // warp's rows lane / 4 and that + 8.
+    // A level's products, by the rows' factors. Of rows right of the cut: dq and dx; dots: of x
+    // with dx, before beta, for the warp's rows lane / 4 and that + 8.
     LSM_DEVICE void level_reads(int w, float (&dots)[2]) {
         int const left = w == 16 ? 0 : 16 * m;
         constexpr int kOf = kSources ? 2 : 1;

@@ -5,8 +5,8 @@
 namespace lsm {
 namespace {
 
-// Of keys with 8 channels, or of fewer than 8 rows, most of the narrowest tile would be padding; and a gate's gradient of
-// one token is a single sum over states that were rounded to bf16.
+// Of keys with 8 channels, or of fewer than 8 rows, most of the narrowest tile would be padding;
+// and a gate's gradient of one token is a single sum over states that were rounded to bf16.
 bool on_tensor_cores(DeltaParams const& p) {
     return p.K > 8 && p.T * p.n >= 8 && tensor_cores_take(p);
 }

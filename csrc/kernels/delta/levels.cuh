@@ -1,10 +1,12 @@
-// Decay by key channel, between the rows of a chunk. Rows s < t differ first, from the top, in some bit w: t lies in the right and
-// s in the left half of a block of 2 w rows. With the left half's last row between them,
+// Decay by key channel, between the rows of a chunk. Rows s < t differ first, from the top, in some
+// bit w: t lies in the right and s in the left half of a block of 2 w rows. With the left half's
+// last row between them,
 //
 //     e^{G_t - G_s} = prefix_w(t) suffix_w(s),
 //
-// prefix_w(t) the decay from the start of t's half to t, suffix_w(s) that from s to the end of its half: products of factors
-// e^g <= 1, built up level by level, with nothing to overflow and no exponent to bound, whatever the gates.
+// prefix_w(t) the decay from the start of t's half to t, suffix_w(s) that from s to the end of its
+// half: products of factors e^g <= 1, built up level by level, with nothing to overflow and no
+// exponent to bound, whatever the gates.
 #pragma once
 
 #include "kernels/delta/chunks.cuh"

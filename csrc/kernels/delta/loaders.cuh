@@ -1,4 +1,5 @@
-// How the delta engine's kernels on CUDA cores read g and beta; Params: DeltaParams or DeltaStepParams.
+// How the delta engine's kernels on CUDA cores read g and beta; Params: DeltaParams or
+// DeltaStepParams.
 #pragma once
 
 #include "kernels/policy/decay.cuh"

@@ -1,10 +1,11 @@
-// Everything of a chunk that does not need the state, for all chunks at once (docs/math.md, section 12): with
-// G the gates summed from the chunk's start, A_ts = w_t x_t.k_s e^{G_t - G_s} (s < t), P_ts = c q_t.k_s e^{G_t - G_s} (s <= t),
+// Everything of a chunk that does not need the state, for all chunks at once (docs/math.md, section
+// 12): with G the gates summed from the chunk's start, A_ts = w_t x_t.k_s e^{G_t - G_s} (s < t),
+// P_ts = c q_t.k_s e^{G_t - G_s} (s <= t),
 //
 //     T = (I + A)^-1        R = P T        Z = T^T diag(e^{G_end - G}) K.
 //
-// T by forward substitution in fp32, a lane per column: powers of A, and T in bf16, fail as soon as keys repeat. Its
-// products take T as two bf16, high and low. Grid: (slot, head).
+// T by forward substitution in fp32, a lane per column: powers of A, and T in bf16, fail as soon as
+// keys repeat. Its products take T as two bf16, high and low. Grid: (slot, head).
 #pragma once
 
 #include "kernels/delta/chunks.cuh"

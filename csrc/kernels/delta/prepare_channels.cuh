@@ -1,8 +1,9 @@
-// prepare.cuh for decay by key channel: A and P pair by pair of half blocks (levels.cuh), and X and Y with the decay since the
-// chunk began, for the chains.
+// prepare.cuh for decay by key channel: A and P pair by pair of half blocks (levels.cuh), and X and
+// Y with the decay since the chunk began, for the chains.
 //
-// Of sources (dplr), with a for X, which reads the state before its own row's decay, and b for the k of the erased:
-// A_ts = -a_t.b_s e^{..}, P_ts = c q_t.b_s e^{..}, and likewise A_v, P_v with k in the place of b;
+// Of sources (dplr), with a for X, which reads the state before its own row's decay, and b for the
+// k of the erased: A_ts = -a_t.b_s e^{..}, P_ts = c q_t.b_s e^{..}, and likewise A_v, P_v with k in
+// the place of b;
 //
 //     T = (I + A)^-1      R = P T      R_v = P_v + P T A_v      Z = T^T diag(..) B      Z_v = diag(..) K + (T A_v)^T diag(..) B.
 #pragma once
@@ -18,7 +19,8 @@ struct PrepareChannels : Prepare<K> {
     using Base::chunk, Base::head, Base::kThreads, Base::lane, Base::p, Base::warp, Base::work;
     using typename Base::Wide;
 
-    // x, y: rows at a level. Right of the cut they are what erases and q; left of it what is erased along and, of sources, k.
+    // x, y: rows at a level. Right of the cut they are what erases and q; left of it what is erased
+    // along and, of sources, k.
     struct SharedStorage : Base::SharedStorage {
         alignas(128) char y[kC * K * 2];
         alignas(128) char a[Sources ? kC * K * 2 : 16];
@@ -78,8 +80,8 @@ struct PrepareChannels : Prepare<K> {
             bf16(static_cast<float>(p.scale) * x);
     }
 
-    // Pairs that part at level w < 16, of a block of 16 rows: eight rows of x and of y, right of the cut, against eight of x,
-    // and of y, left of it.
+    // Pairs that part at level w < 16, of a block of 16 rows: eight rows of x and of y, right of
+    // the cut, against eight of x, and of y, left of it.
     LSM_DEVICE void relate_block(int w, int block) {
         float acc[Sources ? 2 : 1][4] = {};
         int const r = 16 * block + right_row(lane % 8, w), l = 16 * block + left_row(lane % 8, w);

@@ -1,9 +1,11 @@
-// The chain of states, chunk by chunk: E, O and the next state (chunks.cuh). For a backward pass the same walk leaves the
-// states at chunk starts and E's residuals V + e X S instead of O.
+// The chain of states, chunk by chunk: E, O and the next state (chunks.cuh). For a backward pass
+// the same walk leaves the states at chunk starts and E's residuals V + e X S instead of O; for a
+// transfer (cuts.cuh) only the state it ends with.
 //
-// A block owns kV value columns of a head's state and walks one sequence; a warp has 16 of them. The state is kept
-// transposed, [16 values, K], in accumulators, whose layout is that of an A operand: S and E reach the tensor cores without
-// touching shared memory and warps share nothing but the tiles they read. Grid: (record, head, tile of V).
+// A block owns kV value columns of a head's state and walks a piece of time; a warp has 16 of them.
+// The state is kept transposed, [16 values, K], in accumulators, whose layout is that of an A
+// operand: S and E reach the tensor cores without touching shared memory and warps share nothing
+// but the tiles they read. Grid: (record, head, tile).
 #pragma once
 
 #include "kernels/delta/chunks.cuh"
@@ -26,32 +28,37 @@ struct WarpState {
     static constexpr int kTiles = K / 8;
     float S[kTiles][4];
 
-    // visit(element, offset in a [K, V] matrix) for those that exist.
+    // f(element, offset in a [rows, columns] matrix) for those that exist.
     template <class Visit>
-    LSM_DEVICE void visit(DeltaParams const& p, int value0, Visit f) {
+    LSM_DEVICE void visit(i64 rows, i64 columns, int value0, Visit f) {
         int const lane = threadIdx.x % 32;
         LSM_UNROLL
         for (int n = 0; n < kTiles; ++n) {
             LSM_UNROLL
             for (int e = 0; e < 4; ++e) {
                 int const k = 8 * n + lane % 4 * 2 + e % 2, v = value0 + lane / 4 + e / 2 * 8;
-                if (k < p.K && v < p.V) f(S[n][e], k * static_cast<int>(p.V) + v);
+                if (k < rows && v < columns) f(S[n][e], k * static_cast<int>(columns) + v);
             }
         }
     }
 
-    LSM_DEVICE void start(DeltaParams const& p, int value0, float const* from, float fill) {
+    LSM_DEVICE void fill(float x) {
         LSM_UNROLL
         for (int n = 0; n < kTiles; ++n) {
             LSM_UNROLL
-            for (int e = 0; e < 4; ++e) S[n][e] = fill;
+            for (int e = 0; e < 4; ++e) S[n][e] = x;
         }
-        if (from != nullptr)
-            visit(p, value0, [&](float& x, int at) { x = load_global(from + at); });
     }
 
-    LSM_DEVICE void finish(DeltaParams const& p, int value0, float* to) {
-        visit(p, value0, [&](float& x, int at) { store_global(to + at, x); });
+    // From a [K, V] state, null: zeros.
+    LSM_DEVICE void start(DeltaParams const& p, int value0, float const* from) {
+        fill(0.f);
+        if (from == nullptr) return;
+        visit(p.K, p.V, value0, [&](float& x, int at) { x = load_global(from + at); });
+    }
+
+    LSM_DEVICE void finish(i64 rows, i64 columns, int value0, float* to) {
+        visit(rows, columns, value0, [&](float& x, int at) { store_global(to + at, x); });
     }
 
     LSM_DEVICE void scale(float by) {
@@ -211,21 +218,21 @@ LSM_DEVICE void load_coefficients(DeltaWork const& work, Chunk const& chunk, Coe
         load_floats<Threads>(work.scratch.decay + chunk.slot * K, K, smem_u32(decay));
 }
 
-template <int K, RecurKind Kind, Form form>
-struct Recur {
+// What a walk in either direction has and loads. Queries: Y and R are needed.
+template <int K, Form form, bool Queries>
+struct Chain {
     static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps;
     static constexpr bool kSources = form == Form::sources;
     static constexpr int kStages = kSources ? 2 : 3;  // two blocks per multiprocessor
-    static constexpr bool kReads = Kind == RecurKind::output;
 
     struct Stage {
         alignas(128) char erase[kC * K * 2];
-        alignas(128) char query[kReads ? kC * K * 2 : 16];
+        alignas(128) char query[Queries ? kC * K * 2 : 16];
         alignas(128) char write[kC * K * 2];
-        alignas(128) char value[kC * kV * 2];
-        alignas(16) char relate[kReads ? Square::kBytes : 16];
+        alignas(128) char value[kC * kV * 2];  // of v, or of dO
+        alignas(16) char relate[Queries ? Square::kBytes : 16];
         alignas(128) char write_values[kSources ? kC * K * 2 : 16];
-        alignas(16) char relate_values[kSources && kReads ? Square::kBytes : 16];
+        alignas(16) char relate_values[kSources && Queries ? Square::kBytes : 16];
         alignas(16) Coefficients by;
         alignas(16) float decay[form != Form::whole ? K : 4];
     };
@@ -237,38 +244,92 @@ struct Recur {
     DeltaParams const& p;
     SharedStorage& s;
     Segment const& segment;
-    i64 const record;
+    i64 const first_slot;
     int const head, tile, lane, warp, value0;
     WarpState<K> state;
 
     LSM_DEVICE Chunk at(int index) const {
-        return chunk_at(work, segment, work.first_slot(segment, record), index, head);
+        return chunk_at(work, segment, first_slot, index, head);
     }
 
-    LSM_DEVICE void load(int index) {
+    // Of the sequence's state and head, among initial or final ones.
+    LSM_DEVICE i64 owner() const {
+        return (static_cast<i64>(segment.sequence) * p.HV + head) * p.K * p.V;
+    }
+
+    // Chunk `index` into its stage, with `columns` of the rows x, of which a token has n.
+    LSM_DEVICE void load(int index, Rows const& x, int n, int column0, int columns) {
         Stage& to = s.stage[index % kStages];
         Chunk const chunk = at(index);
         load_erase<K, form, kThreads>(work, chunk, head, to.erase);
         load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
-        load_rows<kV, kThreads>(p.v, chunk.batch, chunk.row, head, chunk.rows, 1, tile * kV,
-                                static_cast<int>(p.V) - tile * kV, smem_u32(to.value));
-        if constexpr (kReads) {
+        load_rows<kV, kThreads>(x, chunk.batch, n == 1 ? chunk.row : chunk.token, head, chunk.rows,
+                                n, column0, columns, smem_u32(to.value));
+        if constexpr (Queries) {
             load_query<K, form, kThreads>(work, chunk, head, to.query);
             load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
         }
         if constexpr (kSources) {
             load_tile<kC, K, kThreads>(work.scratch.z_values + chunk.slot * kC * K, K,
                                        smem_u32(to.write_values));
-            if constexpr (kReads)
+            if constexpr (Queries)
                 load_square<kThreads>(work.scratch.r_values + chunk.slot * kC * kC,
                                       smem_u32(to.relate_values));
         }
         load_coefficients<K, form, kThreads>(work, chunk, to.by, to.decay);
     }
 
+    LSM_DEVICE void decay(Stage const& tiles) {
+        if constexpr (form != Form::whole) {
+            state.scale(tiles.decay);
+        } else {
+            state.scale(tiles.by[kKeep][0]);
+        }
+    }
+
+    // start(), then load(i) and step(i) for all chunks, in order or against it.
+    template <bool Reverse, class Start, class Load, class Step>
+    LSM_DEVICE void walk(Start const& start, Load const& load, Step const& step) {
+        int const chunks = segment.poison ? 0 : work.chunks(segment);
+        auto const index = [&](int i) { return Reverse ? chunks - 1 - i : i; };
+        LSM_UNROLL
+        for (int i = 0; i < kStages - 1; ++i) {
+            if (i < chunks) load(index(i));
+            cp_async_commit();
+        }
+        start();  // its loads come second
+        LSM_UNROLL_BY(1)
+        for (int i = 0; i < chunks; ++i) {
+            cp_async_wait<kStages - 2>();
+            __syncthreads();  // the stage has landed, and everybody is done with the one before it
+            if (i + kStages - 1 < chunks) load(index(i + kStages - 1));
+            cp_async_commit();
+            step(index(i));
+        }
+        cp_async_wait<0>();
+    }
+};
+
+template <int K, RecurKind Kind, Form form>
+struct Recur : Chain<K, form, Kind == RecurKind::output> {
+    using Base = Chain<K, form, Kind == RecurKind::output>;
+    using Base::warp, Base::value0, Base::state, Base::kStages, Base::kThreads, Base::kSources;
+    using Base::work, Base::p, Base::s, Base::segment, Base::head, Base::tile, Base::lane;
+    using typename Base::Stage;
+    static constexpr bool kReads = Kind == RecurKind::output;
+
+    // What a piece does to a state goes only to pieces after it; and the first one's has been done
+    // to the state itself.
+    LSM_DEVICE static bool transfers(DeltaWork const& work, Segment const& segment, int tile) {
+        return !segment.is_last && (tile < work.v_tiles || !work.cuts.leads(segment));
+    }
+    LSM_DEVICE bool transfer() const { return !kReads && work.transfer; }
+    // Columns of the transition M come after those of V; their walk writes no values.
+    LSM_DEVICE bool of_transition() const { return transfer() && tile >= work.v_tiles; }
+
     LSM_DEVICE void step(int index) {
         Stage const& tiles = s.stage[index % kStages];
-        Chunk const chunk = at(index);
+        Chunk const chunk = this->at(index);
         u32 a[K / 16][4];
         state.operand(a);
         float residual[kC / 8][4] = {};
@@ -276,7 +337,7 @@ struct Recur {
         float o[kC / 8][4] = {};
         if constexpr (kReads) {
             state.read(a, smem_u32(tiles.query), o);
-        } else {
+        } else if (!work.transfer) {
             state.save(a, work.scratch.state + (chunk.slot * work.v_tiles * kV + value0) * K);
         }
 
@@ -294,11 +355,7 @@ struct Recur {
         }
         u32 E[kC / 16][4];
         pack_rows(residual, tiles.by[kWrite], E);
-        if constexpr (form != Form::whole) {
-            state.scale(tiles.decay);
-        } else {
-            state.scale(tiles.by[kKeep][0]);
-        }
+        this->decay(tiles);
         int const passes = amplifies(tiles.by) ? 3 : 1;
         LSM_UNROLL_BY(1)
         for (int pass = 0; pass < passes; ++pass) {
@@ -325,7 +382,7 @@ struct Recur {
                 if (n == 1) return t < chunk.rows ? to + t * p.o.time : nullptr;
                 return t < chunk.rows && (t + 1) % n == 0 ? to + t / n * p.o.time : nullptr;
             });
-        } else {
+        } else if (!work.transfer) {
             bf16* const to = work.scratch.residual + chunk.slot * kC * work.v_tiles * kV + value0;
             store_transposed(residual, 16, [&](int t) { return to + t * work.v_tiles * kV; });
         }
@@ -353,54 +410,75 @@ struct Recur {
         }
     }
 
-    LSM_DEVICE void poison() {
-        if constexpr (kReads)
-            poison_rows(p.o, segment.batch, segment.t0, segment.t1, head, tile * kV, p.V);
+    // What the walk starts from.
+    LSM_DEVICE void start() {
+        if (segment.poison) {
+            state.fill(nan_value());
+        } else if (of_transition()) {
+            state.fill(0.f);
+            int const pitch = static_cast<int>(p.K) + 1;
+            state.visit(p.K, p.K, column(),
+                        [&](float& x, int at) { x = at % pitch == 0 ? 1.f : 0.f; });
+        } else if (transfer() && !work.cuts.leads(segment)) {
+            state.fill(0.f);
+        } else if (segment.index > 0) {
+            state.start(p, value0, work.cuts.state(segment.batch, segment.t0, head));
+        } else {
+            float const* const initial = static_cast<float const*>(p.initial_state);
+            state.start(p, value0, initial == nullptr ? nullptr : initial + this->owner());
+        }
     }
 
+    LSM_DEVICE void finish() {
+        if (of_transition()) {
+            state.finish(p.K, p.K, column(), work.cuts.transfer(segment.batch, segment.t0, head));
+        } else if (transfer()) {
+            state.finish(p.K, p.V, value0, work.cuts.state(segment.batch, segment.t1, head));
+        } else if (kReads && segment.is_last && p.final_state != nullptr && segment.sequence >= 0) {
+            state.finish(p.K, p.V, value0, static_cast<float*>(p.final_state) + this->owner());
+        }
+    }
+
+    // Of this warp's columns of the transition, the first.
+    LSM_DEVICE int column() const { return value0 - work.v_tiles * kV; }
+
     LSM_DEVICE void run() {
-        int const chunks = segment.poison ? 0 : work.chunks(segment);
-        LSM_UNROLL
-        for (int i = 0; i < kStages - 1; ++i) {
-            if (i < chunks) load(i);
-            cp_async_commit();
-        }
-        i64 const owner = static_cast<i64>(segment.sequence) * p.HV + head;
-        float const* const initial = static_cast<float const*>(p.initial_state);
-        state.start(p, value0,
-                    initial != nullptr && !segment.poison ? initial + owner * p.K * p.V : nullptr,
-                    segment.poison ? nan_value() : 0.f);
-        LSM_UNROLL_BY(1)
-        for (int i = 0; i < chunks; ++i) {
-            cp_async_wait<kStages - 2>();
-            __syncthreads();  // the stage has landed, and everybody is done with the one before it
-            if (i + kStages - 1 < chunks) load(i + kStages - 1);
-            cp_async_commit();
-            step(i);
-        }
-        cp_async_wait<0>();
-        if (segment.poison) poison();
-        if constexpr (kReads) {
-            if (p.final_state != nullptr && segment.sequence >= 0)
-                state.finish(p, value0, static_cast<float*>(p.final_state) + owner * p.K * p.V);
-        }
+        int const column = of_transition() ? 0 : tile * kV,
+                  columns = of_transition() ? 0 : static_cast<int>(p.V) - column;
+        this->template walk<false>([&] { start(); },
+                                   [&](int i) { this->load(i, p.v, 1, column, columns); },
+                                   [&](int i) { step(i); });
+        if (kReads && segment.poison)
+            poison_rows(p.o, segment.batch, segment.t0, segment.t1, head, tile * kV, p.V);
+        finish();
     }
 };
 
-// What a block of a chain works on: blockIdx.x = (record, head, tile of V).
+// What a block of a chain works on: blockIdx.x = (record, head, tile).
 template <class Kernel>
 LSM_DEVICE void run_chain(DeltaWork const& work) {
-    int const tile = static_cast<int>(blockIdx.x % work.v_tiles);
-    i64 const unit = blockIdx.x / work.v_tiles;
+    int const tile = static_cast<int>(blockIdx.x % work.tiles);
+    i64 const unit = blockIdx.x / work.tiles;
     int const head = static_cast<int>(unit % work.p.HV);
-    i64 const record = unit / work.p.HV;
+    i64 const record = work.record_of(unit / work.p.HV);
+    if (record < 0) return;
     Segment const segment = work.segments[record];
     if (segment.unused()) return;
+    if (work.transfer && (segment.poison || !Kernel::transfers(work, segment, tile))) return;
     auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(dyn_smem());
     int const tid = threadIdx.x;
-    Kernel{work, work.p, shared,   segment,  record,
-           head, tile,   tid % 32, tid / 32, tile * kV + tid / 32 * 16,
-           {}}
+    i64 const first_slot = work.first_slot(segment, record);
+    Kernel{{work,
+            work.p,
+            shared,
+            segment,
+            first_slot,
+            head,
+            tile,
+            tid % 32,
+            tid / 32,
+            tile * kV + tid / 32 * 16,
+            {}}}
         .run();
 }
 

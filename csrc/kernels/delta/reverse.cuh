@@ -2,8 +2,8 @@
 //
 //     dE = R^T dO + Z dS        dV = w dE        dS <- gamma dS + (c Y)^T dO + (w e X)^T dE,
 //
-// which is recur.cuh with its operands in other places; it does not need the states. Leaves dE and dS for the gradients.
-// Grid: (record, head, tile of V).
+// which is recur.cuh with its operands in other places; it does not need the states. Leaves dE and
+// dS for the gradients; for a transfer only the dS it ends with. Grid: (record, head, tile of V).
 #pragma once
 
 #include "kernels/delta/recur.cuh"
@@ -11,63 +11,23 @@
 namespace lsm::delta {
 
 template <int K, Form form>
-struct Reverse {
-    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps;
-    static constexpr bool kSources = form == Form::sources;
-    static constexpr int kStages = kSources ? 2 : 3;  // two blocks per multiprocessor
+struct Reverse : Chain<K, form, true> {
+    using Base = Chain<K, form, true>;
+    using Base::warp, Base::value0, Base::state, Base::kStages, Base::kThreads, Base::kSources;
+    using Base::work, Base::p, Base::s, Base::segment, Base::head, Base::tile, Base::lane;
+    using typename Base::Stage;
 
-    struct Stage {
-        alignas(128) char erase[kC * K * 2];
-        alignas(128) char query[kC * K * 2];
-        alignas(128) char write[kC * K * 2];
-        alignas(128) char grad_o[kC * kV * 2];
-        alignas(16) char relate[Square::kBytes];
-        alignas(128) char write_values[kSources ? kC * K * 2 : 16];
-        alignas(16) char relate_values[kSources ? Square::kBytes : 16];
-        alignas(16) Coefficients by;
-        alignas(16) float decay[form != Form::whole ? K : 4];
-    };
-    struct SharedStorage {
-        Stage stage[kStages];
-    };
-
-    DeltaWork const& work;
-    DeltaParams const& p;
-    SharedStorage& s;
-    Segment const& segment;
-    i64 const record;
-    int const head, tile, lane, warp, value0;
-    WarpState<K> state;
-
-    LSM_DEVICE Chunk at(int index) const {
-        return chunk_at(work, segment, work.first_slot(segment, record), index, head);
-    }
-
-    LSM_DEVICE void load(int index) {
-        Stage& to = s.stage[index % kStages];
-        Chunk const chunk = at(index);
-        load_erase<K, form, kThreads>(work, chunk, head, to.erase);
-        load_query<K, form, kThreads>(work, chunk, head, to.query);
-        load_tile<kC, K, kThreads>(work.scratch.z + chunk.slot * kC * K, K, smem_u32(to.write));
-        load_rows<kV, kThreads>(p.grad_o, chunk.batch, chunk.token, head, chunk.rows,
-                                static_cast<int>(p.n), tile * kV, static_cast<int>(p.V) - tile * kV,
-                                smem_u32(to.grad_o));
-        load_square<kThreads>(work.scratch.r + chunk.slot * kC * kC, smem_u32(to.relate));
-        if constexpr (kSources) {
-            load_tile<kC, K, kThreads>(work.scratch.z_values + chunk.slot * kC * K, K,
-                                       smem_u32(to.write_values));
-            load_square<kThreads>(work.scratch.r_values + chunk.slot * kC * kC,
-                                  smem_u32(to.relate_values));
-        }
-        load_coefficients<K, form, kThreads>(work, chunk, to.by, to.decay);
+    LSM_DEVICE static bool transfers(DeltaWork const& work, Segment const& segment, int) {
+        return segment.index > 0 && !work.cuts.ends_window(segment.t0);
     }
 
     LSM_DEVICE void step(int index) {
         Stage const& tiles = s.stage[index % kStages];
-        Chunk const chunk = at(index);
+        Chunk const chunk = this->at(index);
         u32 a[K / 16][4];
         state.operand(a);
-        state.save(a, work.scratch.dstate + (chunk.slot * work.v_tiles * kV + value0) * K);
+        if (!work.transfer)
+            state.save(a, work.scratch.dstate + (chunk.slot * work.v_tiles * kV + value0) * K);
 
         float de[kC / 8][4] = {};
         int const passes = amplifies(tiles.by) ? 2 : 1;
@@ -77,7 +37,7 @@ struct Reverse {
             state.read(a, smem_u32(tiles.write), de);
         }
         u32 grad_o[kC / 16][4];
-        load_values(smem_u32(tiles.grad_o), warp, grad_o);
+        load_values(smem_u32(tiles.value), warp, grad_o);
         ask(tiles.relate, grad_o, de);
         if constexpr (kSources) {
             float dv[kC / 8][4] = {};
@@ -85,8 +45,10 @@ struct Reverse {
             ask(tiles.relate_values, grad_o, dv);
             store_dv(chunk, dv);
         }
-        bf16* const to = work.scratch.de + chunk.slot * kC * work.v_tiles * kV + value0;
-        store_transposed(de, 16, [&](int t) { return to + t * work.v_tiles * kV; });
+        if (!work.transfer) {
+            bf16* const to = work.scratch.de + chunk.slot * kC * work.v_tiles * kV + value0;
+            store_transposed(de, 16, [&](int t) { return to + t * work.v_tiles * kV; });
+        }
         LSM_UNROLL
         for (int n = 0; n < kC / 8; ++n) {
             int const t = 8 * n + lane % 4 * 2;
@@ -99,11 +61,7 @@ struct Reverse {
 
         u32 E[kC / 16][4];
         pack_rows(de, tiles.by[kErase], E);
-        if constexpr (form != Form::whole) {
-            state.scale(tiles.decay);
-        } else {
-            state.scale(tiles.by[kKeep][0]);
-        }
+        this->decay(tiles);
         state.write(grad_o, smem_u32(tiles.query));
         LSM_UNROLL_BY(1)
         for (int pass = 0; pass < passes; ++pass) {
@@ -118,6 +76,7 @@ struct Reverse {
     }
 
     LSM_DEVICE void store_dv(Chunk const& chunk, float const (&dv)[kC / 8][4]) {
+        if (work.transfer) return;
         bf16* const to = static_cast<bf16*>(p.dv.data) + chunk.batch * p.dv.batch +
                          chunk.row * p.dv.time + head * p.dv.head + value0;
         store_transposed(dv, static_cast<int>(p.V) - value0, [&](int t) -> bf16* {
@@ -140,33 +99,42 @@ struct Reverse {
         }
     }
 
+    LSM_DEVICE void start() {
+        if (segment.poison) {
+            state.fill(nan_value());
+        } else if (work.transfer && !work.cuts.leads_back(segment)) {
+            state.fill(0.f);
+        } else if (!segment.is_last) {
+            state.start(p, value0, work.cuts.grad(segment.batch, segment.t1, head));
+        } else {
+            float const* const last = static_cast<float const*>(p.grad_final_state);
+            state.start(p, value0, last == nullptr ? nullptr : last + this->owner());
+        }
+    }
+
+    // Where a window begins inside a sequence, the one before it goes on from there.
+    LSM_DEVICE void finish() {
+        if (segment.index > 0) {
+            if (!segment.poison && (work.transfer || work.cuts.ends_window(segment.t0))) {
+                state.finish(p.K, p.V, value0, work.cuts.grad(segment.batch, segment.t0, head));
+            }
+        } else if (p.grad_initial_state != nullptr && segment.sequence >= 0) {
+            state.finish(p.K, p.V, value0,
+                         static_cast<float*>(p.grad_initial_state) + this->owner());
+        }
+    }
+
     LSM_DEVICE void run() {
-        int const chunks = segment.poison ? 0 : work.chunks(segment);
-        LSM_UNROLL
-        for (int i = 0; i < kStages - 1; ++i) {
-            if (i < chunks) load(chunks - 1 - i);
-            cp_async_commit();
-        }
-        i64 const owner = static_cast<i64>(segment.sequence) * p.HV + head;
-        float const* const last = static_cast<float const*>(p.grad_final_state);
-        state.start(p, value0,
-                    last != nullptr && !segment.poison ? last + owner * p.K * p.V : nullptr,
-                    segment.poison ? nan_value() : 0.f);
-        LSM_UNROLL_BY(1)
-        for (int i = chunks - 1; i >= 0; --i) {
-            cp_async_wait<kStages - 2>();
-            __syncthreads();  // the stage has landed, and everybody is done with the one before it
-            if (i >= kStages - 1) load(i - (kStages - 1));
-            cp_async_commit();
-            step(i);
-        }
-        cp_async_wait<0>();
+        int const n = static_cast<int>(p.n), column = tile * kV;
+        this->template walk<true>(
+            [&] { start(); },
+            [&](int i) { this->load(i, p.grad_o, n, column, static_cast<int>(p.V) - column); },
+            [&](int i) { step(i); });
         if (segment.poison) {
             poison_rows(p.dv, segment.batch, segment.t0 * p.n, segment.t1 * p.n, head, tile * kV,
                         p.V);
         }
-        if (p.grad_initial_state != nullptr && segment.sequence >= 0)
-            state.finish(p, value0, static_cast<float*>(p.grad_initial_state) + owner * p.K * p.V);
+        finish();
     }
 };
 

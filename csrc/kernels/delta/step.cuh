@@ -1,15 +1,15 @@
 // One token of decoding with the delta engine, S [B, HV, K, V] fp32 updated in place.
 //
-// As in kernels/step/step.cuh the state is read once and written once and everything else is noise: a
-// block owns Columns columns of one head's state and a thread first issues all its loads of it.
-// Every micro-step then takes one reduction over K, because what its write adds to the output is known
-// without another look at the state:
+// As in kernels/step/step.cuh the state is read once and written once and everything else is noise:
+// a block owns Columns columns of one head's state and a thread first issues all its loads of it.
+// Every micro-step then takes one reduction over K, because what its write adds to the output is
+// known without another look at the state:
 //
 //     r = S^T dot       u = beta (v - r), or r with dplr       S = A S + add u^T + plain v^T
 //     o = scale · (S^T A q + (q · add) u + (q · plain) v)      of the last micro-step
 //
-// dot is A k (householder) or the erase key, add is k or (dplr) the write key, plain is k of dplr; A
-// belongs to the first micro-step.
+// dot is A k (householder) or the erase key, add is k or (dplr) the write key, plain is k of dplr;
+// A belongs to the first micro-step.
 #pragma once
 
 #include "kernels/delta/loaders.cuh"

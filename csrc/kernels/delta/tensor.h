@@ -1,5 +1,5 @@
-// The delta engine on tensor cores: bf16, in chunks (docs/kernels/delta.md). What it does not take, the exact recurrence
-// on CUDA cores does.
+// The delta engine on tensor cores: bf16, in chunks (docs/kernels/delta.md). What it does not take,
+// the exact recurrence on CUDA cores does.
 #pragma once
 
 #include "params/delta.h"

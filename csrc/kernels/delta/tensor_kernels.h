@@ -23,6 +23,7 @@ void dispatch_form(DeltaParams const& p, F const& f) {
 // states: for a backward, instead of o.
 void run_recur(DeltaWork const& work, bool states, int64_t blocks, void* stream);
 void run_reverse(DeltaWork const& work, int64_t blocks, void* stream);
+void run_join(DeltaWork const& work, bool reverse, int64_t chains, void* stream);
 void run_gradients(DeltaWork const& work, int64_t blocks, void* stream);
 
 }  // namespace lsm::delta
