@@ -58,8 +58,8 @@ def register(name: str, takes: tuple[str, ...]) -> None:
 
     def step_fake(*args):  # type: ignore[no-untyped-def]
         (q, k, v, *own), (state, _, *more) = args[:tensors], args[tensors:]
-        u = {"u": x for x in more if isinstance(x, Tensor)}
-        check("step", q, k, v, *own, state=state, **u)
+        u = next((x for x in more if isinstance(x, Tensor)), None)
+        check("step", q, k, v, *own, state=state, u=u)
         return v.new_empty(heads_of(q, v))
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
