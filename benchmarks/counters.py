@@ -22,12 +22,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from attention import TENSORS  # noqa: E402
 from cases import OPS, Case  # noqa: E402
 from emulated import emulator  # noqa: E402
 from inputs import make_inputs  # noqa: E402
 from scans import SCANS, ScanCase, draw_scan  # noqa: E402
 
-from lsm_cuda.ops import AttnMask, BlockLists  # noqa: E402
+from lsm_cuda.ops import (  # noqa: E402
+    AttnMask,
+    BlockChoice,
+    BlockLists,
+    ScoreRule,
+    _sparse_attn,
+    selection,
+)
 
 BASELINE = ROOT / "benchmarks" / "baselines" / "counters.json"
 GROWTH = 1.1
@@ -98,6 +106,63 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from selective_calls()
     yield from wkv4_calls()
     yield from attention_calls()
+    yield from decode_calls()
+    yield from selection_calls()
+    yield from mlstm_calls()
+
+
+def mlstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 64, generator=draw).bfloat16() for _ in range(3))
+    i, f, m = (torch.randn(2, 2, generator=draw) for _ in range(3))
+    C, n = torch.randn(2, 2, 64, 64, generator=draw), torch.randn(2, 2, 64, generator=draw)
+    given = (q, k, v, i, f, C, n, m, 0.1, 1e-6, True, True)
+    yield "mlstm step bfloat16", 1, partial(torch.ops.lsm_emu.mlstm_step, *given)
+
+
+def decode_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """A cache in pages: tokens are written, read in parts, and the parts merged."""
+    ops, draw = torch.ops.lsm_emu, torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.randn(1, 1, 4, 64, generator=draw).to(dtype)
+        k, v = (torch.randn(10, 64, 1, 64, generator=draw).to(dtype) for _ in range(2))
+        table = torch.arange(10, dtype=torch.int32)[None]
+        mask = AttnMask(causal=True)
+        given = _sparse_attn._arguments("", q, None, mask, None, 0.0, None, None, None, 0.0)
+        name = str(dtype)[6:]
+        run = partial(ops.sparse_attn_decode, q, k, v, None, table, *given)
+        yield f"sparse_attn_decode {name}", 1, run
+        lengths = torch.tensor([300], dtype=torch.int32)
+        update = partial(ops.kv_cache_update, k, v, k[:1, :2], v[:1, :2], lengths, table)
+        yield f"kv_cache_update {name}", 1, update
+        o, lse = run()
+        merge = partial(ops.merge_attn_states, torch.stack([o, o]), torch.stack([lse, lse]))
+        yield f"merge_attn_states {name}", 1, merge
+        back = partial(ops.merge_attn_states_bwd, o[None], lse[None], o, lse, o, lse)
+        yield f"merge_attn_states {name} backward", 1, back
+
+
+def selection_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """Keys pooled, scored and chosen, at once and one by one."""
+    ops, draw = torch.ops.lsm_emu, torch.Generator().manual_seed(0)
+    rule = ScoreRule.compressed(8, 4, 16)
+    chosen = BlockChoice(top_k=3, first=1, local=1)._arguments(rule, 9)
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.randn(1, 20, 8, 64, generator=draw).to(dtype)
+        k = torch.randn(1, 130, 2, 64, generator=draw).to(dtype)
+        name = str(dtype)[6:]
+        pool = partial(ops.block_pool, k, None, None, None, 8, 4, 3, False)
+        yield f"block_pool {name}", 1, pool
+        given = selection._arguments(q, pool()[..., :64], rule, None, None, None, None, None, 9)
+        yield f"block_select {name}", 1, partial(ops.block_select, *given, *chosen)
+        score = partial(ops.block_scores, *given)
+        yield f"block_scores {name}", 1, score
+        scored = (score(), None, None, None, 20, given[-1], *chosen)
+        yield f"block_topk {name}", 1, partial(ops.block_topk, *scored)
+        cu = torch.tensor([0, 8, 20])
+        keys = torch.randn(1, 4, 2, 64, generator=draw).to(dtype)  # 8 tokens and 12: 1 and 2 keys
+        packed = selection._arguments(q, keys[:, :3], rule, None, None, None, cu, None, 9)
+        yield f"block_select packed {name}", 1, partial(ops.block_select, *packed, *chosen)
 
 
 def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
@@ -120,6 +185,26 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         common = (q, k, v, None, None, *listed, *(None,) * 5, *numbers)
         forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
         name = f"block_sparse_attn {kind} bfloat16"
+        yield f"{name} forward", 1, forward
+        backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common)
+        yield f"{name} backward", 1, partial(backward, *forward(), grad, None)
+    # Sums over queries, packed sequences, and fp32.
+    draw = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        q, grad = (torch.randn(1, 200, 4, 64, generator=draw).to(dtype) for _ in range(2))
+        k, v = (torch.randn(1, 200, 2, 64, generator=draw).to(dtype) for _ in range(2))
+        cu = torch.tensor([0, 72, 200], dtype=torch.int32)
+        ramp, sinks = torch.full((4,), 20.0), torch.randn(4, generator=draw)
+        bitmap = torch.rand(1, 2, 4, 2, generator=draw) < 0.7  # 2 and 2 rows
+        bias = torch.randn(bitmap.shape, generator=draw)
+        lists = BlockLists.from_bitmap(bitmap, 200, 200, 64, 64, bias=bias)
+        tensors = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "ramp": ramp, "sink_logits": sinks}
+        tensors |= {"block_index": lists.index, "block_ptr": lists.row_ptr}
+        tensors |= {"block_bias": lists.bias, "q": q, "k": k, "v": v}
+        numbers = ([0.1, 0.0, 30.0], AttnMask(causal=True).numbers(), [2, 64, 64])
+        common = (*(tensors.get(name) for name in TENSORS), *numbers)
+        forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
+        name = f"block_sparse_attn packed {str(dtype)[6:]}"
         yield f"{name} forward", 1, forward
         backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common)
         yield f"{name} backward", 1, partial(backward, *forward(), grad, None)

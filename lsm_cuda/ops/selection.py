@@ -532,7 +532,7 @@ def block_topk(
     Example:
         >>> rule = ScoreRule(causal=False, block_q=64, block_k=64)
         >>> scores = torch.tensor([[[[0.1, 0.5, 0.4], [0.3, 0.3, 0.4]]]])
-        >>> block_topk(scores, rule, BlockChoice(top_p=0.5)).index
+        >>> block_topk(scores, rule, BlockChoice(top_p=0.45)).index
         tensor([[[[ 1, -1, -1],
                   [ 0,  2, -1]]]], dtype=torch.int32)
     """

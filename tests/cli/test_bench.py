@@ -21,7 +21,7 @@ from lsm_cuda.cli.app import app
 
 @pytest.fixture
 def small(monkeypatch):
-    shapes = tuple(Shape(f"B1 T{T} H2 K16 V16") for T in (32, 64, 4096))
+    shapes = tuple(Shape(f"B1 T{T} H2 K16 V16 D16 S4") for T in (32, 64, 4096))
     sets = (Set("lengths", registry.WHOLE, shapes), Set("decode", ("step",), shapes[:1]))
     for engine, device in [*registry.SETS]:
         if device == "cpu":
@@ -44,7 +44,7 @@ def run(tmp_path, **kwargs):
 
 def test_beside_peers(tmp_path, small, patient):
     rows, said = run(tmp_path, seconds=6, ops=("gla",))
-    assert {r["shape"] for r in rows} == {f"B1 T{T} H2 K16 V16" for T in (32, 64)}
+    assert {r["shape"] for r in rows} == {f"B1 T{T} H2 K16 V16 D16 S4" for T in (32, 64)}
     assert "torch SDPA" in said and "×" in said and "fwd+bwd" in said and "step" in said
     assert "bench.png" in said and "not reached" not in said
 
@@ -58,7 +58,7 @@ def test_roofline(tmp_path, small, patient):
 
 def test_time_is_kept(tmp_path, small):
     rows, said = run(tmp_path, seconds=0.001, ops=("gla",))
-    assert {r["shape"] for r in rows} == {"B1 T32 H2 K16 V16"}
+    assert {r["shape"] for r in rows} == {"B1 T32 H2 K16 V16 D16 S4"}
     assert "2 shapes were not reached" in said
 
 
