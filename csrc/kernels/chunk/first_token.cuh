@@ -7,8 +7,8 @@
 #pragma once
 
 #include "kernels/chunk/sweep_params.h"
-#include "kernels/platform.cuh"
 #include "kernels/segments.cuh"
+#include "kernels/warp.cuh"
 
 namespace lsm {
 
@@ -57,8 +57,7 @@ static __global__ void __launch_bounds__(128)
             if (p.grad_state != nullptr && segment.sequence >= 0)
                 store_global(p.grad_state + at, load_global(p.grad_state + at) + query * grad);
         }
-        LSM_UNROLL
-        for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+        sum = warp_sum(sum);
         if (tid % 32 == 0) store_global(dq + k, bf16(p.scale * sum));
     }
 }

@@ -13,6 +13,7 @@
 
 #include "kernels/delta/prepare.cuh"
 #include "kernels/delta/recur.cuh"
+#include "kernels/warp.cuh"
 
 namespace lsm::delta {
 
@@ -198,12 +199,6 @@ struct Gradients {
         } else {
             flux[0] = add_products(flux[0], s.state + at, s.dstate + at);
         }
-    }
-
-    LSM_DEVICE static float warp_sum(float x) {
-        LSM_UNROLL
-        for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-        return x;
     }
 
     LSM_DEVICE static float add_products(float sum, char const* a, char const* b) {

@@ -40,6 +40,10 @@ LSM_DEVICE float exponential(float x) {
     return expf(x);
 }
 
+LSM_DEVICE float sigmoid(float x) {
+    return __fdividef(1.f, 1.f + expf(-x));
+}
+
 // sin and cos without the slow path of the library's, whose table lies in local memory: a multiple of pi / 2 is taken
 // off in three pieces, and put back as a swap and signs. Angles of thousands of turns lose what fp32 lost before.
 LSM_DEVICE Complex exponential(Complex x) {

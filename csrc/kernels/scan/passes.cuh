@@ -198,10 +198,6 @@ struct ConstantForward : Forward<T, 1> {
     }
 };
 
-LSM_DEVICE float sigmoid(float x) {
-    return __fdividef(1.f, 1.f + expf(-x));
-}
-
 // The root of RG-LRU, sqrt(1 - a²), or 1 at a first token.
 LSM_DEVICE float root(float log_a, bool first) {
     return first ? 1.f : sqrtf(-expm1f(2.f * log_a));

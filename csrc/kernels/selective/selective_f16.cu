@@ -1,4 +1,4 @@
-#include "kernels/selective/passes.cuh"
+#include "kernels/selective/run.cuh"
 
 namespace lsm::selective_kernel {
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "kernels/carver.h"
+#include "kernels/fill.cuh"
 #include "kernels/sparse_attn/prepare.cuh"
 
 namespace lsm {
@@ -224,9 +225,7 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream) {
         launch(row_stats, blocks_for(rows, kPrepareThreads / 32), dim3(kPrepareThreads), 0, stream,
                work);
     int64_t const entries = p.lists.entries, parts = layout.bias_parts * entries;
-    if (parts > 0)
-        launch(fill, blocks_for(parts, kPrepareThreads), dim3(kPrepareThreads), 0, stream,
-               work.bias_parts, static_cast<i64>(parts), 0.f);
+    fill(work.bias_parts, static_cast<i64>(parts), 0.f, stream);
     auto const run = !tensor_backward(p)      ? exact_backward
                      : p.dtype == Dtype::bf16 ? backward_bf16
                                               : backward_f16;

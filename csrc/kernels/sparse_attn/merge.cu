@@ -1,24 +1,12 @@
 // Parts of one softmax over separate sets of keys, merged in their order, and the gradient of that. A warp has one row:
 // a token's head. Sums over parts and columns have one order, whatever else is in the call.
-#include "kernels/platform.cuh"
+#include "kernels/warp.cuh"
 #include "params/sparse_attn.h"
 
 namespace lsm {
 namespace merge_attn {
 
 constexpr int kWarps = 4, kColumns = 4;  // columns of a lane at a time
-
-LSM_DEVICE float warp_sum(float x) {
-    LSM_UNROLL
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    return x;
-}
-
-LSM_DEVICE float warp_max(float x) {
-    LSM_UNROLL
-    for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
-    return x;
-}
 
 // Where a row's numbers lie.
 struct Row {

@@ -1,7 +1,8 @@
-// Rows of numbers of any type, and sums over a warp.
+// Rows of numbers of any type.
 #pragma once
 
 #include "kernels/sparse_attn/geometry.cuh"
+#include "kernels/warp.cuh"
 
 namespace lsm::sparse_attn {
 
@@ -46,17 +47,6 @@ LSM_DEVICE i64 row_offset(Rows const& x, i64 batch, i64 time, i64 head) {
 // [B, H, T] from [B, T, H].
 LSM_DEVICE i64 per_head(Work const& work, i64 batch, i64 time, i64 head) {
     return (batch * work.p.Hq + head) * work.p.Tq + time;
-}
-
-LSM_DEVICE float warp_sum(float x) {
-    LSM_UNROLL
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    return x;
-}
-LSM_DEVICE float warp_max(float x) {
-    LSM_UNROLL
-    for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
-    return x;
 }
 
 }  // namespace lsm::sparse_attn

@@ -84,4 +84,23 @@ LSM_DEVICE void merge_plan(Plan& plan, Blocks const& blocks, int& at, int subs, 
     if (lane == 0) plan.full = full, plan.partial = partial, plan.more = more;
 }
 
+// A tile's steps, of `each` units: those without a masked unit come first, without the mask's arithmetic.
+template <class Kernel>
+LSM_DEVICE void go_through(Kernel& kernel, Plan const& plan, int each) {
+    int const count = plan.steps(each), plain = plan.full / each;
+    if (count == 0) return;
+    kernel.load(0);
+    int step = 0;
+    LSM_UNROLL_BY(1)
+    for (; step < plain; ++step) {
+        kernel.advance(step, count);
+        kernel.template attend<false>(step);
+    }
+    LSM_UNROLL_BY(1)
+    for (; step < count; ++step) {
+        kernel.advance(step, count);
+        kernel.template attend<true>(step);
+    }
+}
+
 }  // namespace lsm::sparse_attn

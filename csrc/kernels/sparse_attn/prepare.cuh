@@ -282,11 +282,6 @@ __global__ void __launch_bounds__(kPrepareThreads) join_pieces(Work work, int ro
     }
 }
 
-__global__ void __launch_bounds__(kPrepareThreads) fill(float* to, i64 count, float value) {
-    i64 const i = static_cast<i64>(blockIdx.x) * kPrepareThreads + threadIdx.x;
-    if (i < count) store_global(to + i, value);
-}
-
 __global__ void __launch_bounds__(kPrepareThreads)
     sum_parts(float const* parts, int count, i64 entries, float* to) {
     i64 const i = static_cast<i64>(blockIdx.x) * kPrepareThreads + threadIdx.x;

@@ -1,4 +1,5 @@
 // Block selection's plans and instances.
+#include "kernels/fill.cuh"
 #include "kernels/sparse_attn/select.cuh"
 
 namespace lsm {
@@ -38,14 +39,6 @@ at::Plan make_plan(ScoreParams const& p, bool choosing) {
 Segments plan_rows(ScoreParams const& p, at::Plan const& plan, void* workspace) {
     Queries const queries{p.Tq, p.N, p.cu_seqlens_q, p.cu_seqlens_is_64bit};
     return plan_segments(queries, plan.units * p.block_q, workspace);
-}
-
-template <class T>
-void fill(T* to, i64 count, T value, void* stream) {
-    if (count == 0) return;
-    launch(at::fill_kernel<T>,
-           dim3(static_cast<unsigned>((count + at::kThreads - 1) / at::kThreads)),
-           dim3(at::kThreads), 0, stream, to, count, value);
 }
 
 template <class Math>

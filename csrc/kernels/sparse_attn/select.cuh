@@ -9,6 +9,7 @@
 
 #include "kernels/segments.cuh"
 #include "kernels/sparse_attn/rows.cuh"
+#include "kernels/warp.cuh"
 #include "params/block_select.h"
 #include "policy/block_rows.h"
 
@@ -31,18 +32,6 @@ struct Plan {
 };
 
 // ---- The choice ----
-
-LSM_DEVICE float warp_sum(float x) {
-    LSM_UNROLL
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    return x;
-}
-
-LSM_DEVICE int warp_count(int x) {
-    LSM_UNROLL
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    return x;
-}
 
 // Floats in their order as integers; the smallest of a number is above 0.
 LSM_DEVICE u32 ordered(float x) {
@@ -73,11 +62,11 @@ LSM_DEVICE void choose(BlockChoice const& choice, BlockRange const& range, Score
         if (range.forced(j)) mass += share;
         eligible += key(j) != 0;
     }
-    total = warp_sum(total), mass = warp_sum(mass), eligible = warp_count(eligible);
+    total = warp_sum(total), mass = warp_sum(mass), eligible = warp_sum(eligible);
     auto const count_from = [&](u32 low) {
         int count = 0;
         for (int j = lane; j < n; j += 32) count += key(j) >= low;
-        return warp_count(count);
+        return warp_sum(count);
     };
 
     i64 room = (choice.top_k > 0 ? choice.top_k : n) - range.forced_count();
@@ -462,12 +451,6 @@ __global__ void __launch_bounds__(kThreads)
     choose(
         choice, range, [&](int j) { return load_global(scores + j); },
         p.index + row * choice.capacity);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) fill_kernel(T* to, i64 count, T value) {
-    i64 const i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i < count) store_global(to + i, value);
 }
 
 // ---- Pooling: a block for each window and head ----

@@ -215,23 +215,6 @@ struct KeysKernel {
         if (step + 1 < count) load(step + 1);
     }
 
-    LSM_DEVICE void go_through() {
-        int const count = s.plan.steps(steps.each), plain = s.plan.full / steps.each;
-        if (count == 0) return;
-        load(0);
-        int step = 0;
-        LSM_UNROLL_BY(1)
-        for (; step < plain; ++step) {
-            advance(step, count);
-            attend<false>(step);
-        }
-        LSM_UNROLL_BY(1)
-        for (; step < count; ++step) {
-            advance(step, count);
-            attend<true>(step);
-        }
-    }
-
     // By one warp.
     LSM_DEVICE void start_plan() {
         Sequence const& sequence = s.tile.place.sequence;
@@ -301,7 +284,7 @@ struct KeysKernel {
                 __syncthreads();  // the last part is done with
                 if (warp() == 0) plan_queries();
                 __syncthreads();
-                go_through();
+                go_through(*this, s.plan, steps.each);
             } while (s.plan.more);
         }
         cp_async_wait<0>();

@@ -334,24 +334,6 @@ struct RowsKernel {
         }
     }
 
-    // The plan is in s.place.
-    LSM_DEVICE void go_through() {
-        int const count = s.plan.steps(steps.each), plain = s.plan.full / steps.each;
-        if (count == 0) return;
-        load(0);
-        int step = 0;
-        LSM_UNROLL_BY(1)
-        for (; step < plain; ++step) {
-            advance(step, count);
-            attend<false>(step);
-        }
-        LSM_UNROLL_BY(1)
-        for (; step < count; ++step) {
-            advance(step, count);
-            attend<true>(step);
-        }
-    }
-
     // ---- Plans ----
 
     LSM_DEVICE Kind look_at(int block, int sub, Unit& unit) const {
@@ -462,7 +444,7 @@ struct RowsKernel {
             __syncthreads();  // the last part is done with
             if (warp() == 0) unites() ? plan_union() : plan_row();
             __syncthreads();
-            go_through();
+            go_through(*this, s.plan, steps.each);
         } while (s.plan.more);
         cp_async_wait<0>();
         __syncthreads();  // q, if there was no step at all
