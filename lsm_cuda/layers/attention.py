@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -19,7 +20,7 @@ from .common import check_mask, layer_index, layer_state, split_heads
 __all__ = ["Attention", "CausalAttention"]
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(nn.Module, ABC):
     """Projections, rotary positions, a key/value cache and padding around a way to attend.
 
     Args:
@@ -129,6 +130,7 @@ class CausalAttention(nn.Module):
         """Whether it is nothing but softmax over all earlier tokens."""
         return False
 
+    @abstractmethod
     def _attend(
         self,
         q: Tensor,
@@ -139,7 +141,6 @@ class CausalAttention(nn.Module):
         cu_seqlens_k: Tensor | None,
     ) -> Tensor:
         """Queries, the last tokens of the keys' sequences, over them."""
-        raise NotImplementedError
 
     def _gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """``[B, T, ...]`` each, what else attention needs of the queries' tokens."""

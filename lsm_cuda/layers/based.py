@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -76,11 +78,11 @@ class _PolynomialAttention(RecurrentLayer):
         sums = bidirectional_linear_attn(q, k, values, scale=1.0, cu_seqlens=call.cu_seqlens)
         return (sums[..., :-1] / (sums[..., -1:] + self.eps)).to(v.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor: ...
 
-    def _features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _features(self, x: Tensor) -> Tensor: ...
 
 
 class BasedLinearAttention(_PolynomialAttention):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from .common import as_rows, refuse_cache, split_heads
 __all__ = ["BidirectionalAttention", "newton_pinv"]
 
 
-class BidirectionalAttention(nn.Module):
+class BidirectionalAttention(nn.Module, ABC):
     """Projections around a map from whole sequences of queries, keys and values to outputs.
 
     Args:
@@ -73,9 +75,9 @@ class BidirectionalAttention(nn.Module):
         o = self._mix(q, k, v, valid) if x.numel() else v
         return back(self.o_proj(o.transpose(1, 2).flatten(2))), None, None
 
+    @abstractmethod
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """``[N, H, S, D]`` each, to the same; ``valid [N, S]`` bool, or None if all are tokens."""
-        raise NotImplementedError
 
 
 def newton_pinv(a: Tensor, iterations: int, shared: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,7 @@ class Call:
         return repad(x, self._indices, *self._shape)
 
 
-class RecurrentLayer(nn.Module):
+class RecurrentLayer(nn.Module, ABC):
     """A layer with a state: :meth:`_mix` between removing padding and putting it back.
 
     Args:
@@ -169,9 +170,9 @@ class RecurrentLayer(nn.Module):
         call = Call(self, hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens)
         return call.finish(self._mix(call.x, call)), None, past_key_values
 
+    @abstractmethod
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         """``[B, T, hidden_size]`` to the same, without padding."""
-        raise NotImplementedError
 
 
 class QKVLayer(RecurrentLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ class _SSMLayer(RecurrentLayer):
         weight, bias = self.output_linear[0].parameters()
         return F.glu(F.linear(y, weight[..., 0], bias), dim=-1)
 
-    def _system(self, x: Tensor, call: Call) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _system(self, x: Tensor, call: Call) -> Tensor: ...
 
 
 class S4D(_SSMLayer):

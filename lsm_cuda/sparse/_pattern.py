@@ -3,6 +3,7 @@ keys, merged."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,9 +22,10 @@ Triple = tuple[Tensor, Tensor, Tensor]
 _ALL = AttnMask()
 
 
-class Pattern:
+class Pattern(ABC):
     """Keys of each query; ``attend`` computes softmax attention over them."""
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         """Attention of ``q [B, T, Hq, K]`` over ``k [B, T, Hkv, K]`` and ``v [B, T, Hkv, V]``.
 
@@ -34,7 +36,6 @@ class Pattern:
         Returns:
             o ``[B, T, Hq, V]`` and the softmax's log-denominator ``[B, Hq, T]``.
         """
-        raise NotImplementedError
 
     def packed(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 
-class TokenPolicy(Policy):
+class TokenPolicy(Policy, ABC):
     """Reads the tokens with the largest estimated scores, the first ones and the last ones.
 
     Args:
@@ -35,9 +36,9 @@ class TokenPolicy(Policy):
     def __init__(self, budget: int, sinks: int, recent: int) -> None:
         self.budget, self.sinks, self.recent = budget, sinks, recent
 
+    @abstractmethod
     def score(self, q: Tensor) -> Tensor:
         """Estimates ``[B, Hq, S]`` for ``q [B, 1, Hq, K]``."""
-        raise NotImplementedError
 
     def attend(self, q: Tensor) -> Tensor:
         return self.cache.read_tokens(q, self.choose(self.score(q)))
