@@ -16,7 +16,7 @@ from ..modules.feature_map import feature_map as feature_map_by_name
 from ..modules.rotary import packed_positions
 from .common import layer_index, layer_state, repad, split_heads, unpad
 
-__all__ = ["Call", "QKVLayer", "RecurrentLayer", "check_mode", "width_of"]
+__all__ = ["CachedLayer", "Call", "QKVLayer", "RecurrentLayer", "check_mode", "width_of"]
 
 MODES = ("chunk", "fused_recurrent", "fused_chunk")
 
@@ -35,7 +35,7 @@ class Call:
 
     def __init__(
         self,
-        layer: RecurrentLayer,
+        layer: CachedLayer,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         cache: Cache | None,
@@ -126,8 +126,8 @@ class Call:
         return repad(x, self._indices, *self._shape)
 
 
-class RecurrentLayer(nn.Module, ABC):
-    """A layer with a state: :meth:`_mix` between removing padding and putting it back.
+class CachedLayer(nn.Module):
+    """A layer with a state, of which a :class:`Call` takes care.
 
     Args:
         hidden_size: width of input and output.
@@ -138,6 +138,10 @@ class RecurrentLayer(nn.Module, ABC):
         super().__init__()
         self.hidden_size = hidden_size
         self.layer_idx = layer_idx
+
+
+class RecurrentLayer(CachedLayer, ABC):
+    """:meth:`_mix` between removing padding and putting it back; arguments as the base's."""
 
     def forward(
         self,

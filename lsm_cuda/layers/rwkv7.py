@@ -12,14 +12,14 @@ from ..ops import chunk_rwkv7, rwkv7_step
 from ..ops.gates import l2norm
 from ._gated import GroupNorm, TokenShift
 from .common import split_heads, unpad
-from .recurrent import Call, RecurrentLayer, check_mode
+from .recurrent import CachedLayer, Call, check_mode
 
 __all__ = ["RWKV7Attention"]
 
 _SLOWEST = -0.6065306597126334  # −e^{−1/2}: log decays lie between it and 0
 
 
-class RWKV7Attention(RecurrentLayer):
+class RWKV7Attention(CachedLayer):
     r"""RWKV-7 (Goose): a diagonal decay and a rank-one correction of the state per token.
 
     Args:
@@ -154,7 +154,7 @@ class RWKV7Attention(RecurrentLayer):
             nn.init.orthogonal_(module.weight, gain)
         nn.init.zeros_(self.o_proj.weight)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -168,14 +168,14 @@ class RWKV7Attention(RecurrentLayer):
 
         Args:
             hidden_states, attention_mask, past_key_values, use_cache, output_attentions,
-                cu_seqlens: as :meth:`RecurrentLayer.forward`.
+                cu_seqlens: as other recurrent layers.
             v_first: what the first layer returned ``[B, T, value_dim]``; needed by the others.
 
         Returns:
             ``o [B, T, hidden_size]``, None, ``past_key_values``, and ``v_first``.
 
         Raises:
-            ValueError: no ``v_first``; or as :meth:`RecurrentLayer.forward`.
+            ValueError: no ``v_first``; or as other recurrent layers.
         """
         call = Call(self, hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens)
         first = None
