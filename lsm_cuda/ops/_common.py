@@ -44,13 +44,22 @@ def _check_no_functional_gradient(op: str, tensors: Mapping[str, Tensor | None])
             t = functorch.get_unwrapped(t)
 
 
+# meta has no autocast and raises; is_autocast_available() would say so, but torch 2.11 cannot trace
+# it.
+_AUTOCAST = ("cpu", "cuda")
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
-    # meta has no autocast and raises; is_autocast_available() would say so, but torch 2.11 cannot
-    # trace it
-    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` for results of an autograd.Function: torch 2.11 traces a conversion to the
+    same dtype as a second name of one tensor, and loses the gradient of the first."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +72,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast leaves the matrix products of ``x``'s device alone."""
-    if not torch.amp.is_autocast_available(x.device.type):  # e.g. meta
+    if x.device.type not in _AUTOCAST:
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

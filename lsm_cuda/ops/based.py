@@ -24,6 +24,7 @@ from ._common import (
     check_rank,
     check_shape,
     check_state,
+    in_dtype,
 )
 from ._sums import quotient
 
@@ -122,7 +123,8 @@ class _Polynomial(torch.autograd.Function):
             finals.append(final)
             o = summand if o is None else o.to(xq.dtype) + summand
         assert o is not None
-        return o.to(v.dtype), torch.cat(finals, 2) if output_final_state else finals[0]
+        o = in_dtype(o, v.dtype)
+        return o, torch.cat(finals, 2) if output_final_state else finals[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

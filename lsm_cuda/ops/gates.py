@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._common import accumulation_dtype, check_shape
+from ._common import accumulation_dtype, check_shape, in_dtype
 
 __all__ = ["fused_gdn_gate", "fused_kda_gate"]
 
@@ -99,7 +99,7 @@ class _L2Norm(torch.autograd.Function):
         y = x.to(torch.float32 if x.itemsize < 4 else torch.float64)
         inverse = (y.square().sum(-1, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, inverse.to(accumulation_dtype(x)))
-        return (y * inverse).to(x.dtype)
+        return in_dtype(y * inverse, x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -23,7 +23,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["numpy", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6"]
+TOOLS = ["numpy", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "matplotlib", "setuptools>=77"]
 
 # What loading must have achieved; runs in the fresh environment, away from the source tree.
 PROBE = """
