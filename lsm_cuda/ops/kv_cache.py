@@ -157,7 +157,9 @@ def kv_cache_update(
             CPU tensors, or with ``check``: tokens that do not fit, a page outside the cache. On a
             GPU without ``check`` such tokens are not written.
 
-    Note: inference only. Two tokens for one place leave either, undefined.
+    Note: inference only. Two tokens for one place leave either, undefined. Under torch.compile
+        before torch 2.13, k_cache and v_cache must not be views of one tensor: its inductor
+        miscompiles any operator that writes to both.
 
     Source: PagedAttention, arXiv:2309.06180; StreamingLLM, arXiv:2309.17453.
 
