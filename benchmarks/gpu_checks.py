@@ -31,11 +31,13 @@ import torch  # noqa: E402
 from emulated import stand_in  # noqa: E402
 from inputs import Inputs, make_inputs  # noqa: E402
 
+import lsm_cuda  # noqa: E402
 from lsm_cuda.bench import measure, peers, registry, roofline  # noqa: E402
 
 Record = dict[str, Any]
 Case = table.Case
 TEST_OPS = {op.name: op for op in table.OPS}
+ROWS = {name: row for name, row in registry.OPS.items() if name not in TEST_OPS}  # of the rest
 PACKED = {"T": 40, "cu_seqlens": [0, 0, 9, 9, 27, 40]}
 try:
     import families
@@ -133,8 +135,6 @@ def token_of(op: Any, x: Inputs) -> dict[str, torch.Tensor]:
 
 def environment(device: Device) -> Record:
     """Machine, versions, libraries, and the ceilings of the roofline."""
-    import lsm_cuda
-
     dtypes = registry.DTYPES["cuda"]
     return {
         **measure.environment(device.name),
@@ -221,6 +221,14 @@ def family(device: Device, name: str) -> Record:
     return {"ok": True}
 
 
+def row(device: Device, name: str) -> Record:
+    """A row of the registry on small shapes in every dtype: results, gradients, step."""
+    for shape, _ in registry.cells(ROWS[name], "emulator"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            measure.check(ROWS[name], shape, dtype, device.name, ())
+    return {"ok": True}
+
+
 # --- how it is called
 
 
@@ -228,51 +236,88 @@ def forward(op: Any, x: Inputs) -> Any:
     return impls.IMPLS["cpu"].forward(op, x)  # the public function, on whatever device x is
 
 
-def two_inputs(device: Device, op: str) -> tuple[Any, Inputs, Inputs]:
+@dataclasses.dataclass
+class Work:
+    """Tensors, and a call that reads them: results, gradients, and what steps give and leave."""
+
+    tensors: dict[str, torch.Tensor]
+    run: Callable[[], dict[str, torch.Tensor]]
+
+    def overwrite(self, other: Work) -> None:
+        """The values of another's tensors into these."""
+        for name, t in self.tensors.items():
+            t.copy_(other.tensors[name])
+
+
+def work(place: str, name: str, other: bool = False) -> Work:
+    """Of an operator; ``other``: of other values."""
+    if name in ROWS:
+        op = ROWS[name]
+        shape, _ = registry.cells(op, "emulator")[0]
+        x = op.make(shape, torch.bfloat16, "cpu", seed=int(other))
+        tensors = {n: t.to(place) for n, t in x.items()}
+        return Work(tensors, lambda: of_row(op, tensors, shape))
+    op, x, y = two_inputs(place, name)
+    x = y if other else x
+    tensors = {n: getattr(x, n) for n in ("grad_o", "initial_state", "grad_final_state")}
+    return Work({**x.tensors, **tensors}, lambda: of_engine(op, x))
+
+
+def two_inputs(place: str, op: str) -> tuple[Any, Inputs, Inputs]:
     shape = {"T": 130, "dims": (64, 32), "heads": (1, 2), "dtype": "bf16+f32", "state": "both"}
     both = (make_inputs(Case(TEST_OPS[op], gate=gate, **shape)) for gate in ("mixed", "-1"))
-    return TEST_OPS[op], *(x.to(device.name) for x in both)
+    return TEST_OPS[op], *(x.to(place) for x in both)
 
 
-def overwrite(x: Inputs, y: Inputs) -> None:
-    """The values of y into the tensors of x."""
-    for name, t in x.tensors.items():
-        t.copy_(y.tensors[name])
-    for name in ("grad_o", "initial_state", "grad_final_state"):
-        getattr(x, name).copy_(getattr(y, name))
+def of_engine(op: Any, x: Inputs) -> dict[str, torch.Tensor]:
+    results = checks.differentiate(functools.partial(forward, op), x)
+    token, state = token_of(op, x), x.initial_state.clone()
+    with torch.no_grad():
+        for i in range(3):
+            results[f"step {i}"] = op.step(**token, state=state)
+    return results | {"state": state}
+
+
+def of_row(op: registry.Op, x: dict[str, torch.Tensor], shape: registry.Shape) -> Any:
+    call = peers.ours(op, "training")
+    arguments, leaves = measure.with_leaves(call, op, x, shape)
+    found = call.load()(**arguments)
+    if isinstance(found, lsm_cuda.ops.BlockLists):
+        return {"index": found.index}
+    o = peers.first(found)
+    grads = torch.autograd.grad(o, list(leaves.values()), o.detach())
+    results = {"o": o.detach()} | {f"d{n}": t for n, t in zip(leaves, grads, strict=True)}
+    if op.step and not shape.packed:
+        call, token = peers.ours(op, "step"), op.token(x, shape)
+        with torch.no_grad():
+            results["step"] = call.result(call.load()(**token))
+        states = token.get("state", ())
+        states = states if isinstance(states, tuple) else (states,)
+        results |= {f"state {i}": s for i, s in enumerate(states)}
+    return results
 
 
 def graph(device: Device, op: str) -> Record:
-    """Forward, backward and step replay from a CUDA graph on other inputs, to the same bits."""
-    row, x, y = two_inputs(device, op)
-    expected = [checks.differentiate(functools.partial(forward, row), z) for z in (x, y)]
-    static = x.map(torch.clone)
-    replay = device.capture(lambda: checks.differentiate(functools.partial(forward, row), static))
+    """Forward, backward and steps replay from a CUDA graph on other inputs, to the same bits."""
+    x, y = (work(device.name, op, other) for other in (False, True))
+    static = work(device.name, op)
+    expected = [z.run() for z in (x, y)]
+    replay = device.capture(static.run)
     for z, wanted in ((y, expected[1]), (x, expected[0])):
-        overwrite(static, z)
+        static.overwrite(z)
         results = replay()
         device.synchronize()
         checks.assert_same_bits(results, wanted)
-
-    token = token_of(row, x)
-    eager, captured = (x.initial_state.clone() for _ in range(2))
-    replay = device.capture(lambda: {"o": row.step(**token, state=captured)})
-    captured.copy_(x.initial_state)
-    for _ in range(3):
-        o = row.step(**token, state=eager)
-        replayed = replay()["o"]
-        device.synchronize()
-        checks.assert_same_bits({"o": o, "state": eager}, {"o": replayed, "state": captured})
     return {"ok": True}
 
 
 def stream(device: Device, op: str) -> Record:
     """On a stream that is still busy, an operator waits for its inputs."""
-    row, x, y = two_inputs(device, op)
-    wanted = checks.differentiate(functools.partial(forward, row), y)
+    x, y = (work(device.name, op, other) for other in (False, True))
+    wanted = y.run()
     with device.late_stream():
-        overwrite(x, y)
-        results = checks.differentiate(functools.partial(forward, row), x)
+        x.overwrite(y)
+        results = x.run()
     checks.assert_same_bits(results, wanted)
     return {"ok": True}
 
@@ -280,17 +325,16 @@ def stream(device: Device, op: str) -> Record:
 def guard(device: Device, op: str) -> Record:
     """Tensors of a GPU that is not the current one."""
     other = device.other()
-    row, x, _ = two_inputs(device, op)
-    wanted = checks.differentiate(functools.partial(forward, row), x)
-    elsewhere = checks.differentiate(functools.partial(forward, row), x.map(lambda t: t.to(other)))
+    wanted, elsewhere = (work(place, op).run() for place in (device.name, other))
     assert all(t.device == torch.device(other) for t in elsewhere.values()), "moved"
-    checks.assert_same_bits({n: t.cpu() for n, t in elsewhere.items()}, wanted)
+    on_host = ({n: t.cpu() for n, t in found.items()} for found in (elsewhere, wanted))
+    checks.assert_same_bits(*on_host)
     return {"ok": True}
 
 
 def memory(device: Device, op: str) -> Record:
     """What does not fit is said in words, and the next call works."""
-    row, x, _ = two_inputs(device, op)
+    row, x, _ = two_inputs(device.name, op)
     huge = {"T": 2**50, "K": 8, "V": 8}
     one = torch.zeros((), device=device.name)
     tensors = {
@@ -346,6 +390,13 @@ def probe(device: Device, ops: list[str], limit: int | None) -> int:
     """Runs small cases of operators and looks at no result; for sanitizers."""
     count = 0
     for op in ops:
+        if op in ROWS:
+            for shape, _ in registry.cells(ROWS[op], "emulator"):
+                x = ROWS[op].make(shape, torch.bfloat16, device.name)
+                of_row(ROWS[op], x, shape)
+                device.synchronize()
+                count += 1
+            continue
         row = TEST_OPS[op]
         rows = table.cases(row, "emulator")[::4][:limit]
         cut = {"T": 530, "dims": (64, 64), "dtype": "bf16+f32", "state": "both"}

@@ -143,15 +143,24 @@ def all_items(options: argparse.Namespace, environment: dict[str, Any]) -> Itera
 
     from lsm_cuda.bench import registry
 
-    ops = [op for op in gpu_checks.TEST_OPS if not options.ops or op in options.ops]
+    ops, rows = (
+        [op for op in table if not options.ops or op in options.ops]
+        for table in (gpu_checks.TEST_OPS, gpu_checks.ROWS)
+    )
     for op in ops:
         yield Item(f"correct {op}, a fifth", "correct", (op, 0, 5, options.cases), 90)
-    for kind in ("graph", "stream", "guard", "memory", "long"):
+    for op in rows:
+        yield Item(f"correct {op}", "row", (op,), 90)
+    for kind in ("graph", "stream", "guard"):
+        for op in (*ops, *rows):
+            yield Item(f"{kind} {op}", kind, (op,))
+    for kind in ("memory", "long"):
         for op in ops:
             yield Item(f"{kind} {op}", kind, (op,))
     for name in gpu_checks.FAMILIES:
         yield Item(f"family {name}", "family", (name,))
     yield Item("sanitizers", "sanitize", (ops, options.cases, 120.0), 130)
+    yield Item("sanitizers, other operators", "sanitize", (rows, options.cases, 60.0), 70)
     timed = [op for op in registry.OPS.values() if not options.ops or op.name in options.ops]
     machine = "emulator" if options.dry_run else "cuda"
     seconds = 0.0 if options.dry_run else 0.25

@@ -1,17 +1,19 @@
 """How much of a trained model's attention the blocks hold that a method chooses.
 
     lsm train --mixer attention --context 1024 --out run
-    python benchmarks/recall.py run --tokens 1024 --budget 0.25
+    python benchmarks/recall.py run --tokens 1024 --budget 0.25 --out benchmarks/results
 
 Reads held-out text with a checkpoint of ``lsm train`` (its mixer is softmax attention), and prints
 for every method the share of pairs it reads and the share of the causal softmax these have, means
 over layers, heads and queries; and that share for its worst layer and head. Random blocks, as many
-as the budget, and the best ones there are, chosen from the whole map, stand at either end.
+as the budget, and the best ones there are, chosen from the whole map, stand at either end. With
+--out the rows are json, of which report.py makes the table in docs/kernels/sparse.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lsm_cuda import sparse
+from lsm_cuda.bench.measure import environment
 from lsm_cuda.data import load_corpus
 from lsm_cuda.layers import Attention
 from lsm_cuda.models.checkpoint import load_model
@@ -123,11 +126,15 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder that lsm train wrote")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--budget", type=float, default=0.25, help="blocks of a row, of all")
+    parser.add_argument("--out", type=Path, help="folder of recall.json")
     parser.add_argument("--data", help="text; default: what lsm train takes by default")
     arguments = parser.parse_args()
     layers = list(attention_of(arguments.run, arguments.tokens, arguments.data))
     blocks = max(round(arguments.budget * arguments.tokens / BLOCK), 3)
-    print("| method | pairs read | attention they have | worst head |\n| --- | --- | --- | --- |")
+    config = json.loads((arguments.run / "config.json").read_text())
+    taken = {"tokens": arguments.tokens, "budget": arguments.budget, "block": BLOCK}
+    rows: list[dict[str, Any]] = []
+    print(f"{'method':36}{'read':>6}{'have':>8}{'worst':>8}")
     for name, lists_of in methods(blocks).items():
         shares, densities = [], []
         for q, k in layers:
@@ -136,7 +143,13 @@ def main() -> None:
             densities.append(lists.density(CAUSAL))
         share = torch.stack(shares)
         density = sum(densities) / len(densities)
-        print(f"| {name} | {density:.0%} | {share.mean():.1%} | {share.amin():.1%} |")
+        kept = {"mean": share.mean().item(), "worst": share.amin().item()}
+        rows.append({"method": name, "pairs": density, **kept})
+        print(f"{name:36}{density:6.0%}{kept['mean']:8.1%}{kept['worst']:8.1%}")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        record = {"environment": environment("cpu"), "model": config, **taken, "rows": rows}
+        (arguments.out / "recall.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

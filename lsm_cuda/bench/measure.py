@@ -17,7 +17,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
-from math import prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,8 +27,8 @@ from torch.utils import benchmark
 
 import lsm_cuda
 
+from .operators import Inputs, Op, Shape
 from .peers import PEERS, Call, Peer, absent, ours, version
-from .registry import Inputs, Op, Shape
 from .rule import allowed, relative_rms
 
 __all__ = [
@@ -72,6 +71,8 @@ def results(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The definition's output, and its gradients by argument, computed in ``dtype``."""
     x = {n: t.to(dtype) if t.is_floating_point() else t for n, t in x.items()}
+    if not op.trained:
+        return op.definition(x), {}
     x |= {n: x[n].detach().requires_grad_() for n in op.inputs}
     o = op.definition(x)
     grads = torch.autograd.grad(o, [x[n] for n in op.inputs], grad.to(dtype))
@@ -105,22 +106,21 @@ def check(
 
     o, leaves = differentiable(ours(op, "training"), op, x, shape)
     refuse_if_off("the output", o, truth, same)
-    for name, actual in zip(
-        leaves, torch.autograd.grad(o, list(leaves.values()), grad), strict=True
-    ):
-        refuse_if_off(f"the gradient of {name}", actual, wanted[name], unrounded[name])
-    if not shape.packed:
+    if op.trained:
+        gradients = torch.autograd.grad(o, list(leaves.values()), grad)
+        for name, actual in zip(leaves, gradients, strict=True):
+            refuse_if_off(f"the gradient of {name}", actual, wanted[name], unrounded[name])
+    if op.step and not shape.packed:
         with torch.no_grad():
-            first = (op.first_token(t, op.output) for t in (truth, same))
-            refuse_if_off("a step", ours_step(op, x, shape), *first)
+            stepped = (op.stepped(t) for t in (truth, same))
+            refuse_if_off("a step", ours_step(op, x, shape), *stepped)
     return [(p, off(p, op, shape, x, truth)) for p in peers]
 
 
 def stretch(op: Op, shape: Shape, device: str) -> Shape:
-    """As long as the fp64 recurrence and what autograd keeps of it are quick to have."""
-    state = sum(prod(shape.dims(dims)) for dims in op.state) // shape["N"] * shape["B"]
-    most = (2**27 if device == "cuda" else 2**23) // state
-    return shape.at(max(1, shape.packed, min(shape["T"], most, 1024)))
+    """As long as the fp64 definition and what autograd keeps of it are quick to have."""
+    most = op.affordable(shape, 2**27 if device == "cuda" else 2**23)
+    return shape.at(max(1, shape.packed, min(shape["T"], most)))
 
 
 def ours_step(op: Op, x: Inputs, shape: Shape) -> Tensor:
@@ -323,19 +323,22 @@ def measure(
     seconds: float = 1.0,
     patience: float = 5.0,
     checked: Checked | None = None,
+    tokens: int = 2**20,
 ) -> Iterator[Row]:
     """One row per mode, timing kind and implementation, ours first; a peer that could not be timed
     is a row with its reason. ``patience``: seconds a peer's call may take. ``checked``: what
-    earlier calls found correct, which is not checked again.
+    earlier calls found correct, which is not checked again; ``tokens``: so many of a sequence
+    are checked, at most.
 
     Raises:
         WrongResultError: ours is wrong.
     """
     peers = [peer for peer in peers if device in peer.devices]
     checked = {} if checked is None else checked
-    stretched = op.name, stretch(op, shape, device), dtype, tuple(p.name for p in peers)
+    start = stretch(op, shape.at(min(shape["T"], tokens)), device)
+    stretched = op.name, start, dtype, tuple(p.name for p in peers)
     if stretched not in checked:
-        checked[stretched] = check(op, shape, dtype, device, peers)
+        checked[stretched] = check(op, start, dtype, device, peers)
     found = checked[stretched]
 
     def inputs(at: Shape) -> list[Inputs]:
@@ -345,8 +348,9 @@ def measure(
     for mode in modes:
         common = {"op": op.name, "shape": str(shape), "dtype": str(dtype)[6:], "mode": mode}
         wanted = [(p, reason, c) for p, reason in found if (c := p.call(op, shape, mode))]
-        whole = inputs(shape) if mode != "step" or wanted else []
-        mine = inputs(shape.at(1)) if mode == "step" else whole  # no context is ours to read
+        whole = inputs(shape) if mode != "step" or wanted or op.cached else []
+        alone = mode == "step" and not op.cached  # no context is ours to read
+        mine = inputs(shape.at(1)) if alone else whole
         runs = {OURS: [runner(ours(op, mode), op, x, shape, mode) for x in mine]}
         for peer, reason, call in wanted:
             todo = reason or tried(call, op, whole, shape, mode, clock, patience)
@@ -398,7 +402,7 @@ def tried(
             took = clock.once(runs[0])
     except Exception as error:  # out of memory, an unsupported size: the reason is the result
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return runs if took < patience else f"{took:.0f} s a call"
+    return runs if took < patience else f"{took:.2g} s a call"
 
 
 # --- where

@@ -19,9 +19,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import OPS, Inputs, Op, Shape
+from .attention import Attention, Dense, Nsa, Selection
+from .operators import BLOCK, CHOSEN, STRIDE, WINDOW, first
+from .registry import OPS, ROWS, Inputs, Op, Shape
 
 __all__ = ["PEERS", "Call", "Peer", "absent", "ours", "version"]
 
@@ -30,12 +33,6 @@ Arguments = Callable[[Op, Inputs, Shape], dict[str, Any]]
 
 def as_they_are(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     return dict(x)
-
-
-def first(result: Any) -> Tensor:
-    """The output, of functions that return states beside it."""
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output
 
 
 def heads_second(result: Any) -> Tensor:
@@ -114,26 +111,8 @@ def version(package: str) -> str | None:
 def ours(op: Op, mode: str) -> Call:
     """Our own function, called like a peer's."""
     if mode == "step":
-        return Call(f"lsm_cuda.ops:{op.step}", one_token)
-    return Call(f"lsm_cuda.ops:{op.chunk}", lambda op, x, shape: {**x, **op.options})
-
-
-def one_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
-    """Arguments of a step: the first token of each input, and the states."""
-    token = {
-        op.step_names.get(n, n): op.first_token(x[n], op.dims(n)[0]).contiguous()
-        if op.per_token(n)
-        else x[n]
-        for n in op.inputs
-    }
-    return {**token, "state": states(op, x, shape), **op.step_options}
-
-
-def states(op: Op, x: Inputs, shape: Shape) -> Tensor | tuple[Tensor, ...]:
-    """One of zeros, or a tuple of them."""
-    device = next(iter(x.values())).device
-    made = tuple(torch.zeros(shape.dims(dims), device=device) for dims in op.state)
-    return made if len(made) > 1 else made[0]
+        return Call(f"lsm_cuda.ops:{op.step}", lambda op, x, shape: op.token(x, shape))
+    return Call(f"lsm_cuda.ops:{op.chunk}", lambda op, x, shape: op.sequence(x, shape), op.result)
 
 
 # --- FLA
@@ -180,7 +159,7 @@ def fla_token(renamed: dict[str, str] | None = None, head_first: bool = False) -
 
     def arguments(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
         token = {n: t[:, :1].contiguous() if op.per_token(n) else t for n, t in x.items()}
-        return {**sequence(op, token, shape), "initial_state": states(op, x, shape)}
+        return {**sequence(op, token, shape), "initial_state": op.states(x, shape)}
 
     return arguments
 
@@ -230,7 +209,7 @@ def hf_delta(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
 
 def hf_delta_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     token = {n: t[:, :1].contiguous() if op.per_token(n) else t for n, t in x.items()}
-    state = {"initial_state": states(op, x, shape), "output_final_state": True}
+    state = {"initial_state": op.states(x, shape), "output_final_state": True}
     return hf_delta(op, token, shape) | state
 
 
@@ -239,7 +218,7 @@ def hf_delta_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
 
 def mlstm_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     token = {n: t[:, 0].contiguous() for n, t in x.items()}
-    C, n, m = states(op, x, shape)
+    C, n, m = op.states(x, shape)
     gates = {name: token.pop(name).unsqueeze(-1) for name in "if"}
     return {**token, **gates, "c": C, "n": n, "m": m.unsqueeze(-1)}
 
@@ -248,27 +227,31 @@ def mlstm_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
 
 
 def heads_first(op: Op, x: Inputs) -> list[Tensor]:
-    """q, k, v as [B, HV, T, ·]."""
-    heads = x[op.qkv[2]].shape[2]
-    grouped = (x[name].transpose(1, 2) for name in op.qkv)
-    return [t.repeat_interleave(heads // t.shape[1], 1).contiguous() for t in grouped]
+    """q, k, v as [B, heads, T, ·]."""
+    return [t.transpose(1, 2).contiguous() for t in time_first(op, x)]
+
+
+def gqa(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """For torch, where queries have more heads; heads come second."""
+    return {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
 
 
 def softmax(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     q, k, v = heads_first(op, x)
-    return {"query": q, "key": k, "value": v, "is_causal": True}
+    return {"query": q, "key": k, "value": v, "is_causal": True, **gqa(q, k)}
 
 
 def softmax_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     """One query, and a cache of T keys and values."""
     q, k, v = heads_first(op, x)
-    return {"query": q[:, :, :1], "key": k, "value": v}
+    return {"query": q[:, :, :1], "key": k, "value": v, **gqa(q, k)}
 
 
 def time_first(op: Op, x: Inputs) -> list[Tensor]:
-    """q, k, v as [B, T, HV, ·]."""
-    heads = x[op.qkv[2]].shape[2]
-    return [x[n].repeat_interleave(heads // x[n].shape[2], 2).contiguous() for n in op.qkv]
+    """q, k, v as [B, T, heads, ·]: keys have the heads of values, and queries as many or more."""
+    q, k, v = (x[name] for name in op.qkv)
+    q, k = (t.repeat_interleave(max(1, v.shape[2] // t.shape[2]), 2) for t in (q, k))
+    return [q.contiguous(), k.contiguous(), v]
 
 
 def flash(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
@@ -311,7 +294,145 @@ def flex(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     mask = create_block_mask(
         lambda b, h, i, j: i >= j, None, None, T, T, device=q.device, _compile=T > 8192
     )
-    return {"query": q, "key": k, "value": v, "block_mask": mask}
+    return {"query": q, "key": k, "value": v, "block_mask": mask, **gqa(q, k)}
+
+
+# --- sparse attention
+
+
+def masked(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """The pattern as a dense mask."""
+    assert isinstance(op, Attention)
+    mask = op.seen(shape["T"], x["q"].device)
+    return softmax(op, x, shape) | {"attn_mask": mask, "is_causal": False}
+
+
+def masked_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """The last query, and the keys and values that it sees, in memory of their own."""
+    assert isinstance(op, Attention)
+    q, k, v = heads_first(op, x)
+    seen = op.seen_by_last(shape["T"], q.device)
+    return {"query": q[:, :, -1:], "key": k[:, :, seen], "value": v[:, :, seen], **gqa(q, k)}
+
+
+def flex_masked(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    assert isinstance(op, Attention)
+    q, k, v = heads_first(op, x)
+    T, window, lists = shape["T"], op.window, op.lists and op.lists(shape["T"])
+    block_q = lists.block_q if lists else T
+    bitmap = lists.to_bitmap()[0, 0] if lists else torch.ones(1, -(-T // BLOCK), dtype=torch.bool)
+    bitmap = bitmap.to(q.device)
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        there = bitmap[i // block_q, j // BLOCK] & (i >= j)
+        return there & (i - j < window) if window else there
+
+    mask = create_block_mask(seen, None, None, T, T, device=q.device, _compile=T > 8192)
+    return {"query": q, "key": k, "value": v, "block_mask": mask, **gqa(q, k)}
+
+
+def of_attention(sequence: Call, step: Call | None = None) -> dict[tuple[str, str], Call]:
+    """For the patterns that are one softmax under a mask; causality alone needs none."""
+    other = (Dense, Nsa)
+    names = [r.name for r in ROWS if isinstance(r, Attention) and not isinstance(r, other)]
+    found = {(name, "sequence"): sequence for name in names}
+    return found if step is None else found | {(name, "step"): step for name in names}
+
+
+# --- PyTorch itself, put together
+
+
+def conv_and_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [B, D, T]."""
+    D, W = weight.shape
+    return F.silu(
+        F.conv1d(x, weight.unsqueeze(1), bias, padding=W - 1, groups=D)[..., : x.shape[2]]
+    )
+
+
+def channels_second(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    return {**x, "x": x["x"].transpose(1, 2).contiguous()}
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Means of windows, [B, T, H, K] to [B, R, H, K]."""
+    return x.unfold(1, WINDOW, STRIDE).mean(-1)
+
+
+def merged(o: Tensor, lse: Tensor) -> Tensor:
+    weight = lse.softmax(0).transpose(-1, -2).unsqueeze(-1)
+    return (weight * o).sum(0).to(o.dtype)
+
+
+def scored_and_chosen(q: Tensor, k: Tensor, shares: Tensor, past: Tensor, taken: Tensor) -> Tensor:
+    """Indices of blocks: a softmax over windows that are ``past``, summed over a group's heads,
+    then over windows by their ``shares`` of blocks; blocks ``taken`` come first."""
+    B, T, H, K = q.shape
+    grouped = q.reshape(B, T, k.shape[2], H // k.shape[2], K)
+    scores = K**-0.5 * torch.einsum("bthgk,bjhk->bhgtj", grouped, k)
+    p = scores.masked_fill(~past, -torch.inf).softmax(-1).nan_to_num(0.0).sum(2)
+    rank: Tensor = p @ shares + taken
+    return rank.topk(min(CHOSEN, rank.shape[-1]), -1).indices
+
+
+def selection(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    assert isinstance(op, Selection)
+    q, k = x["q"], x["k"]
+    T, windows, device = shape["T"], k.shape[1], q.device
+    t, start = torch.arange(T, device=device), torch.arange(windows, device=device) * STRIDE
+    block = torch.arange(-(-T // BLOCK), device=device)
+    shares = torch.zeros(windows, len(block), device=device)
+    for part in range(0, WINDOW, STRIDE):
+        shares += (start + part)[:, None] // BLOCK == block
+    own = t[:, None] // BLOCK
+    first = (block == 0) | (block == own) | (block == own - 1)
+    taken = torch.where(first, 1e9, 0.0).masked_fill(block > own, -1e9)
+    past = start + WINDOW - 1 <= t[:, None]
+    return {"q": q, "k": k, "shares": shares.to(q.dtype), "past": past, "taken": taken}
+
+
+def as_bitmap(indices: Tensor) -> Tensor:
+    """Of [B, H, T, CHOSEN], those up to the query's own block."""
+    T = indices.shape[2]
+    blocks = -(-T // BLOCK)
+    bitmap = torch.zeros(*indices.shape[:3], blocks, device=indices.device)
+    own = torch.arange(T, device=indices.device)[:, None] // BLOCK
+    ahead = torch.arange(blocks, device=indices.device) > own
+    return bitmap.scatter_(-1, indices, 1.0).masked_fill_(ahead, 0.0)
+
+
+# --- xLSTM's sLSTM and Griffin, walked in Python
+
+
+def slstm_loop(x: Tensor, R: Tensor) -> Tensor:
+    """xlstm's plain cell, in fp32."""
+    vanilla: Any = importlib.import_module("xlstm.blocks.slstm.src.vanilla")
+
+    B, _, _, H, K = x.shape
+    cell = vanilla.slstm_pointwise_function_registry["slstm"]
+    zeros = R.new_zeros(4 * H * K)
+    tokens, matrix = x.to(R.dtype).flatten(2).transpose(0, 1), R.permute(0, 2, 3, 1).flatten(1, 2)
+    found, _, _ = vanilla.slstm_forward(
+        tokens, zeros.view(4, 1, -1).expand(-1, B, -1), matrix, zeros, cell
+    )
+    return found[0, 1:].transpose(0, 1).unflatten(2, (H, K))  # type: ignore[no-any-return]
+
+
+def griffin_loop(
+    x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, param: Tensor, initial_state: Tensor
+) -> Tensor:
+    """The layer of transformers behind its projections."""
+    from transformers.models.recurrent_gemma import modeling_recurrent_gemma as gemma
+
+    log = -8.0 * recurrence_gate.sigmoid() * F.softplus(param)
+    root = gemma.SqrtBoundDerivative.apply(1 - (2 * log).exp())
+    scaled = x * input_gate.sigmoid() * root.to(x.dtype)
+    never = torch.zeros(*x.shape[:2], 1, dtype=torch.bool, device=x.device)
+    walk = gemma.RecurrentGemmaRglru._rnn_scan
+    h, _ = walk(None, scaled, log.exp(), never, initial_state)
+    return h  # type: ignore[no-any-return]
 
 
 def of_every_op(sequence: Call, step: Call | None = None) -> dict[tuple[str, str], Call]:
@@ -386,8 +507,36 @@ PEERS = [
             ("dplr", "step"): Call(
                 "fla.ops.generalized_delta_rule.dplr:fused_recurrent_dplr_delta_rule", fla_token()
             ),
+            ("hgrn", "sequence"): Call("fla.ops.hgrn:fused_recurrent_hgrn", fla()),
+            ("hgrn", "step"): Call("fla.ops.hgrn:fused_recurrent_hgrn", fla_token()),
+            ("causal_conv1d", "sequence"): Call(
+                "fla.modules.causal_conv1d:causal_conv1d", fla(activation="silu")
+            ),
+            ("nsa", "sequence"): Call(
+                "fla.ops.nsa.parallel:parallel_nsa",
+                fla(block_counts=CHOSEN, block_size=BLOCK, window_size=512),
+            ),
         },
         fits=lambda shape: True,
+    ),
+    Peer(
+        "FlashQLA",
+        "flash-qla",
+        ("cuda",),
+        {("gated_delta_rule", "sequence"): Call("flash_qla:chunk_gated_delta_rule", fla())},
+        fits=lambda shape: True,
+    ),
+    Peer(
+        "causal-conv1d",
+        "causal-conv1d",
+        ("cuda",),
+        {
+            ("causal_conv1d", "sequence"): Call(
+                "causal_conv1d:causal_conv1d_fn",
+                lambda op, x, shape: channels_second(op, x, shape) | {"activation": "silu"},
+                heads_second,
+            )
+        },
     ),
     Peer(
         "FLA naive",
@@ -442,6 +591,7 @@ PEERS = [
             ("selective_scan", "sequence"): Call(
                 f"{MAMBA}:mamba_selective_scan.__wrapped__", hf_selective
             ),
+            ("rg_lru", "sequence"): Call("lsm_cuda.bench.peers:griffin_loop"),
         },
         longest=512,  # training takes a minute and gigabytes at 2048
     ),
@@ -508,6 +658,19 @@ PEERS = [
                 ("A",),
             )
             for name in ("simple_gla", "ssd")
+        }
+        | {
+            ("selective_scan", "sequence"): Call(
+                "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
+            )
+        },
+    ),
+    Peer(
+        "xlstm, a loop",
+        "xlstm",
+        ("cpu",),
+        {
+            ("slstm", "sequence"): Call("lsm_cuda.bench.peers:slstm_loop"),
         },
     ),
     Peer(
@@ -539,6 +702,38 @@ PEERS = [
             ),
         },
         fits=in_chunks,
+    ),
+    Peer(
+        "PyTorch",
+        "torch",
+        ("cpu", "cuda"),
+        {
+            ("causal_conv1d", "sequence"): Call(
+                "lsm_cuda.bench.peers:conv_and_silu", channels_second, heads_second
+            ),
+            ("block_pool", "sequence"): Call("lsm_cuda.bench.peers:pooled"),
+            ("merge_attn_states", "sequence"): Call("lsm_cuda.bench.peers:merged"),
+            ("block_select", "sequence"): Call(
+                "lsm_cuda.bench.peers:scored_and_chosen", selection, as_bitmap
+            ),
+        },
+        longest=16384,
+    ),
+    Peer(
+        "torch SDPA, masked",
+        "torch",
+        ("cpu", "cuda"),
+        of_attention(
+            Call("torch.nn.functional:scaled_dot_product_attention", masked, heads_second),
+            Call("torch.nn.functional:scaled_dot_product_attention", masked_token, heads_second),
+        ),
+        longest=16384,
+    ),
+    Peer(
+        "torch FlexAttention, masked",
+        "torch",
+        ("cuda",),
+        of_attention(Call("lsm_cuda.bench.peers:flex_attention", flex_masked, heads_second)),
     ),
     Peer(
         "torch SDPA",

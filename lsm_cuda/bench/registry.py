@@ -1,22 +1,21 @@
-"""What is measured: operators, shapes, and the bytes and FLOPs no implementation can avoid.
+"""What is measured: operators and shapes.
 
 An operator is one row of ROWS, a set of shapes one row of SETS.
 """
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lsm_cuda
-from lsm_cuda import reference
+from .attention import Attention, Dense, Nsa, Selection, drawn_lists, token_lists
+from .operators import MODES, STRIDE, WINDOW, Inputs, Op, Shape
 
 __all__ = [
     "DTYPES",
@@ -32,192 +31,18 @@ __all__ = [
     "sets",
 ]
 
-Inputs = dict[str, Tensor]
-MODES = ("forward", "training", "step")  # training: forward and backward; step: one more token
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.bfloat16,),
     "emulator": (torch.bfloat16,),
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes by name, as in ``"B8 T4096 H16 K128 V128"``.
-
-    ``packed``: so many sequences of unequal lengths share the T tokens of one row. HV, the value
-    heads, are H unless given, M, the slots, 64; N counts states.
-    """
-
-    text: str
-    packed: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.text} packed {self.packed}" if self.packed else self.text
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        given = {name: int(n) for name, n in re.findall(r"([A-Z]+)(\d+)", self.text)}
-        return {"HV": given.get("H", 1), "M": 64, "N": self.packed or given["B"]} | given
-
-    def __getitem__(self, name: str) -> int:
-        return self.sizes[name]
-
-    def dims(self, names: str) -> tuple[int, ...]:
-        """Sizes of a tensor whose dimensions are ``names``, as in ``"B T H K"``."""
-        return tuple(self[name] for name in names.split())
-
-    def at(self, T: int) -> Shape:
-        """The same at another length."""
-        return Shape(re.sub(r"T\d+", f"T{T}", self.text), self.packed)
-
-    def cu_seqlens(self) -> Tensor | None:
-        """Boundaries of the packed sequences: the n-th is about n times as long as the first."""
-        if not self.packed:
-            return None
-        share = torch.arange(self.packed + 1, dtype=torch.float64).cumsum(0)
-        return (share / share[-1] * self["T"]).round().to(torch.int32)
-
-
-# How values are drawn, by the last word of an argument's dims; and its dtype, or that of the call.
-Draw = tuple[Callable[[Tensor], Tensor], torch.dtype | None]
-DRAWS: dict[str, Draw] = {
-    "normal": (lambda x: x, None),
-    "direction": (lambda x: F.normalize(x, dim=-1), None),
-    "unit": (torch.sigmoid, None),
-    "positive": (torch.exp, None),
-    "gate": (lambda x: F.logsigmoid(x) / 16, torch.float32),  # log decays as in trained models
-    "logits": (lambda x: x + 3, None),  # of gates that are mostly open
-    "rate": (lambda x: -x.exp(), torch.float32),  # A of state space models
-    "step": (lambda x: F.softplus(x - 4), torch.float32),  # dt
-}
-
-
-@dataclass(frozen=True)
-class Op:
-    """An operator: its names in ``lsm_cuda.ops`` and ``lsm_cuda.reference``, and its arguments.
-
-    ``inputs``: arguments in order, with their dims and, where it is not normal, how they are drawn.
-    ``qkv``: which of them are queries, keys and values, if there are such. ``state``: dims of each
-    state, matrices with four. ``options``, ``step_options``: further arguments of ``chunk`` and
-    ``step``; ``step_names``: names that differ in ``step``. ``adapt``: gives ``reference`` our
-    arguments where it has others.
-    """
-
-    name: str
-    chunk: str  # whole sequences
-    step: str  # one token
-    reference: str
-    inputs: dict[str, str] = field(hash=False)
-    qkv: tuple[str, ...] = ("q", "k", "v")
-    output: str = "B T HV V"
-    state: tuple[str, ...] = ("N HV K V",)
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
-    step_options: dict[str, Any] = field(default_factory=dict, hash=False)
-    step_names: dict[str, str] = field(default_factory=dict, hash=False)
-    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda definition: definition
-    engine: str = "chunk"  # whose SETS apply
-
-    @property
-    def available(self) -> bool:
-        """Whether this lsm_cuda has the operator; an older one, under comparison, may not."""
-        return hasattr(lsm_cuda.ops, self.chunk) and hasattr(lsm_cuda.ops, self.step)
-
-    def definition(self, x: Inputs) -> Tensor:
-        """The output, by the reference."""
-        result = self.adapt(getattr(reference, self.reference))(**x)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
-        return output
-
-    def dims(self, name: str) -> tuple[str, Draw]:
-        """Dims of an input, and how it is drawn."""
-        *names, last = self.inputs[name].split()
-        if last in DRAWS:
-            return " ".join(names), DRAWS[last]
-        return self.inputs[name], DRAWS["normal"]
-
-    def per_token(self, name: str) -> bool:
-        return "T" in self.inputs[name].split()
-
-    def first_token(self, x: Tensor, dims: str) -> Tensor:
-        """Of a tensor with such dims, time among them."""
-        return x.select(dims.split().index("T"), 0)
-
-    def make(self, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        """Arguments by name."""
-        generator = torch.Generator(device).manual_seed(seed)
-        made = {}
-        for name in self.inputs:
-            dims, (draw, own) = self.dims(name)
-            x = torch.randn(shape.dims(dims), generator=generator, device=device)
-            made[name] = draw(x).to(own or dtype)
-        if (cu_seqlens := shape.cu_seqlens()) is not None:
-            made["cu_seqlens"] = cu_seqlens.to(device)
-        return made
-
-    def minimal_bytes(self, shape: Shape, dtype: torch.dtype, mode: str) -> int:
-        """Every input read once, every output written once, states of a step read and written.
-
-        A backward reads the inputs and the gradient of the output and writes one gradient per
-        input; training is forward and backward.
-        """
-        if mode == "training":
-            return sum(self.minimal_bytes(shape, dtype, m) for m in ("forward", "backward"))
-        token = shape.at(1) if mode == "step" else shape
-        read = 0
-        for dims, (_, own) in map(self.dims, self.inputs):
-            read += prod(token.dims(dims)) * (own or dtype).itemsize
-        output = prod(token.dims(self.output)) * dtype.itemsize
-        if mode == "backward":
-            return 2 * read + output
-        states = sum(prod(token.dims(dims)) for dims in self.state) if mode == "step" else 0
-        return read + output + 2 * 4 * states
-
-    def minimal_flops(self, shape: Shape, mode: str) -> int:
-        """The fewer of two forms' multiply-adds, for each matrix state: by it, or by all pairs of
-        tokens.
-
-        By a state [K, V], a token is written to it and reads from it, 2 KV each; a backward
-        rebuilds the state, keeps that of the gradients, and reads dq, dk and dv. By pairs, scores
-        cost 2 K and outputs 2 V for each of the (T + 1) / 2 keys of a token; a backward makes
-        scores, their gradients, dq, dk and dv. Scaling by decays is of lower order in either form.
-
-        A delta rule's token reads the state once more, for what it erases: 2 KV, and 6 in a
-        backward (again, its gradient, and what that takes from the state's); by pairs, scores with
-        what is erased, and a sum of values for each, 2 K + 2 V, and 6 K + 6 V in a backward.
-
-        The scan engine's states are numbers: each takes a multiply-add per token, and in a backward
-        three, for itself, its gradient and the gate's. What makes gates is not counted.
-        """
-        if mode == "training":
-            return self.minimal_flops(shape, "forward") + self.minimal_flops(shape, "backward")
-        T = shape["T"] // max(1, shape.packed)  # a packed sequence, on average
-        if self.engine == "scan":
-            numbers = sum(prod(shape.dims(dims.removeprefix("N "))) for dims in self.state)
-            tokens = shape["B"] * (1 if mode == "step" else shape["T"])
-            return tokens * numbers * (6 if mode == "backward" else 2)
-        flops = 0
-        for _, heads, K, V in (shape.dims(dims) for dims in self.state if len(dims.split()) == 4):
-            erased = 1 if self.engine == "delta" else 0
-            by_state, by_pairs = {
-                "forward": ((4 + 2 * erased) * K * V, (1 + erased) * (T + 1) * (K + V)),
-                "backward": (
-                    (10 + 6 * erased) * K * V,
-                    (T + 1) * (3 * (1 + erased) * K + (2 + 3 * erased) * V),
-                ),
-                "step": ((4 + 2 * erased) * K * V, (4 + 2 * erased) * K * V),
-            }[mode]
-            tokens = shape["B"] * (1 if mode == "step" else shape["T"])
-            flops += tokens * heads * min(by_state, by_pairs)
-        return flops
-
-
 QKV = {"q": "B T H K", "k": "B T H K", "v": "B T HV V"}
 RWKV = {"r": "B T H K", "k": "B T H K", "v": "B T HV V", "w": "B T HV K gate", "u": "HV K"}
 SLOTS = {**QKV, "v": "B T H V", "s": "B T H M unit", "g": "B T H M gate"}
 POSITIVE = {"q": "B T H K positive", "k": "B T H K positive", "v": "B T HV V"}
 DELTA = {"q": "B T H K direction", "k": "B T H K direction", "v": "B T HV V"}
 STRENGTH = {"beta": "B T HV unit"}
+ATTENTION = {"q": "B T H K", "k": "B T HKV K", "v": "B T HKV V"}
 SSD = {"x": "B T HV V", "dt": "B T HV step", "A": "HV rate", "B": "B T H K", "C": "B T H K"}
 
 
@@ -245,6 +70,19 @@ def channels_first(selective_scan: Callable[..., Any]) -> Callable[..., Any]:
 
     return definition
 
+
+def griffin(rg_lru: Callable[..., Any]) -> Callable[..., Any]:
+    """The rate of RG-LRU is a parameter's."""
+
+    def definition(
+        x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, param: Tensor, **rest: Any
+    ) -> Any:
+        return rg_lru(x, input_gate, recurrence_gate, -8 * F.softplus(param), **rest)
+
+    return definition
+
+
+POOL = {"length": WINDOW, "stride": STRIDE, "partial": False}
 
 ROWS = (
     Op(
@@ -408,6 +246,124 @@ ROWS = (
         engine="scan",
         adapt=channels_first,
     ),
+    Op(
+        name="rg_lru",
+        chunk="rg_lru",
+        step="rg_lru_step",
+        reference="rg_lru",
+        # without a state the first token would be another case, which a step never is
+        inputs={
+            "x": "B T D",
+            "input_gate": "B T D",
+            "recurrence_gate": "B T D",
+            "param": "D",
+            "initial_state": "N D zero",
+        },
+        qkv=(),
+        output="B T D",
+        state=("N D",),
+        engine="scan",
+        adapt=griffin,
+    ),
+    Op(
+        name="causal_conv1d",
+        chunk="causal_conv1d",
+        step="causal_conv1d_step",
+        reference="causal_conv1d",
+        inputs={"x": "B T D", "weight": "D W", "bias": "D"},
+        qkv=(),
+        output="B T D",
+        state=("N D W",),
+        state_like="x",
+        options={"activation": "silu"},
+        step_options={"activation": "silu"},
+        engine="scan",
+        adapt=lambda conv: functools.partial(conv, activation="silu"),
+    ),
+    Op(
+        name="slstm",
+        chunk="slstm",
+        step="slstm_step",
+        reference="slstm",
+        inputs={"x": "B T G H K", "R": "H K G K matrix"},
+        qkv=(),
+        output="B T H K",
+        state=("N G H K",),
+        engine="slstm",
+        matrix="H K G K",
+    ),
+    Dense(
+        name="attn",
+        chunk="block_sparse_attn",
+        step="flash_attn_with_kvcache",
+        reference="block_sparse_attention",
+        inputs=ATTENTION,
+    ),
+    Attention(
+        name="attn_window",
+        chunk="block_sparse_attn",
+        step="sparse_attn_decode",
+        reference="block_sparse_attention",
+        inputs=ATTENTION,
+        window=1024,
+    ),
+    Attention(
+        name="attn_blocks",
+        chunk="block_sparse_attn",
+        step="sparse_attn_decode",
+        reference="block_sparse_attention",
+        inputs=ATTENTION,
+        lists=drawn_lists,
+    ),
+    Attention(
+        name="attn_topk",
+        chunk="block_sparse_attn",
+        step="sparse_attn_decode",
+        reference="block_sparse_attention",
+        inputs=ATTENTION,
+        lists=token_lists,
+    ),
+    Nsa(
+        name="nsa",
+        chunk="parallel_nsa",
+        step="parallel_nsa",
+        reference="block_sparse_attention",
+        inputs=ATTENTION | dict.fromkeys(("g_cmp", "g_slc", "g_swa"), "B T H unit"),
+    ),
+    Selection(
+        name="block_select",
+        chunk="block_select",
+        step="",
+        reference="block_scores",
+        inputs={"q": "B T H K", "k": "B R HKV K"},
+        qkv=(),
+    ),
+    Op(
+        name="block_pool",
+        chunk="block_pool",
+        step="",
+        reference="block_pool",
+        inputs={"x": "B T HKV K"},
+        qkv=(),
+        output="B R HKV K",
+        state=(),
+        options=POOL,
+        engine="attention",
+        adapt=lambda pool: functools.partial(pool, **POOL),
+        per_element=(1, 1),
+    ),
+    Op(
+        name="merge_attn_states",
+        chunk="merge_attn_states",
+        step="",
+        reference="merge_attention_states",
+        inputs={"o": "P B T H V", "lse": "P B H T score"},
+        qkv=(),
+        output="B T H V",
+        state=(),
+        engine="attention",
+        per_element=(2, 3),
+    ),
 )
 OPS = {op.name: op for op in ROWS if op.available}
 
@@ -431,6 +387,8 @@ def shapes(text: str, **values: tuple[int, ...]) -> tuple[Shape, ...]:
 
 WHOLE = ("forward", "training")
 LONG = ("gla", "gated_delta_rule")  # one of an engine is timed at more shapes on a CPU
+WHOLE_LISTS = ("attn", "attn_window")  # whose keys no list names, so that sequences may be packed
+SPARSE = ("attn_blocks", "attn_window", "attn_topk", "nsa")
 # A step costs the same after any context; T is the context that its softmax peers read.
 SETS: dict[tuple[str, str], tuple[Set, ...]] = {
     ("chunk", "cuda"): (
@@ -473,6 +431,46 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("tiny packed", ("forward",), (Shape("B1 T40 H1 HV2 K64 V32", packed=3),)),
         Set("tiny decode", ("step",), (Shape("B2 T16 H1 HV2 K64 V32"),)),
     ),
+    # Cells that see the last output: time is walked.
+    ("slstm", "cuda"): (
+        Set("reference", WHOLE, (Shape("B8 T1024 H4 K256"),)),
+        Set("short", WHOLE, shapes("B1 T{} H4 K256", T=(1024, 256))),
+        Set("decode", ("step",), shapes("B{} T1024 H4 K256", B=(64, 1))),
+        Set("packed", WHOLE, (Shape("B1 T8192 H4 K256", packed=16),)),
+    ),
+    ("slstm", "cpu"): (
+        Set("lengths", WHOLE, shapes("B1 T{} H4 K64", T=(512, 128))),
+        Set("decode", ("step",), (Shape("B1 T512 H4 K64"),)),
+        Set("packed", WHOLE, (Shape("B1 T1024 H4 K64", packed=8),)),
+    ),
+    ("slstm", "emulator"): (
+        Set("tiny", WHOLE, (Shape("B1 T20 H2 K16"),)),
+        Set("tiny packed", ("forward",), (Shape("B1 T20 H2 K16", packed=3),)),
+        Set("tiny decode", ("step",), (Shape("B2 T16 H2 K16"),)),
+    ),
+    # A step's T is read here, by those that see it all.
+    ("attention", "cuda"): (
+        Set("reference A", WHOLE, (Shape("B1 T32768 H64 HKV4 K128 V128"),)),
+        Set("reference B", WHOLE, (Shape("B8 T4096 H32 HKV2 K128 V128"),)),
+        Set("decode", ("step",), shapes("B{} T16384 H64 HKV4 K128 V128", B=(64, 1, 8))),
+        Set("short", WHOLE, shapes("B1 T{} H64 HKV4 K128 V128", T=(8192, 2048))),
+        Set("packed", WHOLE, (Shape("B1 T32768 H64 HKV4 K128 V128", packed=16),), only=WHOLE_LISTS),
+        Set("long", WHOLE, (Shape("B1 T65536 H64 HKV4 K128 V128"),), only=SPARSE),
+        Set("long decode", ("step",), (Shape("B1 T65536 H64 HKV4 K128 V128"),)),
+        Set("small heads", WHOLE, (Shape("B4 T8192 H16 HKV16 K64 V64"),), only=WHOLE_LISTS),
+    ),
+    ("attention", "cpu"): (
+        Set("lengths", WHOLE, shapes("B1 T{} H8 HKV2 K64 V64", T=(4096, 1024))),
+        Set("decode", ("step",), (Shape("B1 T4096 H8 HKV2 K64 V64"),)),
+        Set("packed", WHOLE, (Shape("B1 T4096 H8 HKV2 K64 V64", packed=8),), only=WHOLE_LISTS),
+        Set("long decode", ("step",), (Shape("B1 T16384 H8 HKV2 K64 V64"),)),
+        Set("long", WHOLE, (Shape("B1 T8192 H8 HKV2 K64 V64"),), only=("attn_blocks", "nsa")),
+    ),
+    ("attention", "emulator"): (
+        Set("tiny", WHOLE, (Shape("B1 T150 H2 HKV1 K64 V64"),)),
+        Set("tiny packed", ("forward",), (Shape("B1 T40 H2 HKV1 K64 V64", packed=3),), WHOLE_LISTS),
+        Set("tiny decode", ("step",), (Shape("B2 T150 H2 HKV1 K64 V64"),)),
+    ),
     # D channels; S states for each where there are such.
     ("scan", "cuda"): (
         Set("reference", WHOLE, (Shape("B8 T4096 D2048 S16"),)),
@@ -502,5 +500,7 @@ def cells(op: Op, device: str) -> list[tuple[Shape, tuple[str, ...]]]:
 
 
 def sets(op: Op, device: str) -> list[Set]:
-    """Those that are for an operator."""
-    return [s for s in SETS[op.engine, device] if not s.only or op.name in s.only]
+    """Those that are for an operator, with the modes that it has."""
+    found = (s for s in SETS[op.engine, device] if not s.only or op.name in s.only)
+    own = (replace(s, modes=tuple(m for m in s.modes if m in op.modes)) for s in found)
+    return [s for s in own if s.modes]

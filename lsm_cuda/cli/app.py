@@ -160,7 +160,7 @@ def bench(
     ] = False,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("bench.png"),
     seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 45.0,
-    longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest sequence.")] = 2048,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest sequence.")] = 1024,
     device: Device = "auto",
 ) -> None:
     """Time every operator here, beside softmax attention and the other libraries installed."""

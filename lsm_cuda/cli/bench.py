@@ -35,7 +35,7 @@ class BenchConfig:
     seconds: float = 45.0
     device: str = "auto"
     roofline: bool = False
-    longest: int = 2048  # tokens; what attention takes grows with the square
+    longest: int = 1024  # tokens; what attention takes grows with the square
 
 
 def run_bench(config: BenchConfig, console: Console) -> list[Row]:
@@ -46,7 +46,7 @@ def run_bench(config: BenchConfig, console: Console) -> list[Row]:
         ValueError: an operator or device that is not there.
         WrongResultError: an operator computes something wrong here.
     """
-    from ..bench.plots import plot_roofline, plot_time  # a missing package should show now
+    from ..bench.plots import plot_ratio, plot_roofline  # a missing package should show now
 
     device = pick_device(config.device).type
     if unknown := set(config.ops) - set(OPS):
@@ -65,7 +65,7 @@ def run_bench(config: BenchConfig, console: Console) -> list[Row]:
         console.print(f"{left} shapes were not reached; give it more time with --seconds")
     for name, reason in skipped(rows).items():
         console.print(f"[dim]{escape(f'not timed: {name}: {reason}')}[/]", soft_wrap=True)
-    plot = (plot_roofline if config.roofline else plot_time)(rows, where, config.out)
+    plot = (plot_roofline if config.roofline else plot_ratio)(rows, where, config.out)
     console.print(f"plot: {escape(str(plot.resolve()))}", soft_wrap=True)
     return rows
 
@@ -90,7 +90,8 @@ def timed(
                     op, shape, DTYPES[device][0], device, modes, clock,
                     peers=() if config.roofline else PEERS,
                     seconds=max(0.0, share) / 10,
-                    patience=config.seconds / 60,
+                    patience=config.seconds / 200,
+                    tokens=192,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 return rows, len(todo) - done

@@ -50,7 +50,10 @@ def test_a_dry_run_reaches_everything(dry_run):
         kinds = ["graph", "stream", "guard", "memory", "long", "correct"]
         kinds += ["time"] if op.name in registry.OPS else []
         assert all(any(n.startswith(f"{kind} {op}") for n in names) for kind in kinds)
-    assert {"environment", "sanitizers", "tests"} <= set(names)
+    for op in registry.OPS:
+        kinds = ["correct", "graph", "stream", "guard", "time"]
+        assert all(any(n.startswith(f"{kind} {op}") for n in names) for kind in kinds)
+    assert {"environment", "sanitizers", "sanitizers, other operators", "tests"} <= set(names)
     assert {r["mode"] for r in record["rows"]} == {"forward", "training", "step"}
     assert any("ratio" in r for r in record["rows"])
 
@@ -66,7 +69,7 @@ def test_each_case_is_in_one_item():
 
     options = argparse.Namespace(ops=None, only="correct", cases=None, dry_run=True)
     for op in TESTED:
-        found = gpu_suite.items(options, {"skipped": {}})
+        found = [i for i in gpu_suite.items(options, {"skipped": {}}) if i.function == "correct"]
         parts = sorted(i.arguments[1] for i in found if i.arguments[0] == op.name)
         assert parts == [0, 1, 2, 3, 4] and {i.arguments[2] for i in found} == {5}
 
@@ -258,13 +261,30 @@ def package(tmp_path):
 
 
 def test_pack(tmp_path, package, monkeypatch):
-    assert 3000 < pack.pack(tmp_path / "out", [], package) < 3100  # and the commit
+    total, left_out = pack.pack(tmp_path / "out", [], package)
+    assert 3000 < total < 3100 and not left_out  # and the commit
     monkeypatch.setattr(pack, "LIMIT", 2500)
     with pytest.raises(ValueError, match=r"more than 0; the largest file is \w+"):
         pack.pack(tmp_path / "out", [], package)
     (package / "_C_cuda.so").unlink()
     with pytest.raises(FileNotFoundError, match=r"_C_cuda\.so not in .*: build with nvcc"):
         pack.pack(tmp_path / "out", [], package)
+
+
+def test_wheels_that_do_not_fit_are_left_out(tmp_path, package, monkeypatch):
+    sizes = {"small": 100, "large": 5000, "larger": 9000}
+
+    def download(command, **kwargs):
+        if "pip" in command:
+            for name, size in sizes.items():
+                (tmp_path / "out" / "wheels" / f"{name}.whl").write_bytes(b"x" * size)
+        return subprocess.CompletedProcess(command, 0, stdout="abc")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.setattr(pack, "LIMIT", 8200)
+    total, left_out = pack.pack(tmp_path / "out", ["some"], package)
+    assert total == 8103 and left_out == ["larger.whl"]
+    assert {f.stem for f in (tmp_path / "out" / "wheels").iterdir()} == {"small", "large"}
 
 
 def test_unpack(tmp_path, package, monkeypatch):

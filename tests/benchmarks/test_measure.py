@@ -45,8 +45,8 @@ def rows(peer_rows=(), modes=MODES, shape=SHAPE, dtype=F32, op="gla"):
 @pytest.mark.parametrize("name", OPS)
 def test_rows(name, dtype):
     sdpa = [p for p in PEERS if p.name == "torch SDPA"]
-    found = rows(sdpa, op=name, dtype=dtype)
-    for mode in MODES:
+    found = rows(sdpa, OPS[name].modes, op=name, dtype=dtype)
+    for mode in OPS[name].modes:
         ours, *theirs = (r for r in found if r["mode"] == mode)
         beside = ["torch SDPA"] if OPS[name].qkv else []  # none beside a scan
         assert ours["implementation"] == OURS
@@ -138,7 +138,8 @@ def test_peers_here_run_and_agree(peer):
     for name, kind in peer.calls:
         if name not in OPS:
             continue
-        modes = ["step"] if kind == "step" else ["forward", "training"]
+        whole = [mode for mode in OPS[name].modes if mode != "step"]
+        modes = ["step"] if kind == "step" else whole
         found = rows([peer], modes, shape, op=name)
         assert not [r for r in found if "skipped" in r]
         assert {r["implementation"] for r in found} == {OURS, peer.name}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from bench_scripts import script
 
@@ -15,8 +17,13 @@ def test_it_runs(tmp_path):
     save_model(DecoderLM(config), tmp_path / "run")
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy.\n" * 200)
-    done = script("recall", tmp_path / "run", "--tokens", 192, "--data", text)
+    done = script(
+        "recall", tmp_path / "run", "--tokens", 192, "--data", text, "--out", tmp_path / "out"
+    )
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:]]
-    share = {row[0].strip(): float(row[2].strip().rstrip("%")) for row in rows}
+    record = json.loads((tmp_path / "out" / "recall.json").read_text())
+    share = {row["method"]: row["mean"] for row in record["rows"]}
     assert len(share) == 13 and share["best blocks of rows"] >= share["random blocks"]
+    assert all(0 < row["worst"] <= row["mean"] <= 1.0001 for row in record["rows"])
+    assert record["model"]["num_layers"] == 1 and record["tokens"] == 192
+    assert all(method in done.stdout for method in share)

@@ -6,32 +6,51 @@ import inspect
 
 import pytest
 import torch
-from cases import OPS as TESTED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsm_cuda import ops, reference
-from lsm_cuda.bench.registry import MODES, OPS, ROWS, SETS, Shape, cells, sets
+from lsm_cuda.bench.attention import attend
+from lsm_cuda.bench.measure import runner
+from lsm_cuda.bench.peers import ours
+from lsm_cuda.bench.registry import OPS, ROWS, SETS, Shape, cells, sets
 
 BF16, F32 = torch.bfloat16, torch.float32
+# Two halves of what block_select does in one launch.
+ELSEWHERE = {"lsm::block_scores", "lsm::block_topk"}
 
 
-# torch.ops.lsm names that only other operators use
-INSIDE = {"gla_value": "gsa"}
+class Calls(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name().partition(".")[0])
+        return func(*args, **kwargs or {})
 
 
-def test_every_operator_has_a_row():
-    for op in TESTED:
-        assert INSIDE.get(op.name, op.name) in OPS
+def test_every_operator_is_in_a_row():
+    """Between them the rows call every forward, backward and step that is registered."""
+    with Calls() as calls:
+        for op in OPS.values():
+            shape, _ = cells(op, "emulator")[0]
+            for mode in op.modes:
+                runner(ours(op, mode), op, op.make(shape, F32, "cpu"), shape, mode)()
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lsm::")}
+    assert registered - calls.seen == ELSEWHERE
 
 
 def test_rows_name_what_there_is():
     assert len({op.name for op in ROWS}) == len(ROWS)
     for op in OPS.values():
         assert hasattr(reference, op.reference) and set(op.qkv) <= set(op.inputs)
-        parameters = inspect.signature(getattr(ops, op.chunk)).parameters
-        assert {*op.inputs, *op.options} <= set(parameters)
-        tokens = {op.step_names.get(name, name) for name in op.inputs}
-        parameters = inspect.signature(getattr(ops, op.step)).parameters
-        assert {*tokens, "state", *op.step_options} <= set(parameters)
+        shape, _ = cells(op, "emulator")[0]
+        x = op.make(shape, F32, "cpu")
+        inspect.signature(getattr(ops, op.chunk)).bind(**op.sequence(x, shape))
+        if op.step:
+            inspect.signature(getattr(ops, op.step)).bind(**op.token(x, shape))
 
 
 def test_shapes_are_read_by_name():
@@ -95,18 +114,83 @@ def test_minimal_flops():
     assert gla.minimal_flops(long, "training") == 2 * 1000 * 3 * 14 * 64 * 32
 
 
+def test_minimal_bytes_and_flops_of_attention():
+    """Pairs by hand: a triangle, a band, and blocks of it; a step reads what its query sees."""
+    shape, K = Shape("B2 T2000 H4 HKV2 K64 V32"), 64 + 32
+    triangle, band = 2000 * 2001 // 2, 2000 * 1024 - 1024 * 1023 // 2
+    for name, pairs, last in (("attn", triangle, 2000), ("attn_window", band, 1024)):
+        op = OPS[name]
+        assert op.minimal_flops(shape, "forward") == 2 * 4 * pairs * 2 * K
+        assert op.minimal_flops(shape, "backward") == 2 * 4 * pairs * (6 * 64 + 4 * 32)
+        assert op.minimal_flops(shape, "step") == 2 * 4 * last * 2 * K
+        assert op.minimal_bytes(shape, BF16, "step") == 2 * 2 * (4 + 2 * last) * K
+    assert OPS["attn"].minimal_bytes(shape, BF16, "forward") == 2 * 2 * 2000 * (4 + 2) * K
+    halves = Shape("B1 T12 H1 K8 V8", packed=2)
+    assert OPS["attn"].minimal_flops(halves, "forward") == (4 * 5 // 2 + 8 * 9 // 2) * 32
+
+
+@pytest.mark.parametrize("name", ["attn", "attn_window", "attn_blocks", "attn_topk"])
+@pytest.mark.parametrize("T", [100, 1100])
+def test_pairs_are_those_of_the_dense_mask(name, T):
+    op = OPS[name]
+    seen = op.seen(T, torch.device("cpu"))
+    assert op.pairs_of(T) == int(seen.sum())
+    assert op.keys_of_last(T) == int(seen[-1].sum()) == len(op.seen_by_last(T, "cpu"))
+    assert seen.diagonal().all() and not seen.triu(1).any()
+
+
+def test_pairs_of_nsa():
+    """Means of blocks in the past, the blocks chosen, and the window."""
+    nsa = OPS["nsa"]
+    assert nsa.keys_of_last(100) == 1 + 100 + 100
+    assert nsa.keys_of_last(2000) == 31 + (15 * 64 + 16) + 512
+    assert nsa.pairs_of(3) == 2 * (1 + 2 + 3)
+
+
+def test_dense_attention_is_the_reference():
+    x = OPS["attn_blocks"].make(Shape("B1 T70 H4 HKV2 K8 V8"), torch.float64, "cpu")
+    q, k, v = (x[n][:, :20] for n in "qkv")
+    seen = ops.AttnMask(causal=True, left=4).to_dense(20, 20)
+    wanted, _ = reference.block_sparse_attention(q, k, v, None, ops.AttnMask(causal=True, left=4))
+    torch.testing.assert_close(attend(q, k, v, seen), wanted)
+    assert not attend(q, k, v, seen & (torch.arange(20) > 3)[:, None])[:, :4].any()
+
+
+def test_minimal_bytes_and_flops_of_the_others():
+    conv, slstm = OPS["causal_conv1d"], OPS["slstm"]
+    shape = Shape("B2 T100 D64 S16")
+    X = 2 * 100 * 64 * 2
+    assert conv.minimal_bytes(shape, BF16, "forward") == 2 * X + 64 * 5 * 2
+    assert conv.minimal_flops(shape, "forward") == 2 * 100 * 64 * 4 * 2
+    assert conv.minimal_bytes(shape, BF16, "step") == 2 * (2 + 8) * 64 * 2 + 64 * 5 * 2
+    state = 2 * 64 * 4
+    assert OPS["rg_lru"].minimal_bytes(shape, BF16, "forward") == 4 * X + 64 * 2 + state
+    assert OPS["rg_lru"].minimal_bytes(shape, BF16, "step") == 4 * X // 100 + 64 * 2 + 2 * state
+    cell = Shape("B2 T100 H4 K8")
+    assert slstm.minimal_flops(cell, "forward") == 2 * 100 * 4 * 8 * 4 * 8 * 2
+    assert slstm.minimal_flops(cell, "training") == 3 * slstm.minimal_flops(cell, "forward")
+    some = Shape("B1 T64 H2 HKV1 K8 V8")  # three windows: after 31, 47 and 63
+    assert some["R"] == 3
+    assert OPS["block_select"].minimal_flops(some, "forward") == 2 * 2 * 8 * (33 + 17 + 1)
+    read = (64 * 2 * 8 + 3 * 8) * 2
+    assert OPS["block_select"].minimal_bytes(some, BF16, "forward") == read + 64 * 16 * 4
+    assert OPS["block_pool"].minimal_bytes(some, BF16, "forward") == (64 + 3) * 8 * 2
+    assert OPS["merge_attn_states"].minimal_flops(some, "forward") == 2 * 4 * 64 * 2 * 8
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "emulator"])
 @pytest.mark.parametrize("name", OPS)
 def test_every_operator_has_cells(name, device):
     """Whole sequences, packed ones and decoding, on every device, with inputs that can be made."""
     found = cells(OPS[name], device)
-    assert {mode for _, modes in found for mode in modes} == set(MODES)
-    assert any(shape.packed for shape, _ in found)
+    assert {mode for _, modes in found for mode in modes} == set(OPS[name].modes)
+    listed = OPS[name].engine == "attention" and name not in ("attn", "attn_window")
+    assert any(shape.packed for shape, _ in found) != listed
     assert len({str(shape) for shape, modes in found if "step" not in modes}) == sum(
         "step" not in modes for _, modes in found
     )
     for shape, _ in found:
-        x = OPS[name].make(shape.at(max(8, shape.packed)), BF16, "cpu")
+        x = OPS[name].make(shape.at(max(32, shape.packed)), BF16, "cpu")
         assert ("cu_seqlens" in x) == bool(shape.packed)
 
 
