@@ -144,7 +144,8 @@ def strips(
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.set_ylim(len(labels) - 0.4, -0.6)
     dress(axes, title, "", "")
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    if dots:
+        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     return figure, axes
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -128,9 +129,12 @@ def ours_in(rows: list[Row]) -> Iterator[tuple[Row, list[str]]]:
 
 
 def table(title: str, *headings: str) -> Table:
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i < 3 else "right", no_wrap=i < 4)
+        # 80 columns are to do: shapes and names of peers may wrap, numbers may not
+        least = 7 if i >= 4 else None
+        justify: JustifyMethod = "left" if i < 3 else "right"
+        made.add_column(heading, justify=justify, no_wrap=i in (0, 1, 3), min_width=least)
     return made
 
 
