@@ -101,6 +101,8 @@ class Selective {
           vectors((task.c_end - task.c_begin + W - 1) / W),
           free_(static_cast<char*>(scratch)) {
         A = take<N>(vectors * S);
+        channel_b = take<N>(p.channel_B ? vectors * S : 0);
+        channel_c = take<N>(p.channel_C ? vectors * S : 0);
         state = take<N>(vectors * S);
         tile_b = take<T>(kTile * S * K);
         tile_c = take<T>(kTile * S * K);
@@ -125,7 +127,7 @@ class Selective {
                 channels([&](int64_t c, int64_t count, int64_t v) {
                     Prologue const x(*this, t, tokens, c, count);
                     V y[kTile] = {};
-                    for (int64_t s = 0; s < S; s += kStates) walk(c, count, v, s, tokens, x, y);
+                    for (int64_t s = 0; s < S; s += kStates) walk(v, s, tokens, x, y);
                     finish(t, tokens, c, count, x, y);
                 });
             }
@@ -199,8 +201,14 @@ class Selective {
 
     void prepare() {
         channels([&](int64_t c, int64_t count, int64_t v) {
-            for (int64_t s = 0; s < S; ++s)
-                A[v * S + s] = s < p.S ? log2_rate(gather(p.A, 0, c, count, s)) : N{};
+            for (int64_t s = 0; s < S; ++s) {
+                auto const of = [&](void const* data) {
+                    return s < p.S ? gather(data, 0, c, count, s) : N{};
+                };
+                A[v * S + s] = log2_rate(of(p.A));
+                if (p.channel_B) channel_b[v * S + s] = of(p.b.data);
+                if (p.channel_C) channel_c[v * S + s] = of(p.c.data);
+            }
         });
     }
 
@@ -295,16 +303,14 @@ class Selective {
             }
         }
     }
-    LSM_INLINE N token_or_channel(bool by_channel, T const* tile, void const* data, int64_t i,
-                                  int64_t s, int64_t c, int64_t count) const {
-        if (!by_channel) return broadcast<N>(tile + (i * S + s) * K);
-        return s < p.S ? gather(data, 0, c, count, s) : N{};
+    // B or C of state s of a token of the tile, or of a vector of channels.
+    template <bool kChannelBC>
+    LSM_INLINE N b_of(T const* b, int64_t v, int64_t s) const {
+        return kChannelBC && p.channel_B ? channel_b[v * S + s] : broadcast<N>(b + s * K);
     }
-    LSM_INLINE N b_of(int64_t i, int64_t s, int64_t c, int64_t count) const {
-        return token_or_channel(p.channel_B, tile_b, p.b.data, i, s, c, count);
-    }
-    LSM_INLINE N c_of(int64_t i, int64_t s, int64_t c, int64_t count) const {
-        return token_or_channel(p.channel_C, tile_c, p.c.data, i, s, c, count);
+    template <bool kChannelBC>
+    LSM_INLINE N c_of(T const* c, int64_t v, int64_t s) const {
+        return kChannelBC && p.channel_C ? channel_c[v * S + s] : broadcast<N>(c + s * K);
     }
 
     LSM_INLINE V channel(void const* data, int64_t c, int64_t count) const {
@@ -328,8 +334,7 @@ class Selective {
 
     // A tile of one vector of channels and kStates states; kKeep: their h and a stay.
     template <bool kKeep = false, bool kChannelBC = false>
-    LSM_INLINE void walk_tile(int64_t c, int64_t count, int64_t v, int64_t s0, int64_t tokens,
-                              Prologue const& x, V* y) {
+    LSM_INLINE void walk_tile(int64_t v, int64_t s0, int64_t tokens, Prologue const& x, V* y) {
         N h[kStates];
         N const* const a_log2 = A + v * S + s0;
         for (int s = 0; s < kStates; ++s) h[s] = state[v * S + s0 + s];
@@ -338,14 +343,12 @@ class Selective {
         }
         for (int64_t i = 0; i < tokens; ++i) {
             V const dt = x.dt[i], du = dt * x.u[i];
-            T const* const b = tile_b + (i * S + s0) * K;
-            T const* const cc = tile_c + (i * S + s0) * K;
+            T const *const b = tile_b + i * S * K, *const c = tile_c + i * S * K;
             V sum = y[i];
 #pragma GCC unroll 16
             for (int s = 0; s < kStates; ++s) {
                 N const a = decay(a_log2[s], dt);
-                N const bn = kChannelBC ? b_of(i, s0 + s, c, count) : broadcast<N>(b + s * K);
-                N const cn = kChannelBC ? c_of(i, s0 + s, c, count) : broadcast<N>(cc + s * K);
+                N const bn = b_of<kChannelBC>(b, v, s0 + s), cn = c_of<kChannelBC>(c, v, s0 + s);
                 h[s] = a * h[s] + scaled(bn, du);
                 sum += real_product(cn, h[s]);
                 if constexpr (kKeep) {
@@ -358,12 +361,11 @@ class Selective {
         for (int s = 0; s < kStates; ++s) state[v * S + s0 + s] = h[s];
     }
     template <bool kKeep = false>
-    LSM_INLINE void walk(int64_t c, int64_t count, int64_t v, int64_t s0, int64_t tokens,
-                         Prologue const& x, V* y) {
+    LSM_INLINE void walk(int64_t v, int64_t s0, int64_t tokens, Prologue const& x, V* y) {
         if (p.channel_B || p.channel_C) {
-            walk_tile<kKeep, true>(c, count, v, s0, tokens, x, y);
+            walk_tile<kKeep, true>(v, s0, tokens, x, y);
         } else {
-            walk_tile<kKeep>(c, count, v, s0, tokens, x, y);
+            walk_tile<kKeep>(v, s0, tokens, x, y);
         }
     }
 
@@ -391,7 +393,7 @@ class Selective {
             channels([&](int64_t c, int64_t count, int64_t v) {
                 Prologue const x(*this, t, kTile, c, count);
                 V y[kTile] = {};
-                for (int64_t s = 0; s < S; s += kStates) walk(c, count, v, s, kTile, x, y);
+                for (int64_t s = 0; s < S; s += kStates) walk(v, s, kTile, x, y);
             });
         }
         load_states(p.grad_final_state, grad);
@@ -415,11 +417,11 @@ class Selective {
             for (int64_t i = 0; i < tokens; ++i)
                 dy[i] = p.z.data != nullptr ? out[i] * z[i] * sigmoid(z[i]) : out[i];
             for (int64_t s = 0; s < S; s += kStates) {
-                walk<true>(c, count, v, s, tokens, x, y);
+                walk<true>(v, s, tokens, x, y);
                 if (p.channel_B || p.channel_C) {
-                    states_backward<true>(c, count, v, s, tokens, x, dy, ddt, ddu);
+                    states_backward<true>(v, s, tokens, x, dy, ddt, ddu);
                 } else {
-                    states_backward<false>(c, count, v, s, tokens, x, dy, ddt, ddu);
+                    states_backward<false>(v, s, tokens, x, dy, ddt, ddu);
                 }
             }
             V sum_bias{}, sum_skip{};
@@ -444,19 +446,17 @@ class Selective {
 
     // The adjoint through a tile, last token first: g is the gradient of the state after the token.
     template <bool kChannelBC>
-    LSM_INLINE void states_backward(int64_t c, int64_t count, int64_t v, int64_t s0, int64_t tokens,
-                                    Prologue const& x, V const* dy, V* ddt, V* ddu) {
+    LSM_INLINE void states_backward(int64_t v, int64_t s0, int64_t tokens, Prologue const& x,
+                                    V const* dy, V* ddt, V* ddu) {
         N* const g_all = grad + v * S + s0;
         for (int64_t i = tokens; i-- > 0;) {
             V const dt = x.dt[i], du = dt * x.u[i], out = kReadFactor * dy[i];
-            T const* const b = tile_b + (i * S + s0) * K;
-            T const* const cc = tile_c + (i * S + s0) * K;
+            T const *const b = tile_b + i * S * K, *const c = tile_c + i * S * K;
             V sum_dt = ddt[i], sum_du = ddu[i];
 #pragma GCC unroll 16
             for (int s = 0; s < kStates; ++s) {
                 N const a = kept_a[i * kStates + s], h = kept_h[(i + 1) * kStates + s];
-                N const bn = kChannelBC ? b_of(i, s0 + s, c, count) : broadcast<N>(b + s * K);
-                N const cn = kChannelBC ? c_of(i, s0 + s, c, count) : broadcast<N>(cc + s * K);
+                N const bn = b_of<kChannelBC>(b, v, s0 + s), cn = c_of<kChannelBC>(c, v, s0 + s);
                 N const g = g_all[s] + scaled(conj(cn), out);
                 N const of_c = scaled(conj(h), out), of_b = scaled(g, du);
                 if (kChannelBC && p.channel_C) {
@@ -520,7 +520,7 @@ class Selective {
     int64_t S, vectors;
     char* free_;
     int64_t sequence = 0, batch = 0, begin = 0, end = 0;
-    N *A, *state;
+    N *A, *channel_b, *channel_c, *state;
     T *tile_b, *tile_c;
     N *grad, *dA, *dB, *dC;
     V *dskip, *dbias;

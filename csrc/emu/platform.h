@@ -476,6 +476,23 @@ __forceinline__ void store_shared(T* p, std::type_identity_t<T> value) {
     emu::store_shared(p, &value, sizeof(T));
 }
 
+inline void cp_async16(uint32_t destination, void const* source, bool valid) {
+    emu::cp_async(destination, source, 16, valid ? 16 : 0);
+}
+
+inline void cp_async_commit() {
+    emu::cp_async_commit();
+}
+
+template <int Pending>
+void cp_async_wait() {
+    if constexpr (Pending == 0) {
+        emu::cp_async_wait_all();
+    } else {
+        emu::cp_async_wait(Pending);
+    }
+}
+
 template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void*,
             P... params) {

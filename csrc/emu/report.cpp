@@ -59,8 +59,8 @@ std::vector<std::string> const& look_up(void const* address) {
 }
 
 bool is_plumbing(std::string const& file) {
-    for (char const* part :
-         {"csrc/emu/", "kernels/platform.cuh", "/cute/", "/cutlass/", "/usr/", "/cuda", "?"}) {
+    for (char const* part : {"csrc/emu/", "kernels/platform.cuh", "kernels/matrix.cuh", "/cute/",
+                             "/cutlass/", "/usr/", "/cuda", "?"}) {
         if (file.find(part) != std::string::npos) return true;
     }
     return false;

@@ -3,7 +3,7 @@
 // Kernels use CUDA's own spelling (threadIdx, __syncthreads, __shfl_xor_sync, ...) plus the names below. On the
 // device these are PTX; on the host they are the SIMT emulator's twins (emu/emu.h), so the same text runs on a CPU.
 // What a kernel keeps to so that this holds: dynamic shared memory through dyn_smem() only, launches through
-// launch() only, PTX only here or inside cute/arch ops.
+// launch() only, PTX only here or inside cute/arch ops (matrix.cuh).
 #pragma once
 
 #include <cstddef>
@@ -21,10 +21,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#include <cute/arch/copy_sm75.hpp>
-#include <cute/arch/copy_sm80.hpp>
-#include <cute/arch/mma_sm80.hpp>
 
 #define LSM_DEVICE __device__ __forceinline__
 #define LSM_UNROLL _Pragma("unroll")
@@ -94,6 +90,27 @@ LSM_DEVICE void store_shared(T* p, std::type_identity_t<T> value) {
     *p = value;
 }
 
+// 16 bytes global -> shared, past the registers; `valid == false` reads nothing and writes zeros.
+LSM_DEVICE void cp_async16(u32 destination, void const* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+LSM_DEVICE void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Blocks until at most `Pending` of this thread's groups are still in flight; none: nor any copy not yet in a group.
+template <int Pending>
+LSM_DEVICE void cp_async_wait() {
+    if constexpr (Pending == 0) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+    }
+}
+
 template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream,
             P... params) {
@@ -134,59 +151,6 @@ LSM_DEVICE T& at_shared(u32 address) {
 // What the results of a call with wrong boundaries are filled with.
 LSM_DEVICE float nan_value() {
     return __int_as_float(0x7fffffff);
-}
-
-// Four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-LSM_DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {
-    cute::SM75_U32x4_LDSM_N::copy(at_shared<cute::uint128_t const>(address), r[0], r[1], r[2],
-                                  r[3]);
-}
-
-LSM_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
-    cute::SM75_U16x8_LDSM_T::copy(at_shared<cute::uint128_t const>(address), r[0], r[1], r[2],
-                                  r[3]);
-}
-
-// Transposes an 8x8 b16 matrix: lane l holds row l / 4, columns 2 (l % 4) and the next, before and after.
-LSM_DEVICE u32 movmatrix(u32 value) {
-    u32 transposed;
-    cute::SM75_U32x1_MOVM_T::copy(value, transposed);
-    return transposed;
-}
-
-// CuTe's cp.async ops do not tell the compiler that they touch memory.
-LSM_DEVICE void keep_memory_order() {
-    asm volatile("" ::: "memory");
-}
-
-// 16 bytes global -> shared, past the registers; `valid == false` reads nothing and writes zeros.
-LSM_DEVICE void cp_async16(u32 destination, void const* source, bool valid) {
-    keep_memory_order();
-    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-        *static_cast<cute::uint128_t const*>(source), at_shared<cute::uint128_t>(destination),
-        valid);
-}
-
-LSM_DEVICE void cp_async_commit() {
-    cute::cp_async_fence();
-}
-
-// Blocks until at most `Pending` of this thread's groups are still in flight; none: nor any copy not yet in a group.
-template <int Pending>
-LSM_DEVICE void cp_async_wait() {
-    cute::cp_async_wait<Pending>();
-    keep_memory_order();
-}
-
-// d += a · b on one 16x8x16 tile, fp32 accumulators. Fragment maps as in the PTX manual (m16n8k16).
-LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, bf16 const*) {
-    cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0,
-                                              b1, d[0], d[1], d[2], d[3]);
-}
-
-LSM_DEVICE void mma_16x8x16(float (&d)[4], u32 const (&a)[4], u32 b0, u32 b1, half const*) {
-    cute::SM80_16x8x16_F32F16F16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1,
-                                            d[0], d[1], d[2], d[3]);
 }
 
 }  // namespace lsm

@@ -1,5 +1,6 @@
 // Counters against hand counts.
 #include "harness.h"
+#include "kernels/matrix.cuh"
 
 namespace lsm::test {
 namespace {

@@ -1,4 +1,5 @@
 // Legal idioms: right and silent under 40 seeds, in every build.
+#include "kernels/matrix.cuh"
 #include "pipeline.cuh"
 
 namespace lsm::test {

@@ -1,4 +1,5 @@
 // Bugs planted on purpose: each must be reported.
+#include "kernels/matrix.cuh"
 #include "pipeline.cuh"
 
 namespace lsm::test {

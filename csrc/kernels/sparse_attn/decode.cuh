@@ -7,6 +7,7 @@
 // Grid: (part, 16 rows, queries that share keys).
 #pragma once
 
+#include "kernels/matrix.cuh"
 #include "kernels/sparse_attn/rows.cuh"
 #include "params/sparse_attn.h"
 #include "policy/attn_keys.h"

@@ -7,6 +7,7 @@
 // Grid: (range of blocks, head, rows).
 #pragma once
 
+#include "kernels/matrix.cuh"
 #include "kernels/segments.cuh"
 #include "kernels/sparse_attn/rows.cuh"
 #include "kernels/warp.cuh"

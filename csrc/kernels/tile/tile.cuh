@@ -4,7 +4,7 @@
 // row-wise loads and the eight rows of an ldmatrix fall into different banks. Rows are at least 128 bytes.
 #pragma once
 
-#include "kernels/platform.cuh"
+#include "kernels/matrix.cuh"
 
 namespace lsm {
 
