@@ -165,6 +165,14 @@ def selection_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         yield f"block_select packed {name}", 1, partial(ops.block_select, *packed, *chosen)
 
 
+def on_hopper(run: Callable[[], object]) -> None:
+    emulator().set_architecture(90)
+    try:
+        run()
+    finally:
+        emulator().set_architecture(80)
+
+
 def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     """Lists for rows and for tokens, and a mask alone; widths of every kernel on tensor cores."""
     for kind, D, block_q, block_k, mask in (
@@ -186,6 +194,8 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
         name = f"block_sparse_attn {kind} bfloat16"
         yield f"{name} forward", 1, forward
+        if D <= 128 and block_q > 1:
+            yield f"{name} forward on Hopper", 1, partial(on_hopper, forward)
         backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common)
         yield f"{name} backward", 1, partial(backward, *forward(), grad, None)
     # Sums over queries, packed sequences, and fp32.

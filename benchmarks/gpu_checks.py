@@ -28,10 +28,11 @@ import cases as table  # noqa: E402
 import checks  # noqa: E402
 import impls  # noqa: E402
 import torch  # noqa: E402
-from emulated import stand_in  # noqa: E402
+from emulated import emulator, stand_in  # noqa: E402
 from inputs import Inputs, make_inputs  # noqa: E402
 
 import lsm_cuda  # noqa: E402
+from lsm_cuda import ops  # noqa: E402
 from lsm_cuda.bench import measure, peers, registry, roofline  # noqa: E402
 
 Record = dict[str, Any]
@@ -78,6 +79,13 @@ class Gpu:
             yield
             torch.cuda.current_stream().synchronize()
 
+    def architecture(self) -> int:
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+
+    def choose_architecture(self, number: int) -> None:
+        os.environ["LSM_ARCHITECTURE"] = str(number)
+
     def other(self) -> str:
         if torch.cuda.device_count() < 2:
             raise Skip("one GPU")
@@ -112,6 +120,12 @@ class StandIn:
 
     def late_stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def architecture(self) -> int:
+        return 90
+
+    def choose_architecture(self, number: int) -> None:
+        emulator().set_architecture(number if number < 100 else 80)
 
     def other(self) -> str:
         return "cpu"
@@ -227,6 +241,40 @@ def row(device: Device, name: str) -> Record:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             measure.check(ROWS[name], shape, dtype, device.name, ())
     return {"ok": True}
+
+
+def paths(device: Device, dtype: str, D: int) -> Record:
+    """Sparse attention by Hopper's warpgroups and by every GPU's kernels: both against fp64, and
+    milliseconds of both on causal attention."""
+    import attention
+
+    if device.architecture() != 90:
+        raise Skip("not a Hopper GPU")
+    half, T = {"dtype": dtype, "dims": (D, D)}, 700 if device.name == "cuda" else 100
+    packed = {"batch": "int32", "lists": "none", "mask": {"causal": True}}
+    window = {"lists": "none", "mask": {"causal": True, "left": 100, "sinks": 4}}
+    rows = {"blocks": (64, 64), "heads": (4, 2, 2), "mask": {"causal": True}}
+    failed, times = {}, {}
+    for more in (packed, window, rows, {"blocks": (16, 16), "extras": ("softcap", "bias")}):
+        case = attention.Attn(Tq=T, Tk=T, **(half | more))
+        call = attention.make(case)
+        truth, same = (attention.definition(call, d) for d in (torch.float64, torch.float32))
+        for number in (80, 90):
+            device.choose_architecture(number)
+            broken = checks.verdicts(
+                attention.run(impls.IMPLS[device.name], call), truth, same, call.x
+            )
+            if broken:
+                failed[f"{case} sm_{number}"] = broken
+    sizes = (1, 16384, 16, D) if device.name == "cuda" else (1, 128, 1, D)
+    q, k, v = (torch.randn(sizes, device=device.name).to(table.DTYPES[dtype]) for _ in range(3))
+    run = functools.partial(ops.block_sparse_attn, q, k, v, mask=ops.AttnMask(causal=True))
+    for number in (80, 90):
+        device.choose_architecture(number)
+        sample = device.clock.sampler(device.clock.kinds[-1], [run])  # a graph's, on a GPU
+        times[f"sm_{number}"] = min(sample() for _ in range(5))
+    device.choose_architecture(100)
+    return {"ok": not failed, "failed": failed, "sizes": [*sizes], "ms": times}
 
 
 # --- how it is called

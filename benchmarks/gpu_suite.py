@@ -159,6 +159,8 @@ def all_items(options: argparse.Namespace, environment: dict[str, Any]) -> Itera
             yield Item(f"{kind} {op}", kind, (op,))
     for name in gpu_checks.FAMILIES:
         yield Item(f"family {name}", "family", (name,))
+    for dtype, D in (("f16", 64), ("bf16", 128))[: 1 if options.dry_run else 2]:
+        yield Item(f"paths of attention {dtype} {D}", "paths", (dtype, D), 90)
     yield Item("sanitizers", "sanitize", (ops, options.cases, 120.0), 130)
     yield Item("sanitizers, other operators", "sanitize", (rows, options.cases, 60.0), 70)
     timed = [op for op in registry.OPS.values() if not options.ops or op.name in options.ops]

@@ -92,11 +92,13 @@ class Emulator(Impl):
         flavour: str = "_emu",
         seeds: tuple[int, ...] = (1, 2, 3, 4),
         multiprocessors: int = 8,  # what launchers cut their work for
+        architecture: int = 80,  # whose kernels they choose
     ) -> None:
         super().__init__(name)
         self.flavour = flavour
         self.seeds = seeds
         self.multiprocessors = multiprocessors
+        self.architecture = architecture
 
     def absent(self) -> str | None:
         return missing(self.flavour)
@@ -112,7 +114,11 @@ class Emulator(Impl):
         results: list[Tensors] = []
         for seed in self.seeds:
             emu.set_seed(seed)
-            results.append(call())
+            emu.set_architecture(self.architecture)
+            try:
+                results.append(call())
+            finally:
+                emu.set_architecture(80)
             try:
                 assert_same_bits(results[-1], results[0])
             except AssertionError as error:

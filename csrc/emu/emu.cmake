@@ -78,7 +78,7 @@ endfunction()
 # One Python module: the operators on CPU tensors as torch.ops.<namespace>, and the controls of module.cpp.
 function(lsm_emulator_module name flavour namespace)
   add_library(${name} MODULE ${LSM_EMU_DIR}/module.cpp csrc/library.cpp ${op_sources})
-  lsm_emulated_operators(${name} ${flavour} ${namespace} ${kernel_sources})
+  lsm_emulated_operators(${name} ${flavour} ${namespace} ${kernel_sources} ${sm90_sources})
 endfunction()
 
 function(lsm_emulated_operators name flavour namespace)

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "emu/architecture.h"
 #include "emu/counters.h"
 #include "emu/emu.h"
 
@@ -66,6 +67,8 @@ PYBIND11_MODULE(LSM_EMU_MODULE, m) {
         "run_ahead.");
     m.def("set_multiprocessors", &emu::set_multiprocessors, py::arg("count"),
           "What multiprocessors() tells launchers.");
+    m.def("set_architecture", &emu::set_architecture, py::arg("number"),
+          "What architecture() tells launchers: 80, or 90 for Hopper's kernels.");
     m.def("reset_counters", &emu::reset_counters, "Forget the launches counted so far.");
     m.def("counters", &read_counters,
           "{'total': {name: count}, 'launches': [one dict per launch, in order]}.");

@@ -5,6 +5,7 @@
 #include <bit>
 #include <stdexcept>
 
+#include "kernels/architecture.h"
 #include "kernels/carver.h"
 #include "kernels/fill.cuh"
 #include "kernels/sparse_attn/prepare.cuh"
@@ -168,6 +169,18 @@ Layout plan_backward(SparseAttnParams const& p, void* workspace) {
     return Layout(p, true, tensor_backward(p) ? tiles : kExactTiles, workspace);
 }
 
+// Where there are such kernels: always on the emulator.
+bool on_warpgroups([[maybe_unused]] Work const& work, [[maybe_unused]] void* stream) {
+#if LSM_SM90A || !defined(__CUDACC__)
+    SparseAttnParams const& p = work.p;
+    if (architecture() != 90 || !tensor_forward(p) || work.unite || std::max(p.K, p.V) > 128)
+        return false;
+    return (p.dtype == Dtype::bf16 ? forward_bf16_sm90 : forward_f16_sm90)(work, stream);
+#else
+    return false;
+#endif
+}
+
 dim3 blocks_for(int64_t items, int64_t each) {
     return dim3(static_cast<unsigned>(ceil_div(items, each)));
 }
@@ -209,6 +222,7 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void* stream) {
     if (p.B * p.Tq * p.Hq == 0) return;
     Work const work = plan_forward(p, workspace).work;
     map(work, stream);
+    if (on_warpgroups(work, stream)) return;
     auto const run = !tensor_forward(p)       ? exact_forward
                      : p.dtype == Dtype::bf16 ? forward_bf16
                                               : forward_f16;

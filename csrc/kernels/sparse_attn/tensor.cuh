@@ -91,32 +91,33 @@ LSM_DEVICE void pack_weights(Accumulators<N> const& x, Operands<N>& packed) {
     }
 }
 
-// Rows of a tensor into a tile: at(row) is the row's first element, or null for zeros.
-template <class T, int D, int Count, int Threads, class At>
-LSM_DEVICE void load_tile_rows(Rows const& x, char* tile, int columns, At at) {
+// Rows of a tensor into a tile: at(row) is the row's first element, or null for zeros. Zeros too up to a multiple of 64
+// columns, `least` at least.
+template <class T, int D, int Count, int Threads, class Layout = Tile<D>, class At>
+LSM_DEVICE void load_tile_rows(Rows const& x, char* tile, int columns, At at, int least = 0) {
     constexpr int kPieces = D / 8;
     int const column = threadIdx.x % kPieces * 8;
-    if (column >= (columns + 63) / 64 * 64) return;
+    if (column >= max((columns + 63) / 64 * 64, least)) return;
     u32 const to = smem_u32(tile);
     LSM_UNROLL_BY(4)
     for (int row = threadIdx.x / kPieces; row < Count; row += Threads / kPieces) {
         T const* const from = at(row);
         bool const valid = from != nullptr && column < columns;
-        cp_async16(to + Tile<D>::offset(row, column), valid ? from + column : x.data, valid);
+        cp_async16(to + Layout::offset(row, column), valid ? from + column : x.data, valid);
     }
 }
 
 // A warp's [16, D] accumulators through its own rows of a tile to rows of a tensor; as above.
-template <class T, int D, class At>
+template <class T, int D, class Layout = Tile<D>, class At>
 LSM_DEVICE void store_tile_rows(char* tile, int first, int columns, Accumulators<D> const& x,
                                 float upper, float lower, At at) {
     int const lane = threadIdx.x % 32;
     LSM_UNROLL
     for (int n = 0; n < D / 8; ++n) {
         int const c = 8 * n + lane % 4 * 2;
-        *reinterpret_cast<u32*>(tile + Tile<D>::offset(first + lane / 4, c)) =
+        *reinterpret_cast<u32*>(tile + Layout::offset(first + lane / 4, c)) =
             pack_as<T>(x[n][0] * upper, x[n][1] * upper);
-        *reinterpret_cast<u32*>(tile + Tile<D>::offset(first + lane / 4 + 8, c)) =
+        *reinterpret_cast<u32*>(tile + Layout::offset(first + lane / 4 + 8, c)) =
             pack_as<T>(x[n][2] * lower, x[n][3] * lower);
     }
     __syncwarp();
@@ -126,7 +127,7 @@ LSM_DEVICE void store_tile_rows(char* tile, int first, int columns, Accumulators
         T* const to = at(row);
         if (to != nullptr && c < columns)
             store_global(reinterpret_cast<uint4*>(to + c),
-                         *reinterpret_cast<uint4 const*>(tile + Tile<D>::offset(row, c)));
+                         *reinterpret_cast<uint4 const*>(tile + Layout::offset(row, c)));
     }
 }
 

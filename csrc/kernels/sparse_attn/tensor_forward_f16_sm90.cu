@@ -1,0 +1,9 @@
+#include "kernels/sparse_attn/tensor_rows_sm90.cuh"
+
+namespace lsm::sparse_attn {
+
+bool forward_f16_sm90(Work const& work, void* stream) {
+    return forward_on_warpgroups<half>(work, stream);
+}
+
+}  // namespace lsm::sparse_attn
