@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +24,8 @@ from ..train import pick_device
 __all__ = ["BenchConfig", "run_bench"]
 
 QUICK = {"cpu": ("lengths", "decode"), "cuda": ("short", "decode")}  # of the registry's sets
+QUICK_PEERS = [peer for peer in PEERS if peer.longest >= 2**14]  # a loop's one call may take it all
+OTHERS = "others over ours"
 MODES = {"forward": "fwd", "training": "fwd+bwd", "step": "step"}
 
 
@@ -89,10 +91,10 @@ def timed(
             try:
                 rows += measure(
                     op, shape, DTYPES[device][0], device, modes, clock,
-                    peers=() if config.roofline else PEERS,
+                    peers=() if config.roofline else QUICK_PEERS,
                     seconds=max(0.0, share) / 10,
-                    patience=config.seconds / 200,
-                    tokens=192,
+                    patience=share / 10,  # every operator is to have its turn
+                    tokens=64,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 return rows, len(todo) - done
@@ -131,25 +133,24 @@ def ours_in(rows: list[Row]) -> Iterator[tuple[Row, list[str]]]:
 def table(title: str, *headings: str) -> Table:
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, heading in enumerate(headings):
-        # 80 columns are to do: shapes and names of peers may wrap, numbers may not
-        least = 7 if i >= 4 else None
-        justify: JustifyMethod = "left" if i < 3 else "right"
-        made.add_column(heading, justify=justify, no_wrap=i in (0, 1, 3), min_width=least)
+        # 80 columns are to do: shapes and what others take may wrap, our numbers may not
+        left = i < 3 or heading == OTHERS
+        wraps = heading in ("shape", OTHERS)
+        made.add_column(heading, justify="left" if left else "right", no_wrap=not wraps)
     return made
 
 
 def peers_table(rows: list[Row], where: dict[str, Any]) -> Table:
-    names = list(dict.fromkeys(r["implementation"] for r in rows if "ratio" in r))
     title = f"{where.get('gpu') or where['cpu']}: time of others over ours"
-    made = table(title, "op", "", "shape", "ours, ms", *names)
+    made = table(title, "op", "", "shape", "ours, ms", OTHERS)
     for row, start in ours_in(rows):
-        same = {
-            r["implementation"]: f"{r['ratio']:.3g}×"
+        same = [
+            f"{r['implementation']} {r['ratio']:.3g}×"
             for r in rows
             if "ratio" in r
             and all(r[k] == row[k] for k in ("op", "mode", "shape", "dtype", "timing"))
-        }
-        made.add_row(*start, *(same.get(name, "–") for name in names))
+        ]
+        made.add_row(*start, ", ".join(same) or "–")
     return made
 
 
