@@ -1,5 +1,5 @@
-// The short convolution on the CPU: which kernels, which tiles, which threads. The forward is dealt out by
-// sequence and tile of channels, the backward by tile alone: a tile's weights have one sum over all tokens.
+// The short convolution on the CPU: which kernels, which tiles, which threads. A task is a tile of channels of a run of
+// segments; which thread does it, and how many there are, has no influence on the result.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace lsm {
 namespace {
 
 using cpu::ConvKernels;
-using cpu::ConvSequence;
+using cpu::ConvSegment;
 
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
@@ -19,71 +19,114 @@ ConvKernels const& kernels() {
     return cpu::best_conv_kernels();
 }
 
-std::vector<ConvSequence> sequences_of(ConvParams const& p) {
-    std::vector<ConvSequence> sequences;
+std::vector<ConvSegment> segments_of(ConvParams const& p) {
+    std::vector<ConvSegment> segments;
+    int64_t const most = cpu::conv_segment_tokens(p);
+    auto const add = [&](int64_t batch, int64_t index, int64_t begin, int64_t end) {
+        int64_t t = begin;
+        do {  // an empty sequence has states too
+            int64_t const next = std::min(t + most, end);
+            segments.push_back({batch, index, begin, end, t, next});
+            t = next;
+        } while (t < end);
+    };
     if (p.cu_seqlens != nullptr) {
-        for (int64_t n = 0; n < p.N; ++n)
-            sequences.push_back({0, n, cpu::boundary(p, n), cpu::boundary(p, n + 1)});
-        return sequences;
+        for (int64_t n = 0; n < p.N; ++n) add(0, n, cpu::boundary(p, n), cpu::boundary(p, n + 1));
+        return segments;
     }
     for (int64_t b = 0; b < p.B; ++b) {
         int64_t begin = 0;
         int32_t const* const index = p.seq_idx != nullptr ? p.seq_idx + b * p.T : nullptr;
         for (int64_t t = 1; index != nullptr && t < p.T; ++t) {
             if (index[t] == index[t - 1]) continue;
-            sequences.push_back({b, b, begin, t});
+            add(b, b, begin, t);
             begin = t;
         }
-        sequences.push_back({b, b, begin, p.T});
+        add(b, b, begin, p.T);
     }
-    return sequences;
+    return segments;
 }
 
-// run(first, last) over [0, tasks), on as many threads as the elements are worth.
-template <class Run>
-void over(int64_t tasks, int64_t elements, Run const& run) {
-    if (tasks == 0) return;
-    int64_t const grain =
-        std::max<int64_t>(1, tasks * kThreadGrain / std::max<int64_t>(1, elements));
-    if (tasks <= grain) {
-        run(0, tasks);
-    } else {
-        torch::stable::parallel_for(0, tasks, grain, run);
+// Segments [first, last), about as many tokens as one may have, of a tile of channels.
+struct ConvTask {
+    int64_t first, last, record, channel;
+};
+
+struct Plan {
+    explicit Plan(ConvParams const& p) : segments(segments_of(p)) {
+        int64_t const count = int64_t(segments.size()), tile = cpu::conv_tile_channels(p);
+        for (int64_t first = 0, last = 0; first < count; first = last, ++records) {
+            int64_t tokens = 0;
+            while (last < count && (last == first || tokens + length(last) <= most(p)))
+                tokens += length(last++);
+            for (int64_t channel = 0; channel < p.D; channel += tile)
+                tasks.push_back({first, last, records, channel});
+        }
     }
+
+    static int64_t most(ConvParams const& p) { return cpu::conv_segment_tokens(p); }
+    int64_t length(int64_t i) const { return segments[size_t(i)].t1 - segments[size_t(i)].t0; }
+
+    std::vector<ConvSegment> segments;
+    std::vector<ConvTask> tasks;
+    int64_t records = 0;
+};
+
+int64_t threads_for(ConvParams const& p) {
+    int64_t const worth = p.B * p.T * p.D / kThreadGrain;
+    return std::clamp<int64_t>(worth, 1, torch::stable::get_num_threads());
+}
+
+int64_t scratch_bytes(ConvParams const& p) {
+    return cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign);
+}
+
+int64_t record_bytes(ConvParams const& p) {
+    return p.dweight == nullptr ? 0 : (p.W + 1) * p.D * (p.dtype == Dtype::f64 ? 8 : 4);
 }
 
 }  // namespace
 
-int64_t conv_fwd_workspace(ConvParams const&) {
-    return 0;
+int64_t conv_fwd_workspace(ConvParams const& p) {
+    return threads_for(p) * scratch_bytes(p);
 }
 
-int64_t conv_bwd_workspace(ConvParams const&) {
-    return 0;
+int64_t conv_bwd_workspace(ConvParams const& p) {
+    return threads_for(p) * scratch_bytes(p) + Plan(p).records * record_bytes(p);
 }
 
-void conv_fwd(ConvParams const& p, void*, void*) {
-    std::vector<ConvSequence> const sequences = sequences_of(p);
-    int64_t const tile = kernels().tile_channels(p), tiles = cpu::ceil_div(p.D, tile);
-    over(int64_t(sequences.size()) * tiles, p.B * p.T * p.D, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i)
-            kernels().forward(p, sequences[size_t(i / tiles)], i % tiles * tile);
+void conv_fwd(ConvParams const& p, void* workspace, void*) {
+    Plan const plan(p);
+    int64_t const scratch = scratch_bytes(p);
+    cpu::run_tasks(plan.tasks, threads_for(p), [&](ConvTask const& task, int64_t thread) {
+        kernels().forward(p, plan.segments.data() + task.first, task.last - task.first,
+                          task.channel, static_cast<char*>(workspace) + thread * scratch);
     });
 }
 
-void conv_bwd(ConvParams const& p, void*, void*) {
-    std::vector<ConvSequence> const sequences = sequences_of(p);
-    int64_t const tile = kernels().tile_channels(p), tiles = cpu::ceil_div(p.D, tile);
-    over(tiles, p.B * p.T * p.D, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i)
-            kernels().backward(p, sequences.data(), int64_t(sequences.size()), i * tile);
+void conv_bwd(ConvParams const& p, void* workspace, void*) {
+    Plan const plan(p);
+    int64_t const scratch = scratch_bytes(p), record = record_bytes(p);
+    char* const records = static_cast<char*>(workspace) + threads_for(p) * scratch;
+    cpu::run_tasks(plan.tasks, threads_for(p), [&](ConvTask const& task, int64_t thread) {
+        kernels().backward(p, plan.segments.data() + task.first, task.last - task.first,
+                           task.channel, records + task.record * record,
+                           static_cast<char*>(workspace) + thread * scratch);
     });
+    if (p.dweight != nullptr) kernels().add(p, records, plan.records);
 }
 
 void conv_step(ConvStepParams const& p, void*) {
-    over(p.B, p.B * p.T * p.D, [&](int64_t first, int64_t last) {
+    auto const rows = [&](int64_t first, int64_t last) {
         for (int64_t b = first; b < last; ++b) kernels().step(p, b);
-    });
+    };
+    int64_t const grain =
+        std::max<int64_t>(1, p.B * kThreadGrain / std::max<int64_t>(1, p.B * p.T * p.D));
+    if (p.B <= grain) {
+        rows(0, p.B);
+    } else {
+        torch::stable::parallel_for(0, p.B, grain, rows);
+    }
 }
 
 }  // namespace lsm

@@ -20,9 +20,10 @@ bool is_channel_first(Tensor const& x) {
     return x.stride(2) != 1 && x.stride(1) == 1 && x.size(1) > 1 && x.size(2) > 1;
 }
 
-Tensor channel_layout(Tensor const& x) {
-    if (is_channel_first(x) || x.stride(2) == 1) return x;
-    return contiguous_copy(x);
+// With a norm, which is one of channels, they want channels.
+Tensor channel_layout(Tensor const& x, int64_t norm) {
+    if (norm == 0 && is_channel_first(x)) return x;
+    return x.stride(2) == 1 ? x : contiguous_copy(x);
 }
 
 // [B, T, D] with channels side by side, or tokens.
@@ -74,6 +75,18 @@ void check_state(Checks const& c, OptionalTensor const& state, char const* arg, 
     c.device(*state, arg, x, "x");
 }
 
+// On CUDA a head's channels are those of some lanes of one warp.
+void check_norm(Checks const& c, Tensor const& x, Tensor const& weight, int64_t norm) {
+    int64_t const D = x.size(2), least = weight.size(1) <= 4 ? 4 : 2;
+    bool const fits = !kTensorCores || norm == 0 ||
+                      (norm >= least && norm <= 32 * least && (norm & (norm - 1)) == 0);
+    c.require(norm >= 0 && (norm == 0 || D % norm == 0) && fits, "norm must be 0 or ",
+              kTensorCores
+                  ? "a power of two from 4 to 128 (2 to 64 for more than 4 taps) that divides"
+                  : "a divisor of",
+              " D = ", D, ", got ", norm);
+}
+
 // The tensors a call reads, in the layout the kernels want, kept alive beside the params that point into them.
 struct Inputs {
     Tensor x, weight;
@@ -91,9 +104,11 @@ void const* pointer(OptionalTensor const& t) {
 
 Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalTensor const& bias,
                OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
-               OptionalTensor const& seq_idx, bool silu, int64_t state_size) {
+               OptionalTensor const& seq_idx, bool silu, int64_t state_size, int64_t norm,
+               double norm_eps) {
     c.rank(x, "x", "[B, T, D]", 3);
     check_weight(c, x, weight, bias);
+    check_norm(c, x, weight, norm);
     check_cu_seqlens(c, cu_seqlens, x);
     int64_t const N = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0), W = weight.size(1);
     int64_t S = state_size;
@@ -116,7 +131,7 @@ Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalT
                   "seq_idx comes without states and without cu_seqlens; pass cu_seqlens instead of "
                   "it to start from states or to return them");
     }
-    Inputs in{channel_layout(x),
+    Inputs in{channel_layout(x, norm),
               lsm::as_contiguous(weight),
               as_contiguous(bias),
               as_contiguous(initial_state),
@@ -128,6 +143,7 @@ Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalT
     p.dtype = to_dtype(x.scalar_type());
     p.weight_dtype = to_dtype(weight.scalar_type());
     p.B = x.size(0), p.T = x.size(1), p.D = x.size(2), p.W = W, p.S = S, p.N = N;
+    p.norm = norm, p.norm_eps = norm_eps;
     p.x = strided(in.x);
     p.weight = in.weight.const_data_ptr();
     p.bias = pointer(in.bias);
@@ -141,9 +157,10 @@ Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalT
 std::tuple<Tensor, Tensor> forward(Tensor const& x, Tensor const& weight,
                                    OptionalTensor const& bias, OptionalTensor const& initial_state,
                                    OptionalTensor const& cu_seqlens, OptionalTensor const& seq_idx,
-                                   bool silu, int64_t state_size) {
+                                   bool silu, int64_t state_size, int64_t norm, double norm_eps) {
     Checks const c(kFwd);
-    Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size);
+    Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size,
+                        norm, norm_eps);
     ConvParams& p = in.p;
     DeviceScope const scope(x);
     Tensor y = like_layout(in.x);
@@ -160,10 +177,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor const& x, Tensor const& weight, OptionalTensor const& bias,
     OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
     OptionalTensor const& seq_idx, bool silu, Tensor const& grad_y,
-    OptionalTensor const& grad_final_state, bool need_dweight) {
+    OptionalTensor const& grad_final_state, bool need_dweight, int64_t norm, double norm_eps) {
     Checks const c(kBwd);
     int64_t const state_size = grad_final_state ? grad_final_state->size(2) : 0;
-    Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size);
+    Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size,
+                        norm, norm_eps);
     ConvParams& p = in.p;
     c.shape(grad_y, "grad_y", "[B, T, D]", {p.B, p.T, p.D}, " (like x)");
     c.dtype(grad_y, "grad_y", x.scalar_type(), " like x");

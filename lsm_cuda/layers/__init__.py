@@ -41,11 +41,12 @@ from .simple_gla import SimpleGatedLinearAttention
 from .skyformer import SkyformerAttention
 from .slstm import SLSTM
 from .sparse_attention import MoBA, NativeSparseAttention
-from .ssm import DSS, H3, S4, S4D
+from .ssm import DSS, H3, LMU, S4, S4D, LiquidS4
 
 __all__ = [
     "DSS",
     "H3",
+    "LMU",
     "LRU",
     "MLSTM",
     "S4",
@@ -75,6 +76,7 @@ __all__ = [
     "LightningAttention",
     "LinearAttention",
     "LinformerAttention",
+    "LiquidS4",
     "LogLinearMamba2",
     "LongT5TransientGlobalAttention",
     "LongformerSelfAttention",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import FusedRMSNormGated, RMSNorm
+from ..ops.gates import l2norm
 from ._gated import add_convs, project
 from .common import split_heads
 from .recurrent import Call, RecurrentLayer, check_mode, width_of
@@ -86,12 +87,17 @@ class DeltaLayer(RecurrentLayer):
         self.a_proj = nn.Linear(self.hidden_size, self.num_v_heads, bias=False)
         self.A_log, self.dt_bias = mamba_decay(self.num_v_heads, self.num_v_heads)
 
-    def _qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, H, K]``, ``[B, T, steps · H, K]``, ``[B, T, steps · HV, V]``."""
+    def _qkv(
+        self, x: Tensor, call: Call, unit_length: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, T, H, K]``, ``[B, T, steps · H, K]``, ``[B, T, steps · HV, V]``; q and k of unit
+        length, in the pass of the convolution if there is one."""
         K, V = self.head_k_dim, self.head_v_dim
-        q, k, v = project(self, x, call, {"q": K, "k": K, "v": V})
+        q, k, v = project(self, x, call, {"q": K, "k": K, "v": V}, unit="qk" if unit_length else "")
         if not self.use_short_conv:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
+            if unit_length:
+                q, k = l2norm(q), l2norm(k)
         return q, k, v
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:

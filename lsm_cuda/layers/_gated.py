@@ -65,13 +65,17 @@ def add_convs(
         layer.add_module(f"{name}_conv1d", ShortConvolution(channels, size, bias, activation))
 
 
-def project(layer: nn.Module, x: Tensor, call: Call, head_dims: dict[str, int]) -> list[Tensor]:
-    """``x`` through every ``{name}_proj`` and ``{name}_conv1d``, if any, in heads."""
+def project(
+    layer: nn.Module, x: Tensor, call: Call, head_dims: dict[str, int], unit: str = ""
+) -> list[Tensor]:
+    """``x`` through every ``{name}_proj`` and ``{name}_conv1d``, if any, in heads; those whose
+    names are in ``unit`` and that have a convolution leave it with unit length."""
     projected = []
     for name, head_dim in head_dims.items():
         y = getattr(layer, f"{name}_proj")(x)
-        conv = getattr(layer, f"{name}_conv1d", None)
-        projected.append(split_heads(y if conv is None else call.convolve(conv, y), head_dim))
+        if (conv := getattr(layer, f"{name}_conv1d", None)) is not None:
+            y = call.convolve(conv, y, **({"l2norm_dim": head_dim} if name in unit else {}))
+        projected.append(split_heads(y, head_dim))
     return projected
 
 

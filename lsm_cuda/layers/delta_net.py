@@ -16,6 +16,8 @@ from .recurrent import MODES, Call, RecurrentLayer, check_mode, width_of
 
 __all__ = ["DeltaNet"]
 
+_OF_CONV = ("silu", "identity")  # activations that a convolution of q and k has taken care of
+
 
 class DeltaNet(RecurrentLayer):
     r"""The delta rule between projections.
@@ -110,7 +112,8 @@ class DeltaNet(RecurrentLayer):
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         K, V = self.head_k_dim, self.head_v_dim
-        q, k, v = project(self, x, call, {"q": K, "k": K, "v": V})
+        fused = self.use_short_conv and self.qk_norm == "l2" and self.qk_activation in _OF_CONV
+        q, k, v = project(self, x, call, {"q": K, "k": K, "v": V}, unit="qk" if fused else "")
         q, k = self._features(q), self._features(k)
         if not self.use_short_conv:
             v = F.silu(v)
@@ -120,7 +123,7 @@ class DeltaNet(RecurrentLayer):
             beta = wide(v.new_ones(())).expand(v.shape[:-1])
         o = call.run(
             chunk_delta_rule, delta_rule_step, q, k, v, 2 * beta if self.allow_neg_eigval else beta,
-            use_qk_l2norm_in_kernel=self.qk_norm == "l2",
+            use_qk_l2norm_in_kernel=self.qk_norm == "l2" and not fused,
         )  # fmt: skip
         if self.use_gate:
             o = self.o_norm(o, split_heads(self.g_proj(x), self.head_v_dim))

@@ -85,7 +85,7 @@ class GatedDeltaNet(DeltaLayer):
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         o = call.run(
             chunk_gated_delta_rule, gated_delta_rule_step, *self._qkv(x, call), self.a_proj(x),
-            self.b_proj(x), use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            self.b_proj(x), use_beta_sigmoid_in_kernel=True,
             allow_neg_eigval=self.allow_neg_eigval, use_gate_in_kernel=True, A_log=self.A_log,
             dt_bias=self.dt_bias,
         )  # fmt: skip
@@ -195,18 +195,18 @@ def _product(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_gated_delta_product` with a dimension for a token's steps, which makes every
-    tensor one of tokens; unit keys."""
+    tensor one of tokens."""
     n = k.shape[2]
     k, v, beta = (y.flatten(1, 2) for y in (k, v, beta))
     return chunk_gated_delta_product(
-        q, k, v, g, beta, n, None, initial_state, output_final_state, True, cu_seqlens
+        q, k, v, g, beta, n, None, initial_state, output_final_state, False, cu_seqlens
     )
 
 
 def _product_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, state: Tensor
 ) -> Tensor:
-    return gated_delta_product_step(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
+    return gated_delta_product_step(q, k, v, g, beta, state)
 
 
 class Comba(DeltaLayer):
@@ -268,7 +268,7 @@ class Comba(DeltaLayer):
         self._add_output(use_output_gate, norm_eps, "sigmoid")
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
-        q, k, v = self._qkv(x, call)
+        q, k, v = self._qkv(x, call, unit_length=False)
         p = (k * self.decay.sigmoid()[:, None]).to(k.dtype) if self.use_inner_decay else k
         if self.use_output_correction:
             q = (q - self.D[:, None] * p).to(q.dtype)
@@ -338,9 +338,9 @@ class KimiDeltaAttention(DeltaLayer):
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         o = call.run(
             chunk_kda, kda_step, *self._qkv(x, call), split_heads(self.f_proj(x), self.head_k_dim),
-            self.b_proj(x), use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True, allow_neg_eigval=self.allow_neg_eigval,
-            lower_bound=self.lower_bound, A_log=self.A_log, dt_bias=self.dt_bias,
+            self.b_proj(x), use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            allow_neg_eigval=self.allow_neg_eigval, lower_bound=self.lower_bound,
+            A_log=self.A_log, dt_bias=self.dt_bias,
         )  # fmt: skip
         return self._output(o, x)
 

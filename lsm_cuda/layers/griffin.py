@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,6 +88,13 @@ class RGLRUBlock(RecurrentLayer):
         gate = F.gelu(self.linear_y(x), approximate="tanh")
         u = call.convolve(self.conv_1d, self.linear_x(x))
         i, r = self.rg_lru.gate("input_gate", u), self.rg_lru.gate("recurrent_gate", u)
-        h = call.run(rg_lru, rg_lru_step, u, i, r, param=self.rg_lru.recurrent_param)
+        h = call.run(_begun, rg_lru_step, u, i, r, param=self.rg_lru.recurrent_param)
         o: Tensor = self.linear_out(h * gate)
         return o
+
+
+def _begun(x: Tensor, i: Tensor, r: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`rg_lru`, except that a call without tokens begins no sequence: it leaves no state, so
+    that the first token is yet to come."""
+    h, state = rg_lru(x, i, r, **options)
+    return h, state if x.shape[1] or options["initial_state"] is not None else None

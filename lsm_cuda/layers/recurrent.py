@@ -52,7 +52,7 @@ class Call:
         self.x, self._indices, self.cu_seqlens = unpad(hidden_states, attention_mask, cu_seqlens)
         self.fresh = self._old is None and self.cu_seqlens is None
 
-    def convolve(self, conv: Callable[..., Any], x: Tensor) -> Tensor:
+    def convolve(self, conv: Callable[..., Any], x: Tensor, **options: Any) -> Tensor:
         """``conv(x)`` after what the sequences had before; in the same order in every call."""
         cache = None
         if self._old is not None and self._old.conv_state is not None:
@@ -61,7 +61,11 @@ class Call:
             cache = cache if self._use_cache else cache.clone()
         y: Tensor
         y, state = conv(
-            x, cache=cache, output_final_state=self._use_cache, cu_seqlens=self.cu_seqlens
+            x,
+            cache=cache,
+            output_final_state=self._use_cache,
+            cu_seqlens=self.cu_seqlens,
+            **options,
         )
         self._conv_state.append(state)
         return y

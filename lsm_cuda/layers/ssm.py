@@ -1,4 +1,5 @@
-"""State space layers that do not change with time: S4, S4D, DSS between a GELU and a gate; H3."""
+"""State space layers: S4, S4D, DSS, Liquid-S4 and Legendre memories, GELU and a gate behind them;
+H3."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import ShortConvolution
-from ..modules.hippo import diagonal_init, log_steps, nplr
+from ..modules.hippo import diagonal_init, discretize, lmu, log_steps, nplr
 from ..modules.precision import wide
 from ..ops.ssm import (
     dense_ssm,
@@ -19,12 +20,15 @@ from ..ops.ssm import (
     diagonal_ssm_step,
     discretize_diagonal,
     discretize_dplr,
+    krylov_kernel,
+    liquid_ssm,
+    liquid_ssm_step,
     power_sum,
     s4_kernel,
 )
 from .recurrent import Call, RecurrentLayer
 
-__all__ = ["DSS", "H3", "S4", "S4D"]
+__all__ = ["DSS", "H3", "LMU", "S4", "S4D", "LiquidS4"]
 
 
 def _real_pairs(x: Tensor) -> nn.Parameter:
@@ -125,6 +129,97 @@ class S4D(_SSMLayer):
         )
         C = _complex(kernel.C)
         return call.run(diagonal_ssm, diagonal_ssm_step, x, log_A=log_A, B=factor, C=C, D=self.D)
+
+
+class LiquidS4(_SSMLayer):
+    """Liquid-S4: a diagonal system per channel whose decay the input moves,
+    ``x_t = (Ā + B̄ u_t) ⊙ x_{t−1} + B̄ u_t``.
+
+    Args:
+        hidden_size: width of input and output, H.
+        d_state: states N per channel, conjugate pairs counted twice.
+        init: eigenvalues to start from, as in :class:`S4D`.
+        dt_min, dt_max: step sizes start log-uniformly between them.
+        layer_idx: place in the cache; needed to use one.
+
+    Note: the recurrence itself, not the published approximation by convolutions, which is
+        :func:`lsm_cuda.ops.liquid_ssm` with an order.
+
+    Source: Liquid Structural State-Space Models, arXiv:2209.12951.
+
+    Example:
+        >>> LiquidS4(hidden_size=16)(torch.randn(1, 10, 16))[0].shape
+        torch.Size([1, 10, 16])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        d_state: int = 64,
+        init: str = "legs",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, layer_idx)
+        self.kernel = DiagonalKernel(hidden_size, d_state, init, dt_min, dt_max)
+
+    def _system(self, x: Tensor, call: Call) -> Tensor:
+        kernel = self.kernel
+        log_A, factor = discretize_diagonal(kernel.eigenvalues(), wide(kernel.log_dt).exp())
+        C = _complex(kernel.C)
+        return call.run(liquid_ssm, liquid_ssm_step, x, log_A=log_A, B=factor, C=C, D=self.D)
+
+
+class LMU(_SSMLayer):
+    """Legendre memory units: every channel keeps the coefficients of its last ``theta`` tokens in
+    Legendre polynomials, and reads them with weights of its own.
+
+    Args:
+        hidden_size: width of input and output, H.
+        d_state: coefficients N per channel.
+        theta: tokens in the window.
+        layer_idx: place in the cache; needed to use one.
+
+    Note: the memory's matrices are no parameters, as in the paper. Its form without a hidden state
+        that feeds back, which runs over whole sequences at once. A step costs N² per channel.
+
+    Source: Legendre Memory Units, NeurIPS 2019; Parallelizing Legendre Memory Unit Training,
+    arXiv:2102.11417.
+
+    Example:
+        >>> LMU(hidden_size=16, d_state=8)(torch.randn(1, 10, 16))[0].shape
+        torch.Size([1, 10, 16])
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        d_state: int = 32,
+        theta: float = 128.0,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, layer_idx)
+        A, B = discretize(*lmu(d_state, theta), 1.0)
+        self.register_buffer("A", A.float(), persistent=False)
+        self.register_buffer("B", B.float(), persistent=False)
+        self.C = nn.Parameter(torch.randn(hidden_size, d_state) / d_state**0.5)
+
+    def _system(self, x: Tensor, call: Call) -> Tensor:
+        A, B, C, T = wide(self.A), wide(self.B), wide(self.C), x.shape[1]
+        kernel = krylov_kernel(A, B, C, T) if T > 1 else None  # powers that all channels share
+        A, B = A.expand(C.shape[0], -1, -1), B.expand(C.shape[0], -1)
+
+        def whole(x: Tensor, **states: Any) -> tuple[Tensor, Tensor | None]:
+            return dense_ssm(x, A, B, C, self.D, kernel, **states)
+
+        def step(x: Tensor, state: Tensor) -> Tensor:
+            return dense_ssm_step(x, A, B, C, self.D, state)
+
+        return call.run(whole, step, x)
 
 
 class DSS(_SSMLayer):

@@ -94,6 +94,8 @@ MIXERS: dict[str, Builder] = {
     "gateloop": _mixer(layers.GateLoop, heads=False),
     "h3": _mixer(layers.H3, heads=False),
     "hgrn": _mixer(layers.HGRNAttention, heads=False),
+    "liquid_s4": _mixer(layers.LiquidS4, heads=False),
+    "lmu": _mixer(layers.LMU, heads=False),
     "lru": _mixer(layers.LRU, heads=False),
     "mamba": _mixer(layers.Mamba, heads=False),
     "rg_lru": _mixer(layers.RGLRUBlock),

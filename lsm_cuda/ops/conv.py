@@ -14,6 +14,7 @@ from ._common import (
     check_rank,
     no_double_backward,
 )
+from .gates import L2_EPS, l2norm
 
 __all__ = [
     "causal_conv1d",
@@ -26,32 +27,34 @@ __all__ = [
 _NAME = "causal_conv1d"
 
 
-def _like_layout(x: Tensor) -> Tensor:
-    """Uninitialised, with channels side by side as in x, or tokens."""
+def _like_layout(x: Tensor, norm: int) -> Tensor:
+    """Uninitialised, with channels side by side as in x, or tokens if there is no norm."""
     B, T, D = x.shape
-    if x.stride(2) != 1 and x.stride(1) == 1 and T > 1 and D > 1:
+    if norm == 0 and x.stride(2) != 1 and x.stride(1) == 1 and T > 1 and D > 1:
         return x.new_empty(B, D, T).transpose(1, 2)
     return x.new_empty(B, T, D)
 
 
-def _fwd_fake(x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size):  # type: ignore[no-untyped-def]
+def _fwd_fake(  # type: ignore[no-untyped-def]
+    x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm=0, norm_eps=1e-6
+):  # fmt: skip
     named = {"weight": weight, "bias": bias, "initial_state": initial_state}
     named |= {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
     check_device_like(f"{_NAME}_fwd", "x", x, named)
     N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, x.shape[2], state_size) if state_size > 0 else (0,)
-    return _like_layout(x), x.new_empty(state)
+    return _like_layout(x, norm), x.new_empty(state)
 
 
 def _bwd_fake(  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, grad_y, grad_final_state,
-    need_dweight=True,
+    need_dweight=True, norm=0, norm_eps=1e-6,
 ):  # fmt: skip
     dweight = weight.new_empty(weight.shape if need_dweight else (0,))
     with_bias = need_dweight and bias is not None
     dbias = weight.new_empty(bias.shape if with_bias else (0,))
     dstate = x.new_empty((0,) if initial_state is None else initial_state.shape)
-    return _like_layout(x), dweight, dbias, dstate
+    return _like_layout(x, norm), dweight, dbias, dstate
 
 
 def _step_fake(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu):  # type: ignore[no-untyped-def]
@@ -61,9 +64,8 @@ def _step_fake(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, s
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, silu, state_size = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.silu, ctx.state_size = silu, state_size
+    ctx.save_for_backward(*inputs[:6])
+    ctx.silu, ctx.state_size, *ctx.norm = inputs[6:]
     ctx.set_materialize_grads(False)
 
 
@@ -74,14 +76,14 @@ def _backward(ctx, grad_y, grad_final_state):  # type: ignore[no-untyped-def]
         grad_final_state = None
     need_dweight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dx, dweight, dbias, dstate = torch.ops.lsm.causal_conv1d_bwd(
-        *tensors, ctx.silu, grad_y, grad_final_state, need_dweight
+        *tensors, ctx.silu, grad_y, grad_final_state, need_dweight, *ctx.norm
     )
     return (
         dx,
         dweight if need_dweight else None,
         dbias if need_dweight and bias is not None else None,
         None if initial_state is None else dstate,
-        None, None, None, None,
+        None, None, None, None, *(None for _ in ctx.norm),
     )  # fmt: skip
 
 
@@ -118,6 +120,7 @@ def convolve(
     seq_idx: Tensor | None,
     silu: bool,
     state_size: int,
+    norm: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The operator, in the dtypes it takes; ``x [B, T, D]``."""
     check_no_forward_ad(f"{_NAME}_fwd", x=x, weight=weight, bias=bias, initial_state=initial_state)
@@ -128,9 +131,15 @@ def convolve(
     if seq_idx is not None:
         seq_idx = seq_idx.to(torch.int32)
     y, state = torch.ops.lsm.causal_conv1d_fwd(
-        x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size
+        x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm, L2_EPS
     )
     return y, state
+
+
+def _norm_fits(x: Tensor, weight: Tensor, norm: int) -> bool:
+    """Whether the kernel takes heads of so many channels."""
+    least = 4 if weight.shape[1] <= 4 else 2
+    return x.device.type != "cuda" or (least <= norm <= 32 * least and norm & (norm - 1) == 0)
 
 
 def causal_conv1d(
@@ -142,11 +151,12 @@ def causal_conv1d(
     output_final_state: bool = False,
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,
+    l2norm_dim: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Depthwise causal convolution over time, ``[B, T, D]``, as FLA calls it.
 
     ``y_t = act(bias + Σ_j weight[:, W − 1 − j] ⊙ x_{t−j})``, ``j = 0 … W − 1``, of t's own
-    sequence.
+    sequence; with ``l2norm_dim`` divided by its length head by head.
 
     Args:
         x (Tensor): ``[B, T, D]``, bf16, fp16 or fp32 (fp64 too on CPU); channels or tokens side by
@@ -161,13 +171,16 @@ def causal_conv1d(
         activation (str, optional): ``silu``, ``swish`` or None.
         cu_seqlens (Tensor, optional): ``[N + 1]`` boundaries of N sequences packed into one row, as
             in :func:`chunk_gla`.
+        l2norm_dim (int, optional): channels K of a head, a divisor of D; ``y_t`` of each is divided
+            by ``sqrt(Σ y² + 1e-6)`` in the same pass (on CUDA for powers of two up to 128, else
+            in another), as the delta rules want q and k.
 
     Returns:
         ``y`` like x, and the final state ``[N, D, S]`` or None.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, or too many taps.
-        ValueError: another activation.
+        ValueError: another activation, or heads that do not divide D.
 
     Note: differentiable once in x, weight, bias and initial_state; deterministic. Sums are fp32
         (fp64 for fp64). Under autocast x and the state are cast, the weights keep their dtype.
@@ -184,7 +197,15 @@ def causal_conv1d(
     check_rank(_NAME, "weight", weight, "[D, W]")
     S = weight.shape[1] if initial_state is None else initial_state.shape[-1]
     silu, size = _silu(_NAME, activation), S if output_final_state else 0
-    y, state = convolve(x, weight, bias, initial_state, cu_seqlens, None, silu, size)
+    norm = 0 if l2norm_dim is None else l2norm_dim
+    if norm < 0 or (norm > 0 and x.shape[2] % norm):
+        raise ValueError(
+            f"{_NAME}: l2norm_dim must be a divisor of D = {x.shape[2]}, got {l2norm_dim}"
+        )
+    fused = norm if norm and _norm_fits(x, weight, norm) else 0
+    y, state = convolve(x, weight, bias, initial_state, cu_seqlens, None, silu, size, fused)
+    if norm and not fused:
+        y = l2norm(y.reshape(*y.shape[:-1], -1, norm), L2_EPS).flatten(-2)
     return y if residual is None else y + residual, state if output_final_state else None
 
 

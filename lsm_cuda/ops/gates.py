@@ -90,6 +90,9 @@ def fused_kda_gate(
     return rate * logsigmoid(-g)
 
 
+L2_EPS = 1e-6  # of the delta rules' queries and keys
+
+
 class _L2Norm(torch.autograd.Function):
     """Keeps x as it came and one number per row for backward, instead of wide copies."""
 
@@ -109,7 +112,7 @@ class _L2Norm(torch.autograd.Function):
         return (inverse * (grad - y * (y * grad).sum(-1, keepdim=True))).to(x.dtype), None
 
 
-def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+def l2norm(x: Tensor, eps: float = L2_EPS) -> Tensor:
     """``x / sqrt(Σ x² + eps)`` over the last dimension, in fp32 for half precision, else in fp64,
     rounded to the dtype of x."""
     return _L2Norm.apply(x, eps)  # type: ignore[no-any-return, no-untyped-call]

@@ -206,13 +206,20 @@ def selective_step(
     """One token, ``[B, D]``; ``state [B, D, N]`` is updated in place. What
     ``selective_state_update`` does where decays differ from channel to channel."""
     check_no_gradient("selective_state_update", "selective_scan_fn", state, x, dt, A, B, C)
-    wide = accumulation_dtype(x)
-    A = A.to(_scan.state_dtype(A) if A.is_complex() else wide)
-    projections = [(t if t.dim() == 3 else t.unsqueeze(1)) for t in (B, C)]
-    if not A.is_complex():
-        projections = [t.to(x.dtype) for t in projections]
-    D, dt_bias = (None if t is None else t.to(wide) for t in (D, dt_bias))
-    z = None if z is None else z.to(x.dtype)
+    narrow, wide = x.dtype, accumulation_dtype(x)
+    is_complex = A.is_complex()
+    A = _in(A, _scan.state_dtype(A) if is_complex else wide)
+    B, C = (t if t.dim() == 3 else t.unsqueeze(1) for t in (B, C))
+    if not is_complex:
+        B, C = _in(B, narrow), _in(C, narrow)
     return torch.ops.lsm.selective_scan_step(  # type: ignore[no-any-return]
-        x, dt.to(x.dtype), A, *projections, D, z, dt_bias, state, dt_softplus
-    )
+        x, _in(dt, narrow), A, B, C, None if D is None else _in(D, wide),
+        None if z is None else _in(z, narrow), None if dt_bias is None else _in(dt_bias, wide),
+        state, dt_softplus,
+    )  # fmt: skip
+
+
+def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``; a call that changes nothing still takes its time, of which a step has
+    little."""
+    return t if t.dtype == dtype else t.to(dtype)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import accumulation_dtype, check_no_gradient, check_rank, check_shape
+from .scan import scan
 
 __all__ = [
     "cauchy_kernel",
@@ -34,6 +35,7 @@ __all__ = [
     "h3",
     "krylov_kernel",
     "liquid_ssm",
+    "liquid_ssm_step",
     "s4_kernel",
 ]
 
@@ -517,44 +519,80 @@ def liquid_ssm(
     C: Tensor,
     D: Tensor | None = None,
     order: int | None = None,
-) -> Tensor:
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     r"""Liquid-S4, ``x_t = (Ā + B̄ u_t) ⊙ x_{t−1} + B̄ u_t``, diagonal; ``y_t = 2 Re(C x_t) + D u_t``.
 
     Args:
         u (Tensor): ``[B, T, H]``.
         log_A, B, C (Tensor): as :func:`diagonal_ssm`.
         D (Tensor, optional): ``[H]``.
-        order (int, optional): None for the recurrence itself, token by token. p ≥ 2: the published
+        order (int, optional): None for the recurrence itself, by :func:`scan`. p ≥ 2: the published
             approximation (KB): S4's convolution, plus for each m = 2 … p the one with ``C B̄^m
-            Ā^l`` of the products of m successive inputs.
+            Ā^l`` of the products of m successive inputs; it has no states and takes one sequence
+            per row.
+        initial_state, output_final_state, cu_seqlens: as :func:`diagonal_ssm`.
 
     Returns:
-        ``y [B, T, H]``.
+        ``y [B, T, H]`` and the state ``[B, H, N]`` or None.
 
     Raises:
-        ValueError: an order below 2.
+        ValueError: an order below 2, or one together with states or packed sequences.
 
-    Note: the exact recurrence costs a state ``[B, H, N]`` per token, kept for the gradient.
+    Note: the recurrence makes states ``[B, T, H, N]``, which its gradient needs.
 
     Source: Liquid Structural State-Space Models, arXiv:2209.12951, section 3.
+
+    Example:
+        >>> log_A = torch.complex(-torch.rand(8, 4), torch.randn(8, 4))
+        >>> B, C = torch.full((8, 4), 0.1), torch.randn(8, 4, dtype=torch.complex64)
+        >>> liquid_ssm(torch.randn(1, 100, 8), log_A, B, C)[0].shape
+        torch.Size([1, 100, 8])
     """
-    B_, T, H = u.shape
     if order is not None:
         if order < 2:
             raise ValueError(f"liquid_ssm: order must be at least 2, or None, got {order}")
+        if initial_state is not None or output_final_state or cu_seqlens is not None:
+            raise ValueError("liquid_ssm: an order comes without states and without cu_seqlens")
+        T = u.shape[1]
         y = fft_conv(u, diagonal_kernel(log_A, C * B, T), D)
         product, power = u, B
         for m in range(1, min(order, T)):
             product = product * F.pad(u[:, :-m], (0, 0, m, 0))
             power = power * B
             y = y + fft_conv(product, diagonal_kernel(log_A, C * power, T))
-        return y
-    A, x = log_A.exp(), torch.zeros(B_, *log_A.shape, dtype=log_A.dtype, device=u.device)
-    outputs = []
-    for t in range(T):
-        drive = B * u[:, t, :, None].to(B.real.dtype)
-        x = (A + drive) * x + drive
-        read = (C * x).sum(-1)
-        outputs.append(2 * read.real if read.is_complex() else read)
-    y = torch.stack(outputs, 1) if outputs else u.new_zeros(u.shape)
+        return y, None
+    drive = (B * u[..., None].to(B.real.dtype)).to(log_A.dtype)
+    if initial_state is not None:
+        initial_state = initial_state.flatten(-2)
+    x, state = scan(
+        drive.flatten(-2), (log_A.exp() + drive).flatten(-2), initial_state, output_final_state,
+        cu_seqlens,
+    )  # fmt: skip
+    y = _read(x.view(*u.shape, log_A.shape[1]), C, D, u)
+    return y, None if state is None else state.view(-1, *log_A.shape)
+
+
+def liquid_ssm_step(
+    u: Tensor, log_A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+) -> Tensor:
+    """One token of :func:`liquid_ssm`: ``u [B, H]``; ``state [B, H, N]`` is updated in place.
+
+    Example:
+        >>> log_A, B, C = -torch.rand(8, 4), torch.ones(8, 4), torch.randn(8, 4)
+        >>> liquid_ssm_step(torch.randn(2, 8), log_A, B, C, None, torch.zeros(2, 8, 4)).shape
+        torch.Size([2, 8])
+    """
+    check_no_gradient("liquid_ssm_step", "liquid_ssm", u, log_A, B, C, state)
+    drive = B * u[..., None].to(B.real.dtype)
+    state.copy_((log_A.exp() + drive) * state + drive)
+    return _read(state, C, D, u)
+
+
+def _read(x: Tensor, C: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
+    """What states ``x [..., H, N]`` show, and the skip, in the dtype of u."""
+    read = (C * x).sum(-1)
+    y = 2 * read.real if read.is_complex() else read
     return (y if D is None else y + D * u).to(u.dtype)

@@ -24,6 +24,30 @@ for op in OPS:
         emu.run(op, x)
         emu.step(op, {name: t[:, 0] for name, t in x.tensors.items()}, x.initial_state)
         print(op, dtype, "done")
+
+import torch
+
+lsm = torch.ops.lsm_emu_asan
+for T, D, W, dtype, norm in (
+    (75, 64, 4, torch.bfloat16, 32), (37, 7, 3, torch.float16, 0), (9, 24, 8, torch.float32, 4)
+):
+    for first in (False, True):
+        x, grad = torch.randn(2, 2, T, D).to(dtype)
+        if first:
+            x, grad = (t.mT.contiguous().mT for t in (x, grad))
+        weight, bias, state = (torch.randn(*s).to(dtype) for s in ((D, W), (D,), (2, D, W)))
+        rows = (x, weight, bias, state, None, None, True)
+        y, final = lsm.causal_conv1d_fwd(*rows, W, norm)
+        lsm.causal_conv1d_bwd(*rows, grad, final, True, norm)
+        lsm.causal_conv1d_step(x[:, :1], state, weight, bias, None, None, True)
+        print("causal_conv1d", dtype, "done")
+for T, D, dtype in ((9, 64, torch.bfloat16), (5, 7, torch.float32)):
+    x, R = torch.randn(2, T, 4, 2, D).to(dtype), torch.randn(2, D, 4, D)
+    state, transposed = torch.ones(2, 4, 2, D), R.permute(0, 2, 3, 1).contiguous()
+    y, cells, final = lsm.slstm_fwd(x, R, state, None, True, True)
+    lsm.slstm_bwd(x.float(), transposed, cells, state, None, y.float(), final)
+    lsm.slstm_step(x[:, 0], R, state)
+    print("slstm", dtype, "done")
 """
 
 

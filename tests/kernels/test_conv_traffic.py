@@ -23,7 +23,7 @@ def documented(name: str) -> tuple[float, float]:
     return float(reads), float(writes)
 
 
-def count(name: str, channel_first: bool = False, **sizes: int) -> dict:
+def count(name: str, channel_first: bool = False, norm: int = 0, **sizes: int) -> dict:
     """Counters of the walk; the sum over blocks is a launch of its own."""
     emu = emulator("_emu")
     emu.set_seed(0)
@@ -35,9 +35,9 @@ def count(name: str, channel_first: bool = False, **sizes: int) -> dict:
     rows = (x, weight, bias, None, None, None, True)
     emu.reset_counters()
     if name == "forward":
-        torch.ops.lsm_emu.causal_conv1d_fwd(*rows, 0)
+        torch.ops.lsm_emu.causal_conv1d_fwd(*rows, 0, norm)
     else:
-        torch.ops.lsm_emu.causal_conv1d_bwd(*rows, grad, None)
+        torch.ops.lsm_emu.causal_conv1d_bwd(*rows, grad, None, True, norm)
     return emu.counters()["launches"][0]
 
 
@@ -63,3 +63,12 @@ def test_no_layout_is_transposed(name):
     launch = count(name, channel_first=True, D=16)
     moved = (launch["global_read_bytes"] + launch["global_write_bytes"]) / (T * 16 * 2)
     assert moved <= 1.15 * FLOOR[name]
+
+
+@pytest.mark.parametrize("name", FLOOR)
+def test_a_norm_costs_no_pass(name):
+    """Dividing heads by their length moves nothing more; a pass of its own would move two tensors
+    forwards and three backwards."""
+    plain, normed = count(name), count(name, norm=128)
+    for counter in ("global_read_bytes", "global_write_bytes"):
+        assert normed[counter] == plain[counter]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from recurrent_layers import D, close, make, tokens
 
+from lsm_cuda.cache import Cache
 from lsm_cuda.layers import (
     HGRNAttention,
     RGLRUBlock,
@@ -42,6 +43,15 @@ def test_s5_is_its_definition():
     h = over_time(A, x.to(B.dtype) @ B.T)
     y = F.gelu(2 * (h @ torch.view_as_complex(w["C"]).T).real + w["D"] * x)
     close(layer(x)[0], y * torch.sigmoid(y @ w["out2.weight"].T + w["out2.bias"]))
+
+
+@torch.no_grad()
+def test_a_call_without_tokens_begins_no_sequence():
+    """RG-LRU's first token follows another rule, which a first call of none leaves for the next."""
+    layer, x, cache = make("rg-lru"), tokens(2, 5), Cache()
+    layer(x[:, :0], past_key_values=cache, use_cache=True)
+    pieces = [layer(p, past_key_values=cache, use_cache=True)[0] for p in x.split([1, 3, 1], 1)]
+    close(torch.cat(pieces, 1), layer(x)[0])
 
 
 def test_hgrn_is_its_definition():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from recurrent_layers import D, close, make, tokens
 
-from lsm_cuda.layers import DSS, SLSTM
+from lsm_cuda.layers import DSS, LMU, SLSTM
 from lsm_cuda.ops import diagonal_kernel, discretize_diagonal, h3
 
 
@@ -44,6 +44,30 @@ def test_h3_is_its_definition():
     kernel = diagonal_kernel(log_A, factor * torch.view_as_complex(w["kernel.C"]), 11)
     y = h3(q, k, v, shift, kernel, taps[:, 0], w["D"])
     close(layer(x)[0], y @ w["o_proj.weight"].T + w["o_proj.bias"])
+
+
+def test_lmu_remembers_a_window():
+    """Read with the polynomials' values at an age, a smooth input comes back that much later."""
+    theta, N, T, age = 20.0, 10, 60, 8.0
+    layer = LMU(1, d_state=N, theta=theta, layer_idx=0).double()
+    x = torch.sin(0.1 * torch.arange(T, dtype=torch.float64))[None, :, None]
+    legendre, z = [1.0, 2 * age / theta - 1], 2 * age / theta - 1
+    for n in range(1, N - 1):
+        legendre.append(((2 * n + 1) * z * legendre[n] - n * legendre[n - 1]) / (n + 1))
+    with torch.no_grad():
+        layer.C.copy_(torch.tensor(legendre)[None])
+        layer.D.zero_()
+        y = layer._system(x, _Whole())
+    # an input held over a step is half a step old
+    expected = torch.sin(0.1 * (torch.arange(T, dtype=torch.float64) - age + 0.5))
+    torch.testing.assert_close(y[0, 25:, 0], expected[25:], atol=0.02, rtol=0)
+
+
+class _Whole:
+    """A call without a cache."""
+
+    def run(self, chunk, step, *tensors, **options):
+        return chunk(*tensors, **options)[0]
 
 
 def test_slstm_is_the_layer_of_xlstm():

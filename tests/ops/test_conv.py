@@ -33,6 +33,7 @@ class Conv:
     extra: int = 1
     bias: bool = True
     scale: float = 1.0
+    norm: int = 0  # channels of a head
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -66,6 +67,20 @@ EDGES = [
     Conv(T=0, state="both", batch="int32", layout="first"),
     Conv(batch=0, state="both"),
 ]
+NORMED = [
+    Conv(T=33, D=32, norm=8),
+    Conv(T=37, D=128, norm=128, dtype="bf16", state="both"),
+    Conv(T=70, D=96, norm=32, dtype="bf16+f32", batch="int32", state="both", layout="first"),
+    Conv(T=19, D=24, norm=4, W=3, dtype="f16", act=None, layout="offset"),
+    Conv(T=40, D=36, norm=2, W=6, bias=False, state="initial"),
+    Conv(T=0, D=32, norm=8, state="both"),
+]
+ODD_HEADS = [
+    Conv(T=33, D=40, norm=10, state="both"),
+    Conv(T=21, D=21, norm=7, dtype="f64"),
+    Conv(T=70, D=1200, norm=300, dtype="bf16", batch="int64"),
+    Conv(T=20, D=2100, norm=2100, W=5),
+]
 
 
 def cases(impl: str) -> list[Conv]:
@@ -75,7 +90,7 @@ def cases(impl: str) -> list[Conv]:
     elif impl == "cpu":
         axes["W"] = [*axes["W"], 40]
     rows = [Conv(**row) for row in pairwise(axes, PAIRS, lambda row: True)]
-    return EDGES + rows
+    return EDGES + rows + NORMED + (ODD_HEADS if impl == "cpu" else [])
 
 
 def make(case: Conv) -> tuple[Inputs, Tensor | None]:
@@ -137,6 +152,9 @@ def definition(case: Conv, x: Inputs, grad_state: Tensor | None, dtype: torch.dt
         y, state = reference.causal_conv1d(
             t["x"], t["weight"], t.get("bias"), t.get("initial"), x.cu_seqlens, case.act, size
         )
+        if case.norm:
+            heads = y.unflatten(-1, (-1, case.norm))
+            y = (heads * (heads.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).flatten(-2)
         if not y.numel():
             y = y + sum(v.sum() for v in t.values()) * 0
         return y, state
@@ -170,7 +188,7 @@ def run(impl: Impl, case: Conv, x: Inputs, grad_state: Tensor | None) -> Tensors
             initial = t.get("initial")
             cu = None if x.cu_seqlens is None else x.cu_seqlens.to(impl.device)
             return raw(impl, "fwd")(
-                t["x"], t["weight"], t.get("bias"), initial, cu, None, silu, size
+                t["x"], t["weight"], t.get("bias"), initial, cu, None, silu, size, case.norm
             )
 
         moved = x.to(impl.device)
@@ -180,8 +198,9 @@ def run(impl: Impl, case: Conv, x: Inputs, grad_state: Tensor | None) -> Tensors
         return {n: v.cpu() for n, v in results.items()}
 
     def call() -> Tensors:
-        y, state = raw(impl, "fwd")(*arguments, size)
-        dx, dweight, dbias, dstate = raw(impl, "bwd")(*arguments, x.grad_o, grad_state)
+        y, state = raw(impl, "fwd")(*arguments, size, case.norm)
+        grads = raw(impl, "bwd")(*arguments, x.grad_o, grad_state, True, case.norm)
+        dx, dweight, dbias, dstate = grads
         results = {"o": y, "dx": dx, "dweight": dweight}
         if grad_state is not None:
             results["state"] = state
@@ -211,6 +230,24 @@ def test_results_and_gradients(where, case):
     x, grad_state = make(case)
     truth, same = (definition(case, x, grad_state, d) for d in (torch.float64, torch.float32))
     assert_accepted(run(IMPLS[where], case, x, grad_state), truth, same, x)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv(T=300, D=132, dtype="bf16", batch="int32", state="both"),
+        Conv(T=300, D=40, dtype="f16", layout="first", state="both"),
+        Conv(T=70, D=10, W=8, layout="first", batch="int64"),
+        Conv(T=300, D=128, norm=64, dtype="bf16", state="both"),
+    ],
+    ids=str,
+)
+def test_race_build_is_silent(case):
+    """Under schedules of its own, to the same bits."""
+    x, grad_state = make(case)
+    emulators = [Emulator(f, f, seeds) for f, seeds in (("_emu", (0, 5)), ("_emu_race", (1, 2, 6)))]
+    plain, race = (run(emu, case, x, grad_state) for emu in emulators)
+    assert_same_bits(race, plain)
 
 
 def test_convolution_is_torch_s(cpu):

@@ -160,6 +160,15 @@ def test_results_and_gradients(impl, cell):
     assert_accepted(run(impl, x, grad_state), truth, same, x)
 
 
+@pytest.mark.parametrize("cell", [CASES[3], CASES[5], CASES[9]], ids=str)
+def test_race_build_is_silent(cell):
+    """Under schedules of its own, to the same bits."""
+    x, grad_state = make(cell)
+    emulators = [Emulator(f, f, seeds) for f, seeds in (("_emu", (0, 5)), ("_emu_race", (1, 2, 6)))]
+    plain, race = (run(emu, x, grad_state) for emu in emulators)
+    assert_same_bits(race, plain)
+
+
 def test_steps_and_splits_are_the_whole(impl):
     x, _ = make(Cell(T=12, D=24))
     fwd = (emulated(impl) if isinstance(impl, Emulator) else torch.ops.lsm).slstm_fwd

@@ -176,16 +176,27 @@ def test_liquid():
     log_A = torch.complex(-torch.rand(H, N, dtype=F64), rand(H, N))
     B, C, D = 0.1 * rand(H, N, dtype=C128), rand(H, N, dtype=C128), rand(H)
     u = rand(1, 15, H)
-    x, A = torch.zeros(1, H, N, dtype=C128), log_A.exp()
+    x, A, expected = torch.zeros(1, H, N, dtype=C128), log_A.exp(), []
     for t in range(15):
         drive = B * u[:, t, :, None]
         x = (A + drive) * x + drive
-        close(ssm.liquid_ssm(u, log_A, B, C, D)[:, t], 2 * (C * x).sum(-1).real + D * u[:, t])
+        expected.append(2 * (C * x).sum(-1).real + D * u[:, t])
+    y, state = ssm.liquid_ssm(u, log_A, B, C, D, output_final_state=True)
+    close(y, torch.stack(expected, 1))
+    close(state, x)
     pulse = torch.zeros(1, 15, H, dtype=F64)
     pulse[:, 4:6] = rand(1, 2, H)
-    exact = ssm.liquid_ssm(pulse, log_A, B, C, D)
-    close(ssm.liquid_ssm(pulse, log_A, B, C, D, order=2), exact)
-    close(ssm.liquid_ssm(pulse, log_A, B, C, D, order=4), exact)
+    exact, _ = ssm.liquid_ssm(pulse, log_A, B, C, D)
+    close(ssm.liquid_ssm(pulse, log_A, B, C, D, order=2)[0], exact)
+    close(ssm.liquid_ssm(pulse, log_A, B, C, D, order=4)[0], exact)
+
+
+def test_liquid_steps():
+    log_A = torch.complex(-torch.rand(H, N, dtype=F64), rand(H, N))
+    B, C, D, u = 0.1 * rand(H, N), rand(H, N, dtype=C128), rand(H), rand(2, 6, H)
+    state = torch.zeros(2, H, N, dtype=C128)
+    steps = [ssm.liquid_ssm_step(u[:, t], log_A, B, C, D, state) for t in range(6)]
+    close(ssm.liquid_ssm(u, log_A, B, C, D)[0], torch.stack(steps, 1))
 
 
 def test_errors():

@@ -61,6 +61,23 @@ LSM_DEVICE void store_initial_grad(ConvParams const& p, Place<C> const& place,
     }
 }
 
+// Gradients of a token's values from those of its normalised ones: d(v / |v|) = (dv - v (v dv) / |v|²) / |v|.
+template <class C>
+LSM_DEVICE void through_norm(ConvParams const& p, Filter<C> const& filter, Batch<C> const& x,
+                             Batch<C> const& before, int i, int own, float (&dy)[C::kVector]) {
+    float value[C::kVector], dot = 0.f;
+    LSM_UNROLL
+    for (int v = 0; v < C::kVector; ++v) {
+        float const pre = convolve<C>(filter, x, before, i, v, own);
+        value[v] = p.silu ? pre * logistic(pre) : pre;
+        dot += value[v] * dy[v];
+    }
+    float const inverse = inverse_norm<C>(p, value);
+    float const along = head_sum<C>(p, dot) * inverse * inverse;
+    LSM_UNROLL
+    for (int v = 0; v < C::kVector; ++v) dy[v] = (dy[v] - value[v] * along) * inverse;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_kernel(ConvParams const p, Segments const segments, int tiles, bool whole,
@@ -111,6 +128,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             for (int a = C::kTaps - 1; a > 0; --a) ages[a] = ages[a - 1];
             ages[0] = age;
             bool const inside = i < count, mine = b * C::kBatch + i < tokens;
+            if (C::kChannelLast && p.norm > 0) through_norm<C>(p, filter, x, before, i, own, dy[i]);
             LSM_UNROLL
             for (int v = 0; v < C::kVector; ++v) {
                 float g = dy[i][v];

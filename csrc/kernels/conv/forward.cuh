@@ -35,6 +35,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                 float const pre = convolve<C>(filter, x, before, i, v, own);
                 y[i][v] = p.silu ? pre * logistic(pre) : pre;
             }
+            if (C::kChannelLast && p.norm > 0) {
+                float const inverse = inverse_norm<C>(p, y[i]);
+                LSM_UNROLL
+                for (int v = 0; v < C::kVector; ++v) y[i][v] *= inverse;
+            }
         }
         store_batch(y, p.y, place, t, count, whole);
         LSM_UNROLL

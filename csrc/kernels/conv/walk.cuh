@@ -272,6 +272,22 @@ LSM_DEVICE float convolve(Filter<C> const& filter, Batch<C> const& x, Batch<C> c
     return sum;
 }
 
+// The sum over a head's channels, which a power of two of neighbouring lanes has.
+template <class C>
+LSM_DEVICE float head_sum(ConvParams const& p, float x) {
+    int const lanes = static_cast<int>(p.norm) / C::kVector;
+    for (int d = 1; d < lanes; d *= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+
+template <class C>
+LSM_DEVICE float inverse_norm(ConvParams const& p, float const (&value)[C::kVector]) {
+    float squares = 0.f;
+    LSM_UNROLL
+    for (int v = 0; v < C::kVector; ++v) squares += value[v] * value[v];
+    return 1.f / sqrtf(head_sum<C>(p, squares) + static_cast<float>(p.norm_eps));
+}
+
 // The last inputs of a sequence, or of its initial state where it is short; by the last segment's block.
 template <class C>
 LSM_DEVICE void store_state(ConvParams const& p, Place<C> const& place) {
