@@ -531,7 +531,7 @@ class Lines : public Tile<Number, Elem, kTaps> {
             Element* const y = line(p_.y, s, c);
             each_vector<T>(tokens, [&](int64_t i, auto lanes) {
                 Vector<T> value, slope;
-                this->activate(bias_[c] + filter.apply(x_ + i, 1), value, slope);
+                this->activate(filter.apply(x_ + i, 1, bias_[c]), value, slope);
                 write<T>(y + i, value, lanes);
             });
         }
@@ -546,14 +546,14 @@ class Lines : public Tile<Number, Elem, kTaps> {
             Element const* const dy = line(p_.grad_y, s, c);
             each_vector<T>(made, [&](int64_t i, auto lanes) {
                 Vector<T> value, slope;
-                this->activate(bias_[c] + filter.apply(x_ + i, 1), value, slope);
+                this->activate(filter.apply(x_ + i, 1, bias_[c]), value, slope);
                 store(grad_ + i, read<T>(dy + i, lanes) * slope);
             });
             for (int64_t i = made; i < tokens + past(); ++i) grad_[i] = T(0);
             if (p_.dweight != nullptr) add_to_sums(c, tokens);
             Element* const dx = line(p_.dx, s, c);
             each_vector<T>(tokens, [&](int64_t i, auto lanes) {
-                Vector<T> sum = filter.apply(grad_ + i + past(), -1);
+                Vector<T> sum = filter.apply(grad_ + i + past(), -1, T(0));
                 for (int k = 0; k < W && this->in_final_state(s, s.t0 + i + W - 1); ++k) {
                     int64_t const token = s.t0 + i + k;
                     if (token < s.t1 && this->in_final_state(s, token))
@@ -577,9 +577,9 @@ class Lines : public Tile<Number, Elem, kTaps> {
                 weight_[j] = Vector<T>{} + lines.weight_[j * lines.pitch_ + c];
         }
 
-        // The sum over taps j of weight j times x[j * step].
-        LSM_INLINE Vector<T> apply(T const* x, int64_t step) const {
-            Vector<T> sum = {};
+        // first, and over taps j weight j times x[j * step]: in the order of Rows, to the same bits.
+        LSM_INLINE Vector<T> apply(T const* x, int64_t step, T first) const {
+            Vector<T> sum = Vector<T>{} + first;
             if constexpr (kTaps > 0) {
 #pragma GCC unroll 4
                 for (int j = 0; j < kTaps; ++j) sum += weight_[j] * load(x + j * step);

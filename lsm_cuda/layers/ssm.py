@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..modules import ShortConvolution
 from ..modules.hippo import diagonal_init, discretize, lmu, log_steps, nplr
-from ..modules.precision import wide
+from ..modules.precision import no_autocast, wide
 from ..ops.ssm import (
     dense_ssm,
     dense_ssm_step,
@@ -210,8 +210,6 @@ class LMU(_SSMLayer):
 
     def _system(self, x: Tensor, call: Call) -> Tensor:
         A, B, C, T = wide(self.A), wide(self.B), wide(self.C), x.shape[1]
-        kernel = krylov_kernel(A, B, C, T) if T > 1 else None  # powers that all channels share
-        A, B = A.expand(C.shape[0], -1, -1), B.expand(C.shape[0], -1)
 
         def whole(x: Tensor, **states: Any) -> tuple[Tensor, Tensor | None]:
             return dense_ssm(x, A, B, C, self.D, kernel, **states)
@@ -219,7 +217,10 @@ class LMU(_SSMLayer):
         def step(x: Tensor, state: Tensor) -> Tensor:
             return dense_ssm_step(x, A, B, C, self.D, state)
 
-        return call.run(whole, step, x)
+        with no_autocast(x):  # powers
+            kernel = krylov_kernel(A, B, C, T) if T > 1 else None  # shared by all channels
+            A, B = A.expand(C.shape[0], -1, -1), B.expand(C.shape[0], -1)
+            return call.run(whole, step, x)
 
 
 class DSS(_SSMLayer):

@@ -173,6 +173,7 @@ from .ssm import (
     h3,
     krylov_kernel,
     liquid_ssm,
+    liquid_ssm_step,
     s4_kernel,
 )
 from .verify import (
@@ -302,6 +303,7 @@ __all__ = [
     "lightning_slopes",
     "linear_attn_step",
     "liquid_ssm",
+    "liquid_ssm_step",
     "log_linear_attn_step",
     "log_refined_gate",
     "longhorn_step",

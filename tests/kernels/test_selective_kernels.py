@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import assert_accepted
+from checks import assert_accepted, assert_same_bits
 from emulators import emulator
 from impls import Emulator
-from inputs import Tensors
+from inputs import Inputs, Tensors
 from scans import real, real_inputs, wide
 from selective import draw, results, walk
+from torch import Tensor
 
 from lsm_cuda import reference
 
@@ -28,15 +29,10 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_definition_under_every_schedule(shape: tuple) -> None:
-    x, softplus = draw(*shape)
-    order = walk(shape[0]) if "o" in shape[4] else None
-    emu = Emulator("emulator", seeds=(1, 2, 4))
-
+def run(emu: Emulator, x: Inputs, softplus: bool, order: Tensor | None) -> Tensors:
     def raw(kind: str):  # type: ignore[no-untyped-def]
-        emulator("_emu")
-        return getattr(torch.ops.lsm_emu, f"selective_scan_{kind}")
+        emulator(emu.flavour)
+        return getattr(getattr(torch.ops, f"lsm{emu.flavour}"), f"selective_scan_{kind}")
 
     def call() -> Tensors:
         names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
@@ -47,14 +43,32 @@ def test_definition_under_every_schedule(shape: tuple) -> None:
         by_name = {f"d{n}": g for n, g in zip(names, grads, strict=True) if n in x.tensors}
         return {"o": y, "final_state": state, **by_name, "dinitial_state": dh0}
 
+    return emu.under_every_seed(call)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_definition_under_every_schedule(shape: tuple) -> None:
+    x, softplus = draw(*shape)
+    order = walk(shape[0]) if "o" in shape[4] else None
+
     def definition(**rest):  # type: ignore[no-untyped-def]
         return reference.selective_scan(dt_softplus=softplus, **rest)
 
     kinds = (torch.float64, torch.float32)
     truth, same = (results(definition, x.map(lambda t, d=d: wide(t, d)), order) for d in kinds)
-    actual = emu.under_every_seed(call)
+    actual = run(Emulator("emulator", seeds=(1, 2, 4)), x, softplus, order)
     assert_accepted(*({n: real(t) for n, t in r.items()} for r in (actual, truth, same)),
                     real_inputs(x))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[-3], SHAPES[-2]], ids=str)
+def test_race_build_is_silent(shape: tuple) -> None:
+    """Under schedules of its own, to the same bits."""
+    x, softplus = draw(*shape)
+    order = walk(shape[0]) if "o" in shape[4] else None
+    emulators = [Emulator(f, f, seeds) for f, seeds in (("_emu", (0,)), ("_emu_race", (1, 2)))]
+    plain, race = (run(emu, x, softplus, order) for emu in emulators)
+    assert_same_bits(race, plain)
 
 
 @pytest.mark.parametrize("boundaries", [[0, 9, 4, 40], [1, 5, 9, 40], [0, 5, 9, 39]])
