@@ -69,12 +69,19 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
 
     // simple_gla with mLSTM's gates i, f [B,T,HV] before their activation: values are weighted by the input gate,
     // outputs divided; states C [N,HV,K,V], n [N,HV,K], m [N,HV]. tokens [4,B,HV,T] holds what the backward needs of
-    // the gates: log decay, weight, scale q·n, exp(-m). The forward is for CPU tensors; on CUDA it is composed.
+    // the gates: log decay, weight, scale q·n, exp(-m). The backward gives gradients of the first and, by its logarithm,
+    // of the second, [B,T,HV]; an empty tensor stands where a state is absent. Both are for CPU tensors; on CUDA they
+    // are composed.
     m.def(
         "mlstm_fwd(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? "
         "m, Tensor? cu_seqlens, float scale, float eps, bool exponential, bool normalize, bool "
         "output_final_state) -> (Tensor h, Tensor C_last, Tensor n_last, Tensor m_last, Tensor "
         "tokens)");
+    m.def(
+        "mlstm_bwd(Tensor q, Tensor k, Tensor v, Tensor? C, Tensor? n, Tensor? cu_seqlens, float "
+        "scale, float eps, bool normalize, Tensor h, Tensor tokens, Tensor grad_h, Tensor? grad_C, "
+        "Tensor? grad_n) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor "
+        "dlog_weight, Tensor dC, Tensor dn)");
     m.def(
         "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!) n, "
         "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");

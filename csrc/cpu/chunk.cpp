@@ -227,6 +227,7 @@ void boundary_grads(ChunkParams const& p, Plan const& plan, Workspace const& w) 
         for (int64_t i = 1; i < chain.segments; ++i) {
             ChunkTask task = segment_task(plan, chain, i, 0, p.V);
             task.grad_begin = w.state(1, chain.first_state + i);
+            task.n_grad_begin = normaliser_of(p, task.grad_begin);
             task.decay = w.decay(chain.first_state + i);
             tasks.push_back(task);
         }
@@ -236,10 +237,13 @@ void boundary_grads(ChunkParams const& p, Plan const& plan, Workspace const& w) 
     });
     for (Chain const& chain : plan.chains) {
         void const* after = state_of(p.grad_final_state, p, chain);
+        void const* n_after = sums_of(p.normaliser.grad_n, p, chain);
         for (int64_t i = chain.segments - 1; i > 0; --i) {
             void* const grad = w.state(1, chain.first_state + i);
+            void* const n = normaliser_of(p, grad);
             join_states(p, w.decay(chain.first_state + i), after, grad);
-            after = grad;
+            if (n != nullptr) join_sums(p, w.decay(chain.first_state + i), n_after, n);
+            after = grad, n_after = n;
         }
     }
 }
@@ -261,10 +265,23 @@ void const* state_before(ChunkParams const& p, Workspace const& w, Chain const& 
                         : w.state(0, chain.first_state + segment - 1);
 }
 
+void const* sums_before(ChunkParams const& p, Workspace const& w, Chain const& chain,
+                        int64_t segment) {
+    return segment == 0 ? sums_of(p.normaliser.n0, p, chain)
+                        : normaliser_of(p, w.state(0, chain.first_state + segment - 1));
+}
+
 void const* grad_after(ChunkParams const& p, Workspace const& w, Chain const& chain,
                        int64_t segment) {
     return segment + 1 == chain.segments ? state_of(p.grad_final_state, p, chain)
                                          : w.state(1, chain.first_state + segment + 1);
+}
+
+void const* sums_grad_after(ChunkParams const& p, Workspace const& w, Chain const& chain,
+                            int64_t segment) {
+    return segment + 1 == chain.segments
+               ? sums_of(p.normaliser.grad_n, p, chain)
+               : normaliser_of(p, w.state(1, chain.first_state + segment + 1));
 }
 
 }  // namespace
@@ -288,8 +305,7 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
             for (int64_t tile = 0; tile < plan.column_tiles; ++tile) {
                 ChunkTask task = segment_task(plan, chain, i, tile, p.V);
                 task.state_begin = state_before(p, w, chain, i);
-                task.n_begin = i == 0 ? sums_of(p.normaliser.n0, p, chain)
-                                      : normaliser_of(p, w.state(0, chain.first_state + i - 1));
+                task.n_begin = sums_before(p, w, chain, i);
                 if (i + 1 == chain.segments) {
                     task.state_end = state_of(p.final_state, p, chain);
                     if (tile == 0) task.n_end = sums_of(p.normaliser.n, p, chain);
@@ -315,7 +331,12 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
             ChunkTask task = segment_task(plan, chain, i, 0, p.V);
             task.state_begin = state_before(p, w, chain, i);
             task.grad_end = grad_after(p, w, chain, i);
-            if (i == 0) task.grad_begin = state_of(p.grad_initial_state, p, chain);
+            task.n_begin = sums_before(p, w, chain, i);
+            task.n_grad_end = sums_grad_after(p, w, chain, i);
+            if (i == 0) {
+                task.grad_begin = state_of(p.grad_initial_state, p, chain);
+                task.n_grad_begin = sums_of(p.normaliser.grad_n0, p, chain);
+            }
             tasks.push_back(task);
         }
     }

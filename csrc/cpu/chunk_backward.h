@@ -24,11 +24,12 @@ class BackwardStretch : Stretch<T, Decay> {
 
   public:
     BackwardStretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
-        : Base(p, task, scratch),
+        : Base(p, task, scratch, p.normaliser.on ? 1 : 0),
           grad_o_(Base::value_rows(p.grad_o, Base::readers_)),
           dq_(key_gradient(p.dq, Base::readers_)),
           dk_(key_gradient(p.dk, Base::writers_)),
-          dv_(Base::value_rows(p.dv, Base::writers_)) {
+          dv_(Base::value_rows(p.dv, Base::writers_)),
+          normaliser_(p, task, value_, arena_) {
         Base::lay_out(key_, Side::key);
         Base::lay_out(value_, Side::value);
         state_ = key_.panels * W * value_.panels * W;
@@ -42,10 +43,11 @@ class BackwardStretch : Stretch<T, Decay> {
     int64_t scratch_bytes() const { return arena_.used(); }
 
     void gradients() {
-        auto const* grad_end = static_cast<T const*>(task_.grad_end);
-        read_state(dS_, grad_end, p_.V, p_.K, p_.V);
-        read_transposed_state(dS_transposed_, grad_end, p_.K, p_.V);
-        read_transposed_state(checkpoints_, static_cast<T const*>(task_.state_begin), p_.K, p_.V);
+        read_grad_end();
+        transpose_state(dS_transposed_, dS_, value_.panels, key_.panels);
+        read_transposed_state(checkpoints_, static_cast<T const*>(task_.state_begin), p_.K, p_.V,
+                              value_.panels);
+        normaliser_.read_begin(checkpoints_, p_.K);
         for (int64_t i = 0; i + 1 < pieces_; ++i) write_checkpoint(i);
         for (int64_t i = pieces_ - 1; i >= 0; --i) {
             int64_t const first = i * piece_, last = min_of(first + piece_, blocks_) - 1;
@@ -59,7 +61,7 @@ class BackwardStretch : Stretch<T, Decay> {
 
     // The recurrence of dS alone, and the product of all decays.
     void begin_grad() {
-        read_state(dS_, static_cast<T const*>(task_.grad_end), p_.V, p_.K, p_.V);
+        read_grad_end();
         StretchDecay<T> stretch_decay(task_.decay, gates_per_token(p_.decay, p_.K, p_.V));
         for (int64_t b = blocks_ - 1; b >= 0; --b) {
             read_readers(b);
@@ -86,11 +88,13 @@ class BackwardStretch : Stretch<T, Decay> {
     void read_readers(int64_t b) {
         q_.read(key_.reader, b, T(p_.scale));
         grad_o_.read(value_.reader, b);
+        normaliser_.divide(value_.reader, b);
     }
 
     void read_writers(int64_t b) {
         k_.read(key_.writer, b);
         v_.read(value_.writer, b);
+        normaliser_.weigh(value_.writer, b);
         decay_.read(b);
         Base::to_end();
     }
@@ -118,6 +122,7 @@ class BackwardStretch : Stretch<T, Decay> {
     LSM_INLINE void prefetch_gradients(int64_t b) const {
         for (auto const* rows : {&q_, &dq_, &dk_, &grad_o_, &dv_}) rows->prefetch(b);
         decay_.prefetch_gradient(b);
+        normaliser_.prefetch(b);
     }
 
     void block_gradients(int64_t b, T const* state) {
@@ -136,6 +141,7 @@ class BackwardStretch : Stretch<T, Decay> {
         decay_.gradients(key_, value_, b);
         dq_.write(key_.d_reader, b, T(p_.scale));
         dk_.write(key_.d_writer, b);
+        normaliser_.gradients(value_.d_writer, value_.writer, b);
         dv_.write(value_.d_writer, b);
     }
 
@@ -186,12 +192,20 @@ class BackwardStretch : Stretch<T, Decay> {
         Base::template advance<kSide, N>(dS, dS, other.start, own.start, i);
     }
 
+    void read_grad_end() {
+        read_state(dS_, static_cast<T const*>(task_.grad_end), p_.V, p_.K, p_.V, value_.panels);
+        normaliser_.read_grad_end(dS_, p_.K);
+    }
+
     void write_grad_begin() {
         if (task_.grad_begin != nullptr)
             write_state(static_cast<T*>(task_.grad_begin), p_.V, dS_, p_.K, p_.V);
+        normaliser_.write_grad_begin(dS_, p_.K);
     }
 
     typename Base::Rows grad_o_, dq_, dk_, dv_;
+    std::conditional_t<std::is_same_v<Decay, ScalarDecay<T>>, NormaliserColumn<T, C>, NoNormaliser>
+        normaliser_;
     int64_t state_, piece_, pieces_;
     T *dS_, *dS_transposed_;
     T* S_;             // before a block, V in lanes

@@ -44,7 +44,8 @@ class Stretch {
     static constexpr int W = kLanes<T>, C = Decay::kBlock;
     using Rows = HeadRows<T, C>;
 
-    Stretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
+    // more_columns: of values, behind those in memory.
+    Stretch(ChunkParams const& p, ChunkTask const& task, void* scratch, int64_t more_columns = 0)
         : p_(p),
           task_(task),
           arena_(scratch),
@@ -52,7 +53,7 @@ class Stretch {
           writers_{task.begin, task.end, p.exclusive ? 1 : 0},
           blocks_((task.end - task.begin + writers_.delay + C - 1) / C),
           key_(p.K),
-          value_(task.v_end - task.v_begin),
+          value_(task.v_end - task.v_begin + more_columns),
           decay_(p, task, writers_, arena_),
           q_(key_rows(p.q, readers_)),
           k_(key_rows(p.k, writers_)),
@@ -64,7 +65,8 @@ class Stretch {
         return {rows, p_.dtype, task_.batch, task_.head / (p_.HV / p_.H), span, p_.K};
     }
     Rows value_rows(lsm::Rows const& rows, Span const& span) const {
-        return {rows, p_.dtype, task_.batch, task_.head, span, value_.channels, task_.v_begin};
+        return {rows,         p_.dtype, task_.batch, task_.head, span, task_.v_end - task_.v_begin,
+                task_.v_begin};
     }
 
     // Rows of one side for a block; which of them decay before a state takes them in.
@@ -158,7 +160,7 @@ class ForwardStretch : Stretch<T, Decay> {
     void run() {
         auto const* begin = static_cast<T const*>(task_.state_begin);
         read_state(S_, begin == nullptr ? begin : begin + task_.v_begin, p_.V, p_.K,
-                   value_.channels);
+                   value_.channels, value_.panels);
         normaliser_.begin();
         StretchDecay<T> stretch_decay(task_.decay, gates_per_token(p_.decay, p_.K, p_.V));
         for (int64_t b = 0; b < blocks_; ++b) {

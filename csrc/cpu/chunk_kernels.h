@@ -18,6 +18,8 @@ struct ChunkTask {
 
     void const* n_begin = nullptr;  // a normaliser's sums [K] likewise
     void* n_end = nullptr;
+    void const* n_grad_end = nullptr;  // and their gradients
+    void* n_grad_begin = nullptr;
 
     int64_t v_begin = 0, v_end = 0;  // forward: the value columns to work on, out of V
 

@@ -1,5 +1,6 @@
 // mLSTM's extras around one value head (Normaliser, params/chunk.h): its gates for all tokens of a
-// sequence at once, and, over a stretch, the sums of weighted keys that outputs are divided by.
+// sequence at once, and, over a stretch, the sums of weighted keys that outputs are divided by. In
+// the backward those are one more column of the state, of values that are 1.
 #pragma once
 
 #include "chunk_block.h"
@@ -79,7 +80,35 @@ struct NoNormaliser {
     void divide(Arguments const&...) const {}
     template <class... Arguments>
     void advance(Arguments const&...) const {}
+    template <class... Arguments>
+    void gradients(Arguments const&...) const {}
+    template <class... Arguments>
+    void read_begin(Arguments const&...) const {}
+    template <class... Arguments>
+    void read_grad_end(Arguments const&...) const {}
+    template <class... Arguments>
+    void write_grad_begin(Arguments const&...) const {}
+    LSM_INLINE void prefetch(int64_t) const {}
 };
+
+// A block of one of the rows; `none` after the last token.
+template <int C, class T>
+LSM_INLINE void read_gate_row(T* block_row, T const* row, ChunkTask const& task, int64_t block,
+                              T none = 0) {
+    int64_t const t = task.begin + block * C, count = min_of(C, task.end - t);
+    std::memcpy(block_row, row + t, size_t(count) * sizeof(T));
+    for (int64_t c = count; c < C; ++c) block_row[c] = none;
+}
+
+// A block's rows, each by its own number.
+template <int C, class T>
+LSM_INLINE void scale_rows(T* x, int64_t panels, T const* by) {
+    constexpr int W = kLanes<T>;
+    for (int64_t p = 0; p < panels; ++p) {
+#pragma GCC unroll 8
+        for (int t = 0; t < C; ++t, x += W) store(x, load(x) * by[t]);
+    }
+}
 
 template <class T, int C>
 class StretchNormaliser {
@@ -107,8 +136,8 @@ class StretchNormaliser {
     // What a block writes, weighted.
     void weigh(T* values, int64_t panels, int64_t block) const {
         if (!on()) return;
-        read(weight_, rows_.weight, block);
-        scale(values, panels, weight_);
+        read_gate_row<C>(weight_, rows_.weight, task_, block);
+        scale_rows<C>(values, panels, weight_);
     }
 
     // The sums of the block's tokens, from q as the state takes it and the decayed pairs.
@@ -128,7 +157,7 @@ class StretchNormaliser {
             }
             store(size + t, sum_each<T>(sums));
         }
-        read(least, rows_.least, block);
+        read_gate_row<C>(least, rows_.least, task_, block);
         for (int t = 0; t < C; t += W) {
             Vector<T> const x = load(size + t);
             Vector<T> const divisor = max_of(max_of(x, -x), load(least + t)) + T(own_.eps);
@@ -141,7 +170,7 @@ class StretchNormaliser {
     }
 
     void divide(T* outputs, int64_t panels) const {
-        if (on() && own_.divides) scale(outputs, panels, inverse_);
+        if (on() && own_.divides) scale_rows<C>(outputs, panels, inverse_);
     }
 
     // n past a block, from k as the state takes it.
@@ -157,24 +186,127 @@ class StretchNormaliser {
   private:
     static constexpr int W = kLanes<T>;
 
-    void read(T* block_row, T const* row, int64_t block) const {
-        int64_t const t = task_.begin + block * C, count = min_of(C, task_.end - t);
-        std::memcpy(block_row, row + t, size_t(count) * sizeof(T));
-        for (int64_t c = count; c < C; ++c) block_row[c] = 0;
-    }
-
-    static void scale(T* x, int64_t panels, T const* by) {
-        for (int64_t p = 0; p < panels; ++p) {
-#pragma GCC unroll 8
-            for (int t = 0; t < C; ++t, x += W) store(x, load(x) * by[t]);
-        }
-    }
-
     Normaliser const& own_;
     ChunkTask const& task_;
     int64_t keys_, panels_;
     GateRows<T> rows_;
     T *n_ = nullptr, *weight_ = nullptr, *inverse_ = nullptr;
+};
+
+// The backward's: with outputs h = above / divisor, above and n·q are both outputs of the engine,
+// and its values are those of v with a 1 behind them, weighted.
+template <class T, int C>
+class NormaliserColumn {
+  public:
+    NormaliserColumn(ChunkParams const& p, ChunkTask const& task, BlockSide<T> const& value,
+                     Arena<T>& arena)
+        : own_(p.normaliser),
+          task_(task),
+          panels_(value.panels),
+          V_(value.channels - 1),
+          h_(p.o, p.dtype, task.batch, task.head, {task.begin, task.end}, V_),
+          dweight_(p.normaliser.dweight, p.state_dtype, task.batch, task.head,
+                   {task.begin, task.end}) {
+        if (!on()) return;
+        rows_ = GateRows<T>(p, task.batch, task.head);
+        outputs_ = arena.take(panels_ * C * W);
+        weight_ = arena.take(C);
+    }
+
+    bool on() const { return own_.on; }
+
+    void weigh(T* values, int64_t block) const {
+        if (!on()) return;
+        read_gate_row<C>(weight_, rows_.weight, task_, block);
+        scale_rows<C>(values, panels(V_, W), weight_);
+        append(values, weight_);
+    }
+
+    // Gradients of outputs to those of what was divided, and of n·q. The divisor has a gradient
+    // where n·q, of either sign, is what it was made of.
+    void divide(T* grad, int64_t block) const {
+        if (!on()) return;
+        T below[C] = {};
+        if (own_.divides) {
+            T size[C], least[C], inverse[C];
+            read_gate_row<C>(size, rows_.size, task_, block);
+            read_gate_row<C>(least, rows_.least, task_, block, T(1));
+            h_.read(outputs_, block);
+            for (int t = 0; t < C; t += W) {
+                Vector<T> dots[W];
+                for (int i = 0; i < W; ++i) dots[i] = dot(grad, outputs_, panels(V_, W), t + i);
+                Vector<T> const x = load(size + t), magnitude = max_of(x, -x);
+                Vector<T> const one_over = 1 / (max_of(magnitude, load(least + t)) + T(own_.eps));
+                Vector<T> const total = sum_each<T>(dots) * one_over, none{};
+                store(inverse + t, one_over);
+                store(below + t, magnitude > load(least + t) ? (x > none ? -total : total) : none);
+            }
+            scale_rows<C>(grad, panels(V_, W), inverse);
+        }
+        append(grad, below);
+    }
+
+    // Of the weights, by way of what a block wrote, and of v.
+    void gradients(T* d_values, T const* values, int64_t block) const {
+        if (!on()) return;
+        T dweight[C];
+        for (int t = 0; t < C; t += W) {
+            Vector<T> dots[W];
+            for (int i = 0; i < W; ++i) dots[i] = dot(d_values, values, panels_, t + i);
+            store(dweight + t, sum_each<T>(dots));
+        }
+        dweight_.write(dweight, block);
+        scale_rows<C>(d_values, panels(V_, W), weight_);
+    }
+
+    // The column of a state with keys in lanes, and of a gradient with values in lanes.
+    void read_begin(T* state, int64_t K) const {
+        if (!on() || task_.n_begin == nullptr) return;
+        auto const* const n = static_cast<T const*>(task_.n_begin);
+        for (int64_t k = 0; k < K; ++k) state[(k / W * panels_ * W + V_) * W + k % W] = n[k];
+    }
+    void read_grad_end(T* grad, int64_t K) const {
+        if (!on() || task_.n_grad_end == nullptr) return;
+        auto const* const n = static_cast<T const*>(task_.n_grad_end);
+        for (int64_t k = 0; k < K; ++k) column(grad, K)[k * W] = n[k];
+    }
+    void write_grad_begin(T* grad, int64_t K) const {
+        if (!on() || task_.n_grad_begin == nullptr) return;
+        auto* const n = static_cast<T*>(task_.n_grad_begin);
+        for (int64_t k = 0; k < K; ++k) n[k] = column(grad, K)[k * W];
+    }
+
+    LSM_INLINE void prefetch(int64_t block) const {
+        if (on() && own_.divides) h_.prefetch(block);
+    }
+
+  private:
+    static constexpr int W = kLanes<T>;
+
+    T* column(T* state, int64_t K) const { return state + V_ / W * panels(K, W) * W * W + V_ % W; }
+
+    void append(T* rows, T const* x) const {
+        T* const panel = rows + V_ / W * C * W;
+        for (int t = 0; t < C; ++t) {
+            if (V_ % W == 0) store(panel + t * W, Vector<T>{});  // which no values were read into
+            panel[t * W + V_ % W] = x[t];
+        }
+    }
+
+    static LSM_INLINE Vector<T> dot(T const* x, T const* y, int64_t panels, int t) {
+        Vector<T> sum{};
+        for (int64_t p = 0; p < panels; ++p)
+            sum += load(x + (p * C + t) * W) * load(y + (p * C + t) * W);
+        return sum;
+    }
+
+    Normaliser const& own_;
+    ChunkTask const& task_;
+    int64_t panels_, V_;  // V_: of v, and the place of the column
+    HeadRows<T, C> h_;
+    HeadScalars<T, C> dweight_;
+    GateRows<T> rows_;
+    T *outputs_ = nullptr, *weight_ = nullptr;
 };
 
 }  // namespace LSM_CPU_TIER

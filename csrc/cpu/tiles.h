@@ -208,12 +208,14 @@ LSM_INLINE void for_each_tile(int64_t column_panels, F const& f) {
     for (; p < column_panels; ++p) f(Int<1>{}, p);
 }
 
-// A [K, V] state in memory to panels and back. Lanes run over V, or over K for the transpose.
+// A [K, V] state in memory to panels and back. Lanes run over V, or over K for the transpose; there
+// may be more value_panels than V fills.
 template <class T>
-void read_state(T* dst, T const* src, int64_t src_stride, int64_t K, int64_t V) {
+void read_state(T* dst, T const* src, int64_t src_stride, int64_t K, int64_t V,
+                int64_t value_panels) {
     constexpr int W = kLanes<T>;
     int64_t const rows = panels(K, W) * W;
-    std::memset(dst, 0, size_t(rows * panels(V, W) * W) * sizeof(T));
+    std::memset(dst, 0, size_t(rows * value_panels * W) * sizeof(T));
     if (src == nullptr) return;
     for (int64_t k = 0; k < K; ++k) {
         for (int64_t v = 0; v < V; v += W) {
@@ -236,9 +238,9 @@ void write_state(T* dst, int64_t dst_stride, T const* src, int64_t K, int64_t V)
 }
 
 template <class T>
-void read_transposed_state(T* dst, T const* src, int64_t K, int64_t V) {
+void read_transposed_state(T* dst, T const* src, int64_t K, int64_t V, int64_t value_panels) {
     constexpr int W = kLanes<T>;
-    int64_t const rows = panels(V, W) * W;
+    int64_t const rows = value_panels * W;
     std::memset(dst, 0, size_t(rows * panels(K, W) * W) * sizeof(T));
     if (src == nullptr) return;
     for (int64_t k = 0; k < K; ++k) {

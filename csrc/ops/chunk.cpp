@@ -311,6 +311,66 @@ Gradients backward(ChunkOperator const& op, Tensor const& q, Tensor const& k, Te
     return {sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, dg, dh0};
 }
 
+#if defined(LSM_BACKEND_CPU)
+// Of everything but the gates i and f, whose gradients are elementwise ones of dlog_decay and dlog_weight, [B, T, HV].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& C,
+    OptionalTensor const& n, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool normalize, Tensor const& h, Tensor const& tokens, Tensor const& grad_h,
+    OptionalTensor const& grad_C, OptionalTensor const& grad_n) {
+    Checks const c("mlstm_bwd");
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    auto const like_outputs = [&](Tensor const& t, char const* arg) {
+        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+        c.dtype(t, arg, q.scalar_type(), " like q");
+        c.device(t, arg, q, "q");
+    };
+    like_outputs(h, "h");
+    like_outputs(grad_h, "grad_h");
+    check_sums(c, tokens, "tokens", "[4, B, HV, T]", {kGateRows, p.B, p.HV, p.T}, q);
+    check_state(c, grad_C, "grad_C", q, p.N, p.HV, p.K, p.V);
+    if (n) check_sums(c, *n, "n", "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    if (grad_n) check_sums(c, *grad_n, "grad_n", "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    DeviceScope const scope(q);
+    ScalarType const type = q.scalar_type(), wide = state_type(q);
+    auto const kept = [](OptionalTensor const& t) {
+        return t ? OptionalTensor(as_contiguous(*t)) : OptionalTensor();
+    };
+    Tensor const h_rows = kernel_layout(h), grad_rows = kernel_layout(grad_h),
+                 gates = as_contiguous(tokens);
+    OptionalTensor const n0 = kept(n), dC_last = kept(grad_C), dn_last = kept(grad_n);
+    auto const key_type = p.HV == p.H ? type : wide;
+    Tensor dq = empty({p.B, p.T, p.HV, p.K}, key_type, q);
+    Tensor dk = empty({p.B, p.T, p.HV, p.K}, key_type, q);
+    Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
+    Tensor dlog_decay = empty({p.B, p.T, p.HV}, wide, q);
+    Tensor dlog_weight = empty({p.B, p.T, p.HV}, wide, q);
+    Tensor dC = C ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
+    Tensor dn = n ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
+    p.decay = Decay::scalar;
+    p.g = {const_cast<void*>(gates.const_data_ptr()), p.HV * p.T, 1, p.T};
+    p.gate_dtype = p.state_dtype;
+    Normaliser& own = p.normaliser;
+    own.on = true, own.divides = normalize, own.eps = eps;
+    own.tokens = p.g.data;
+    if (n0) own.n0 = n0->const_data_ptr();
+    if (dn_last) own.grad_n = dn_last->const_data_ptr();
+    if (n) own.grad_n0 = dn.mutable_data_ptr();
+    own.dweight = scalar_rows(dlog_weight);
+    p.o = rows(h_rows), p.grad_o = rows(grad_rows);
+    if (dC_last) p.grad_final_state = dC_last->const_data_ptr();
+    p.key_grad_dtype = to_dtype(key_type);
+    p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv), p.dg = scalar_rows(dlog_decay);
+    if (C) p.grad_initial_state = dC.mutable_data_ptr();
+    Tensor scratch = workspace(chunk_bwd_workspace(p), q);
+    chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {
+        sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, dlog_decay, dlog_weight, dC, dn};
+}
+#endif
+
 // The tensors of a step in the layout of the kernels, kept alive beside the params that point into them.
 struct StepInputs {
     Tensor q, k, v, o;
@@ -505,6 +565,7 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     lsm::implement_all(m, std::make_index_sequence<lsm::kChunkOperators.size()>{});
 #if defined(LSM_BACKEND_CPU)
     m.impl("mlstm_fwd", TORCH_BOX(&lsm::mlstm_fwd));
+    m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
 #endif
     m.impl("mlstm_step", TORCH_BOX(&lsm::mlstm_step));
 }

@@ -49,6 +49,12 @@ struct Normaliser {
     double eps;
     void* tokens =
         nullptr;  // whole sequences: [kGateRows, B, HV, T] in state_dtype, to be filled; else null
+
+    // Backward, which has the tokens' rows and the outputs (o) but no gates. Gradients are those of n, of n0 (nullable
+    // both), and of the logarithm of each token's weight, [B, T, HV] in state_dtype.
+    void const* grad_n = nullptr;
+    void* grad_n0 = nullptr;
+    Rows dweight;
 };
 // Rows of Normaliser::tokens: log decay, weight, scale · q·n where outputs are divided, exp(-m).
 inline constexpr int64_t kGateRows = 4;
@@ -72,9 +78,9 @@ struct ChunkParams {
     Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
-    Normaliser normaliser;  // forward, on the CPU: g is then the first of its rows of tokens
+    Normaliser normaliser;                // on the CPU: g is then the first of its rows of tokens
 
-    // Forward.
+    // Forward; the backward of a normaliser reads o.
     Rows o;                       // [B, T, HV, V]
     void* final_state = nullptr;  // [N, HV, K, V], nullable
 

@@ -15,9 +15,10 @@ from ._common import (
     check_no_gradient,
     check_same_device,
     check_shape,
+    no_double_backward,
 )
 from ._running import sequence_index
-from ._sums import ROW, quotient, sums
+from ._sums import quotient, sums
 
 __all__ = [
     "chunk_mlstm",
@@ -88,9 +89,9 @@ def chunk_mlstm(
 
     Note: differentiable once in everything but m: the stabiliser cancels in h but for eps, so no
         gradient flows through it. It is kept in fp64; gate logits up to ±100 over 1e5 tokens stay
-        finite and exact. On the CPU the forward is one pass. On CUDA, and in every backward, v is
-        read and written once around the engine for i', with eight columns more for n, and fp16 is
-        computed in fp32.
+        finite and exact. On the CPU forward and backward are a pass of the engine each. On CUDA v
+        is read and written once around the engine for i', with eight columns more for n, and fp16
+        is computed in fp32.
 
     Source: xLSTM, arXiv:2405.04517, equations 19 to 27; the sigmoid gate: Tiled Flash Linear
         Attention, arXiv:2503.14376, section 4.
@@ -319,54 +320,30 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    q, k, v, C, n, cu_seqlens, _, _, _, h, tokens, grad_h, grad_C, grad_n = inputs
+    states = {"C": C, "n": n, "cu_seqlens": cu_seqlens, "grad_C": grad_C, "grad_n": grad_n}
+    check_same_device("mlstm_bwd", q, k=k, v=v, h=h, tokens=tokens, grad_h=grad_h, **states)
+    gate, wide = v.shape[:-1], accumulation_dtype(q)
+    d_states = ((0,) if s is None else s.shape for s in (C, n))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *(
+        q.new_empty(s, dtype=wide) for s in (gate, gate, *d_states)
+    )
+
+
 def _backward(ctx, grad_h, grad_C, grad_n, grad_m, _):  # type: ignore[no-untyped-def]
-    """That of simple_gla, whose values are the weighted ones and, as one more column, the weights.
-    The stabiliser is a constant where there are tokens to find it from."""
+    """The stabiliser is a constant where there are tokens to find it from."""
     q, k, v, i, f, C, n, cu_seqlens, h, tokens = ctx.saved_tensors
     scale, eps, exponential, normalize, output_final_state = ctx.options
-    g, weight, size, least = tokens.transpose(2, 3)
-    (*shape, V), dtype, wide = v.shape, v.dtype, tokens.dtype
-    if dtype == torch.float16:  # as in the sums of _sums.py
-        q, k, v, h = q.float(), k.float(), v.float(), h.float()
-    above = torch.zeros_like(v) if grad_h is None else grad_h.to(v.dtype)
-    values = weighted = v * weight[..., None].to(v.dtype)
-    columns = 0
-    if normalize or n is not None or grad_n is not None:
-        columns = ROW - V % ROW
-        below = v.new_zeros(*shape, columns)
-        if normalize:
-            magnitude = size.abs()
-            divisor = (torch.maximum(magnitude, least) + eps)[..., None]
-            above = (above / divisor).to(v.dtype)
-            total = (above * h).sum(-1, dtype=wide)
-            below[..., 0] = -total * size.sign() * (magnitude > least)
-        values = torch.cat([weighted, weight[..., None].to(v.dtype).expand(*shape, columns)], -1)
-        above = torch.cat([above, below], -1)
-
-    def beside(S: Tensor | None, z: Tensor | None) -> Tensor | None:
-        if S is None and z is None:
-            return None
-        N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        both: Tensor = q.new_zeros(N, v.shape[2], q.shape[-1], V + columns, dtype=wide)
-        if S is not None:
-            both[..., :V] = S
-        if z is not None:
-            both[..., V] = z
-        return both
-
-    grad_last = beside(grad_C, grad_n) if output_final_state else None
-    dq, dk, dv, dg, dh0 = torch.ops.lsm.simple_gla_bwd(
-        q, k, values, g, beside(C, n), cu_seqlens, scale, above, grad_last, True
+    if not output_final_state:
+        grad_C = grad_n = None
+    grad_h = torch.zeros_like(h) if grad_h is None else grad_h
+    dq, dk, dv, da, di, dC, dn = torch.ops.lsm.mlstm_bwd(
+        q, k, v, C, n, cu_seqlens, scale, eps, normalize, h, tokens, grad_h, grad_C, grad_n
     )
-    dweight = (dv[..., :V] * v).sum(-1, dtype=wide)
-    if columns:
-        dweight = dweight + dv[..., V].to(wide)
-    dv = dv[..., :V] * weight[..., None].to(v.dtype)
-    di = dweight * (weight if exponential else weight * (1 - weight))
-    df = dg * (-f.to(wide)).sigmoid()
-    dC = None if C is None else dh0[..., :V]
-    dn = None if n is None else dh0[..., V]
-    grads = dq.to(dtype), dk.to(dtype), dv.to(dtype), di.to(i.dtype), df.to(f.dtype)
+    if not exponential:  # the logarithm of a sigmoid has the slope 1 − σ
+        di = di * (1 - tokens[1].transpose(1, 2))
+    df = da * (-f.to(da.dtype)).sigmoid()
     dm = None
     if ctx.from_m and grad_m is not None:
         dm = grad_m
@@ -374,11 +351,18 @@ def _backward(ctx, grad_h, grad_C, grad_n, grad_m, _):  # type: ignore[no-untype
             dm = grad_m.masked_fill((cu_seqlens.diff() > 0)[:, None], 0)
         elif exponential and v.shape[1]:
             dm = None
-    return (*grads, dC, dn, dm, *(None for _ in range(6)))
+    dC, dn = None if C is None else dC, None if n is None else dn
+    return (dq, dk, dv, di.to(i.dtype), df.to(f.dtype), dC, dn, dm, *(None for _ in range(6)))
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("mlstm_bwd"))
 
 
 torch.library.register_fake("lsm::mlstm_fwd")(_fwd_fake)
+torch.library.register_fake("lsm::mlstm_bwd")(_bwd_fake)
 torch.library.register_autograd("lsm::mlstm_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lsm::mlstm_bwd", _refuse_double_backward)
 
 
 def _composed(

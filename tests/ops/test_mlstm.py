@@ -163,6 +163,7 @@ WHOLE = {
     "fp16": {"dtype": torch.float16},
     "packed": {"T": 40, "cu_seqlens": [0, 0, 9, 9, 27, 40]},
     "no state": {"states": False},
+    "as wide as kernels go": {"T": 5, "K": 8, "V": 256, "B": 1, "H": 1, "HV": 1},
 }
 
 
@@ -222,6 +223,55 @@ def test_whole_sequences_are_a_sound_operator() -> None:
     ]
     torch.library.opcheck(op, leaves)
     torch.library.opcheck(op, whole_arguments(C=None, n=None, m=None))
+
+
+def backward_arguments(**replaced: Any) -> list[Any]:
+    """Of torch.ops.lsm.mlstm_bwd."""
+    q, k, v, i, f, C, n, m, cu_seqlens, *options = whole_arguments()
+    h, *_, tokens = torch.ops.lsm.mlstm_fwd(q, k, v, i, f, C, n, m, cu_seqlens, *options)
+    named = {"q": q, "k": k, "v": v, "C": C, "n": n, "cu_seqlens": cu_seqlens, "scale": 0.3}
+    named |= {"eps": 1e-6, "normalize": True, "h": h, "tokens": tokens}
+    named |= {"grad_h": torch.randn_like(h), "grad_C": None, "grad_n": torch.randn_like(n)}
+    return [*(named | replaced).values()]
+
+
+def test_backward_is_a_sound_operator() -> None:
+    op = torch.ops.lsm.mlstm_bwd.default
+    torch.library.opcheck(op, backward_arguments())
+    torch.library.opcheck(op, backward_arguments(C=None, n=None, normalize=False))
+    given = backward_arguments()
+    given[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(op(*given)[0].sum(), given[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_division_by_what_is_behind_the_last_token(dtype: torch.dtype) -> None:
+    """eps of 0, and tokens that end within a block."""
+    x = [t.transpose(1, 2).to(dtype).requires_grad_() for t in arguments(T=19, signed=False)]
+    h, _ = ops.chunk_mlstm(*x, eps=0.0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(h.sum(), x))
+
+
+BAD_GRADIENTS = {
+    "h": (
+        torch.zeros(2, 5, 3, 5).double(),
+        "h must have shape [B, T, HV, V] = [2, 5, 3, 6], got [2, 5, 3, 5]",
+    ),
+    "tokens": (
+        torch.zeros(3, 2, 3, 5).double(),
+        "tokens must have shape [4, B, HV, T] = [4, 2, 3, 5], got [3, 2, 3, 5]",
+    ),
+    "grad_n": (torch.zeros(2, 3, 8), "grad_n must have dtype float64, got float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+def test_backward_refuses(name: str) -> None:
+    bad, text = BAD_GRADIENTS[name]
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.lsm.mlstm_bwd(*backward_arguments(**{name: bad}))
+    assert str(error.value).splitlines()[0] == f"lsm::mlstm_bwd: {text}"
 
 
 BAD_SEQUENCES = {
