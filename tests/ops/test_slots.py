@@ -10,7 +10,7 @@ from families import FAMILIES, assert_rule, definition, draw, gradients, operato
 
 from lsm_cuda import ops
 
-GSA = next(family for family in FAMILIES if str(family) == "gsa")
+GSA, ABC = (next(f for f in FAMILIES if str(f) == name) for name in ("gsa", "abc"))
 
 
 @pytest.mark.parametrize("slots", [16, 100, 256])
@@ -28,6 +28,16 @@ def test_saturated_slots(gate: str, s: float) -> None:
     results = gradients(operator(GSA), GSA, x)
     assert all(t.isfinite().all() for t in results.values())
     assert_rule(results, definition(GSA, x), x)
+
+
+@pytest.mark.parametrize("size", [0.0, 40.0])
+def test_saturated_slots_of_abc(size: float) -> None:
+    """Slots that all tokens fill alike, or one alone."""
+    x = draw(ABC)
+    x.tensors["s"].mul_(size)
+    results = gradients(operator(ABC), ABC, x)
+    assert all(t.isfinite().all() for t in results.values())
+    assert_rule(results, definition(ABC, x), x)
 
 
 def test_large_scores() -> None:
