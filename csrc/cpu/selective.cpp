@@ -14,7 +14,7 @@ using cpu::SelectiveTask;
 constexpr int64_t kBlock = 512;  // channels of a task at most
 constexpr int64_t kApart = 64;   // likewise where channels lie apart, each in pages of its own
 constexpr int64_t kUnit = 16;    // blocks are multiples of it
-constexpr int64_t kThreadGrain = int64_t(1) << 13;  // states of tokens worth waking a thread for
+constexpr int64_t kThreadGrain = int64_t(1) << 16;  // states of tokens worth waking a thread for
 
 cpu::SelectiveKernels const& kernels() {
     return cpu::best_selective_kernels();
