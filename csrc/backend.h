@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+
 #include "checks.h"
 
 #define LSM_STRING_(x) #x
@@ -35,6 +37,20 @@ constexpr bool kReadsValues = false;
 #else
 constexpr bool kReadsValues = true;
 #endif
+
+// Whether lists of blocks and tables of pages are checked before a kernel reads them. On a GPU that waits for the device,
+// and is for debugging: LSM_CHECK_LISTS=1. With 0 kernels there, emulated ones too, leave out what does not exist.
+inline bool checks_lists() {
+    char const* const set = std::getenv("LSM_CHECK_LISTS");
+    if (!kTensorCores || set == nullptr) return kReadsValues;
+    return *set != '0';
+}
+
+// The tensor where its values can be read.
+inline Tensor on_host(Tensor const& t) {
+    if (kReadsValues) return t;
+    return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
 
 // Makes the tensor's device current for the life of the object and tells its current stream.
 class DeviceScope {

@@ -60,6 +60,7 @@ class LayerState:
             tensor, N first in each; decode steps update it in place.
         conv_state: ``[N, D, W]`` per short convolution; decode steps update it in place.
         attn_state: keys and values of softmax attention.
+        windows: these compressed, one for each window of tokens that is whole.
         kv_cache: these under a policy, which drops or skips some of them.
         lengths: ``[N]`` int64, tokens of each sequence so far, for layers that need positions.
         seen: tokens processed so far, padding included.
@@ -68,6 +69,7 @@ class LayerState:
     recurrent_state: Tensor | tuple[Tensor, ...] | None = None
     conv_state: tuple[Tensor, ...] | None = None
     attn_state: KVBuffer | None = None
+    windows: KVBuffer | None = None
     kv_cache: KVCache | None = None
     lengths: Tensor | None = None
     seen: int = 0
@@ -80,8 +82,9 @@ class LayerState:
         yield from self.conv_state or ()
         if self.lengths is not None:
             yield self.lengths
-        if self.attn_state is not None:
-            yield from (self.attn_state.keys, self.attn_state.values)
+        for kv in (self.attn_state, self.windows):
+            if kv is not None:
+                yield from (kv.keys, kv.values)
         if self.kv_cache is not None:
             yield from self.kv_cache.raw()
 
@@ -153,7 +156,10 @@ class Cache:
     def clone(self) -> Cache:
         """An independent copy, for branching off a shared prefix: steps update states in place."""
         copy = Cache(
-            {i: replace(s, attn_state=_shallow(s.attn_state)) for i, s in self.layers.items()}
+            {
+                i: replace(s, attn_state=_shallow(s.attn_state), windows=_shallow(s.windows))
+                for i, s in self.layers.items()
+            }
         )
         copy._map(torch.clone)
         return copy
@@ -177,8 +183,9 @@ class Cache:
                 state.conv_state = tuple(map(f, state.conv_state))
             if state.lengths is not None:
                 state.lengths = f(state.lengths)
-            if (kv := state.attn_state) is not None:
-                kv.keys, kv.values = f(kv.keys), f(kv.values)
+            for kv in (state.attn_state, state.windows):
+                if kv is not None:
+                    kv.keys, kv.values = f(kv.keys), f(kv.values)
 
 
 def _shallow(kv: KVBuffer | None) -> KVBuffer | None:

@@ -67,11 +67,11 @@ class DecodeWalk {
             chunk(i, min_of(kChunk, task_.last - i));
         for (int64_t r = 0; r < rows_; ++r) {
             int64_t const t = query(r), h = head(r);
-            T const sum = s_.sum[r], part = sum > 0 ? 1 / sum : 0;
+            T const sum = s_.sum[r], part = sum == 0 ? 0 : 1 / sum;
             T* const to = o + ((task_.batch * p_.Tq + t) * p_.Hq + h) * p_.V;
             for (int64_t c = 0; c < p_.V; ++c) to[c] = s_.o[r * V_ + c] * part;
             lse[(task_.batch * p_.Hq + h) * p_.Tq + t] =
-                sum > 0 ? s_.top[r] + std::log(sum) : T(-INFINITY);
+                sum == 0 ? T(-INFINITY) : s_.top[r] + std::log(sum);
         }
     }
 
@@ -180,7 +180,7 @@ class DecodeWalk {
                 if (p_.ramp != nullptr) {
                     T const R = T(p_.ramp_length);
                     T const open = (R + static_cast<T const*>(p_.ramp)[h] - distance) / R;
-                    s += open >= 1 ? T(0) : open > 0 ? std::log(open) : T(-INFINITY);
+                    s = open >= 1 ? s : open > 0 ? s + std::log(open) : T(-INFINITY);
                 }
                 scores[n] = s;
             }
@@ -191,7 +191,7 @@ class DecodeWalk {
         T* const p = s_.scores + r * kChunk;
         T* const o = s_.o + r * V_;
         T top = s_.top[r];
-        for (int64_t n = 0; n < live; ++n) top = p[n] > top ? p[n] : top;
+        for (int64_t n = 0; n < live; ++n) top = p[n] <= top ? top : p[n];  // NaN too
         if (top == -INFINITY) return;
         for (int64_t n = live; n < panels(live, W) * W; ++n) p[n] = -INFINITY;
         Vector<T> sum{};
@@ -213,6 +213,7 @@ class DecodeWalk {
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) sum[i] = load(o + i * W) * keep;
         for (int64_t n = 0; n < live; ++n) {
+            if (p[n] == 0) continue;  // not 0 times inf, of a key that the query does not see
 #pragma GCC unroll 8
             for (int i = 0; i < N; ++i) sum[i] += p[n] * load(values + n * V_ + i * W);
         }
@@ -273,7 +274,7 @@ class MergeRow {
         T sum = top == -INFINITY ? T(0) : std::exp(sink - top);
         for (int64_t i = 0; i < p_.parts; ++i)
             if (score(i) != -INFINITY) sum += std::exp(score(i) - top);
-        T const lse = top == -INFINITY ? T(-INFINITY) : top + std::log(sum);
+        T const lse = sum == 0 ? T(-INFINITY) : top + std::log(sum);
         static_cast<T*>(p_.lse)[scores_at(0)] = lse;
         Element* const o = of<Element>(p_.o);
         constexpr int N = 8;

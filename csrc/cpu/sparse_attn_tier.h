@@ -30,11 +30,12 @@ class AttnForward {
             while (tile_.next()) {
                 tile_.read_keys();
                 tile_.scores(scores_, nullptr);
+                bool const finite = !tile_.partial() || tile_.finite_values();
                 tile_.over_runs([&](Run run) {
                     for (int v = run.begin; v < run.end; ++v) softmax(v);
-                    multiply<true>(turned_ + run.begin * W, kLaneCount, tile_.values(), tile_.V(),
-                                   scores_ + run.begin * W, kLaneCount, p_.V, run.end - run.begin,
-                                   tile_.size(), true);
+                    add_weighed<true>(finite, turned_ + run.begin * W, kLaneCount, tile_.values(),
+                                      tile_.V(), scores_ + run.begin * W, kLaneCount, p_.V,
+                                      run.end - run.begin, tile_.size());
                 });
             }
             finish();
@@ -162,6 +163,7 @@ class AttnBackward {
             }
         }
         turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
+        finite_grads_ = all_finite(grad_o_, lanes * V), finite_queries_ = tile_.finite_queries();
         for (int64_t c = 0; c < tile_.K(); ++c)
             std::memset(dq_turned_ + c * kLaneCount, 0, size_t(lanes) * sizeof(T));
     }
@@ -172,39 +174,42 @@ class AttnBackward {
         T* const dv = dv_ + tile_.key() * V;
         tile_.read_keys();
         tile_.scores(weights_, capped_);
+        bool const full = !tile_.partial(), finite_keys = full || tile_.finite_keys();
         tile_.over_runs([&](Run run) {
             int64_t const at = run.begin * W, lanes = (run.end - run.begin) * W;
             int64_t const vectors = run.end - run.begin;
             multiply<false>(grads_ + at, kLaneCount, tile_.values(), V, grad_o_turned_ + at,
                             kLaneCount, keys, vectors, p_.V, false);
             for (int v = run.begin; v < run.end; ++v) softmax(v);
-            multiply<false>(dv, V, weights_ + at, kLaneCount, grad_o_ + at * V, V, keys, V / W,
-                            lanes, true);
-            multiply<false>(dk, K, grads_ + at, kLaneCount, tile_.queries() + at * K, K, keys,
-                            K / W, lanes, true);
-            multiply<true>(dq_turned_ + at, kLaneCount, tile_.keys(), K, grads_ + at, kLaneCount,
-                           p_.K, vectors, keys, true);
+            add_weighed<false>(full || finite_grads_, dv, V, weights_ + at, kLaneCount,
+                               grad_o_ + at * V, V, keys, V / W, lanes);
+            add_weighed<false>(full || finite_queries_, dk, K, grads_ + at, kLaneCount,
+                               tile_.queries() + at * K, K, keys, K / W, lanes);
+            add_weighed<true>(finite_keys, dq_turned_ + at, kLaneCount, tile_.keys(), K,
+                              grads_ + at, kLaneCount, p_.K, vectors, keys);
         });
     }
 
     // Scores to weights and dP to dS, of vector v; on the way what the scores' other terms take.
     void softmax(int v) {
         Vector<T> const lse = load(lse_ + v * W), dot = load(dot_ + v * W);
+        Vector<T> const none = {}, hidden = splat(T(-INFINITY));
         Vector<T> sum = {}, ramp_sum = {};
         for (int64_t j = 0; j < tile_.size(); ++j) {
             int64_t const at = j * kLaneCount + v * W;
-            Vector<T> const weight = exp(load(weights_ + at) - lse);
-            Vector<T> grad = weight * (load(grads_ + at) - dot);
+            Vector<T> const s = load(weights_ + at);
+            Vector<T> const weight = s == hidden ? none : exp(s - lse);
+            Vector<T> grad = s == hidden ? none : weight * (load(grads_ + at) - dot);
             store(weights_ + at, weight);
             sum += grad;
             if (d_ramp_ != nullptr) {
-                Vector<T> const factor = tile_.ramp(v, j), none = {};
+                Vector<T> const factor = tile_.ramp(v, j);
                 Vector<T> const slope = grad / (T(p_.ramp_length) * factor);
                 ramp_sum += factor > none ? (factor <= T(1) ? slope : none) : none;
             }
             if (p_.softcap > 0) {
                 Vector<T> const x = load(capped_ + at);
-                grad *= T(1) - x * x;
+                grad = grad == none ? none : grad * (T(1) - x * x);
             }
             store(grads_ + at, grad);
         }
@@ -235,6 +240,7 @@ class AttnBackward {
     T *dk_, *dv_, *d_bias_, *d_sink_, *d_ramp_;
     T *weights_, *grads_, *capped_;
     T *grad_o_, *grad_o_turned_, *output_, *dq_, *dq_turned_;
+    bool finite_grads_, finite_queries_;
     T lse_[kLaneCount], dot_[kLaneCount], ramp_sum_[kLaneCount];
 };
 

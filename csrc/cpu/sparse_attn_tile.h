@@ -112,6 +112,38 @@ void multiply(T* C, int64_t c_row, T const* A, int64_t step, T const* B, int64_t
         multiply_rows<1, kColumns>(C + v * W, c_row, A, step, B + v * W, b_row, rows, depth, add);
 }
 
+// C += as above, where `finite` tells whether what is weighed (A if kColumns, else B) is finite; if not, a weight of 0
+// adds nothing, rather than 0 times inf.
+template <bool kColumns, class T>
+void add_weighed(bool finite, T* C, int64_t c_row, T const* A, int64_t step, T const* B,
+                 int64_t b_row, int64_t rows, int64_t vectors, int64_t depth) {
+    if (finite) return multiply<kColumns>(C, c_row, A, step, B, b_row, rows, vectors, depth, true);
+    constexpr int W = kLanes<T>;
+    for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t r = 0; r < rows; ++r) {
+            T const a = kColumns ? A[k * step + r] : A[r * step + k];
+            if (!kColumns && a == 0) continue;
+            for (int64_t n = 0; n < vectors * W; n += W) {
+                Vector<T> const b = load(B + k * b_row + n), none = {};
+                store(C + r * c_row + n,
+                      load(C + r * c_row + n) + (kColumns ? (b == none ? none : a * b) : a * b));
+            }
+        }
+    }
+}
+
+// Whether whole vectors of numbers are.
+template <class T>
+bool all_finite(T const* x, int64_t count) {
+    constexpr int W = kLanes<T>;
+    Vector<T> zero[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= count; i += 4 * W)
+        for (int n = 0; n < 4; ++n) zero[n] += load(x + i + n * W) * T(0);
+    for (; i < count; i += W) zero[0] += load(x + i) * T(0);
+    return sum_lanes<T>(zero[0] + zero[1] + zero[2] + zero[3]) == 0;
+}
+
 // dst[c][lane] = src[lane][c]; both sides in whole vectors.
 template <class T>
 void turn(T* dst, int64_t dst_row, T const* src, int64_t src_row, int64_t rows, int64_t columns) {
@@ -271,6 +303,18 @@ class AttnTile {
         T const length = T(p_.ramp_length);
         return (length + load(ramp_ + v * W) - distance(v, j)) / length;
     }
+
+    // Whether some query does not see some key of the block.
+    bool partial() const {
+        bool some = false;
+        over_runs([&](Run run) {
+            for (int v = run.begin; v < run.end; ++v) some = some || !full_[v];
+        });
+        return some || p_.ramp != nullptr;
+    }
+    bool finite_keys() const { return all_finite(keys_, size_ * K_); }
+    bool finite_values() const { return all_finite(values_, size_ * V_); }
+    bool finite_queries() const { return all_finite(queries_, vectors_ * W * K_); }
 
     int64_t key() const { return first_ + from_; }  // of the sequence
     int64_t size() const { return size_; }

@@ -87,7 +87,14 @@ void update(Tensor const& k_cache, Tensor const& v_cache, Tensor const& k, Tenso
     c.require(ring_sinks < 0 || p.capacity > 0, "a ring needs a capacity of at least 1, got 0");
     p.seqlens = static_cast<int32_t const*>(lengths.const_data_ptr());
     p.k = rows(keys), p.v = rows(values), p.k_cache = rows(k_cache), p.v_cache = rows(v_cache);
-    if (kReadsValues) check_places(c, p);
+    if (checks_lists()) {
+        Tensor const read_lengths = on_host(lengths);
+        OptionalTensor const read_table = table ? OptionalTensor(on_host(*table)) : table;
+        CacheParams read = p;
+        read.seqlens = static_cast<int32_t const*>(read_lengths.const_data_ptr());
+        if (table) read.block_table = static_cast<int32_t const*>(read_table->const_data_ptr());
+        check_places(c, read);
+    }
     DeviceScope const scope(k);
     kv_cache_update(p, scope.stream());
 }

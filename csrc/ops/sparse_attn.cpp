@@ -253,6 +253,22 @@ void check_cache(Checks const& c, SparseAttnParams const& p) {
     }
 }
 
+// Params for the checks above.
+struct Readable {
+    SparseAttnParams p;
+    std::vector<Tensor> kept{};
+
+    template <class T>
+    void move(OptionalTensor const& t, T const*& at) {
+        if (!t || t->numel() == 0) return;
+        kept.push_back(as_contiguous(on_host(*t)));
+        at = static_cast<T const*>(kept.back().const_data_ptr());
+    }
+    void move_lists(Arguments const& a) {
+        move(a.block_index, p.lists.index), move(a.block_ptr, p.lists.row_ptr);
+    }
+};
+
 // ---- Params ----
 
 void read_scores(Checks const& c, Arguments const& a, Tensor const& q, Inputs& in) {
@@ -306,10 +322,15 @@ Inputs prepare_sequences(Checks const& c, Tensor const& q, Tensor const& k, Tens
         p.cu_seqlens_q = in.keep(cu_q), p.cu_seqlens_k = in.keep(cu_k);
     }
     p.lists = read_lists(c, a, q, p.Hkv, cu_q.has_value(), in);
-    if (kReadsValues && in_order(p, p.cu_seqlens_q, p.Tq) && in_order(p, p.cu_seqlens_k, p.Tk)) {
-        check_lists(c, p, [&](int64_t n) {
-            int64_t const keys = p.cu_seqlens_k != nullptr ? boundary(p, p.cu_seqlens_k, n + 1) -
-                                                                 boundary(p, p.cu_seqlens_k, n)
+    if (!checks_lists() || p.lists.index == nullptr) return in;
+    Readable lists{p};
+    lists.move_lists(a);
+    lists.move(cu_q, lists.p.cu_seqlens_q), lists.move(cu_k, lists.p.cu_seqlens_k);
+    SparseAttnParams const& r = lists.p;
+    if (in_order(r, r.cu_seqlens_q, p.Tq) && in_order(r, r.cu_seqlens_k, p.Tk)) {
+        check_lists(c, r, [&](int64_t n) {
+            int64_t const keys = r.cu_seqlens_k != nullptr ? boundary(r, r.cu_seqlens_k, n + 1) -
+                                                                 boundary(r, r.cu_seqlens_k, n)
                                                            : p.Tk;
             return (keys + p.lists.block_k - 1) / p.lists.block_k;
         });
@@ -336,13 +357,15 @@ Inputs prepare_cache(Checks const& c, Tensor const& q, Tensor const& k, Tensor c
         p.block_table = in.keep<int32_t>(block_table);
     }
     p.lists = read_lists(c, a, q, p.Hkv, false, in);
-    if (kReadsValues) {
-        check_cache(c, p);
-        check_lists(c, p, [&](int64_t n) {
-            int64_t const keys = p.cache_seqlens != nullptr ? p.cache_seqlens[n] : p.Tk;
-            return (keys + p.lists.block_k - 1) / p.lists.block_k;
-        });
-    }
+    if (!checks_lists()) return in;
+    Readable cache{p};
+    cache.move_lists(a);
+    cache.move(cache_seqlens, cache.p.cache_seqlens), cache.move(block_table, cache.p.block_table);
+    check_cache(c, cache.p);
+    check_lists(c, cache.p, [&](int64_t n) {
+        int64_t const keys = cache_seqlens ? cache.p.cache_seqlens[n] : p.Tk;
+        return (keys + p.lists.block_k - 1) / p.lists.block_k;
+    });
     return in;
 }
 

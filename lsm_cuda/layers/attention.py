@@ -117,7 +117,10 @@ class CausalAttention(nn.Module, ABC):
                 return self.o_proj(o.flatten(-2)), None, past_key_values
             if bool(attention_mask.all()):
                 attention_mask = None
-        if attention_mask is None:
+        if attention_mask is None and past_key_values is not None and use_cache:
+            index = layer_index(self, self.layer_idx)
+            o = self._attend_cached(q, k, v, gates, past_key_values[index])
+        elif attention_mask is None:
             o = self._attend(q, k, v, gates, cu_seqlens, cu_seqlens)
         else:
             o = self._unpadded(q, k, v, gates, attention_mask)
@@ -141,6 +144,12 @@ class CausalAttention(nn.Module, ABC):
         cu_seqlens_k: Tensor | None,
     ) -> Tensor:
         """Queries, the last tokens of the keys' sequences, over them."""
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: LayerState
+    ) -> Tensor:
+        """The same behind a cache, where ``state`` may keep what is made of keys and values."""
+        return self._attend(q, k, v, gates, None, None)
 
     def _gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """``[B, T, ...]`` each, what else attention needs of the queries' tokens."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..cache import KVBuffer, LayerState
 from ..modules import FusedRMSNormGated, RMSNorm
 from ..modules.rotary import packed_positions
 from ..ops.attn_mask import AttnMask
 from ..ops.moba import parallel_moba
 from ..ops.nsa import parallel_nsa
+from ..ops.selection import block_pool
 from ..ops.sparse_attn import block_sparse_attn
 from .attention import CausalAttention
 from .common import split_heads
@@ -65,7 +67,8 @@ class NativeSparseAttention(CausalAttention):
     Raises:
         ValueError: sizes that do not divide.
 
-    Parameter names are FLA's. Steps from a cache compress its keys again.
+    Parameter names are FLA's. Steps from a cache compress the windows that became whole; where
+    sequences are padded, all of them again.
 
     Source: Native Sparse Attention, arXiv:2502.11089.
 
@@ -130,10 +133,41 @@ class NativeSparseAttention(CausalAttention):
         if cu_seqlens is not None and (learned or q.shape[1] != k.shape[1]):
             assert cu_seqlens_k is not None
             return self._row_by_row(q, k, v, gates, cu_seqlens, cu_seqlens_k)
-        k_cmp = v_cmp = None
+        compressed = self._compress(k, v) if learned else (None, None)
+        return self._mix(q, k, v, gates, cu_seqlens, *compressed)
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: LayerState
+    ) -> Tensor:
+        kept = state.windows
+        done = 0 if kept is None else kept.length
+        whole = max(0, (k.shape[1] - self.cmp_length) // self.cmp_stride + 1)
+        if kept is None or whole > done:
+            new = self._compress(*(x[:, done * self.cmp_stride :] for x in (k, v)))
+            if kept is None:
+                kept = state.windows = KVBuffer.start(*new)
+            else:
+                kept.append(*new)
+        windows = kept.keys[:, :whole], kept.values[:, :whole]
+        return self._mix(q, k, v, gates, None, *windows)
+
+    def _compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A key and a value for each whole window."""
         if self.k_compress is not None and self.v_compress is not None:
-            k_cmp = self.k_compress(k, self.cmp_stride)
-            v_cmp = self.v_compress(v, self.cmp_stride)
+            return self.k_compress(k, self.cmp_stride), self.v_compress(v, self.cmp_stride)
+        size = self.cmp_length, self.cmp_stride
+        return block_pool(k, *size, partial=False), block_pool(v, *size, partial=False)
+
+    def _mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        k_cmp: Tensor | None,
+        v_cmp: Tensor | None,
+    ) -> Tensor:
         g_cmp, g_slc, g_swa = gates[0].unbind(-1)
         return parallel_nsa(
             q, k, v, g_cmp, g_slc, g_swa,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._common import accumulation_dtype, check_device_like, check_no_forward_ad, check_rank
+from ._stretches import stretches
 from .block_lists import BlockLists
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 _POOLS = ("mean", "max", "min", "bounds")
+_MOST_ON_CHIP = 16384  # keys and blocks of a row, as csrc/kernels/sparse_attn/select.cu has it
 
 
 def _ceil(n: int, unit: int) -> int:
@@ -483,10 +485,11 @@ def block_select(
         :func:`sparse_attn_decode`.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit; on CUDA more than 16384 keys and
-            blocks together in one row, which :func:`block_scores` and :func:`block_topk` take.
+        RuntimeError: a shape, dtype or device that does not fit.
 
     Note: no gradient flows through selection. Sums have one order: equal inputs give equal lists.
+        On CUDA, scores of rows with more than 16384 keys and blocks together do not fit on the
+        chip: those of a stretch of rows go through memory.
 
     Example:
         >>> q, k = torch.randn(1, 256, 16, 32), torch.randn(1, 256, 1, 32)  # NSA's selection
@@ -500,8 +503,39 @@ def block_select(
     check_rank("block_select", "k", k, "[B, Tk, Hk, K]")
     blocks = _blocks(k, rule, tokens)
     given = _arguments(q, k, rule, scale, lse, lengths, cu_seqlens, cu_seqlens_k, blocks)
-    index = torch.ops.lsm.block_select(*given, *choice._arguments(rule, blocks))
+    chosen = choice._arguments(rule, blocks)
+    taps = rule.taps if isinstance(rule.taps, int) else len(rule.taps)
+    of_a_row = min(blocks * rule.tap_step + taps, k.shape[1]) + blocks
+    if q.device.type == "cuda" and of_a_row > _MOST_ON_CHIP:
+        index = _select_in_two(torch.ops.lsm, given, chosen)
+    else:
+        index = torch.ops.lsm.block_select(*given, *chosen)
     return _lists(index, rule, q.shape[1] * rule.q_stride, blocks, tokens, cu_seqlens)
+
+
+def _select_in_two(library, given, chosen) -> Tensor:  # type: ignore[no-untyped-def]
+    """A map of scores, then the choice among them, a stretch of rows at a time."""
+    q, k, lse, taps, *sequences, lengths, scale, numbers = given
+    Tq, block_q, blocks = q.shape[1], numbers[8], numbers[14]
+    cu_seqlens, _, cu_rows = sequences
+    if cu_seqlens is not None:
+        scores = library.block_scores(*given)
+        return library.block_topk(scores, cu_seqlens, cu_rows, None, Tq, numbers, *chosen)  # type: ignore[no-any-return]
+    lists = []
+    of_a_row = q.shape[0] * (k.shape[2] if numbers[1] else q.shape[2]) * blocks
+    for rows in stretches(_ceil(Tq, block_q), of_a_row):
+        t = slice(rows.start * block_q, min(rows.stop * block_q, Tq))
+        # With lengths, positions are counted from the last query.
+        before = t.start if lengths is None else t.stop - Tq
+        numbers_ = [*numbers[:3], numbers[3] + before * numbers[4], *numbers[4:]]
+        lse_ = None if lse is None else lse[..., t]
+        scores = library.block_scores(
+            q[:, t], k, lse_, taps, None, None, None, lengths, scale, numbers_
+        )
+        lists.append(
+            library.block_topk(scores, None, None, lengths, t.stop - t.start, numbers_, *chosen)
+        )
+    return torch.cat(lists, 2)
 
 
 def block_topk(

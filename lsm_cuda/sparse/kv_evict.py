@@ -119,18 +119,26 @@ class TOVA(Policy):
 class SpAtten(Policy):
     """Drops the tokens that mattered least so far to all heads together, and reads few values.
 
-    The hardware's parts, pruning of heads and progressive quantisation, are left out.
+    The hardware's progressive quantisation is left out.
 
     Args:
         budget: tokens that are kept, by the attention they got in all, and the current one.
         values: of these, how many each head takes values of, those of the largest weights, which
             are not normalised again; default all.
+        heads: query heads that are kept of every sequence, by the sum of the magnitudes of their
+            outputs so far; a head that is dropped gives zeros from then on. Default all. The paper
+            drops a head in later layers too: ``alive [B, Hq]`` of one layer's policy may be given
+            to the next one's.
 
     Source: SpAtten, arXiv:2012.09852, section 3.
     """
 
-    def __init__(self, budget: int = 512, values: int | None = None) -> None:
-        self.budget, self.values = budget, values
+    def __init__(
+        self, budget: int = 512, values: int | None = None, heads: int | None = None
+    ) -> None:
+        self.budget, self.values, self.heads = budget, values, heads
+        self.alive: Tensor | None = None
+        self.output: Tensor | None = None
 
     def begin(self, q: Tensor, lse: Tensor) -> None:
         k, _ = self.cache.kept()
@@ -151,8 +159,25 @@ class SpAtten(Policy):
             index = p.topk(self.values, -1).indices
             few, part = attend_tokens(q, k, v, index, self.cache.scale)
             o = few * (part - lse).exp().transpose(1, 2)[..., None].to(few.dtype)
+        if self.alive is not None:
+            p = p * self.alive[..., None]
+        o = self._kept_heads(o)
         self.mass = self.mass + p.sum(1, keepdim=True)
         self._prune()
+        return o
+
+    def _kept_heads(self, o: Tensor) -> Tensor:
+        """``o [B, 1, Hq, V]`` without the heads that were dropped; then more may be."""
+        if self.heads is None:
+            return o
+        B, _, Hq, _ = o.shape
+        if self.alive is None:
+            self.alive = torch.ones(B, Hq, dtype=torch.bool, device=o.device)
+        o = torch.where(self.alive[:, None, :, None], o, 0.0)
+        size = o.abs().sum((1, 3), dtype=accumulation_dtype(o))
+        self.output = size if self.output is None else self.output + size
+        best = self.output.masked_fill(~self.alive, -1.0).topk(min(self.heads, Hq), -1).indices
+        self.alive = self.alive & torch.zeros_like(self.alive).scatter(-1, best, True)
         return o
 
     def _prune(self) -> None:

@@ -51,6 +51,27 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)  # the rotary table is fp32
 
 
+@pytest.mark.parametrize("name", ["nsa", "nsa mlp"])
+@torch.no_grad()
+def test_steps_compress_what_is_new(name, monkeypatch):
+    layer, x, cache = make(name), tokens(1, 60), Cache()
+    compressed, compress = [], layer._compress
+
+    def count(k, v):
+        new = compress(k, v)
+        compressed.append((k.shape[1], new[0].shape[1]))
+        return new
+
+    monkeypatch.setattr(layer, "_compress", count)
+    layer(x[:, :41], past_key_values=cache, use_cache=True)
+    copy = cache.clone()
+    for t in range(41, 60):
+        layer(x[:, t : t + 1], past_key_values=cache, use_cache=True)
+    # Windows of 8 tokens, 4 apart; one more is whole at every fourth token.
+    assert compressed == [(41, 9), *[(8, 1)] * 5]
+    assert copy[0].windows.length == 9 and cache[0].windows.length == 14
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_continuing_and_stepping_are_the_whole(name):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lsm_cuda import ops, reference
 from lsm_cuda.ops import BlockChoice, ScoreRule
+from lsm_cuda.ops import _stretches as stretches_
 from lsm_cuda.ops import selection as module
 
 
@@ -264,6 +265,26 @@ def test_selection_is_the_choice_among_the_scores(impl, scored, choice):
                     continue
                 lost = scores[b, h, r][best].sum() - scores[b, h, r][mine].sum()
                 assert len(mine) == len(best) and not lost > 1e-6
+
+
+STRETCHED = ("moba", "nsa", "nsa decode", "infllm", "quest")
+
+
+@pytest.mark.parametrize("scored", [s for s in SCORED if s.name in STRETCHED], ids=str)
+def test_a_stretch_of_rows_at_a_time(impl, scored, monkeypatch):
+    """As on a GPU where a row's scores do not fit on the chip: the same blocks."""
+    x, lse, lengths = make_scored(scored)
+    chosen = BlockChoice(top_k=3, first=1, local=1)._arguments(scored.rule, blocks_of(scored))
+    heads = scored.heads[1] if scored.rule.group else scored.heads[0]
+    monkeypatch.setattr(stretches_, "_SCORES", 2 * 3 * heads * blocks_of(scored))  # 3 rows
+
+    def call(lib, move) -> Tensors:
+        given = score_arguments(x, scored, lse, lengths, move)
+        apart = module._select_in_two(lib, given, chosen)
+        return {"whole": lib.block_select(*given, *chosen), "apart": apart}
+
+    got = run(impl, call)
+    assert torch.equal(got["whole"], got["apart"])
 
 
 def exact_scores(*shape: int) -> Tensor:

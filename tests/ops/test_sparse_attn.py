@@ -85,22 +85,47 @@ def pattern(T: int, heads: int, generator: torch.Generator) -> tuple[BlockLists,
     return BlockLists.from_bitmap(bitmap, T, T, 32, 32), mask
 
 
+def lists_for(kind: str, T: int, rng: torch.Generator) -> tuple[BlockLists, AttnMask, dict]:
+    """Lists, mask and boundaries of packed sequences."""
+    if kind == "random":
+        return *pattern(T, 1, rng), {}
+    blocks = -(-T // 32)
+    if kind == "packed":
+        cu = torch.tensor([0, T // 3, T // 3, T // 3 + 1 if T > 2 else T, T])
+        lengths = cu.diff().tolist()
+        rows = sum(-(-n // 32) for n in lengths)
+        bitmap = torch.rand(1, 1, rows, blocks, generator=rng) < 0.7
+        for n, first in zip(lengths, ops.row_boundaries(cu, 32).tolist(), strict=False):
+            bitmap[..., first : first + -(-n // 32), -(-n // 32) :] = False
+        lists = BlockLists.from_bitmap(bitmap, T, T, 32, 32, None, None, cu, cu)
+        return lists, AttnMask(causal=True), {"cu_seqlens": cu}
+    chosen = torch.full((1, 1, blocks, blocks), kind == "all")
+    return BlockLists.from_bitmap(chosen, T, T, 32, 32), AttnMask(), {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("group,D", [(1, 64), (4, 96), (16, 128), (1, 256)], ids=lambda n: f"{n}")
-@pytest.mark.parametrize("T", [1, 77, 200])
-def test_equals_dense_attention(dtype, group, D, T):
+@pytest.mark.parametrize(
+    ("kind", "T"),
+    [("random", 1), ("random", 77), ("random", 200), ("packed", 150), ("all", 70), ("none", 70)],
+)
+def test_equals_dense_attention(dtype, group, D, kind, T):
     rng = torch.Generator().manual_seed(T * D)
     q, g = (torch.randn(1, T, group, D, generator=rng).to(dtype) for _ in range(2))
     k, v = (torch.randn(1, T, 1, D, generator=rng).to(dtype) for _ in range(2))
-    lists, mask = pattern(T, 1, rng)
+    grad_lse = torch.randn(1, group, T, generator=rng)
+    lists, mask, options = lists_for(kind, T, rng)
     pairs = lists.to_dense(mask, group)
 
     def results(f, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
         o, lse = f(*leaves)
-        return o, lse, *torch.autograd.grad(o, leaves, g.to(dtype))
+        seen = torch.where(pairs.any(-1), lse, 0.0)  # of others it is a constant
+        return o, lse, *torch.autograd.grad([o, seen], leaves, [g.to(dtype), grad_lse])
 
-    ours = results(lambda *x: ops.block_sparse_attn(*x, lists, mask, return_lse=True), dtype)
+    ours = results(
+        lambda *x: ops.block_sparse_attn(*x, lists, mask, **options, return_lse=True), dtype
+    )
     theirs = results(lambda *x: dense(*x, pairs), torch.float32)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), ours, theirs, strict=True):

@@ -170,8 +170,8 @@ def test_tova(tokens):
         assert len(cache) == budget
 
 
-@pytest.mark.parametrize("values", [None, 4])
-def test_spatten(values, tokens):
+@pytest.mark.parametrize(("values", "heads"), [(None, None), (4, None), (None, 3)])
+def test_spatten(values, heads, tokens):
     q, k, v = tokens
     budget = 9
     p = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(G, 2)) / K**0.5
@@ -185,15 +185,21 @@ def test_spatten(values, tokens):
             alive[b] = [*sorted(best), n - 1]
 
     prune(PROMPT)
-    for n, o, cache in generate(sparse.SpAtten(budget, values), tokens):
+    here, output = torch.ones(B, HKV * G, dtype=torch.bool), torch.zeros(B, HKV * G)
+    for n, o, cache in generate(sparse.SpAtten(budget, values, heads), tokens):
         read = torch.zeros(B, 1, n, dtype=torch.bool)
         for b in range(B):
             alive[b].append(n - 1)
             read[b, 0, alive[b]] = True
         w = scores(tokens, n).div(K**0.5).masked_fill(~read, -torch.inf).softmax(-1)
         few = w if values is None else w * chosen(w, values)
-        close(o[:, 0], torch.einsum("bhs,bshd->bhd", few, v[:, :n].repeat_interleave(G, 2)))
-        mass[:, :n] += w.sum(1)
+        whole = torch.einsum("bhs,bshd->bhd", few, v[:, :n].repeat_interleave(G, 2))
+        close(o[:, 0], whole * here[..., None])
+        mass[:, :n] += (w * here[..., None]).sum(1)
+        output += o[:, 0].abs().sum(-1)
+        for b in range(B if heads else 0):
+            order = sorted(range(HKV * G), key=lambda h: -output[b, h] * here[b, h])
+            here[b, order[heads:]] = False
         prune(n)
         assert len(cache) == budget + 1
 

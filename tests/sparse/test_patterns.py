@@ -154,6 +154,39 @@ def test_pattern_in_low_precision(name, dtype):
         assert got.dtype == dtype and error <= 2 * baseline + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize(("G", "radius", "clip"), [(3, 7, 4), (2, 2, 4), (0, 30, 1), (1, 0, 2)])
+def test_etc_has_labels(G, radius, clip):
+    n = 24
+    leaves = qkv(n, 2, 2)
+    labels, across = (
+        torch.randn(m, 2, 8, dtype=torch.float64, requires_grad=True) for m in (2 * clip + 1, 2)
+    )
+    belongs = torch.rand(G, n - G) < 0.3
+    q, k, v = leaves
+    kinds = torch.cat([labels, across])
+    score = torch.full((2, 2, n, n), -torch.inf, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            if (i < G) == (j < G):
+                kind = min(max(j - i, -clip), clip) + clip
+                if i >= G and abs(i - j) > radius:
+                    continue
+            else:
+                kind = 2 * clip + 1 + int(belongs[min(i, j), max(i, j) - G])
+            score[:, :, i, j] = (q[:, i] * (k[:, j] + kinds[kind])).sum(-1) * 8**-0.5
+    want = torch.einsum("bhts,bshd->bthd", score.softmax(-1), v)
+    got = sparse.etc_attn(q, k, v, radius, labels, across, belongs)
+    torch.testing.assert_close(got, want)
+    weight, every = torch.randn_like(want), [*leaves, labels, across]
+    ours, theirs = (
+        torch.autograd.grad((x * weight).sum(), every, allow_unused=True, materialize_grads=True)
+        for x in (got, want)
+    )
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="odd number of labels from 3 on"):
+        sparse.etc_attn(q, k, v, radius, labels[1:], across, belongs)
+
+
 MADE_FOR_T = ("block_streaming", "big_bird", "block_bert", "axial", "spatial", "temporal")
 
 

@@ -3,12 +3,15 @@
 // A block has up to 16 rows, the query heads of one key/value head times the queries that share its keys, padded: what
 // it costs is the cache's bytes. It walks its part in steps of kKeys keys. Rows of the cache, found through the lists
 // and the page table, come by cp.async, one step ahead where two stages fit; a key that is not there, or whose page is
-// none, is zero-filled and masked. Results of a part, fp32, go to a workspace, and merge.cu joins them in order.
+// none, is zero-filled and masked. Rows whose sums are not finite are made again by CUDA cores, without adding 0 times
+// the value of a key that a row does not see. Results of a part, fp32, go to a workspace, and merge.cu joins them in order.
 // Grid: (part, 16 rows, queries that share keys).
 #pragma once
 
 #include "kernels/matrix.cuh"
+#include "kernels/rare.cuh"
 #include "kernels/sparse_attn/rows.cuh"
+#include "kernels/warp.cuh"
 #include "params/sparse_attn.h"
 #include "policy/attn_keys.h"
 
@@ -111,32 +114,43 @@ LSM_DEVICE Place find_place(SparseAttnParams const& p, Plan const& plan) {
     return place;
 }
 
+struct Key {
+    i64 k_at, v_at, entry;
+    int key;
+};
+
+// The key that is visited i-th.
+LSM_DEVICE Key find_key(SparseAttnParams const& p, Place const& place, i64 i) {
+    i64 key = -1, entry = 0;
+    if (i < place.last) {
+        if (place.listed) {
+            entry = place.list_at + i / p.lists.block_k;
+            key = static_cast<i64>(load_global(p.lists.index + entry)) * p.lists.block_k +
+                  i % p.lists.block_k;
+        } else {
+            key = place.visits.key(i);
+        }
+    }
+    if (key >= place.keys) key = -1;
+    i64 outer = place.b, inner = key;
+    if (key >= 0 && p.block_table != nullptr) {
+        inner = key % p.page_size;
+        outer = load_global(p.block_table + place.b * p.max_pages + key / p.page_size);
+        if (outer < 0 || outer >= p.pages) key = -1;
+    }
+    return {outer * p.k.batch + inner * p.k.time + place.kv_head * p.k.head,
+            outer * p.v.batch + inner * p.v.time + place.kv_head * p.v.head, entry,
+            key < 0 ? -1 : static_cast<int>(key)};
+}
+
 // Where the keys of a step lie.
 template <int Keys>
 LSM_DEVICE void find_keys(SparseAttnParams const& p, Place const& place, i64 first,
                           Step<Keys>& step) {
     for (int n = threadIdx.x; n < Keys; n += kThreads) {
-        i64 const i = first + n;
-        i64 key = -1, entry = 0;
-        if (i < place.last) {
-            if (place.listed) {
-                entry = place.list_at + i / p.lists.block_k;
-                key = static_cast<i64>(load_global(p.lists.index + entry)) * p.lists.block_k +
-                      i % p.lists.block_k;
-            } else {
-                key = place.visits.key(i);
-            }
-        }
-        if (key >= place.keys) key = -1;
-        i64 outer = place.b, inner = key;
-        if (key >= 0 && p.block_table != nullptr) {
-            inner = key % p.page_size;
-            outer = load_global(p.block_table + place.b * p.max_pages + key / p.page_size);
-            if (outer < 0 || outer >= p.pages) key = -1;
-        }
-        step.key[n] = key < 0 ? -1 : static_cast<int>(key), step.entry[n] = entry;
-        step.k_at[n] = outer * p.k.batch + inner * p.k.time + place.kv_head * p.k.head;
-        step.v_at[n] = outer * p.v.batch + inner * p.v.time + place.kv_head * p.v.head;
+        Key const key = find_key(p, place, first + n);
+        step.key[n] = key.key, step.entry[n] = key.entry;
+        step.k_at[n] = key.k_at, step.v_at[n] = key.v_at;
     }
 }
 
@@ -198,11 +212,53 @@ struct Adjust {
         s -= row.slope * distance;
         if (p.ramp != nullptr) {
             float const R = static_cast<float>(p.ramp_length), open = (R + row.ramp - distance) / R;
-            s += open >= 1.f ? 0.f : open > 0.f ? logf(open) : -INFINITY;
+            s = open >= 1.f ? s : open > 0.f ? s + logf(open) : -INFINITY;
         }
         return s;
     }
 };
+
+// Columns first + lane + step n of a row whose sums met inf or NaN, which may be of keys that it does not see: once more,
+// by a warp in fp32. Its lse is in memory.
+template <class T>
+LSM_DEVICE_RARE void repair_row(SparseAttnParams const& p, Plan const& plan, int r, int first,
+                                int step, int count) {
+    constexpr int kMost = 4;
+    Place const place = find_place(p, plan);
+    Adjust const adjust(p, place, plan);
+    Adjust::Row const row = adjust.row(r);
+    i64 const part = blockIdx.x % plan.parts, t = place.query(plan, r), h = place.head(plan, r);
+    int const lane = threadIdx.x % 32;
+    float const lse = load_global(plan.lse + ((part * p.B + place.b) * p.Hq + h) * p.Tq + t);
+    T const* const q =
+        static_cast<T const*>(p.q.data) + place.b * p.q.batch + t * p.q.time + h * p.q.head;
+    float sums[kMost] = {};
+    for (i64 i = place.first; i < place.last; ++i) {
+        Key const at = find_key(p, place, i);
+        if (at.key < 0) continue;
+        T const* const k = static_cast<T const*>(p.k.data) + at.k_at;
+        T const* const v = static_cast<T const*>(p.v.data) + at.v_at;
+        float dot = 0.f;
+        for (int c = lane; c < p.K; c += 32)
+            dot += static_cast<float>(load_global(q + c)) * static_cast<float>(load_global(k + c));
+        dot = warp_sum(dot) * static_cast<float>(p.scale);
+        float const s = adjust(row, at.key, at.entry, dot);
+        if (s == -INFINITY) continue;
+        float const weight = expf(s - lse);
+        LSM_UNROLL
+        for (int n = 0; n < kMost; ++n) {
+            int const column = first + lane + step * n;
+            if (n * step + lane < count && column < p.V)
+                sums[n] += weight * static_cast<float>(load_global(v + column));
+        }
+    }
+    float* const o = plan.o + (((part * p.B + place.b) * p.Tq + t) * p.Hq + h) * p.V;
+    LSM_UNROLL
+    for (int n = 0; n < kMost; ++n) {
+        int const column = first + lane + step * n;
+        if (n * step + lane < count && column < p.V) store_global(o + column, sums[n]);
+    }
+}
 
 // bf16 and fp16: products on tensor cores. Each warp scores a quarter of a step's keys; the probabilities meet in shared
 // memory, and each warp sums a quarter of the columns of v.
@@ -292,10 +348,13 @@ struct TensorMath {
         }
     }
 
-    // store(row, column, value, sum of the row), lse(row, top, sum).
-    template <class Store, class Lse>
-    LSM_DEVICE void finish(Shared& shared, Store const& store, Lse const& lse) {
+    // store(row, column, value, sum of the row), lse(row, top, sum); repair(row, first column, step, columns) of rows whose
+    // values are not finite, after all else is stored.
+    template <class Store, class Lse, class Repair>
+    LSM_DEVICE void finish(Shared& shared, Store const& store, Lse const& lse,
+                           Repair const& repair) {
         int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        u32 odd[2];
         LSM_UNROLL
         for (int i = 0; i < 2; ++i) {
             sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
@@ -310,13 +369,21 @@ struct TensorMath {
             LSM_UNROLL
             for (int w = 0; w < kWarps; ++w) total += shared.sum[w][row];
             if (warp == 0 && lane % 4 == 0) lse(row, top[i], total);
+            float zero = 0.f;
             LSM_UNROLL
             for (int n = 0; n < kTiles; ++n) {
                 int const column = (warp * kTiles + n) * 8 + lane % 4 * 2;
                 store(row, column, o[n][2 * i], total);
                 store(row, column + 1, o[n][2 * i + 1], total);
+                zero += (o[n][2 * i] + o[n][2 * i + 1]) * 0.f;
             }
+            odd[i] = __ballot_sync(0xffffffffu, zero != 0.f && total == total);
         }
+        if (__syncthreads_or((odd[0] | odd[1]) != 0) == 0) return;
+        LSM_UNROLL_BY(1)
+        for (int row = 0; row < kRows; ++row)
+            if (((row < 8 ? odd[0] : odd[1]) >> 4 * (row % 8) & 15) != 0)
+                repair(row, warp * kTiles * 8, 32, kTiles * 8);
     }
 };
 
@@ -381,8 +448,9 @@ struct FloatMath {
         }
     }
 
-    template <class Store, class Lse>
-    LSM_DEVICE void finish(Shared& shared, Store const& store, Lse const& lse) {
+    template <class Store, class Lse, class Repair>
+    LSM_DEVICE void finish(Shared& shared, Store const& store, Lse const& lse,
+                           Repair const& repair) {
         int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         LSM_UNROLL
         for (int i = 0; i < kOwnRows; ++i) {
@@ -394,12 +462,22 @@ struct FloatMath {
             }
         }
         __syncthreads();
+        u32 odd = 0;
         LSM_UNROLL
-        for (int j = 0; j < kColumnsEach; ++j) {
+        for (int r = 0; r < kRows; ++r) {
+            float const total = shared.sum[r];
+            float zero = 0.f;
             LSM_UNROLL
-            for (int r = 0; r < kRows; ++r)
-                store(r, threadIdx.x + j * kThreads, o[j][r], shared.sum[r]);
+            for (int j = 0; j < kColumnsEach; ++j) {
+                store(r, threadIdx.x + j * kThreads, o[j][r], total);
+                zero += o[j][r] * 0.f;
+            }
+            if (__any_sync(0xffffffffu, zero != 0.f && total == total)) odd |= 1u << r;
         }
+        __syncwarp();
+        LSM_UNROLL_BY(1)
+        for (int r = 0; r < kRows; ++r)
+            if ((odd >> r & 1) != 0) repair(r, 32 * warp, kThreads, V);
     }
 };
 
@@ -423,7 +501,7 @@ constexpr std::size_t storage_bytes() {
 
 template <class Math>
 __global__ void __launch_bounds__(kThreads, Math::kBlocks)
-    decode_kernel(SparseAttnParams const p, Plan const plan) {
+    decode_kernel(__grid_constant__ SparseAttnParams const p, __grid_constant__ Plan const plan) {
     using T = typename Math::T;
     constexpr int kKeys = Math::kKeys;
     auto& shared = *reinterpret_cast<SharedStorage<Math>*>(dyn_smem());
@@ -500,11 +578,14 @@ __global__ void __launch_bounds__(kThreads, Math::kBlocks)
             i64 const at = (((part * p.B + place.b) * p.Tq + place.query(plan, row)) * p.Hq +
                             place.head(plan, row)) *
                            p.V;
-            store_global(plan.o + at + column, sum > 0.f ? value / sum : 0.f);
+            store_global(plan.o + at + column, sum == 0.f ? 0.f : value / sum);
         },
         [&](int row, float top, float sum) {
             if (row < place.rows)
-                store_global(lse_of(row), sum > 0.f ? top + logf(sum) : -INFINITY);
+                store_global(lse_of(row), sum == 0.f ? -INFINITY : top + logf(sum));
+        },
+        [&](int row, int first, int step, int count) {
+            if (row < place.rows) repair_row<T>(p, plan, row, first, step, count);
         });
 }
 

@@ -12,7 +12,6 @@ constexpr int kExactWarps = 4, kExactThreads = 32 * kExactWarps;
 constexpr int kExactEach = 4;                         // rows of a warp
 constexpr int kExactRows = kExactWarps * kExactEach;  // of a block
 constexpr int kExactStep = 32;                        // tokens gone through at once, a lane each
-constexpr int kExactColumns = 8;                      // of a lane: 4 lane + {0..3}, and 128 on
 
 // Rows in shared memory: 16 bytes apart beyond their length, so that eight lanes reading a row each meet all banks.
 LSM_DEVICE int exact_pitch(i64 columns) {
@@ -26,17 +25,22 @@ LSM_DEVICE float4 const& float4_at(float const* x) {
     return *reinterpret_cast<float4 const*>(x);
 }
 
-// Rows of a tensor: at(row) is the first element's place, or below 0 for a row of zeros.
+// Rows of a tensor: at(row) is the first element's place, or below 0 for a row of zeros. Whether all that this thread
+// read is finite.
 template <class At>
-LSM_DEVICE void load_exact_rows(Rows const& x, Dtype type, int columns, int rows, float* to,
+LSM_DEVICE bool load_exact_rows(Rows const& x, Dtype type, int columns, int rows, float* to,
                                 At at) {
     int const pieces = (columns + 3) / 4, pitch = exact_pitch(columns);
+    float odd = 0.f;
     for (int i = threadIdx.x; i < rows * pieces; i += kExactThreads) {
         int const row = i / pieces, c = i % pieces * 4;
         i64 const from = at(row);
         float4 const zero = {0.f, 0.f, 0.f, 0.f};
-        float4_at(to + row * pitch + c) = from < 0 ? zero : load4(x.data, from + c, type);
+        float4 const four = from < 0 ? zero : load4(x.data, from + c, type);
+        float4_at(to + row * pitch + c) = four;
+        odd += four.x * 0.f + four.y * 0.f + four.z * 0.f + four.w * 0.f;
     }
+    return odd == 0.f;
 }
 
 // dots[r] = this lane's row . row r of four.
@@ -54,9 +58,11 @@ LSM_DEVICE void dot_four(float const* mine, float const* four, int columns,
     }
 }
 
-using ExactSums = float[kExactEach][kExactColumns];
+using ExactSums = float[kExactEach][kLaneColumns];
 
-// sums[r][columns of this lane] += sum over the step's tokens of weight[token][r] row(token).
+// sums[r][columns of this lane] += sum over the step's tokens of weight[token][r] row(token). kOdd: rows may hold inf or
+// NaN, and 0 times that is 0.
+template <bool kOdd>
 LSM_DEVICE void add_rows(float const* weights, float const* rows, int columns, ExactSums& sums) {
     int const lane = threadIdx.x % 32, pitch = exact_pitch(columns);
     LSM_UNROLL_BY(2)
@@ -64,12 +70,13 @@ LSM_DEVICE void add_rows(float const* weights, float const* rows, int columns, E
         float4 const w = float4_at(weights + kExactEach * j);
         float const by[kExactEach] = {w.x, w.y, w.z, w.w};
         LSM_UNROLL
-        for (int i = 0; i < kExactColumns; i += 4) {
+        for (int i = 0; i < kLaneColumns; i += 4) {
             int const c = 4 * lane + 32 * i;
             if (c >= columns) continue;
             float4 const x = float4_at(rows + j * pitch + c);
             LSM_UNROLL
             for (int r = 0; r < kExactEach; ++r) {
+                if (kOdd && by[r] == 0.f) continue;
                 sums[r][i] += by[r] * x.x, sums[r][i + 1] += by[r] * x.y;
                 sums[r][i + 2] += by[r] * x.z, sums[r][i + 3] += by[r] * x.w;
             }
@@ -77,15 +84,10 @@ LSM_DEVICE void add_rows(float const* weights, float const* rows, int columns, E
     }
 }
 
-LSM_DEVICE void store_row(Rows const& x, i64 at, Dtype type, int columns,
-                          float const (&sums)[kExactColumns], float by) {
-    LSM_UNROLL
-    for (int i = 0; i < kExactColumns; i += 4) {
-        int const c = 4 * (threadIdx.x % 32) + 32 * i;
-        if (c < columns)
-            store4(x.data, at + c, type,
-                   {sums[i] * by, sums[i + 1] * by, sums[i + 2] * by, sums[i + 3] * by});
-    }
+LSM_DEVICE void add_rows(bool finite, float const* weights, float const* rows, int columns,
+                         ExactSums& sums) {
+    finite ? add_rows<false>(weights, rows, columns, sums)
+           : add_rows<true>(weights, rows, columns, sums);
 }
 
 // Forward: o and lse. Backward: dq, and what sums over a query's keys: gradients of biases and the ramp.
@@ -150,8 +152,8 @@ struct ExactRowsKernel {
     LSM_DEVICE void poison() {
         int const columns = kBackward ? K : V;
         Rows const& to = kBackward ? p.dq : p.o;
-        float const nans[kExactColumns] = {nan_value(), nan_value(), nan_value(), nan_value(),
-                                           nan_value(), nan_value(), nan_value(), nan_value()};
+        float const nans[kLaneColumns] = {nan_value(), nan_value(), nan_value(), nan_value(),
+                                          nan_value(), nan_value(), nan_value(), nan_value()};
         for (int r = 0; r < kExactEach; ++r) {
             int const m = warp * kExactEach + r;
             if (!work.row_exists(m) || token(m) >= p.Tq || head(m) >= (key_head + 1) * work.group)
@@ -246,11 +248,11 @@ struct ExactRowsKernel {
                     return key < 0 ? -1 : row_offset(x, batch, sequence.k0 + key, key_head);
                 };
                 if (step > 0) __syncthreads();
-                load_exact_rows(p.k, p.dtype, K, kExactStep, keys,
-                                [&](int j) { return at(p.k, j); });
-                load_exact_rows(p.v, p.dtype, V, kExactStep, values,
-                                [&](int j) { return at(p.v, j); });
-                __syncthreads();
+                bool const keys_finite = load_exact_rows(p.k, p.dtype, K, kExactStep, keys,
+                                                         [&](int j) { return at(p.k, j); });
+                bool const values_finite = load_exact_rows(p.v, p.dtype, V, kExactStep, values,
+                                                           [&](int j) { return at(p.v, j); });
+                bool const finite = __syncthreads_and(kBackward ? keys_finite : values_finite) != 0;
 
                 int tag;
                 int const key = key_of(step, lane, tag), x = key < 0 ? kFar : mask.key(key);
@@ -270,10 +272,12 @@ struct ExactRowsKernel {
                     Score const what = score(work, heads[r], dots[r], row.p - x, bias);
                     float const value = mask.sees(row, x) ? what.s : -infinity();
                     if constexpr (kBackward) {
-                        float const ds = expf(value - lse[r]) * (grads[r] - delta[r]);
+                        float const ds = value == -infinity()
+                                             ? 0.f
+                                             : expf(value - lse[r]) * (grads[r] - delta[r]);
                         all += ds;
                         ramp[r] += what.ramp == 0.f ? 0.f : ds * what.ramp;
-                        weight[r] = ds * what.slope;
+                        weight[r] = ds == 0.f ? 0.f : ds * what.slope;
                     } else {
                         float const highest = fmaxf(most[r], warp_max(value));
                         float const fade = expf(most[r] - highest);
@@ -281,7 +285,7 @@ struct ExactRowsKernel {
                         weight[r] = expf(value - highest);
                         sum[r] = sum[r] * fade + weight[r];  // of this lane
                         LSM_UNROLL
-                        for (int i = 0; i < kExactColumns; ++i) sums[r][i] *= fade;
+                        for (int i = 0; i < kLaneColumns; ++i) sums[r][i] *= fade;
                     }
                 }
                 if constexpr (kBackward) {
@@ -297,7 +301,7 @@ struct ExactRowsKernel {
                 float4_at(weights + kExactEach * lane) = {weight[0], weight[1], weight[2],
                                                           weight[3]};
                 __syncwarp();
-                add_rows(weights, kBackward ? keys : values, kBackward ? K : V, sums);
+                add_rows(finite, weights, kBackward ? keys : values, kBackward ? K : V, sums);
             }
             if constexpr (kBackward) {
                 if (work.bias_parts != nullptr) add_bias(blocks.entry);
@@ -408,9 +412,9 @@ struct ExactKeysKernel {
         if (place.unused) return;
         ExactSums dk = {}, dv = {};
         if (place.poison) {
-            for (int i = 0; i < kExactEach * kExactColumns; ++i)
-                dk[i / kExactColumns][i % kExactColumns] =
-                    dv[i / kExactColumns][i % kExactColumns] = nan_value();
+            for (int i = 0; i < kExactEach * kLaneColumns; ++i)
+                dk[i / kLaneColumns][i % kLaneColumns] = dv[i / kLaneColumns][i % kLaneColumns] =
+                    nan_value();
             return store(place.token, p.Tk, dk, dv, 1.f);
         }
         Sequence const& sequence = place.sequence;
@@ -475,11 +479,12 @@ struct ExactKeysKernel {
                         return t < 0 ? -1 : row_offset(x, batch, sequence.q0 + t, head);
                     };
                     if (step > 0) __syncthreads();
-                    load_exact_rows(p.q, p.dtype, K, kExactStep, q,
-                                    [&](int j) { return at(p.q, j); });
-                    load_exact_rows(p.grad_o, p.dtype, V, kExactStep, grad_o,
-                                    [&](int j) { return at(p.grad_o, j); });
-                    __syncthreads();
+                    bool const q_finite = load_exact_rows(p.q, p.dtype, K, kExactStep, q,
+                                                          [&](int j) { return at(p.q, j); });
+                    bool const grads_finite =
+                        load_exact_rows(p.grad_o, p.dtype, V, kExactStep, grad_o,
+                                        [&](int j) { return at(p.grad_o, j); });
+                    bool const finite = __syncthreads_and(q_finite && grads_finite) != 0;
 
                     int const t = token_of(lane);
                     Row const row = t < 0 ? Row{0, -kFar, 0, 0} : mask.row(t + shift, left, last);
@@ -501,8 +506,10 @@ struct ExactKeysKernel {
                     for (int r = 0; r < kExactEach; ++r) {
                         int const x = mask.key(place.token + warp * kExactEach + r);
                         Score const what = score(work, bend, dots[r], row.p - x, bias);
-                        weight[r] = mask.sees(row, x) ? expf(what.s - stats.z) : 0.f;
-                        slope[r] = weight[r] * (grads[r] - stats.y) * what.slope;
+                        bool const seen = mask.sees(row, x) && what.s != -infinity();
+                        weight[r] = seen ? expf(what.s - stats.z) : 0.f;
+                        slope[r] =
+                            weight[r] == 0.f ? 0.f : weight[r] * (grads[r] - stats.y) * what.slope;
                     }
                     float *const weights = s.weights[warp], *const slopes = s.slopes[warp];
                     __syncwarp();
@@ -511,8 +518,8 @@ struct ExactKeysKernel {
                     float4_at(slopes + kExactEach * lane) = {slope[0], slope[1], slope[2],
                                                              slope[3]};
                     __syncwarp();
-                    add_rows(weights, grad_o, V, dv);
-                    add_rows(slopes, q, K, dk);
+                    add_rows(finite, weights, grad_o, V, dv);
+                    add_rows(finite, slopes, q, K, dk);
                 }
             }
         }

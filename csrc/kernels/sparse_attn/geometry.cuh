@@ -10,6 +10,7 @@ constexpr int kNone = 1 << 29;      // a bound that is none; positions are neare
 constexpr int kFar = 1 << 30;       // where no key is
 constexpr int kNoKey = -(1 << 30);  // first token of a unit that is none
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kOddLse = -1e30f;  // weights are inf beside it, but 0 where a score is -inf
 constexpr float kLowest = -3e38f;  // a maximum before the first score; -inf would give inf - inf
 
 LSM_DEVICE float nan_value() {
@@ -129,7 +130,7 @@ struct Work {
     int item_count;  // an upper bound
     int piece;       // entries of a list
     float* slots;    // sums of a tile of keys each, [tile's keys, K + V]
-    // Backward, per [B, Hq, Tq]: lse log2 e, or inf of a query that sees nothing; delta; lse; 0.
+    // Backward, per [B, Hq, Tq]: lse log2 e, or inf of a query that sees nothing, or kOddLse; delta; lse; 0.
     float4* stats;
     float* bias_parts;  // [parts, entries of lists]
     float* ramp_parts;  // [B, Hq, Tq]
@@ -143,12 +144,19 @@ struct Work {
         return head_of(m) < heads && (token_shift == 0 || m >> token_shift < tokens);
     }
     LSM_DEVICE float bias(i64 entry) const {
+        i64 const last = p.lists.entries - 1;  // of lists in which a row or a block comes twice
+        entry = max(static_cast<i64>(0), min(entry, last));
         return load_global(static_cast<float const*>(p.lists.bias) + entry);
     }
     LSM_DEVICE int list_head(int head) const {
         return static_cast<int>(head * p.lists.heads / p.Hq);
     }
 };
+
+// Whether a query sees nothing, or is not finite.
+LSM_DEVICE bool is_odd(float4 const& stats) {
+    return !(fabsf(stats.x) < -kOddLse);
+}
 
 // ---- Sequences ----
 
@@ -281,8 +289,11 @@ LSM_DEVICE Entries section_entries(Work const& work, i64 batch, int head, i64 se
     Inverse const& inverse = work.inverse;
     i64 const owner = batch * work.p.lists.heads + work.list_head(head);
     int const* const begin = inverse.begin + owner * (inverse.sections + 1) + section;
-    int const from = load_global(begin);
-    return {inverse.entries + inverse_base(work, owner) + from, load_global(begin + 1) - from};
+    // Rows that overlap have more entries than there are.
+    i64 const base = inverse_base(work, owner), room = work.p.lists.entries - base;
+    i64 const from = max(static_cast<i64>(0), min(static_cast<i64>(load_global(begin)), room));
+    i64 const end = max(from, min(static_cast<i64>(load_global(begin + 1)), room));
+    return {inverse.entries + base + from, static_cast<int>(end - from)};
 }
 
 // Without lists: the blocks of keys that some row within the bounds may see.

@@ -43,9 +43,13 @@ __global__ void __launch_bounds__(kWarps * 32) merge_kernel(MergeParams const p)
                            ? load_global(static_cast<float const*>(p.sink_logits) + row.h)
                            : -INFINITY;
     float top = sink;
-    for (i64 i = lane; i < p.parts; i += 32) top = fmaxf(top, row.lse(p, i));
+    bool some = sink != -INFINITY;  // of which NaN is one too
+    for (i64 i = lane; i < p.parts; i += 32) {
+        float const lse = row.lse(p, i);
+        top = fmaxf(top, lse), some |= lse != -INFINITY;
+    }
     top = warp_max(top);
-    bool const empty = top == -INFINITY;
+    bool const empty = !__any_sync(0xffffffffu, some);
     float sum = 0.f;
     for (i64 i = lane; i < p.parts; i += 32) sum += empty ? 0.f : expf(row.lse(p, i) - top);
     sum = warp_sum(sum) + (empty ? 0.f : expf(sink - top));

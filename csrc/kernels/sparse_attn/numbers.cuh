@@ -40,6 +40,30 @@ LSM_DEVICE void store4(void* data, i64 at, Dtype type, float4 x) {
     store_global(reinterpret_cast<uint2*>(to), raw);
 }
 
+// A warp's row of up to 256 columns: of a lane 4 lane + {0..3}, and 128 on.
+constexpr int kLaneColumns = 8;
+
+LSM_DEVICE void load_row(Rows const& x, i64 at, Dtype type, int columns,
+                         float (&row)[kLaneColumns]) {
+    LSM_UNROLL
+    for (int i = 0; i < kLaneColumns; i += 4) {
+        int const c = 4 * static_cast<int>(threadIdx.x % 32) + 32 * i;
+        float4 const four = c < columns ? load4(x.data, at + c, type) : float4{0.f, 0.f, 0.f, 0.f};
+        row[i] = four.x, row[i + 1] = four.y, row[i + 2] = four.z, row[i + 3] = four.w;
+    }
+}
+
+LSM_DEVICE void store_row(Rows const& x, i64 at, Dtype type, int columns,
+                          float const (&sums)[kLaneColumns], float by) {
+    LSM_UNROLL
+    for (int i = 0; i < kLaneColumns; i += 4) {
+        int const c = 4 * static_cast<int>(threadIdx.x % 32) + 32 * i;
+        if (c < columns)
+            store4(x.data, at + c, type,
+                   {sums[i] * by, sums[i + 1] * by, sums[i + 2] * by, sums[i + 3] * by});
+    }
+}
+
 LSM_DEVICE i64 row_offset(Rows const& x, i64 batch, i64 time, i64 head) {
     return batch * x.batch + time * x.time + head * x.head;
 }

@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(32) sort_rows(Work work, bool place) {
             if (place) {
                 int const to =
                     load_global(inverse.begin + owner * (inverse.sections + 1) + section) + at;
-                if (base + to < work.p.lists.entries) inverse.entries[base + to] = {local, tag};
+                if (to >= 0 && base + to < work.p.lists.entries)
+                    inverse.entries[base + to] = {local, tag};
             }
         });
         __syncwarp();
@@ -191,7 +192,12 @@ __global__ void __launch_bounds__(kPrepareThreads) list_items(Work work) {
         int all, all_slots;
         int const at = items + scan_block(pieces, warps, all);
         int const slot = slots + scan_block(pieces > 1 ? pieces : 0, warps, all_slots);
-        for (int i = 0; i < pieces; ++i) work.items[at + i] = {owner, i, pieces, slot};
+        // Lists whose rows overlap may need more than there is room for; then a section stays whole.
+        bool const fits = pieces == 1 || slot + pieces <= 2 * (work.item_count - owners);
+        for (int i = 0; i < pieces && at + i < work.item_count; ++i)
+            work.items[at + i] = fits     ? Item{owner, i, pieces, slot}
+                                 : i == 0 ? Item{owner, 0, 1, 0}
+                                          : Item{-1, 0, 1, 0};
         items += all, slots += all_slots;
     }
     for (int i = items + threadIdx.x; i < work.item_count; i += kPrepareThreads)
@@ -200,7 +206,8 @@ __global__ void __launch_bounds__(kPrepareThreads) list_items(Work work) {
 
 // ---- Rows ----
 
-// stats of every query: delta = sum dO O - dLSE. A warp per query and head.
+// stats of every query: delta = sum dO O - dLSE. A warp per query and head. Of a query whose numbers are not finite lse
+// is NaN, and in units of log2 kOddLse.
 __global__ void __launch_bounds__(kPrepareThreads) row_stats(Work work) {
     SparseAttnParams const& p = work.p;
     i64 const item = static_cast<i64>(blockIdx.x) * (kPrepareThreads / 32) + threadIdx.x / 32;
@@ -220,8 +227,10 @@ __global__ void __launch_bounds__(kPrepareThreads) row_stats(Work work) {
     float const grad_lse =
         p.grad_lse == nullptr ? 0.f : load_global(static_cast<float const*>(p.grad_lse) + at);
     bool const blind = lse == -infinity();
-    store_global(work.stats + at, {blind ? infinity() : lse * kLog2e, blind ? 0.f : sum - grad_lse,
-                                   blind ? infinity() : lse, 0.f});
+    float const delta = blind ? 0.f : sum - grad_lse;
+    bool const odd = !blind && !(lse * 0.f + delta * 0.f == 0.f);
+    float const known = blind ? infinity() : odd ? nan_value() : lse;
+    store_global(work.stats + at, {odd ? kOddLse : known * kLog2e, odd ? 0.f : delta, known, 0.f});
 }
 
 // Gradients of sink logits and of the ramp: sums over all queries of a head, a block each.

@@ -2,6 +2,7 @@
 // their scores.
 #pragma once
 
+#include "kernels/sparse_attn/repair.cuh"
 #include "kernels/sparse_attn/tensor.cuh"
 
 namespace lsm::sparse_attn {
@@ -292,6 +293,37 @@ struct QueryTile {
         for (int n = 0; n < D / 8; ++n) {
             sums[m][n][0] *= fade[0], sums[m][n][1] *= fade[0];
             sums[m][n][2] *= fade[1], sums[m][n][3] *= fade[1];
+        }
+    }
+
+    // ---- What is not finite ----
+
+    // Of each half of 16 rows the lanes whose sums are not finite though the row's softmax is.
+    LSM_DEVICE void find_odd(int m, float const (&softmax)[2], u32 (&odd)[2]) const {
+        float zero[2] = {0.f, 0.f};
+        LSM_UNROLL
+        for (int n = 0; n < D / 8; ++n) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) zero[e / 2] += sums[m][n][e] * 0.f;
+        }
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            bool const known = softmax[half_] == softmax[half_];
+            odd[half_] = __ballot_sync(0xffffffffu,
+                                       zero[half_] != 0.f && known && exists(lane_row(m, half_)));
+        }
+    }
+
+    // These rows, four lanes each, after they were stored.
+    LSM_DEVICE void repair(int m, u32 const (&odd)[2]) const {
+        if ((odd[0] | odd[1]) == 0) return;
+        __syncwarp();
+        LSM_UNROLL_BY(1)
+        for (int r = 0; r < 16; ++r) {
+            int const row = (warp() * MT + m) * 16 + r;
+            if (((r < 8 ? odd[0] : odd[1]) >> 4 * (r % 8) & 15) != 0)
+                repair_row<kBackward>(work, s.place.sequence, s.batch, s.key_head, head(row),
+                                      token(row));
         }
     }
 

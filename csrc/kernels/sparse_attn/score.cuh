@@ -45,7 +45,7 @@ LSM_DEVICE Score score(Work const& work, Head const& head, float dot, int distan
         float const room = work.ramp_length + head.span - d;
         float const share = kFast ? room * work.per_ramp_length : room / work.ramp_length;
         float const log = kFast ? __logf(share) : logf(share);
-        r.s += share >= 1.f ? 0.f : share > 0.f ? log : -infinity();
+        r.s = share >= 1.f ? r.s : share > 0.f ? r.s + log : -infinity();
         r.ramp = share > 0.f && share <= 1.f ? 1.f / room : 0.f;
     }
     return r;

@@ -119,7 +119,7 @@ struct KeysKernel {
             to.rows[threadIdx.x] =
                 t < 0 ? Row{0, -kFar, 0, 0} : mask.row(t + shift(), s.left, last());
             if (t < 0) {
-                to.stats[threadIdx.x] = {infinity(), 0.f, 0.f, 0.f};
+                to.stats[threadIdx.x] = {-kOddLse / 2, 0.f, 0.f, 0.f};  // weighs nothing
             } else {
                 cp_async16(smem_u32(&to.stats[threadIdx.x]),
                            work.stats + per_head(work, s.tile.batch, sequence.q0 + t, s.head),
@@ -209,9 +209,24 @@ struct KeysKernel {
         }
     }
 
+    // A query with odd stats may hold inf or NaN, which keys that it does not see would take 0 times. Its rows become
+    // zeros: keys that it sees still get NaN, as its weights are inf.
+    LSM_DEVICE void clear(int step) {
+        Stage& tiles = s.stage[step % 2];
+        LSM_UNROLL_BY(1)
+        for (int i = threadIdx.x; i < N * (D / 8); i += kThreads) {
+            int const row = i / (D / 8);
+            if (!is_odd(tiles.stats[row])) continue;
+            u32 const at = Tile<D>::offset(row, i % (D / 8) * 8);
+            *reinterpret_cast<uint4*>(tiles.q + at) = {0, 0, 0, 0};
+            *reinterpret_cast<uint4*>(tiles.grad_o + at) = {0, 0, 0, 0};
+        }
+        __syncthreads();
+    }
     LSM_DEVICE void advance(int step, int count) {
         cp_async_wait<0>();
-        __syncthreads();
+        bool const odd = threadIdx.x < N && is_odd(s.stage[step % 2].stats[threadIdx.x]);
+        if (__syncthreads_or(odd) != 0) clear(step);
         if (step + 1 < count) load(step + 1);
     }
 

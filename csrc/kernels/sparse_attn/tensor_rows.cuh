@@ -66,7 +66,8 @@ struct RowsKernel : QueryTile<Config> {
                         ? load_global(work.stats +
                                       per_head(work, s.batch, sequence.q0 + token(row), head(row)))
                         : float4{infinity(), 0.f, infinity(), 0.f};
-                lse[half_] = stats.x, delta[half_] = stats.y;
+                lse[half_] = stats.x > kOddLse ? stats.x : nan_value();
+                delta[half_] = stats.y;
             }
         }
     }
@@ -118,8 +119,9 @@ struct RowsKernel : QueryTile<Config> {
                             columns_of<D>(tiles.values), width_v(), grad);
         if constexpr (kBent) {
             auto const gradient = [&](int m, int n, int e, float value, float slope) {
-                x[m][n][e] =
+                float const ds =
                     exp2_approx(value - lse[e / 2]) * (grad[m][n][e] - delta[e / 2]) * slope;
+                x[m][n][e] = value == -infinity() ? 0.f : ds;
             };
             work.plain ? this->template bend<true>(step, x, gradient)
                        : this->template bend<false>(step, x, gradient);
@@ -156,15 +158,23 @@ struct RowsKernel : QueryTile<Config> {
     }
 
     LSM_DEVICE void finish() {
+        u32 odd[MT][2];
         LSM_UNROLL
         for (int m = 0; m < MT; ++m) {
             float by[2] = {work.scale, work.scale};
-            if constexpr (!kBackward) this->finish_softmax(m, by);
+            if constexpr (kBackward) {
+                this->find_odd(m, lse, odd[m]);
+            } else {
+                this->find_odd(m, this->sum[m], odd[m]);
+                this->finish_softmax(m, by);
+            }
             __syncwarp();
             store_tile_rows<T, D>(shared.q, (warp() * MT + m) * 16,
                                   kBackward ? width_k() : width_v(), sums[m], by[0], by[1],
                                   [&](int row) { return row_of(kBackward ? p.dq : p.o, row); });
         }
+        LSM_UNROLL
+        for (int m = 0; m < MT; ++m) this->repair(m, odd[m]);
     }
 
     LSM_DEVICE void run() {
@@ -186,7 +196,8 @@ struct RowsKernel : QueryTile<Config> {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) tensor_rows(Work work) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    tensor_rows(__grid_constant__ Work const work) {
     RowsKernel<Config>(work).run();
 }
 

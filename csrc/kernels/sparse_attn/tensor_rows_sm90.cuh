@@ -245,11 +245,14 @@ struct WarpgroupKernel : QueryTile<Config> {
             if (!s.plan.more) break;
             meet();
         }
+        u32 odd[2];
+        this->find_odd(0, this->sum[0], odd);
         float by[2];
         this->finish_softmax(0, by);
         __syncwarp();
         store_tile_rows<T, D, Queries>(shared.q, 16 * warp(), width_v(), sums[0], by[0], by[1],
                                        [&](int row) { return row_of(p.o, row); });
+        this->repair(0, odd);
     }
 
     LSM_DEVICE void run() {
