@@ -2,7 +2,7 @@
 
 Switches (environment): LSM_BUILD_CUDA=auto|0|1, LSM_CUDA_ARCHS="80;90a" (default: the GPUs
     present, else 80;90a),
-LSM_CUTLASS_DIR=<folder with cute/>, MAX_JOBS=<n>.
+LSM_CUTLASS_DIR=<folder with cute/>, LSM_LINEINFO=1 (source lines for profilers), MAX_JOBS=<n>.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class CMakeBuild(build_ext):
                 "LSM_CUDA_ARCHS": ";".join(archs),
                 "LSM_CUTLASS_DIR": cutlass,
                 "CMAKE_CUDA_COMPILER": nvcc,
+                "LSM_LINEINFO": os.environ.get("LSM_LINEINFO", "0"),
                 "LSM_PYTHON": sys.executable,
             }
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)

@@ -637,7 +637,8 @@ class Lines : public Tile<Number, Elem, kTaps> {
     T *x_, *grad_;  // from W - 1 tokens before the segment on; from its first token on
 };
 
-// run(tile) of the dtype, the layout and the usual taps.
+// run(tile) of the dtype, the layout and the taps. What models use is unrolled: four taps, and in fp32 and bf16 two and
+// three without a norm.
 template <class Run>
 void with_tile(ConvParams const& p, int64_t first, void* scratch, Run const& run) {
     auto const taken = [&](auto zero, auto element, auto taps) {
@@ -645,26 +646,29 @@ void with_tile(ConvParams const& p, int64_t first, void* scratch, Run const& run
         using Element = decltype(element);
         constexpr int kTaps = decltype(taps)::value;
         Arena<T> arena(scratch);
-        if (!p.x.channel_last()) {
-            run(Lines<T, Element, kTaps>(p, first, arena), arena);
-        } else if (p.norm > 0) {
-            run(Rows<T, Element, kTaps, true>(p, first, arena), arena);
-        } else {
+        if constexpr (kTaps == 0 || kTaps == 4) {
+            if (p.x.channel_last() && p.norm > 0)
+                return run(Rows<T, Element, kTaps, true>(p, first, arena), arena);
+        }
+        if (p.x.channel_last()) {
             run(Rows<T, Element, kTaps, false>(p, first, arena), arena);
+        } else {
+            run(Lines<T, Element, kTaps>(p, first, arena), arena);
         }
     };
     auto const typed = [&](auto zero) {
         with_element<decltype(zero)>(p.dtype, [&](auto element) {
-            switch (p.W) {
-                case 2:
+            using Element = decltype(element);
+            if constexpr (std::is_same_v<Element, float> || std::is_same_v<Element, Bf16>) {
+                if (p.W == 2 && p.norm == 0)
                     return taken(zero, element, std::integral_constant<int, 2>{});
-                case 3:
+                if (p.W == 3 && p.norm == 0)
                     return taken(zero, element, std::integral_constant<int, 3>{});
-                case 4:
-                    return taken(zero, element, std::integral_constant<int, 4>{});
-                default:
-                    return taken(zero, element, std::integral_constant<int, 0>{});
             }
+            if constexpr (!std::is_same_v<Element, double>) {
+                if (p.W == 4) return taken(zero, element, std::integral_constant<int, 4>{});
+            }
+            taken(zero, element, std::integral_constant<int, 0>{});
         });
     };
     if (p.dtype == Dtype::f64) {

@@ -534,8 +534,10 @@ auto with_selective(SelectiveParams const& p, F const& f) {
         using N = decltype(number);
         using In = decltype(in);
         constexpr int kMost = (kRegisters >= 32 ? 16 : 8) / N::kComponents;
-        if (p.S <= 4) return f(std::type_identity<Selective<N, In, 4>>{});
-        return f(std::type_identity<Selective<N, In, kMost>>{});
+        if constexpr (!std::is_same_v<In, double>) {
+            if (p.S > 4) return f(std::type_identity<Selective<N, In, kMost>>{});
+        }
+        return f(std::type_identity<Selective<N, In, 4>>{});
     };
     if (p.is_complex) {
         return p.dtype == Dtype::f64 ? sized(Complex<double>{}, double{})
