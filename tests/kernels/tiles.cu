@@ -1,5 +1,6 @@
 // Instructions against plain loops, over CUTLASS's own fragment layouts where it has them.
 #include "harness.h"
+#include "kernels/matrix.cuh"
 
 #include <cute/tensor.hpp>
 
