@@ -1,0 +1,244 @@
+// The short convolution, what both layouts have: the activation, lanes, and a tile of channels (see conv_tier.h).
+#pragma once
+
+#include "arena.h"
+#include "rows.h"
+
+namespace lsm::cpu {
+namespace LSM_CPU_TIER {
+namespace {
+
+constexpr int64_t kMaxTaps = 128;  // checked by the operator
+
+// x between bounds; NaN passes.
+LSM_INLINE Vector<float> bounded(Vector<float> x, float low, float high) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    x = Vector<float>(_mm512_maskz_max_ps(0xffff, __m512(Vector<float>{} + low), __m512(x)));
+    return Vector<float>(_mm512_maskz_min_ps(0xffff, __m512(Vector<float>{} + high), __m512(x)));
+#else
+    x = x < low ? Vector<float>{} + low : x;
+    return x > high ? Vector<float>{} + high : x;
+#endif
+}
+
+// 1 / x, of a half's precision.
+LSM_INLINE Vector<float> rough_reciprocal(Vector<float> x) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    return Vector<float>(_mm512_maskz_rcp14_ps(0xffff, __m512(x)));
+#else
+    return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + e^-x), to about 1 ulp for float, to 13 bits for halves: the time of a convolution in cache is this. e^-x is 2^n
+// times a polynomial in r, where n + r = -x log2 e.
+template <class Element>
+LSM_INLINE Vector<float> logistic(Vector<float> x) {
+    using V = Vector<float>;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr float kLog2e = 1.44269504088896341f;
+    x = bounded(x, -87.0f, 87.0f);
+    V const n = (x * -kLog2e + kRound) - kRound, r = x * -kLog2e - n;
+    V y;
+    if constexpr (sizeof(Element) == 2) {
+        y = r * 0.009582852944731712f + 0.055906426161527634f;
+        y = y * r + 0.24024099111557007f;
+        y = y * r + 0.6931241750717163f;
+        return rough_reciprocal(scale_by_power_of_two(y * r + 1.0f, n) + 1.0f);
+    } else {
+        y = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+        y = y * r + 9.618437357674640e-3f;
+        y = y * r + 5.550332471162809e-2f;
+        y = y * r + 2.402264791363012e-1f;
+        y = y * r + 6.931472028550421e-1f;
+        return 1.0f / (scale_by_power_of_two(y * r + 1.0f, n) + 1.0f);
+    }
+}
+
+template <class Element>
+LSM_INLINE Vector<double> logistic(Vector<double> x) {
+    return 1.0 / (1.0 + exp(-x));
+}
+
+// One element in the accumulation type.
+LSM_INLINE float number(float const* p) {
+    return *p;
+}
+LSM_INLINE double number(double const* p) {
+    return *p;
+}
+LSM_INLINE float number(Bf16 const* p) {
+    return __builtin_bit_cast(float, uint32_t(p->bits) << 16);
+}
+LSM_INLINE float number(F16 const* p) {
+    return widen_first<float>(p, 1)[0];
+}
+
+// The lanes of a vector that count: all, or the first so many.
+struct All {};
+
+template <class T, class Element>
+LSM_INLINE Vector<T> read(Element const* p, All) {
+    return widen(p);
+}
+template <class T, class Element>
+LSM_INLINE Vector<T> read(Element const* p, int64_t count) {
+    return widen_first<T>(p, count);
+}
+template <class T, class Element>
+LSM_INLINE void write(Element* p, Vector<T> x, All) {
+    narrow(p, x);
+}
+template <class T, class Element>
+LSM_INLINE void write(Element* p, Vector<T> x, int64_t count) {
+    narrow_first<T>(p, x, count);
+}
+template <class T>
+LSM_INLINE Vector<T> zero_rest(Vector<T> x, All) {
+    return x;
+}
+template <class T>
+LSM_INLINE Vector<T> zero_rest(Vector<T> x, int64_t count) {
+    return lane_numbers<T>() < T(count) ? x : Vector<T>{};
+}
+
+// f(first, lanes) for every vector of n elements.
+template <class T, class F>
+LSM_INLINE void each_vector(int64_t n, F const& f) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) f(i, All{});
+    if (i < n) f(i, n - i);
+}
+
+// Rows [D, columns] of one tile as columns of `pitch` channels.
+template <class T>
+void read_columns(T* to, void const* rows, Dtype dtype, int64_t columns, int64_t channels,
+                  int64_t pitch) {
+    with_element<T>(dtype, [&](auto element) {
+        auto const* from = static_cast<decltype(element) const*>(rows);
+        for (int64_t c = 0; c < pitch; ++c) {
+            for (int64_t j = 0; j < columns; ++j)
+                to[j * pitch + c] = c < channels ? T(number(from + c * columns + j)) : T(0);
+        }
+    });
+}
+
+inline void* element_at(void const* p, Dtype dtype, int64_t i) {
+    return static_cast<char*>(const_cast<void*>(p)) + i * bytes_of(dtype);
+}
+
+// What both layouts have of a tile of channels: weights, states, sums of the weight's gradient. kTaps: W, or 0 if it
+// is known at run time only.
+template <class Number, class Elem, int kTaps>
+class Tile {
+  public:
+    using T = Number;
+    using Element = Elem;
+    static constexpr int W = kLanes<T>;
+
+    Tile(ConvParams const& p, int64_t first, Arena<T>& arena)
+        : p_(p),
+          first_(first),
+          channels_(min_of(conv_tile_channels(p), p.D - first)),
+          pitch_(round_up(conv_tile_channels(p), W) + W) {
+        weight_ = arena.take(taps() * pitch_);
+        bias_ = arena.take(pitch_);
+        sums_ = arena.take((taps() + 1) * pitch_);
+    }
+
+    void begin() {
+        read_columns(weight_, element_at(p_.weight, p_.weight_dtype, first_ * p_.W),
+                     p_.weight_dtype, p_.W, channels_, pitch_);
+        fill(bias_, pitch_);
+        fill(sums_, (taps() + 1) * pitch_);
+        if (p_.bias != nullptr)
+            read_columns(bias_, element_at(p_.bias, p_.weight_dtype, first_), p_.weight_dtype, 1,
+                         channels_, pitch_);
+    }
+
+    // Sums of the weight's gradient, and below them the bias's, as columns [W + 1][D].
+    void write_sums(void* record) const {
+        for (int64_t j = 0; j <= taps(); ++j)
+            std::memcpy(static_cast<T*>(record) + j * p_.D + first_, sums_ + j * pitch_,
+                        size_t(channels_) * sizeof(T));
+    }
+
+  protected:
+    LSM_INLINE int64_t taps() const { return kTaps > 0 ? kTaps : p_.W; }
+    LSM_INLINE int64_t past() const { return taps() - 1; }
+
+    static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+    static void fill(T* to, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) to[i] = T(0);
+    }
+
+    Element* at(Strided const& x, ConvSegment const& s, int64_t token) const {
+        return static_cast<Element*>(x.data) + s.batch * x.batch + token * x.time +
+               first_ * x.channel;
+    }
+
+    Element* state_of(void const* states, int64_t sequence, int64_t channel) const {
+        return static_cast<Element*>(const_cast<void*>(states)) +
+               (sequence * p_.D + first_ + channel) * p_.S;
+    }
+
+    // The input `age` tokens before the sequence's first.
+    Element before(ConvSegment const& s, int64_t channel, int64_t age) const {
+        if (p_.initial_state == nullptr) return Element{};
+        return state_of(p_.initial_state, s.index, channel)[p_.S - age];
+    }
+
+    // Value, and its slope, of the activation before which `pre` stands.
+    LSM_INLINE void activate(Vector<T> pre, Vector<T>& value, Vector<T>& slope) const {
+        if (!p_.silu) {
+            value = pre, slope = Vector<T>{} + T(1);
+            return;
+        }
+        Vector<T> const open = logistic<Element>(pre);
+        value = pre * open, slope = open * (T(1) + pre * (T(1) - open));
+    }
+
+    void write_state(ConvSegment const& s) const {
+        if (p_.final_state == nullptr || s.t1 < s.end) return;
+        for (int64_t c = 0; c < channels_; ++c) {
+            Element* const to = state_of(p_.final_state, s.index, c);
+            for (int64_t i = 0; i < p_.S; ++i) {
+                int64_t const token = s.end - p_.S + i;
+                to[i] = token >= s.begin ? at(p_.x, s, token)[c * p_.x.channel]
+                                         : before(s, c, s.begin - token);
+            }
+        }
+    }
+
+    // What the final state passes on to dx of a token: the gradient of one of its columns.
+    LSM_INLINE bool in_final_state(ConvSegment const& s, int64_t token) const {
+        return p_.grad_final_state != nullptr && token >= s.end - p_.S;
+    }
+    T final_grad(ConvSegment const& s, int64_t channel, int64_t token) const {
+        return number(state_of(p_.grad_final_state, s.index, channel) + token - (s.end - p_.S));
+    }
+
+    // grad(i): the gradient before the activation of the sequence's i-th token, i < W - 1.
+    template <class Grad>
+    void write_initial_grad(ConvSegment const& s, int64_t c, Grad const& grad) const {
+        int64_t const length = s.end - s.begin;
+        for (int64_t i = 0; i < p_.S; ++i) {
+            int64_t const age = p_.S - i;
+            T sum = 0;
+            for (int64_t j = age; j <= past() && j - age < length; ++j)
+                sum += weight_[(past() - j) * pitch_ + c] * grad(j - age);
+            if (p_.grad_final_state != nullptr && i >= length)
+                sum += number(state_of(p_.grad_final_state, s.index, c) + i - length);
+            narrow_first<T>(state_of(p_.grad_initial_state, s.index, c) + i, Vector<T>{} + sum, 1);
+        }
+    }
+
+    ConvParams const& p_;
+    int64_t first_, channels_, pitch_;
+    T *weight_, *bias_, *sums_;  // [taps][pitch], [pitch], [taps + 1][pitch]
+};
+
+}  // namespace
+}  // namespace LSM_CPU_TIER
+}  // namespace lsm::cpu
