@@ -18,7 +18,7 @@ import torch
 from bench_scripts import BENCHMARKS, ROOT, script
 
 import lsm_cuda
-from lsm_cuda.bench import peers
+from lsm_cuda.bench import calls
 from lsm_cuda.bench.measure import (
     OURS,
     CudaClock,
@@ -172,13 +172,13 @@ def test_fla_files_are_found_by_folder(tmp_path, monkeypatch):
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "naive.py").write_text("def f():\n    return 7\n")
     monkeypatch.setenv("LSM_FLA_DIR", str(tmp_path))
-    peers.fla_file.cache_clear()
+    calls.fla_file.cache_clear()
     try:
         assert Call("ops/naive.py:f").load()() == 7
         with pytest.raises(ImportError, match=r"ops/other\.py is not in"):
             Call("ops/other.py:f").load()
     finally:
-        peers.fla_file.cache_clear()
+        calls.fla_file.cache_clear()
 
 
 def test_what_was_checked_is_not_checked_again(monkeypatch):
