@@ -11,7 +11,7 @@ from ..modules.rotary import packed_positions
 from ..ops.attn_mask import AttnMask
 from ..ops.moba import parallel_moba
 from ..ops.nsa import parallel_nsa
-from ..ops.selection import block_pool
+from ..ops.pooling import block_pool
 from ..ops.sparse_attn import block_sparse_attn
 from .attention import CausalAttention
 from .common import split_heads

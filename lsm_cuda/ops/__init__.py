@@ -102,6 +102,7 @@ from .mlstm import (
 )
 from .moba import parallel_moba
 from .nsa import nsa_compression, nsa_topk, parallel_nsa
+from .pooling import block_pool, row_boundaries
 from .prefix_scan import PrefixScanState, prefix_scan
 from .regla import chunk_regla, log_refined_gate, regla_step
 from .retention import (
@@ -131,11 +132,9 @@ from .selection import (
     BlockChoice,
     ScoreRule,
     antidiagonals,
-    block_pool,
     block_scores,
     block_select,
     block_topk,
-    row_boundaries,
 )
 from .selective_scan import selective_scan_fn
 from .simple_gla import (

@@ -57,8 +57,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)`` for results of an autograd.Function: torch 2.11 traces a conversion to the
-    same dtype as a second name of one tensor, and loses the gradient of the first."""
+    """``x.to(dtype)``, not called where it changes nothing: a step has little time for that, and
+    torch 2.11 traces it as a second name of one tensor, and loses the gradient of the first."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ._common import check_rank, check_shape
 from .attn_mask import AttnMask
 from .block_lists import BlockLists
-from .selection import BlockChoice, ScoreRule, block_pool, block_select, row_boundaries
+from .pooling import block_pool, row_boundaries
+from .selection import BlockChoice, ScoreRule, block_select
 from .sparse_attn import block_sparse_attn
 
 __all__ = ["nsa_compression", "nsa_topk", "parallel_nsa"]

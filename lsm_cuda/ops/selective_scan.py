@@ -13,6 +13,7 @@ from ._common import (
     check_no_gradient,
     check_rank,
     check_same_device,
+    in_dtype,
     no_double_backward,
 )
 
@@ -208,18 +209,12 @@ def selective_step(
     check_no_gradient("selective_state_update", "selective_scan_fn", state, x, dt, A, B, C)
     narrow, wide = x.dtype, accumulation_dtype(x)
     is_complex = A.is_complex()
-    A = _in(A, _scan.state_dtype(A) if is_complex else wide)
+    A = in_dtype(A, _scan.state_dtype(A) if is_complex else wide)
     B, C = (t if t.dim() == 3 else t.unsqueeze(1) for t in (B, C))
     if not is_complex:
-        B, C = _in(B, narrow), _in(C, narrow)
+        B, C = in_dtype(B, narrow), in_dtype(C, narrow)
     return torch.ops.lsm.selective_scan_step(  # type: ignore[no-any-return]
-        x, _in(dt, narrow), A, B, C, None if D is None else _in(D, wide),
-        None if z is None else _in(z, narrow), None if dt_bias is None else _in(dt_bias, wide),
-        state, dt_softplus,
+        x, in_dtype(dt, narrow), A, B, C, None if D is None else in_dtype(D, wide),
+        None if z is None else in_dtype(z, narrow),
+        None if dt_bias is None else in_dtype(dt_bias, wide), state, dt_softplus,
     )  # fmt: skip
-
-
-def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``; a call that changes nothing still takes its time, of which a step has
-    little."""
-    return t if t.dtype == dtype else t.to(dtype)

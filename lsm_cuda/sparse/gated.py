@@ -16,7 +16,8 @@ from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
 from ..ops.nsa import compress, nsa_compression
-from ..ops.selection import BlockChoice, ScoreRule, block_pool, block_select, row_boundaries
+from ..ops.pooling import block_pool, row_boundaries
+from ..ops.selection import BlockChoice, ScoreRule, block_select
 from ..ops.sparse_attn import block_sparse_attn
 from .kv_cache import Policy, pages_of
 from .prefill import cumulative

@@ -19,7 +19,7 @@ from inputs import Inputs, Tensors, boundaries
 from torch import Tensor
 
 from lsm_cuda import ops, reference
-from lsm_cuda.ops import BlockChoice, ScoreRule
+from lsm_cuda.ops import BlockChoice, ScoreRule, pooling
 from lsm_cuda.ops import _stretches as stretches_
 from lsm_cuda.ops import selection as module
 
@@ -99,7 +99,7 @@ def test_pool(impl, windows):
 
     def call(lib, move) -> Tensors:
         given = [move(t) for t in (x.tensors["x"], cu, starts, rest["lengths"])]
-        kind = module._POOLS.index(windows.pool)
+        kind = pooling._POOLS.index(windows.pool)
         return {"o": lib.block_pool(*given, *rule[:2], kind, rule[3])}
 
     truth, same = (
