@@ -288,6 +288,7 @@ def block_scores(
         XAttention, arXiv:2503.16428; H2O, arXiv:2306.14048.
 
     Example:
+        >>> from lsm_cuda.ops import block_pool
         >>> q, k = torch.randn(1, 256, 4, 32), torch.randn(1, 256, 2, 32)
         >>> block_scores(q, block_pool(k, 64), ScoreRule.pooled(64)).shape
         torch.Size([1, 4, 256, 4])
@@ -329,6 +330,7 @@ def block_select(
         chip: those of a stretch of rows go through memory.
 
     Example:
+        >>> from lsm_cuda.ops import block_pool
         >>> q, k = torch.randn(1, 256, 16, 32), torch.randn(1, 256, 1, 32)  # NSA's selection
         >>> pooled = block_pool(k, 32, 16, partial=False)
         >>> choice = BlockChoice(top_k=3, first=1, local=2)
