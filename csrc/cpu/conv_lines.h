@@ -26,10 +26,13 @@ class Lines : public Tile<Number, Elem, kTaps> {
         for (int64_t c = 0; c < channels_; ++c) {
             read_line(s, c, tokens);
             Filter const filter(*this, c);
+            T const bias = bias_[c];
+            Element const* const next = line(p_.x, s, c + 1);  // the walk along it is memory's time
             Element* const y = line(p_.y, s, c);
             each_vector<T>(tokens, [&](int64_t i, auto lanes) {
+                __builtin_prefetch(next + i);
                 Vector<T> value, slope;
-                this->activate(filter.apply(x_ + i, 1, bias_[c]), value, slope);
+                this->activate(filter.apply(x_ + i, 1, bias), value, slope);
                 write<T>(y + i, value, lanes);
             });
         }
@@ -41,10 +44,13 @@ class Lines : public Tile<Number, Elem, kTaps> {
         for (int64_t c = 0; c < channels_; ++c) {
             read_line(s, c, made);
             Filter const filter(*this, c);
+            T const bias = bias_[c];
             Element const* const dy = line(p_.grad_y, s, c);
+            Element const* const next = line(p_.x, s, c + 1);
             each_vector<T>(made, [&](int64_t i, auto lanes) {
+                __builtin_prefetch(next + i);
                 Vector<T> value, slope;
-                this->activate(filter.apply(x_ + i, 1, bias_[c]), value, slope);
+                this->activate(filter.apply(x_ + i, 1, bias), value, slope);
                 store(grad_ + i, read<T>(dy + i, lanes) * slope);
             });
             for (int64_t i = made; i < tokens + past(); ++i) grad_[i] = T(0);

@@ -35,10 +35,9 @@ LSM_INLINE Vector<float> widen(Bf16 const* p) {
 
 // Round to nearest even; a NaN keeps its upper bits and is made quiet.
 LSM_INLINE void narrow(Bf16* p, Vector<float> x) {
-    Bits const u = Bits(x);
-    Bits const rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    Bits const bits = (u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded;
-    HalfBits const half = __builtin_convertvector(bits, HalfBits);
+    Bits const u = Bits(x), rounded = u + 0x7fff + ((u >> 16) & 1);
+    Bits const bits = x == x ? rounded : u | 0x400000;
+    HalfBits const half = __builtin_convertvector(bits >> 16, HalfBits);
     std::memcpy(p, &half, sizeof(half));
 }
 
