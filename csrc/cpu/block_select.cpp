@@ -13,8 +13,8 @@ using cpu::BlockTask;
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // multiply-adds worth waking a thread for
 constexpr int64_t kTaskScores = int64_t(1) << 15;   // of a task, at most
 
-cpu::BlockSelectKernels const& kernels() {
-    return cpu::best_block_select_kernels();
+cpu::BlockSelectKernels const& kernels(Dtype dtype) {
+    return cpu::best_block_select_kernels(dtype);
 }
 
 int64_t width(ScoreParams const& p) {
@@ -45,7 +45,7 @@ int64_t threads_for(ScoreParams const& p) {
 // A thread's room: for the kernels, and for a task's scores.
 int64_t scratch_bytes(ScoreParams const& p) {
     int64_t const rows = std::clamp<int64_t>(kTaskScores / std::max<int64_t>(1, p.blocks), 1, 64);
-    return cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign) +
+    return cpu::round_up(kernels(p.dtype).scratch_bytes(p), cpu::kAlign) +
            cpu::round_up(rows * p.blocks * width(p), cpu::kAlign);
 }
 
@@ -135,7 +135,7 @@ void block_pool(PoolParams const& p, void*) {
             for (int64_t w = 0; w < rows; ++w) {
                 int64_t const start = w * p.stride;
                 bool const there = p.partial ? start < tokens : start + p.length <= tokens;
-                kernels().pool(p, batch, h, begin, there ? tokens : start, w, row + w);
+                kernels(p.dtype).pool(p, batch, h, begin, there ? tokens : start, w, row + w);
             }
         }
     };
@@ -159,8 +159,8 @@ void block_scores(ScoreParams const& p, void* workspace, void*) {
     int64_t const scratch = scratch_bytes(p);
     cpu::run_tasks(tasks_of(p), threads_for(p), [&](BlockTask const& task, int64_t thread) {
         BlockRow const row = block_row(p, task.sequence, task.first);
-        kernels().scores(p, task, row_scores(p, row, task.head),
-                         static_cast<char*>(workspace) + thread * scratch);
+        kernels(p.dtype).scores(p, task, row_scores(p, row, task.head),
+                                static_cast<char*>(workspace) + thread * scratch);
     });
     if (width(p) == 8) {
         fill_rest(p, static_cast<double*>(p.scores), p.blocks, -double(INFINITY));
@@ -171,10 +171,10 @@ void block_scores(ScoreParams const& p, void* workspace, void*) {
 
 void select_blocks(ScoreParams const& p, BlockChoice const& choice, void* workspace, void*) {
     int64_t const scratch = scratch_bytes(p),
-                  room = cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign);
+                  room = cpu::round_up(kernels(p.dtype).scratch_bytes(p), cpu::kAlign);
     cpu::run_tasks(tasks_of(p), threads_for(p), [&](BlockTask const& task, int64_t thread) {
         char* const own = static_cast<char*>(workspace) + thread * scratch;
-        kernels().scores(p, task, own + room, own);
+        kernels(p.dtype).scores(p, task, own + room, own);
         choose_rows(p, choice, task, own + room);
     });
     fill_rest(p, p.index, choice.capacity, -1);

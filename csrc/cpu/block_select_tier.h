@@ -59,10 +59,8 @@ void pool_window(PoolParams const& p, int64_t batch, int64_t head, int64_t begin
 
 void pool(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
           int64_t window, int64_t row) {
-    if (p.dtype == Dtype::f64)
-        return pool_window<double, double>(p, batch, head, begin, tokens, window, row);
-    with_element<float>(p.dtype, [&](auto element) {
-        pool_window<float, decltype(element)>(p, batch, head, begin, tokens, window, row);
+    with_types(p.dtype, [&](auto zero, auto element) {
+        pool_window<decltype(zero), decltype(element)>(p, batch, head, begin, tokens, window, row);
     });
 }
 
@@ -244,15 +242,14 @@ class ScoreWalk {
 };
 
 int64_t score_scratch_bytes(ScoreParams const& p) {
-    return p.dtype == Dtype::f64 ? ScoreScratch<double>(p, nullptr).arena.used()
-                                 : ScoreScratch<float>(p, nullptr).arena.used();
+    return with_accumulator(
+        p.dtype, [&](auto zero) { return ScoreScratch<decltype(zero)>(p, nullptr).arena.used(); });
 }
 
 void scores(ScoreParams const& p, BlockTask const& task, void* out, void* scratch) {
-    if (p.dtype == Dtype::f64)
-        return ScoreWalk<double, double>(p, task, scratch).run(static_cast<double*>(out));
-    with_element<float>(p.dtype, [&](auto element) {
-        ScoreWalk<float, decltype(element)>(p, task, scratch).run(static_cast<float*>(out));
+    with_types(p.dtype, [&](auto zero, auto element) {
+        using T = decltype(zero);
+        ScoreWalk<T, decltype(element)>(p, task, scratch).run(static_cast<T*>(out));
     });
 }
 

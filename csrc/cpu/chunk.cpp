@@ -18,8 +18,8 @@ constexpr int64_t kColumnTile = 32;   // of V, two vectors at most
 constexpr int64_t kStepGrain = int64_t(1) << 16;    // state elements worth waking a thread for
 constexpr int64_t kThreadGrain = int64_t(1) << 18;  // state elements times tokens, likewise
 
-ChunkKernels const& kernels() {
-    return cpu::best_chunk_kernels();
+ChunkKernels const& kernels(Dtype dtype) {
+    return cpu::best_chunk_kernels(dtype);
 }
 
 // One sequence of one value head, cut into segments of equal length (the last may be shorter).
@@ -92,7 +92,7 @@ Plan make_plan(ChunkParams const& p, bool backward) {
     std::stable_sort(plan.chains.begin(), plan.chains.end(),
                      [](Chain const& a, Chain const& b) { return a.length > b.length; });
     plan.threads = std::max<int64_t>(1, std::min(threads, segments_in_all * plan.column_tiles));
-    plan.scratch = round_up(kernels().scratch_bytes(p, plan.longest, backward), kAlign);
+    plan.scratch = round_up(kernels(p.dtype).scratch_bytes(p, plan.longest, backward), kAlign);
     return plan;
 }
 
@@ -205,8 +205,9 @@ void boundary_states(ChunkParams const& p, Plan const& plan, Workspace const& w)
             tasks.push_back(task);
         }
     }
-    run_tasks(tasks, plan, w,
-              [&](ChunkTask const& task, void* scratch) { kernels().end_state(p, task, scratch); });
+    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) {
+        kernels(p.dtype).end_state(p, task, scratch);
+    });
     for (Chain const& chain : plan.chains) {
         void const* before = state_of(p.initial_state, p, chain);
         void const* n_before = sums_of(p.normaliser.n0, p, chain);
@@ -233,7 +234,7 @@ void boundary_grads(ChunkParams const& p, Plan const& plan, Workspace const& w) 
         }
     }
     run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) {
-        kernels().begin_grad(p, task, scratch);
+        kernels(p.dtype).begin_grad(p, task, scratch);
     });
     for (Chain const& chain : plan.chains) {
         void const* after = state_of(p.grad_final_state, p, chain);
@@ -256,7 +257,8 @@ void gates(ChunkParams const& p, Plan const& plan, Workspace const& w) {
         task.end = chain.end;
         tasks.push_back(task);
     }
-    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void*) { kernels().gates(p, task); });
+    run_tasks(tasks, plan, w,
+              [&](ChunkTask const& task, void*) { kernels(p.dtype).gates(p, task); });
 }
 
 void const* state_before(ChunkParams const& p, Workspace const& w, Chain const& chain,
@@ -314,8 +316,9 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
             }
         }
     }
-    run_tasks(tasks, plan, w,
-              [&](ChunkTask const& task, void* scratch) { kernels().forward(p, task, scratch); });
+    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) {
+        kernels(p.dtype).forward(p, task, scratch);
+    });
 }
 
 void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
@@ -340,8 +343,9 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
             tasks.push_back(task);
         }
     }
-    run_tasks(tasks, plan, w,
-              [&](ChunkTask const& task, void* scratch) { kernels().backward(p, task, scratch); });
+    run_tasks(tasks, plan, w, [&](ChunkTask const& task, void* scratch) {
+        kernels(p.dtype).backward(p, task, scratch);
+    });
 }
 
 int64_t step_workspace(StepParams const&) {
@@ -350,7 +354,7 @@ int64_t step_workspace(StepParams const&) {
 
 void step(StepParams const& p, void*, void*) {
     int64_t const grain = std::max<int64_t>(1, kStepGrain / (p.K * p.V)), states = p.B * p.HV;
-    auto const run = [&](int64_t first, int64_t last) { kernels().step(p, first, last); };
+    auto const run = [&](int64_t first, int64_t last) { kernels(p.dtype).step(p, first, last); };
     if (states <= grain) {
         run(0, states);
     } else {

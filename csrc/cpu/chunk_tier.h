@@ -1,6 +1,7 @@
 // One instruction set's kernel table. The including file has chosen the set:
 //   LSM_CPU_TIER            namespace            LSM_CPU_VECTOR_BYTES   width of a vector
 //   LSM_CPU_REGISTERS       vector registers     LSM_CPU_HARDWARE_F16   converts halves
+//   LSM_CPU_F64             has kernels of fp64
 // and has included the system's headers before it did, so that only the kernels are compiled for
 // it.
 #pragma once
@@ -11,11 +12,6 @@
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 namespace {
-
-template <class F>
-auto with_accumulator(Dtype dtype, F const& f) {
-    return dtype == Dtype::f64 ? f(double{}) : f(float{});
-}
 
 // run(Stretch{p, task, scratch}) with the stretch of the dtype and the decay at hand.
 template <template <class T, class Decay> class Stretch, class Run>

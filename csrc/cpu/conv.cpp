@@ -15,8 +15,8 @@ using cpu::ConvSegment;
 
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
-ConvKernels const& kernels() {
-    return cpu::best_conv_kernels();
+ConvKernels const& kernels(Dtype dtype) {
+    return cpu::best_conv_kernels(dtype);
 }
 
 std::vector<ConvSegment> segments_of(ConvParams const& p) {
@@ -78,7 +78,7 @@ int64_t threads_for(ConvParams const& p) {
 }
 
 int64_t scratch_bytes(ConvParams const& p) {
-    return cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign);
+    return cpu::round_up(kernels(p.dtype).scratch_bytes(p), cpu::kAlign);
 }
 
 int64_t record_bytes(ConvParams const& p) {
@@ -99,8 +99,8 @@ void conv_fwd(ConvParams const& p, void* workspace, void*) {
     Plan const plan(p);
     int64_t const scratch = scratch_bytes(p);
     cpu::run_tasks(plan.tasks, threads_for(p), [&](ConvTask const& task, int64_t thread) {
-        kernels().forward(p, plan.segments.data() + task.first, task.last - task.first,
-                          task.channel, static_cast<char*>(workspace) + thread * scratch);
+        kernels(p.dtype).forward(p, plan.segments.data() + task.first, task.last - task.first,
+                                 task.channel, static_cast<char*>(workspace) + thread * scratch);
     });
 }
 
@@ -109,16 +109,16 @@ void conv_bwd(ConvParams const& p, void* workspace, void*) {
     int64_t const scratch = scratch_bytes(p), record = record_bytes(p);
     char* const records = static_cast<char*>(workspace) + threads_for(p) * scratch;
     cpu::run_tasks(plan.tasks, threads_for(p), [&](ConvTask const& task, int64_t thread) {
-        kernels().backward(p, plan.segments.data() + task.first, task.last - task.first,
-                           task.channel, records + task.record * record,
-                           static_cast<char*>(workspace) + thread * scratch);
+        kernels(p.dtype).backward(p, plan.segments.data() + task.first, task.last - task.first,
+                                  task.channel, records + task.record * record,
+                                  static_cast<char*>(workspace) + thread * scratch);
     });
-    if (p.dweight != nullptr) kernels().add(p, records, plan.records);
+    if (p.dweight != nullptr) kernels(p.dtype).add(p, records, plan.records);
 }
 
 void conv_step(ConvStepParams const& p, void*) {
     auto const rows = [&](int64_t first, int64_t last) {
-        for (int64_t b = first; b < last; ++b) kernels().step(p, b);
+        for (int64_t b = first; b < last; ++b) kernels(p.dtype).step(p, b);
     };
     int64_t const grain =
         std::max<int64_t>(1, p.B * kThreadGrain / std::max<int64_t>(1, p.B * p.T * p.D));

@@ -48,11 +48,7 @@ void with_tile(ConvParams const& p, int64_t first, void* scratch, Run const& run
             taken(zero, element, std::integral_constant<int, 0>{});
         });
     };
-    if (p.dtype == Dtype::f64) {
-        typed(double{});
-    } else {
-        typed(float{});
-    }
+    with_accumulator(p.dtype, typed);
 }
 
 int64_t conv_scratch_bytes(ConvParams const& p) {
@@ -100,17 +96,13 @@ void conv_add(ConvParams const& p, void* records, int64_t count) {
             write_column(element_at(p.dweight, p.weight_dtype, j), p.W, j);
         if (p.dbias != nullptr) write_column(p.dbias, 1, p.W);
     };
-    if (p.dtype == Dtype::f64) {
-        typed(double{});
-    } else {
-        typed(float{});
-    }
+    with_accumulator(p.dtype, typed);
 }
 
 void conv_step(ConvStepParams const& p, int64_t batch) {
-    if (p.dtype == Dtype::f64) return step_row<double, double>(p, batch);
-    with_element<float>(p.dtype,
-                        [&](auto element) { step_row<float, decltype(element)>(p, batch); });
+    with_types(p.dtype, [&](auto zero, auto element) {
+        step_row<decltype(zero), decltype(element)>(p, batch);
+    });
 }
 
 }  // namespace

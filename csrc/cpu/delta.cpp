@@ -17,8 +17,8 @@ using cpu::DeltaTask;
 constexpr int64_t kColumnTile = 64;                 // of V, four vectors at most
 constexpr int64_t kThreadGrain = int64_t(1) << 17;  // state elements times slots worth a thread
 
-DeltaKernels const& kernels() {
-    return cpu::best_delta_kernels();
+DeltaKernels const& kernels(Dtype dtype) {
+    return cpu::best_delta_kernels(dtype);
 }
 
 struct Plan {
@@ -69,7 +69,7 @@ Plan make_plan(DeltaParams const& p, bool backward) {
         plan.tasks.begin(), plan.tasks.end(),
         [](DeltaTask const& a, DeltaTask const& b) { return a.end - a.begin > b.end - b.begin; });
     plan.threads = std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(plan.tasks.size())));
-    plan.scratch = round_up(kernels().scratch_bytes(p, longest, columns, backward), kAlign);
+    plan.scratch = round_up(kernels(p.dtype).scratch_bytes(p, longest, columns, backward), kAlign);
     return plan;
 }
 
@@ -96,11 +96,11 @@ int64_t delta_bwd_workspace(DeltaParams const& p) {
 }
 
 void delta_fwd(DeltaParams const& p, void* workspace, void*) {
-    run(p, make_plan(p, false), workspace, kernels().forward);
+    run(p, make_plan(p, false), workspace, kernels(p.dtype).forward);
 }
 
 void delta_bwd(DeltaParams const& p, void* workspace, void*) {
-    run(p, make_plan(p, true), workspace, kernels().backward);
+    run(p, make_plan(p, true), workspace, kernels(p.dtype).backward);
 }
 
 // A forward over one token.
@@ -120,7 +120,7 @@ void delta_step(DeltaStepParams const& s, void*) {
     };
     std::unique_ptr<char[], Free> const workspace(
         new (std::align_val_t(kAlign)) char[size_t(workspace_bytes(plan))]);
-    run(p, plan, workspace.get(), kernels().forward);
+    run(p, plan, workspace.get(), kernels(p.dtype).forward);
 }
 
 }  // namespace lsm

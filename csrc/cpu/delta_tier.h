@@ -26,7 +26,7 @@ auto with_delta_pass(DeltaParams const& p, DeltaTask const& task, void* scratch,
         return p.decay == Decay::none ? with_rule(zero, std::false_type{})
                                       : with_rule(zero, std::true_type{});
     };
-    return p.dtype == Dtype::f64 ? with_type(double{}) : with_type(float{});
+    return with_accumulator(p.dtype, with_type);
 }
 
 int64_t delta_scratch_bytes(DeltaParams const& p, int64_t tokens, int64_t columns, bool backward) {

@@ -160,6 +160,23 @@ LSM_INLINE void with_element(Dtype dtype, F const& f) {
     }
 }
 
+// f(T{}) with the type to accumulate in.
+template <class F>
+LSM_INLINE auto with_accumulator([[maybe_unused]] Dtype dtype, F const& f) {
+#if LSM_CPU_F64
+    if (dtype == Dtype::f64) return f(double{});
+#endif
+    return f(float{});
+}
+
+// f(T{}, Element{}) with both.
+template <class F>
+LSM_INLINE void with_types(Dtype dtype, F const& f) {
+    with_accumulator(dtype, [&](auto zero) {
+        with_element<decltype(zero)>(dtype, [&](auto element) { f(zero, element); });
+    });
+}
+
 // Tokens [begin, end) in blocks of C slots, after `delay` slots that stay empty.
 struct Span {
     int64_t begin, end, delay = 0;

@@ -21,8 +21,8 @@ constexpr int64_t kUnit = 64;  // blocks are multiples of it
 constexpr int64_t kMinSegment = 256;                // positions
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
-ScanKernels const& kernels() {
-    return cpu::best_scan_kernels();
+ScanKernels const& kernels(Dtype dtype) {
+    return cpu::best_scan_kernels(dtype);
 }
 
 // One sequence, cut into segments of equal length (the last may be shorter); numbered as they are
@@ -79,7 +79,7 @@ class Workspace {
         : base_(static_cast<char*>(base)),
           row_(round_up(p.D * number_bytes(p), kAlign)),
           segments_(plan.segmented || p.channel_grad != nullptr ? plan.rows : 0),
-          scratch_(round_up(kernels().scratch_bytes(p, plan.block), kAlign)),
+          scratch_(round_up(kernels(p.dtype).scratch_bytes(p, plan.block), kAlign)),
           threads_(plan.threads) {}
 
     int64_t bytes() const { return scratch_begin() + threads_ * scratch_; }
@@ -156,7 +156,7 @@ void boundary_states(ScanParams const& p, Plan const& plan, Workspace const& w) 
         task.decay = w.row(Workspace::kDecay, chain.first_row + s);
         return s + 1 < chain.segments;
     });
-    run_all(tasks, plan, w, p, kernels().end_state);
+    run_all(tasks, plan, w, p, kernels(p.dtype).end_state);
     for (Chain const& chain : plan.chains) {
         void const* before = state_of(p.initial_state, p, chain);
         for (int64_t s = 0; s + 1 < chain.segments; ++s) {
@@ -174,7 +174,7 @@ void boundary_grads(ScanParams const& p, Plan const& plan, Workspace const& w) {
         task.decay = w.row(Workspace::kDecay, chain.first_row + s);
         return s > 0;
     });
-    run_all(tasks, plan, w, p, kernels().begin_grad);
+    run_all(tasks, plan, w, p, kernels(p.dtype).begin_grad);
     for (Chain const& chain : plan.chains) {
         void const* after = state_of(p.grad_final_state, p, chain);
         for (int64_t s = chain.segments - 1; s > 0; --s) {
@@ -218,7 +218,7 @@ void scan_fwd(ScanParams const& p, void* workspace, void*) {
         if (s + 1 == chain.segments) task.state_end = state_of(p.final_state, p, chain);
         return true;
     });
-    run_all(tasks, plan, w, p, kernels().forward);
+    run_all(tasks, plan, w, p, kernels(p.dtype).forward);
 }
 
 void scan_bwd(ScanParams const& p, void* workspace, void*) {
@@ -236,7 +236,7 @@ void scan_bwd(ScanParams const& p, void* workspace, void*) {
             task.channel_grad = w.row(Workspace::kChannelGrad, chain.first_row + s);
         return true;
     });
-    run_all(tasks, plan, w, p, kernels().backward);
+    run_all(tasks, plan, w, p, kernels(p.dtype).backward);
     if (p.channel_grad != nullptr) sum_channel_grads(p, plan, w);
 }
 

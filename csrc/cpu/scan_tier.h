@@ -307,12 +307,14 @@ void with_policy(ScanParams const& p, ScanTask const& task, Run const& run) {
 template <class Run>
 void with_scan(ScanParams const& p, ScanTask const& task, Run const& run) {
     if (p.is_complex) {
-        if (p.dtype == Dtype::f64) return with_policy<Complex<double>, double>(p, task, run);
-        return with_policy<Complex<float>, float>(p, task, run);
+        return with_accumulator(p.dtype, [&](auto zero) {
+            using T = decltype(zero);
+            with_policy<Complex<T>, T>(p, task, run);
+        });
     }
-    if (p.dtype == Dtype::f64) return with_policy<Real<double>, double>(p, task, run);
-    with_element<float>(p.dtype,
-                        [&](auto zero) { with_policy<Real<float>, decltype(zero)>(p, task, run); });
+    with_types(p.dtype, [&](auto zero, auto element) {
+        with_policy<Real<decltype(zero)>, decltype(element)>(p, task, run);
+    });
 }
 
 int64_t scan_scratch_bytes(ScanParams const& p, int64_t channels) {

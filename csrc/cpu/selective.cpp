@@ -16,8 +16,8 @@ constexpr int64_t kApart = 64;   // likewise where channels lie apart, each in p
 constexpr int64_t kUnit = 16;    // blocks are multiples of it
 constexpr int64_t kThreadGrain = int64_t(1) << 16;  // states of tokens worth waking a thread for
 
-cpu::SelectiveKernels const& kernels() {
-    return cpu::best_selective_kernels();
+cpu::SelectiveKernels const& kernels(Dtype dtype) {
+    return cpu::best_selective_kernels(dtype);
 }
 
 struct Plan {
@@ -43,7 +43,7 @@ Plan make_plan(SelectiveParams const& p, bool backward) {
         int64_t const length = p.cu_seqlens == nullptr ? p.T : boundary(p, n + 1) - boundary(p, n);
         plan.longest = std::max(plan.longest, length);
     }
-    plan.scratch = round_up(kernels().scratch_bytes(p, plan.longest, backward), kAlign);
+    plan.scratch = round_up(kernels(p.dtype).scratch_bytes(p, plan.longest, backward), kAlign);
     return plan;
 }
 
@@ -173,7 +173,7 @@ void selective_fwd(SelectiveParams const& p, void* workspace, void*) {
     Workspace const w(p, plan, false, workspace);
     cpu::run_tasks(make_tasks(p, plan, w, false), plan.threads,
                    [&](SelectiveTask const& task, int64_t thread) {
-                       kernels().forward(p, task, w.scratch(thread));
+                       kernels(p.dtype).forward(p, task, w.scratch(thread));
                    });
 }
 
@@ -182,7 +182,7 @@ void selective_bwd(SelectiveParams const& p, void* workspace, void*) {
     Workspace const w(p, plan, true, workspace);
     cpu::run_tasks(make_tasks(p, plan, w, true), plan.threads,
                    [&](SelectiveTask const& task, int64_t thread) {
-                       kernels().backward(p, task, w.scratch(thread));
+                       kernels(p.dtype).backward(p, task, w.scratch(thread));
                    });
     if (p.state_dtype == Dtype::f64) {
         sum_token_grads<double>(p, plan, w);

@@ -540,12 +540,16 @@ auto with_selective(SelectiveParams const& p, F const& f) {
         return f(std::type_identity<Selective<N, In, 4>>{});
     };
     if (p.is_complex) {
-        return p.dtype == Dtype::f64 ? sized(Complex<double>{}, double{})
-                                     : sized(Complex<float>{}, float{});
+        return with_accumulator(p.dtype, [&](auto zero) {
+            using T = decltype(zero);
+            return sized(Complex<T>{}, T{});
+        });
     }
     switch (p.dtype) {
+#if LSM_CPU_F64
         case Dtype::f64:
             return sized(Real<double>{}, double{});
+#endif
         case Dtype::bf16:
             return sized(Real<float>{}, Bf16{});
         case Dtype::f16:

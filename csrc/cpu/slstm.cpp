@@ -15,7 +15,7 @@ int64_t threads_for(SlstmParams const& p) {
 }
 
 int64_t scratch_bytes(SlstmParams const& p) {
-    return cpu::round_up(cpu::best_slstm_kernels().scratch_bytes(p), cpu::kAlign);
+    return cpu::round_up(cpu::best_slstm_kernels(p.dtype).scratch_bytes(p), cpu::kAlign);
 }
 
 template <class Run>
@@ -41,13 +41,13 @@ int64_t slstm_workspace(SlstmParams const& p) {
 
 void slstm_fwd(SlstmParams const& p, void* workspace, void*) {
     over_tasks(p, workspace, [&](SlstmTask const& task, void* scratch) {
-        cpu::best_slstm_kernels().forward(p, task, scratch);
+        cpu::best_slstm_kernels(p.dtype).forward(p, task, scratch);
     });
 }
 
 void slstm_bwd(SlstmParams const& p, void* workspace, void*) {
     over_tasks(p, workspace, [&](SlstmTask const& task, void* scratch) {
-        cpu::best_slstm_kernels().backward(p, task, scratch);
+        cpu::best_slstm_kernels(p.dtype).backward(p, task, scratch);
     });
 }
 

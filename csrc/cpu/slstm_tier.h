@@ -229,21 +229,19 @@ class SlstmWalk {
 };
 
 int64_t slstm_scratch_bytes(SlstmParams const& p) {
-    return p.dtype == Dtype::f64 ? SlstmScratch<double>::bytes(p.D)
-                                 : SlstmScratch<float>::bytes(p.D);
+    return with_accumulator(p.dtype,
+                            [&](auto zero) { return SlstmScratch<decltype(zero)>::bytes(p.D); });
 }
 
 void slstm_forward(SlstmParams const& p, SlstmTask const& task, void* scratch) {
-    if (p.dtype == Dtype::f64)
-        return SlstmWalk<double>(p, task, scratch).template forward<double>();
-    with_element<float>(p.dtype, [&](auto element) {
-        SlstmWalk<float>(p, task, scratch).template forward<decltype(element)>();
+    with_types(p.dtype, [&](auto zero, auto element) {
+        SlstmWalk<decltype(zero)>(p, task, scratch).template forward<decltype(element)>();
     });
 }
 
 void slstm_backward(SlstmParams const& p, SlstmTask const& task, void* scratch) {
-    if (p.state_dtype == Dtype::f64) return SlstmWalk<double>(p, task, scratch).backward();
-    SlstmWalk<float>(p, task, scratch).backward();
+    with_accumulator(p.state_dtype,
+                     [&](auto zero) { SlstmWalk<decltype(zero)>(p, task, scratch).backward(); });
 }
 
 }  // namespace

@@ -21,8 +21,8 @@ constexpr int64_t kEnoughTasks = 8;                 // of a backward
 constexpr int64_t kMinStretch = 256;                // queries; a multiple of any block
 constexpr int64_t kWriteKeys = 512;                 // of a task that adds up stretches
 
-SparseAttnKernels const& kernels() {
-    return cpu::best_sparse_attn_kernels();
+SparseAttnKernels const& kernels(Dtype dtype) {
+    return cpu::best_sparse_attn_kernels(dtype);
 }
 
 int64_t boundary(SparseAttnParams const& p, void const* cu, int64_t n) {
@@ -89,14 +89,15 @@ struct Plan {
 };
 
 int64_t row_bytes(SparseAttnParams const& p, Plan const& plan) {
-    return (kernels().columns(p, p.K) + kernels().columns(p, p.V)) * plan.number_bytes;
+    return (kernels(p.dtype).columns(p, p.K) + kernels(p.dtype).columns(p, p.V)) *
+           plan.number_bytes;
 }
 
 Plan make_plan(SparseAttnParams const& p) {
     Plan plan;
     plan.threads = threads_for(p);
     plan.number_bytes = p.acc_dtype == Dtype::f64 ? 8 : 4;
-    plan.scratch_bytes = round_up(kernels().scratch_bytes(p, true), kAlign);
+    plan.scratch_bytes = round_up(kernels(p.dtype).scratch_bytes(p, true), kAlign);
     int64_t const wanted = ceil_div(kEnoughTasks, std::max<int64_t>(1, p.N * p.Hkv));
     for (SparseAttnTask task : sequences(p)) {
         int64_t const stretches = std::clamp<int64_t>(task.queries / kMinStretch, 1, wanted);
@@ -169,14 +170,14 @@ void add_up_per_head(SparseAttnParams const& p, Plan const& plan, void const* pe
 
 void run_stretch(SparseAttnParams const& p, Plan const& plan, Places const& places,
                  Unit const& unit, int64_t stretch, int64_t thread) {
-    int64_t const bytes = plan.number_bytes, K = kernels().columns(p, p.K);
+    int64_t const bytes = plan.number_bytes, K = kernels(p.dtype).columns(p, p.K);
     SparseAttnTask task = unit.task;
     task.begin = std::min(task.queries, stretch * unit.length);
     task.end = std::min(task.queries, task.begin + unit.length);
     // dk of every stretch, then dv of every stretch.
     char* const dk = places.sums + (plan.cut ? unit.sums : thread * plan.sum_bytes);
     char* const dv = dk + unit.stretches * task.keys * K * bytes;
-    int64_t const V = kernels().columns(p, p.V);
+    int64_t const V = kernels(p.dtype).columns(p, p.V);
     SparseAttnSums sums{dk + stretch * task.keys * K * bytes, dv + stretch * task.keys * V * bytes,
                         nullptr, nullptr, nullptr};
     std::memset(sums.dk, 0, size_t(task.keys * K * bytes));
@@ -190,11 +191,11 @@ void run_stretch(SparseAttnParams const& p, Plan const& plan, Places const& plac
     over_heads(p, task, [&](SparseAttnTask const& pass, int64_t first) {
         if (p.grad_sink_logits != nullptr) sums.sink_logits = per_head + first * bytes;
         if (p.grad_ramp != nullptr) sums.ramp = per_head + (plan.per_head / 2 + first) * bytes;
-        kernels().backward(p, pass, sums, places.scratch + thread * plan.scratch_bytes);
+        kernels(p.dtype).backward(p, pass, sums, places.scratch + thread * plan.scratch_bytes);
     });
     if (!plan.cut) {
         SparseAttnSums const all{dk, dv, nullptr, nullptr, nullptr};
-        kernels().write_key_gradients(p, task, all, 1, 0, task.keys);
+        kernels(p.dtype).write_key_gradients(p, task, all, 1, 0, task.keys);
     }
 }
 
@@ -205,7 +206,7 @@ struct Stretch {
 }  // namespace
 
 int64_t sparse_attn_fwd_workspace(SparseAttnParams const& p) {
-    return threads_for(p) * round_up(kernels().scratch_bytes(p, false), kAlign);
+    return threads_for(p) * round_up(kernels(p.dtype).scratch_bytes(p, false), kAlign);
 }
 
 void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void*) {
@@ -224,9 +225,9 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void*) {
             });
         }
     }
-    int64_t const scratch = round_up(kernels().scratch_bytes(p, false), kAlign);
+    int64_t const scratch = round_up(kernels(p.dtype).scratch_bytes(p, false), kAlign);
     cpu::run_tasks(tasks, threads_for(p), [&](SparseAttnTask const& task, int64_t thread) {
-        kernels().forward(p, task, static_cast<char*>(workspace) + thread * scratch);
+        kernels(p.dtype).forward(p, task, static_cast<char*>(workspace) + thread * scratch);
     });
 }
 
@@ -256,11 +257,11 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void*) {
         cpu::run_tasks(writes, plan.threads, [&](Stretch const& write, int64_t) {
             Unit const& unit = plan.units[size_t(write.unit)];
             char* const dk = places.sums + unit.sums;
-            char* const dv = dk + unit.stretches * unit.task.keys * kernels().columns(p, p.K) *
-                                      plan.number_bytes;
+            char* const dv = dk + unit.stretches * unit.task.keys *
+                                      kernels(p.dtype).columns(p, p.K) * plan.number_bytes;
             int64_t const end = std::min(unit.task.keys, write.number + kWriteKeys);
-            kernels().write_key_gradients(p, unit.task, {dk, dv, nullptr, nullptr, nullptr},
-                                          unit.stretches, write.number, end);
+            kernels(p.dtype).write_key_gradients(p, unit.task, {dk, dv, nullptr, nullptr, nullptr},
+                                                 unit.stretches, write.number, end);
         });
     }
     bool const wide = p.acc_dtype == Dtype::f64;

@@ -12,8 +12,8 @@ using cpu::DecodeTask;
 
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
-cpu::SparseAttnDecodeKernels const& kernels() {
-    return cpu::best_sparse_attn_decode_kernels();
+cpu::SparseAttnDecodeKernels const& kernels(Dtype dtype) {
+    return cpu::best_sparse_attn_decode_kernels(dtype);
 }
 
 int64_t bytes_of(Dtype dtype) {
@@ -89,7 +89,7 @@ struct Layout {
         : parts(parts_of(tasks)),
           threads(threads_for(p, tasks)),
           rows(p.B * p.Tq * p.Hq),
-          scratch_bytes(cpu::round_up(kernels().scratch_bytes(p), cpu::kAlign)) {
+          scratch_bytes(cpu::round_up(kernels(p.dtype).scratch_bytes(p), cpu::kAlign)) {
         int64_t const width = bytes_of(p.acc_dtype);
         o = 0, lse = cpu::round_up(parts * rows * p.V * width, cpu::kAlign);
         scratch = lse + cpu::round_up(parts * rows * width, cpu::kAlign);
@@ -131,9 +131,9 @@ void sparse_attn_decode(SparseAttnParams const& p, void* workspace, void* stream
         }
     }
     cpu::run_tasks(tasks, at.threads, [&](DecodeTask const& task, int64_t thread) {
-        kernels().decode(p, task, base + at.o + task.part * at.rows * p.V * width,
-                         base + at.lse + task.part * at.rows * width,
-                         base + at.scratch + thread * at.scratch_bytes);
+        kernels(p.dtype).decode(p, task, base + at.o + task.part * at.rows * p.V * width,
+                                base + at.lse + task.part * at.rows * width,
+                                base + at.scratch + thread * at.scratch_bytes);
     });
     MergeParams merge{};
     merge.dtype = p.dtype, merge.part_dtype = merge.acc_dtype = p.acc_dtype;
@@ -145,11 +145,11 @@ void sparse_attn_decode(SparseAttnParams const& p, void* workspace, void* stream
 }
 
 void merge_attn_states(MergeParams const& p, void*) {
-    over_rows(p, [&](int64_t first, int64_t last) { kernels().merge(p, first, last); });
+    over_rows(p, [&](int64_t first, int64_t last) { kernels(p.dtype).merge(p, first, last); });
 }
 
 void merge_attn_states_bwd(MergeParams const& p, void*) {
-    over_rows(p, [&](int64_t first, int64_t last) { kernels().merge_bwd(p, first, last); });
+    over_rows(p, [&](int64_t first, int64_t last) { kernels(p.dtype).merge_bwd(p, first, last); });
 }
 
 }  // namespace lsm

@@ -228,19 +228,15 @@ class DecodeWalk {
 };
 
 int64_t decode_scratch_bytes(SparseAttnParams const& p) {
-    return p.dtype == Dtype::f64 ? DecodeScratch<double>(p, nullptr).arena.used()
-                                 : DecodeScratch<float>(p, nullptr).arena.used();
+    return with_accumulator(
+        p.dtype, [&](auto zero) { return DecodeScratch<decltype(zero)>(p, nullptr).arena.used(); });
 }
 
 void decode(SparseAttnParams const& p, DecodeTask const& task, void* o, void* lse, void* scratch) {
-    if (p.dtype == Dtype::f64) {
-        DecodeWalk<double, double>(p, task, scratch)
-            .run(static_cast<double*>(o), static_cast<double*>(lse));
-        return;
-    }
-    with_element<float>(p.dtype, [&](auto element) {
-        DecodeWalk<float, decltype(element)>(p, task, scratch)
-            .run(static_cast<float*>(o), static_cast<float*>(lse));
+    with_types(p.dtype, [&](auto zero, auto element) {
+        using T = decltype(zero);
+        DecodeWalk<T, decltype(element)>(p, task, scratch)
+            .run(static_cast<T*>(o), static_cast<T*>(lse));
     });
 }
 
@@ -338,16 +334,12 @@ class MergeRow {
 // f(row, Part{}, Element{}) for every row.
 template <class F>
 void for_each_row(MergeParams const& p, int64_t first, int64_t last, F const& f) {
-    if (p.dtype == Dtype::f64) {
-        for (int64_t row = first; row < last; ++row)
-            f(MergeRow<double>(p, row), double{}, double{});
-        return;
-    }
-    with_element<float>(p.dtype, [&](auto element) {
+    with_types(p.dtype, [&](auto zero, auto element) {
+        using T = decltype(zero);
         for (int64_t row = first; row < last; ++row) {
-            MergeRow<float> const merge(p, row);
-            if (p.part_dtype == Dtype::f32) {
-                f(merge, float{}, element);
+            MergeRow<T> const merge(p, row);
+            if (p.part_dtype == Dtype::f32 || sizeof(T) == 8) {
+                f(merge, T{}, element);
             } else {
                 f(merge, element, element);
             }

@@ -246,7 +246,7 @@ class AttnBackward {
 
 template <class F>
 auto with_attn_type(SparseAttnParams const& p, F const& f) {
-    return p.dtype == Dtype::f64 ? f(double{}) : f(float{});
+    return with_accumulator(p.dtype, f);
 }
 
 int64_t attn_scratch_bytes(SparseAttnParams const& p, bool backward) {

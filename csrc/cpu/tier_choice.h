@@ -38,30 +38,31 @@ inline Tier best_tier() {
 
 }  // namespace lsm::cpu
 
-// One table of kernels per tier, declared in lsm::cpu, and the choice between them.
+// One table of kernels per tier, declared in lsm::cpu, and the choice between them. fp64 serves to check gradients: its
+// kernels stop at AVX2 (LSM_CPU_F64), which spares a build and a library a fifth of the CPU's kernels.
 #if LSM_CPU_X86_TIERS
-#define LSM_CPU_TABLES(Table, table)                   \
-    namespace baseline {                               \
-    extern Table const table;                          \
-    }                                                  \
-    namespace avx2 {                                   \
-    extern Table const table;                          \
-    }                                                  \
-    namespace avx512 {                                 \
-    extern Table const table;                          \
-    }                                                  \
-    inline Table const& best_##table() {               \
-        Tier const tier = best_tier();                 \
-        return tier == Tier::avx512 ? avx512::table    \
-               : tier == Tier::avx2 ? avx2::table      \
-                                    : baseline::table; \
+#define LSM_CPU_TABLES(Table, table)                                           \
+    namespace baseline {                                                       \
+    extern Table const table;                                                  \
+    }                                                                          \
+    namespace avx2 {                                                           \
+    extern Table const table;                                                  \
+    }                                                                          \
+    namespace avx512 {                                                         \
+    extern Table const table;                                                  \
+    }                                                                          \
+    inline Table const& best_##table(Dtype dtype) {                            \
+        Tier const tier = best_tier();                                         \
+        return tier == Tier::baseline                        ? baseline::table \
+               : tier == Tier::avx512 && dtype != Dtype::f64 ? avx512::table   \
+                                                             : avx2::table;    \
     }
 #else
-#define LSM_CPU_TABLES(Table, table)     \
-    namespace baseline {                 \
-    extern Table const table;            \
-    }                                    \
-    inline Table const& best_##table() { \
-        return baseline::table;          \
+#define LSM_CPU_TABLES(Table, table)          \
+    namespace baseline {                      \
+    extern Table const table;                 \
+    }                                         \
+    inline Table const& best_##table(Dtype) { \
+        return baseline::table;               \
     }
 #endif

@@ -27,7 +27,7 @@ Plan make_plan(Wkv4Params const& p, bool backward) {
         std::max(ceil_div(plan.threads, std::max<int64_t>(1, p.N)), ceil_div(p.D, kBlock));
     plan.block = round_up(ceil_div(p.D, wanted), kUnit);
     plan.scratch =
-        round_up(cpu::best_wkv4_kernels().scratch_bytes(p, plan.block, backward), kAlign);
+        round_up(cpu::best_wkv4_kernels(p.dtype).scratch_bytes(p, plan.block, backward), kAlign);
     plan.share = backward ? round_up(2 * p.D * (p.state_dtype == Dtype::f64 ? 8 : 4), kAlign) : 0;
     return plan;
 }
@@ -79,12 +79,12 @@ int64_t wkv4_bwd_workspace(Wkv4Params const& p) {
 }
 
 void wkv4_fwd(Wkv4Params const& p, void* workspace, void*) {
-    over_tasks(p, make_plan(p, false), workspace, cpu::best_wkv4_kernels().forward);
+    over_tasks(p, make_plan(p, false), workspace, cpu::best_wkv4_kernels(p.dtype).forward);
 }
 
 void wkv4_bwd(Wkv4Params const& p, void* workspace, void*) {
     Plan const plan = make_plan(p, true);
-    over_tasks(p, plan, workspace, cpu::best_wkv4_kernels().backward);
+    over_tasks(p, plan, workspace, cpu::best_wkv4_kernels(p.dtype).backward);
     char const* const shares = static_cast<char*>(workspace) + plan.threads * plan.scratch;
     if (p.state_dtype == Dtype::f64) {
         sum_channel_grads<double>(p, plan, shares);

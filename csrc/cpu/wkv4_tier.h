@@ -249,9 +249,9 @@ struct Wkv4 {
 
 template <class Run>
 void with_wkv4(Wkv4Params const& p, Run const& run) {
-    if (p.dtype == Dtype::f64) return run(std::type_identity<Wkv4<double, double>>{});
-    with_element<float>(p.dtype,
-                        [&](auto zero) { run(std::type_identity<Wkv4<float, decltype(zero)>>{}); });
+    with_types(p.dtype, [&](auto zero, auto element) {
+        run(std::type_identity<Wkv4<decltype(zero), decltype(element)>>{});
+    });
 }
 
 int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool backward) {
