@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from checks import assert_accepted, assert_same_bits
@@ -84,18 +87,31 @@ def test_impossible_boundaries_give_nan(boundaries: list[int]) -> None:
     assert all(r.isnan().all() for r in (y, state, *grads))
 
 
+DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "scan.md"
+
+
+def documented(name: str) -> tuple[float, float]:
+    row = rf"^\| selective_scan {name} \| ([\d.]+) \| ([\d.]+) \|"
+    reads, writes = re.search(row, DOCUMENTED.read_text(), re.MULTILINE).groups()
+    return float(reads), float(writes)
+
+
 def test_traffic() -> None:
-    """Forward: u, dt and z in, y out, B and C once per 32 channels."""
+    """As documented; and the forward is u, dt and z in, y out, B and C once per 32 channels."""
     emu = emulator("_emu")
     emu.set_seed(0)
-    T, D, S = 128, 256, 16
-    u, dt, z = torch.randn(3, 1, T, D).bfloat16()
+    T, D, S = 256, 256, 16
+    X = T * D * 2  # bytes of one bf16 tensor
+    u, dt, z, dy = torch.randn(4, 1, T, D).bfloat16()
     B, C = torch.randn(2, 1, T, 1, S).bfloat16()
+    rows = (u, dt, -torch.rand(D, S), B, C, None, z, None, None, None, None, True)
     emu.reset_counters()
-    torch.ops.lsm_emu.selective_scan_fwd(
-        u, dt, -torch.rand(D, S), B, C, None, z, None, None, None, None, True, False
-    )
-    (launch,) = emu.counters()["launches"]
-    moved = launch["global_read_bytes"] + launch["global_write_bytes"]
-    tokens, projections, rates = 4 * T * D * 2, 2 * T * S * 2 * D // 32, D * S * 4
-    assert moved <= 1.05 * (tokens + projections + rates)
+    torch.ops.lsm_emu.selective_scan_fwd(*rows, False)
+    torch.ops.lsm_emu.selective_scan_bwd(*rows, dy, None)
+    forward, *backward = emu.counters()["launches"]
+    moved = forward["global_read_bytes"] + forward["global_write_bytes"]
+    assert moved <= 1.05 * (4 * X + 2 * T * S * 2 * D // 32 + D * S * 4)
+    names = ("forward", "backward", "add dB", "add dC", "add dA")
+    for name, launch in zip(names, (forward, *backward), strict=True):
+        moved = [launch[f"global_{kind}_bytes"] / X for kind in ("read", "write")]
+        assert moved == pytest.approx(documented(name), abs=0.02), name
