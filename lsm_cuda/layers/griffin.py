@@ -53,9 +53,6 @@ class RGLRUBlock(RecurrentLayer):
     Raises:
         ValueError: sizes that do not divide.
 
-    Note: the unit's rule for first tokens holds in a sequence's first call with a cache, also where
-        that call had no tokens of it (a row of nothing but padding).
-
     Source: Griffin, arXiv:2402.19427, section 2.4.
 
     Example:
@@ -88,13 +85,55 @@ class RGLRUBlock(RecurrentLayer):
         gate = F.gelu(self.linear_y(x), approximate="tanh")
         u = call.convolve(self.conv_1d, self.linear_x(x))
         i, r = self.rg_lru.gate("input_gate", u), self.rg_lru.gate("recurrent_gate", u)
-        h = call.run(_begun, rg_lru_step, u, i, r, param=self.rg_lru.recurrent_param)
+        param, beginning = self.rg_lru.recurrent_param, call.yet_to_begin()
+
+        def chunk(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+            return _run(*tensors, beginning=beginning, **options)
+
+        def step(x: Tensor, i: Tensor, r: Tensor, *, state: Tensor, **options: Any) -> Tensor:
+            if beginning is not None:
+                start = _before_first(x, i, r, param, state)
+                state.copy_(torch.where(beginning[:, None], start, state))
+            return rg_lru_step(x, i, r, state=state, **options)
+
+        h = call.run(chunk, step, u, i, r, param=param)
         o: Tensor = self.linear_out(h * gate)
         return o
 
 
-def _begun(x: Tensor, i: Tensor, r: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """:func:`rg_lru`, except that a call without tokens begins no sequence: it leaves no state, so
-    that the first token is yet to come."""
-    h, state = rg_lru(x, i, r, **options)
-    return h, state if x.shape[1] or options["initial_state"] is not None else None
+def _run(
+    x: Tensor,
+    i: Tensor,
+    r: Tensor,
+    *,
+    param: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beginning: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`rg_lru`, with the rule for first tokens in the sequences that are ``beginning`` too.
+
+    A call without tokens begins none: it leaves no state.
+    """
+    T = x.shape[1]
+    if beginning is not None and initial_state is not None and T:
+        first: Any
+        if cu_seqlens is None:
+            first = (slice(None), 0)
+        else:
+            first = (0, cu_seqlens[:-1].clamp(max=T - 1))
+            beginning = beginning & (cu_seqlens.diff() > 0)
+        start = _before_first(x[first], i[first], r[first], param, initial_state)
+        initial_state = torch.where(beginning[:, None], start, initial_state)
+    h, state = rg_lru(x, i, r, param, initial_state, output_final_state, cu_seqlens)
+    return h, state if T or initial_state is not None else None
+
+
+def _before_first(x: Tensor, i: Tensor, r: Tensor, param: Tensor, like: Tensor) -> Tensor:
+    """The state before a first token that makes the general rule give what the rule for first
+    tokens does: with m the root, ``a h + m σ(i) x = σ(i) x`` for ``h = a / (1 + m) σ(i) x``."""
+    x, i, r, param = (t.to(like.dtype) for t in (x, i, r, param))
+    log_a = -8.0 * F.softplus(param) * r.sigmoid()
+    m = (-torch.expm1(2 * log_a)).clamp(min=1e-30).sqrt()  # a slope, if masked, must be finite
+    return log_a.exp() / (1 + m) * i.sigmoid() * x

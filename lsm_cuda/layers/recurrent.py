@@ -113,6 +113,16 @@ class Call:
             return before[:, None] + place
         return place + before.repeat_interleave(new, output_size=T)
 
+    def yet_to_begin(self) -> Tensor | None:
+        """``[N]``, whether a sequence in the cache has had no token so far.
+
+        None where nothing is cached, or what is began with a call that had tokens of every row.
+        """
+        before = None if self._old is None else self._old.lengths
+        if before is not None or (self._old is None and self.cu_seqlens is not None):
+            self.positions()
+        return None if before is None else before == 0
+
     def finish(self, o: Tensor) -> Tensor:
         """Leave the new states in the cache, if asked for, and put padding back."""
         if self.cache is not None and self._use_cache:

@@ -49,10 +49,6 @@ LAYERS = {
 }
 
 
-# The first token of a sequence follows another rule, and a call without tokens of it counts as one.
-BEGUN_BY_A_CALL = {"rg-lru"}
-
-
 def make(name: str, **more) -> torch.nn.Module:
     torch.manual_seed(0)
     cls, options = LAYERS[name]

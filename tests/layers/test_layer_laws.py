@@ -23,7 +23,6 @@ class Case:
         self.name, self.D, self.tokens = name, room.D, room.tokens
         self.kind, _ = room.LAYERS[name]
         self.tolerance = getattr(room, "TOLERANCE", {}).get(name, 1e-9)
-        self.begun = name in getattr(room, "BEGUN_BY_A_CALL", ())
         self._make = room.make
 
     def make(self, **options) -> nn.Module:
@@ -96,7 +95,7 @@ def test_without_use_cache_the_cache_is_only_read(case, new_tokens):
 def test_padding_is_as_if_not_there(case):
     layer, x = case.make(), case.tokens(4, 8)
     # left, right, none, nothing but padding
-    spans = [(3, 8), (0, 6), (0, 8), (5, 6 if case.begun else 5)]
+    spans = [(3, 8), (0, 6), (0, 8), (5, 5)]
     mask = torch.zeros(4, 8, dtype=torch.long)
     for row, (start, end) in zip(mask, spans, strict=True):
         row[start:end] = 1
@@ -115,7 +114,7 @@ def test_padding_is_as_if_not_there(case):
 def test_cu_seqlens_are_separate_sequences(case):
     layer, x, y, last = case.make(), case.tokens(1, 12), case.tokens(1, 6), case.tokens(4, 1)
     # with sequences of no tokens
-    bounds, again = [0, 4, 5 if case.begun else 4, 6, 12], [0, 0, 2, 2, 6]
+    bounds, again = [0, 4, 4, 6, 12], [0, 0, 2, 2, 6]
     cache = Cache()
 
     def packed(tokens: Tensor, bounds: list[int]) -> Tensor:
