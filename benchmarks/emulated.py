@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lsm_cuda.ops import mlstm
+from lsm_cuda.ops import _operator
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "emulator"
 
@@ -40,5 +40,5 @@ def stand_in() -> torch.library.Library:
             op = name.removeprefix("lsm_emu::")
             emulated = getattr(torch.ops.lsm_emu, op).default
             library.impl(op, emulated, "CPU", allow_override=True)
-    mlstm.FUSED.clear()  # what CUDA composes is composed
+    _operator.FUSED.clear()  # what CUDA composes is composed
     return library

@@ -86,6 +86,22 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!) n, "
         "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");
 
+    // linear_attn of products of two channels of q and of two of k, so that weights are 1 + s + s^2 / 2 of s = scale q·k
+    // if taylor, else s^2; divided by their sums plus eps. States S [N,HV,F,V] and z [N,HV,F], F from policy/features.h,
+    // which are always computed. tokens as above. For CPU tensors; on CUDA it is composed.
+    m.def(
+        "polynomial_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? "
+        "cu_seqlens, float scale, float eps, bool taylor, bool normalize, bool output_final_state) "
+        "-> (Tensor o, Tensor S_last, Tensor z_last, Tensor tokens)");
+    m.def(
+        "polynomial_attn_bwd(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? "
+        "cu_seqlens, float scale, float eps, bool taylor, bool normalize, Tensor o, Tensor tokens, "
+        "Tensor grad_o, Tensor? grad_S, Tensor? grad_z) -> (Tensor dq, Tensor dk, Tensor dv, "
+        "Tensor dS, Tensor dz)");
+    m.def(
+        "polynomial_attn_step(Tensor q, Tensor k, Tensor v, Tensor(a!) S, Tensor(b!) z, float "
+        "scale, float eps, bool taylor, bool normalize) -> Tensor");
+
     // Delta engine (params/delta.h has the recurrences): q [B,T,H,K]; k [B,Tn,H,K], v [B,Tn,HV,V], beta [B,Tn,HV] or
     // [B,Tn,HV,V] with n = num_householder micro-steps per token; states [N,HV,K,V]; gates natural log. Steps as above;
     // with n > 1 their k, v, beta have a dimension of n after B.

@@ -348,13 +348,15 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
     });
 }
 
-int64_t step_workspace(StepParams const&) {
-    return 0;
+int64_t step_workspace(StepParams const& p) {
+    return p.B * p.HV * cpu::step_features(p) * (p.dtype == Dtype::f64 ? 8 : 4);
 }
 
-void step(StepParams const& p, void*, void*) {
+void step(StepParams const& p, void* workspace, void*) {
     int64_t const grain = std::max<int64_t>(1, kStepGrain / (p.K * p.V)), states = p.B * p.HV;
-    auto const run = [&](int64_t first, int64_t last) { kernels(p.dtype).step(p, first, last); };
+    auto const run = [&](int64_t first, int64_t last) {
+        kernels(p.dtype).step(p, workspace, first, last);
+    };
     if (states <= grain) {
         run(0, states);
     } else {

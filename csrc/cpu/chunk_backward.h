@@ -20,7 +20,7 @@ template <class T, class Decay>
 class BackwardStretch : Stretch<T, Decay> {
     using Base = Stretch<T, Decay>;
     using Base::arena_, Base::task_, Base::p_, Base::key_, Base::value_, Base::decay_;
-    using Base::blocks_, Base::q_, Base::k_, Base::v_, Base::C, Base::W;
+    using Base::blocks_, Base::features_, Base::q_, Base::k_, Base::v_, Base::C, Base::W;
 
   public:
     BackwardStretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
@@ -77,7 +77,7 @@ class BackwardStretch : Stretch<T, Decay> {
 
   private:
     typename Base::Rows key_gradient(Rows const& rows, Span const& span) const {
-        return {rows, p_.key_grad_dtype, task_.batch, task_.head, span, p_.K};
+        return {rows, p_.key_grad_dtype, task_.batch, task_.head, span, p_.channels};
     }
 
     T* state_before(int64_t piece, int64_t b) const {
@@ -86,13 +86,13 @@ class BackwardStretch : Stretch<T, Decay> {
     }
 
     void read_readers(int64_t b) {
-        q_.read(key_.reader, b, T(p_.scale));
+        Base::read_queries(b);
         grad_o_.read(value_.reader, b);
         normaliser_.divide(value_.reader, b);
     }
 
     void read_writers(int64_t b) {
-        k_.read(key_.writer, b);
+        Base::read_keys(b);
         v_.read(value_.writer, b);
         normaliser_.weigh(value_.writer, b);
         decay_.read(b);
@@ -139,8 +139,8 @@ class BackwardStretch : Stretch<T, Decay> {
         side_gradients<Side::value>(S_);
         side_gradients<Side::key>(state);
         decay_.gradients(key_, value_, b);
-        dq_.write(key_.d_reader, b, T(p_.scale));
-        dk_.write(key_.d_writer, b);
+        features_.write(dq_, key_.d_reader, key_.raw_reader, b, T(p_.scale));
+        features_.write(dk_, key_.d_writer, key_.raw_writer, b);
         normaliser_.gradients(value_.d_writer, value_.writer, b);
         dv_.write(value_.d_writer, b);
     }

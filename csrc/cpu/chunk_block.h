@@ -27,10 +27,18 @@ constexpr Side opposite(Side side) {
 
 template <class T>
 struct BlockSide {
-    explicit BlockSide(int64_t channels) : channels(channels), panels(panels_of(channels)) {}
+    explicit BlockSide(int64_t channels, Features features = Features::none,
+                       int64_t raw_channels = 0)
+        : channels(channels),
+          panels(panels_of(channels)),
+          features(features),
+          raw_panels(features == Features::none ? panels : panels_of(raw_channels)) {}
 
     int64_t channels, panels;
-    T *reader, *writer;      // block panels, like the next four
+    Features features;  // which the channels are of others, the raw ones
+    int64_t raw_panels;
+    T *raw_reader, *raw_writer;  // block panels, as all up to pairs; else the same as the next two
+    T *reader, *writer;
     T *start, *end;          // reader_t A(-1, t) and writer_j A(j, last) on the side of the decays,
                              // else the same as reader and writer
     T *d_reader, *d_writer;  // gradients

@@ -52,9 +52,10 @@ class Stretch {
           readers_{task.begin, task.end},
           writers_{task.begin, task.end, p.exclusive ? 1 : 0},
           blocks_((task.end - task.begin + writers_.delay + C - 1) / C),
-          key_(p.K),
+          key_(p.K, p.features, p.channels),
           value_(task.v_end - task.v_begin + more_columns),
           decay_(p, task, writers_, arena_),
+          features_(p, arena_),
           q_(key_rows(p.q, readers_)),
           k_(key_rows(p.k, writers_)),
           v_(value_rows(p.v, writers_)) {
@@ -62,7 +63,7 @@ class Stretch {
     }
 
     Rows key_rows(lsm::Rows const& rows, Span const& span) const {
-        return {rows, p_.dtype, task_.batch, task_.head / (p_.HV / p_.H), span, p_.K};
+        return {rows, p_.dtype, task_.batch, task_.head / (p_.HV / p_.H), span, p_.channels};
     }
     Rows value_rows(lsm::Rows const& rows, Span const& span) const {
         return {rows,         p_.dtype, task_.batch, task_.head, span, task_.v_end - task_.v_begin,
@@ -73,6 +74,9 @@ class Stretch {
     void lay_out(BlockSide<T>& side, Side which) {
         arena_.take_each(side.panels * C * W, side.reader, side.writer, side.d_reader,
                          side.d_writer);
+        side.raw_reader = side.reader, side.raw_writer = side.writer;
+        if (side.features != Features::none)
+            arena_.take_each(side.raw_panels * C * W, side.raw_reader, side.raw_writer);
         side.pairs = arena_.take(C * C);
         if constexpr (Decay::acts_on(Side::key) || Decay::acts_on(Side::value)) {
             if (Decay::acts_on(which)) return Decay::lay_out(side, arena_);
@@ -81,6 +85,11 @@ class Stretch {
     }
 
     BlockSide<T> const& side(Side which) const { return which == Side::key ? key_ : value_; }
+
+    void read_queries(int64_t block) const {
+        features_.read(q_, key_.reader, key_.raw_reader, block, T(p_.scale));
+    }
+    void read_keys(int64_t block) const { features_.read(k_, key_.writer, key_.raw_writer, block); }
 
     // Readers of a side as the state takes them, or writers as it gives them.
     template <Side kSide>
@@ -135,6 +144,8 @@ class Stretch {
     int64_t blocks_;
     BlockSide<T> key_, value_;
     Decay decay_;
+    std::conditional_t<std::is_same_v<Decay, ScalarDecay<T>>, FeatureRows<T, C>, PlainRows<T, C>>
+        features_;
     Rows q_, k_, v_;
 };
 
@@ -164,7 +175,7 @@ class ForwardStretch : Stretch<T, Decay> {
         normaliser_.begin();
         StretchDecay<T> stretch_decay(task_.decay, gates_per_token(p_.decay, p_.K, p_.V));
         for (int64_t b = 0; b < blocks_; ++b) {
-            k_.read(key_.writer, b);
+            Base::read_keys(b);
             k_.prefetch(b + 1);
             v_.read(value_.writer, b);
             v_.prefetch(b + 1);
@@ -173,7 +184,7 @@ class ForwardStretch : Stretch<T, Decay> {
             decay_.prefetch(b + 1);
             Base::to_end();
             if constexpr (kOutputs) {
-                q_.read(key_.reader, b, T(p_.scale));
+                Base::read_queries(b);
                 q_.prefetch(b + 1);
                 o_.prefetch(b + 1);
                 Base::template to_start<Side::key>();

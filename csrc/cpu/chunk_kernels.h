@@ -34,8 +34,16 @@ struct ChunkKernels {
     void (*end_state)(ChunkParams const& p, ChunkTask const& task, void* scratch);  // S only
     void (*backward)(ChunkParams const& p, ChunkTask const& task, void* scratch);
     void (*begin_grad)(ChunkParams const& p, ChunkTask const& task, void* scratch);  // dS only
-    void (*step)(StepParams const& p, int64_t first, int64_t last);  // of the B * HV states
+    void (*step)(StepParams const& p, void* workspace, int64_t first,
+                 int64_t last);  // of the B * HV states
 };
+
+// Numbers in a step's workspace for each state: features of q and k, and what they are made of, with
+// room for whole vectors.
+inline int64_t step_features(StepParams const& p) {
+    constexpr int64_t kRoom = 16;  // as many as the widest vector has lanes
+    return p.features == Features::none ? 0 : 2 * (p.K + kRoom) + p.channels + 1 + kRoom;
+}
 
 LSM_CPU_TABLES(ChunkKernels, chunk_kernels)
 

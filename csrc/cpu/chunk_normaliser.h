@@ -1,5 +1,5 @@
-// mLSTM's extras around one value head (Normaliser, params/chunk.h): its gates for all tokens of a
-// sequence at once, and, over a stretch, the sums of weighted keys that outputs are divided by. In
+// What divides outputs, around one value head (Normaliser, params/chunk.h): mLSTM's gates for all
+// tokens of a sequence at once, and, over a stretch, the sums of weighted keys. In
 // the backward those are one more column of the state, of values that are 1.
 #pragma once
 
@@ -29,6 +29,11 @@ void normaliser_gates(ChunkParams const& p, ChunkTask const& task) {
     constexpr int C = 16, W = kLanes<T>;
     Normaliser const& own = p.normaliser;
     GateRows<T> const rows(p, task.batch, task.head);
+    if (!own.gated) {
+        for (int64_t t = task.begin; t < task.end; ++t)
+            rows.log_decay[t] = rows.least[t] = 0, rows.weight[t] = 1;
+        return;
+    }
     Span const span{task.begin, task.end};
     HeadScalars<T, C> const i_gates(own.i, own.dtype, task.batch, task.head, span);
     HeadScalars<T, C> const f_gates(own.f, own.dtype, task.batch, task.head, span);
@@ -248,7 +253,7 @@ class NormaliserColumn {
 
     // Of the weights, by way of what a block wrote, and of v.
     void gradients(T* d_values, T const* values, int64_t block) const {
-        if (!on()) return;
+        if (!on() || !own_.gated) return;
         T dweight[C];
         for (int t = 0; t < C; t += W) {
             Vector<T> dots[W];

@@ -15,6 +15,7 @@ struct StepTile {
     T k[kStepChannels], q[kStepChannels];
     T v[kStepChannels], o[kStepChannels];
     T key_decay[kStepChannels], value_decay[kStepChannels];  // whichever there are
+    T *q_features = nullptr, *k_features = nullptr;          // all of them, if any
 };
 
 enum class StepOrder { write_read, read_write };
@@ -144,8 +145,11 @@ struct ValueRows {
 template <class T>
 class StepHead {
   public:
-    StepHead(StepParams const& p, int64_t batch, int64_t head)
-        : p_(p), batch_(batch), head_(head), query_head_(head / (p.HV / p.H)) {}
+    StepHead(StepParams const& p, void* workspace, int64_t batch, int64_t head)
+        : p_(p), batch_(batch), head_(head), query_head_(head / (p.HV / p.H)) {
+        if (p.features != Features::none)
+            make_features(static_cast<T*>(workspace) + (batch * p.HV + head) * step_features(p));
+    }
 
     void run() {
         T* const S = static_cast<T*>(p_.state) + (batch_ * p_.HV + head_) * p_.K * p_.V;
@@ -196,7 +200,27 @@ class StepHead {
         return {rows, dtype, batch_, head, Span{0, 1}, columns, first};
     }
 
+    void make_features(T* scratch) {  // all of them, of q and k
+        int64_t const width = p_.K + W, shift = factors_of(p_.features, 0);
+        tile_.q_features = scratch, tile_.k_features = scratch + width;
+        T* const x = scratch + 2 * width;
+        std::memset(x, 0, size_t(p_.channels + 1 + W) * sizeof(T));
+        auto const make = [&](T* out, Rows const& rows, T scale) {
+            x[0] = 1;
+            row(rows, p_.dtype, query_head_, 0, p_.channels).read(x + shift, 0, scale);
+            LSM_CPU_TIER::make_features(out, x, p_.features, p_.channels);
+        };
+        make(tile_.q_features, p_.q, T(p_.scale));
+        make(tile_.k_features, p_.k, 1);
+    }
+
     void read_keys(int64_t first, int64_t count, T weight) {
+        if (p_.features != Features::none) {
+            std::memcpy(tile_.q, tile_.q_features + first, size_t(count) * sizeof(T));
+            for (int64_t i = 0; i < count; ++i) tile_.k[i] = weight * tile_.k_features[first + i];
+            for (int64_t i = count; i % W != 0; ++i) tile_.q[i] = tile_.k[i] = 0;
+            return;
+        }
         row(p_.q, p_.dtype, query_head_, first, count).read(tile_.q, 0, T(p_.scale));
         row(p_.k, p_.dtype, query_head_, first, count).read(tile_.k, 0, weight);
     }
@@ -248,12 +272,16 @@ class StepHead {
         auto const& own = p_.normaliser;
         int64_t const chain = batch_ * p_.HV + head_;
         T* const n = static_cast<T*>(own.n) + chain * p_.K;
-        T& m = static_cast<T*>(own.m)[chain];
-        T i[W], f[W];
-        row(own.i, own.dtype, head_, 0, 1).read(i, 0);
-        row(own.f, own.dtype, head_, 0, 1).read(f, 0);
-        InputGate const gate = input_gate(i[0], f[0], m, own.exponential);
-        decay = T(gate.decay), weight = T(gate.weight), m = T(gate.m);
+        InputGate gate{1, 1, 0, 0};
+        if (own.gated) {
+            T& m = static_cast<T*>(own.m)[chain];
+            T i[W], f[W];
+            row(own.i, own.dtype, head_, 0, 1).read(i, 0);
+            row(own.f, own.dtype, head_, 0, 1).read(f, 0);
+            gate = input_gate(i[0], f[0], m, own.exponential);
+            m = T(gate.m);
+        }
+        decay = T(gate.decay), weight = T(gate.weight);
         Vector<T> sums{};
         for (int64_t k0 = 0; k0 < p_.K; k0 += kStepChannels) {
             int64_t const keys = min_of(kStepChannels, p_.K - k0);
@@ -282,8 +310,8 @@ class StepHead {
 };
 
 template <class T>
-void step_heads(StepParams const& p, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) StepHead<T>(p, i / p.HV, i % p.HV).run();
+void step_heads(StepParams const& p, void* workspace, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) StepHead<T>(p, workspace, i / p.HV, i % p.HV).run();
 }
 
 }  // namespace LSM_CPU_TIER

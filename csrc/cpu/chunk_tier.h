@@ -59,8 +59,9 @@ void begin_grad(ChunkParams const& p, ChunkTask const& task, void* scratch) {
     with_stretch<BackwardStretch>(p, task, scratch, [](auto&& stretch) { stretch.begin_grad(); });
 }
 
-void step(StepParams const& p, int64_t first, int64_t last) {
-    with_accumulator(p.dtype, [&](auto zero) { step_heads<decltype(zero)>(p, first, last); });
+void step(StepParams const& p, void* workspace, int64_t first, int64_t last) {
+    with_accumulator(p.dtype,
+                     [&](auto zero) { step_heads<decltype(zero)>(p, workspace, first, last); });
 }
 
 }  // namespace

@@ -17,7 +17,7 @@
 // What the numbers in a gate say of a decay is another matter: policy/gate.h.
 #pragma once
 
-#include "chunk_block.h"
+#include "chunk_features.h"
 #include "policy/gate.h"
 
 namespace lsm::cpu {
@@ -153,7 +153,7 @@ class ScalarDecay {
     }
     template <Side kSide>
     void pairs(Block const& s) const {
-        causal_dots<C>(s.pairs, s.reader, s.writer, s.panels);
+        pair_dots<C>(s);
         multiply(kSide == Side::key ? s.pairs : weighed_, s.pairs, between_);
     }
     T const* total(Side) const { return prefix_ + C - 1; }

@@ -87,7 +87,7 @@ void check_input_gates(Checks const& c, Tensor const& i, Tensor const& f, Tensor
 Normaliser input_gates(Tensor const& i, Tensor const& f, bool exponential, bool divides,
                        double eps) {
     Normaliser own{};
-    own.on = true;
+    own.on = own.gated = true;
     own.i = scalar_rows(i), own.f = scalar_rows(f);
     own.dtype = to_dtype(i.scalar_type());
     own.exponential = exponential, own.divides = divides, own.eps = eps;
@@ -126,11 +126,12 @@ ScalarType gate_type(Gates const& gates, Tensor const& q) {
 
 Inputs prepare(Checks const& c, ChunkOperator const& op, Tensor const& q, Tensor const& k,
                Tensor const& v, Gates const& gates, OptionalTensor const& initial_state,
-               OptionalTensor const& cu_seqlens, double scale) {
+               OptionalTensor const& cu_seqlens, double scale, Features features = Features::none) {
     check_inputs(c, op.decay, q, k, v, gates, false);
     check_cu_seqlens(c, cu_seqlens, q);
     int64_t const N = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
-    check_state(c, initial_state, "initial_state", q, N, v.size(2), q.size(3), v.size(3));
+    int64_t const K = features_of(features, q.size(3));
+    check_state(c, initial_state, "initial_state", q, N, v.size(2), K, v.size(3));
 
     Inputs in{kernel_layout(q),
               kernel_layout(k),
@@ -148,7 +149,8 @@ Inputs prepare(Checks const& c, ChunkOperator const& op, Tensor const& q, Tensor
     p.dtype = to_dtype(q.scalar_type());
     p.gate_dtype = to_dtype(gate_type(gates, q));
     p.state_dtype = to_dtype(state_type(q));
-    p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.K = q.size(3);
+    p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.K = K;
+    p.features = features, p.channels = q.size(3);
     p.HV = v.size(2), p.V = v.size(3), p.N = N;
     p.scale = scale;
     p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v);
@@ -201,15 +203,58 @@ std::tuple<Tensor, Tensor> forward(ChunkOperator const& op, Tensor const& q, Ten
 }
 
 #if defined(LSM_BACKEND_CPU)
-void check_sums(Checks const& c, Tensor const& t, char const* arg, char const* dims,
+// What operators with a normaliser call their tensors.
+struct NormalisedNames {
+    char const *o, *grad_o, *n, *grad_n, *grad_state;
+};
+constexpr NormalisedNames kMlstmNames{"h", "grad_h", "n", "grad_n", "grad_C"};
+constexpr NormalisedNames kPolynomialNames{"o", "grad_o", "z", "grad_z", "grad_S"};
+
+void check_sums(Checks const& c, OptionalTensor const& t, char const* arg, char const* dims,
                 std::initializer_list<int64_t> shape, Tensor const& q) {
-    c.shape(t, arg, dims, shape);
-    c.dtype(t, arg, state_type(q));
-    c.device(t, arg, q, "q");
+    if (!t) return;
+    c.shape(*t, arg, dims, shape);
+    c.dtype(*t, arg, state_type(q));
+    c.device(*t, arg, q, "q");
 }
 
-// mLSTM over whole sequences: simple_gla of values that the input gates weigh, whose outputs are divided by what it makes
-// of the weights alone. The gates' rows (Normaliser::tokens) are for the backward.
+// Each token's decay and weight are in a row of `tokens`, which the kernels fill or, in the backward, find.
+void point_at_tokens(ChunkParams& p, void* tokens) {
+    p.decay = Decay::scalar;
+    p.g = {tokens, p.HV * p.T, 1, p.T};
+    p.gate_dtype = p.state_dtype;
+    p.normaliser.on = true;
+    p.normaliser.tokens = tokens;
+}
+
+// simple_gla of values that the gates in p.normaliser weigh, whose outputs are divided by what it makes of the weights
+// alone: o, the last states of both, the tokens' rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_forward(Checks const& c,
+                                                              NormalisedNames const& names,
+                                                              Inputs& in, Tensor const& q,
+                                                              OptionalTensor const& n,
+                                                              bool output_final_state) {
+    ChunkParams& p = in.p;
+    check_sums(c, n, names.n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    DeviceScope const scope(q);
+    ScalarType const wide = state_type(q);
+    OptionalTensor const n0 = contiguous_or_none(n);
+    Tensor o = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
+    Tensor state = output_final_state ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
+    Tensor n_last = output_final_state ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
+    Tensor tokens = empty({kGateRows, p.B, p.HV, p.T}, wide, q);
+    p.o = rows(o);
+    point_at_tokens(p, tokens.mutable_data_ptr());
+    p.normaliser.n0 = data_or_null(n0);
+    if (output_final_state) {
+        p.final_state = state.mutable_data_ptr();
+        p.normaliser.n = n_last.mutable_data_ptr();
+    }
+    Tensor scratch = workspace(chunk_fwd_workspace(p), q);
+    chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {o, state, n_last, tokens};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
     Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i, Tensor const& f,
     OptionalTensor const& C, OptionalTensor const& n, OptionalTensor const& m,
@@ -220,35 +265,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
     Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
     ChunkParams& p = in.p;
     check_input_gates(c, i, f, q, v, false);
-    if (n) check_sums(c, *n, "n", "[N, HV, K]", {p.N, p.HV, p.K}, q);
-    if (m) check_sums(c, *m, "m", "[N, HV]", {p.N, p.HV}, q);
-    DeviceScope const scope(q);
-    ScalarType const wide = state_type(q);
-    OptionalTensor n0, m0;
-    if (n) n0 = as_contiguous(*n);
-    if (m) m0 = as_contiguous(*m);
-    auto const last = [&](std::initializer_list<int64_t> sizes) {
-        return output_final_state ? empty(sizes, wide, q) : empty({0}, wide, q);
-    };
-    Tensor h = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
-    Tensor C_last = last({p.N, p.HV, p.K, p.V}), n_last = last({p.N, p.HV, p.K}),
-           m_last = last({p.N, p.HV});
-    Tensor tokens = empty({kGateRows, p.B, p.HV, p.T}, wide, q);
-    p.o = rows(h);
-    p.decay = Decay::scalar;
-    p.g = {tokens.mutable_data_ptr(), p.HV * p.T, 1, p.T};
-    p.gate_dtype = p.state_dtype;
+    check_sums(c, m, "m", "[N, HV]", {p.N, p.HV}, q);
+    OptionalTensor const m0 = contiguous_or_none(m);
+    Tensor m_last =
+        output_final_state ? empty({p.N, p.HV}, state_type(q), q) : empty({0}, state_type(q), q);
     p.normaliser = input_gates(i, f, exponential, normalize, eps);
-    p.normaliser.tokens = tokens.mutable_data_ptr();
-    if (n0) p.normaliser.n0 = n0->const_data_ptr();
-    if (m0) p.normaliser.m0 = m0->const_data_ptr();
-    if (output_final_state) {
-        p.final_state = C_last.mutable_data_ptr();
-        p.normaliser.n = n_last.mutable_data_ptr(), p.normaliser.m = m_last.mutable_data_ptr();
-    }
-    Tensor scratch = workspace(chunk_fwd_workspace(p), q);
-    chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    p.normaliser.m0 = data_or_null(m0);
+    if (output_final_state) p.normaliser.m = m_last.mutable_data_ptr();
+    auto [h, C_last, n_last, tokens] =
+        normalised_forward(c, kMlstmNames, in, q, n, output_final_state);
     return {h, C_last, n_last, m_last, tokens};
+}
+
+// linear_attn of features (policy/features.h), divided by the sum of its weights.
+constexpr ChunkOperator kPolynomial{"polynomial_attn", Decay::none, false};
+
+Features polynomial(bool taylor) {
+    return taylor ? Features::taylor : Features::squares;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> polynomial_attn_fwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& S,
+    OptionalTensor const& z, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool taylor, bool normalize, bool output_final_state) {
+    Checks const c("polynomial_attn_fwd");
+    Inputs in = prepare(c, kPolynomial, q, k, v, {}, S, cu_seqlens, scale, polynomial(taylor));
+    in.p.normaliser.divides = normalize, in.p.normaliser.eps = eps;
+    return normalised_forward(c, kPolynomialNames, in, q, z, output_final_state);
 }
 #endif
 
@@ -312,7 +355,55 @@ Gradients backward(ChunkOperator const& op, Tensor const& q, Tensor const& k, Te
 }
 
 #if defined(LSM_BACKEND_CPU)
-// Of everything but the gates i and f, whose gradients are elementwise ones of dlog_decay and dlog_weight, [B, T, HV].
+struct NormalisedGradients {
+    Tensor q, k, v, state, n;
+};
+
+// Of everything but gates, whose gradients are elementwise ones of p.dg and p.normaliser.dweight.
+NormalisedGradients normalised_backward(Checks const& c, NormalisedNames const& names, Inputs& in,
+                                        Tensor const& q, OptionalTensor const& n, Tensor const& o,
+                                        Tensor const& tokens, Tensor const& grad_o,
+                                        OptionalTensor const& grad_state,
+                                        OptionalTensor const& grad_n) {
+    ChunkParams& p = in.p;
+    auto const like_outputs = [&](Tensor const& t, char const* arg) {
+        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+        c.dtype(t, arg, q.scalar_type(), " like q");
+        c.device(t, arg, q, "q");
+    };
+    like_outputs(o, names.o);
+    like_outputs(grad_o, names.grad_o);
+    check_sums(c, tokens, "tokens", "[4, B, HV, T]", {kGateRows, p.B, p.HV, p.T}, q);
+    check_state(c, grad_state, names.grad_state, q, p.N, p.HV, p.K, p.V);
+    check_sums(c, n, names.n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    check_sums(c, grad_n, names.grad_n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    DeviceScope const scope(q);
+    ScalarType const type = q.scalar_type(), wide = state_type(q);
+    Tensor const o_rows = kernel_layout(o), grad_rows = kernel_layout(grad_o),
+                 gates = as_contiguous(tokens);
+    OptionalTensor const n0 = contiguous_or_none(n), d_last = contiguous_or_none(grad_state),
+                         dn_last = contiguous_or_none(grad_n);
+    auto const key_type = p.HV == p.H ? type : wide;
+    Tensor dq = empty({p.B, p.T, p.HV, p.channels}, key_type, q);
+    Tensor dk = empty({p.B, p.T, p.HV, p.channels}, key_type, q);
+    Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
+    Tensor d_state = in.initial_state ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
+    Tensor dn = n ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
+    point_at_tokens(p, const_cast<void*>(gates.const_data_ptr()));
+    Normaliser& own = p.normaliser;
+    own.n0 = data_or_null(n0), own.grad_n = data_or_null(dn_last);
+    if (n) own.grad_n0 = dn.mutable_data_ptr();
+    p.o = rows(o_rows), p.grad_o = rows(grad_rows);
+    p.grad_final_state = data_or_null(d_last);
+    p.key_grad_dtype = to_dtype(key_type);
+    p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
+    if (in.initial_state) p.grad_initial_state = d_state.mutable_data_ptr();
+    Tensor scratch = workspace(chunk_bwd_workspace(p), q);
+    chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, d_state, dn};
+}
+
+// Gradients of the gates are left as those of log decay and log weight, [B, T, HV].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
     Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& C,
     OptionalTensor const& n, OptionalTensor const& cu_seqlens, double scale, double eps,
@@ -322,52 +413,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
     static constexpr ChunkOperator op{"mlstm", Decay::none, false};
     Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
     ChunkParams& p = in.p;
-    auto const like_outputs = [&](Tensor const& t, char const* arg) {
-        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
-        c.dtype(t, arg, q.scalar_type(), " like q");
-        c.device(t, arg, q, "q");
-    };
-    like_outputs(h, "h");
-    like_outputs(grad_h, "grad_h");
-    check_sums(c, tokens, "tokens", "[4, B, HV, T]", {kGateRows, p.B, p.HV, p.T}, q);
-    check_state(c, grad_C, "grad_C", q, p.N, p.HV, p.K, p.V);
-    if (n) check_sums(c, *n, "n", "[N, HV, K]", {p.N, p.HV, p.K}, q);
-    if (grad_n) check_sums(c, *grad_n, "grad_n", "[N, HV, K]", {p.N, p.HV, p.K}, q);
-    DeviceScope const scope(q);
-    ScalarType const type = q.scalar_type(), wide = state_type(q);
-    auto const kept = [](OptionalTensor const& t) {
-        return t ? OptionalTensor(as_contiguous(*t)) : OptionalTensor();
-    };
-    Tensor const h_rows = kernel_layout(h), grad_rows = kernel_layout(grad_h),
-                 gates = as_contiguous(tokens);
-    OptionalTensor const n0 = kept(n), dC_last = kept(grad_C), dn_last = kept(grad_n);
-    auto const key_type = p.HV == p.H ? type : wide;
-    Tensor dq = empty({p.B, p.T, p.HV, p.K}, key_type, q);
-    Tensor dk = empty({p.B, p.T, p.HV, p.K}, key_type, q);
-    Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
-    Tensor dlog_decay = empty({p.B, p.T, p.HV}, wide, q);
-    Tensor dlog_weight = empty({p.B, p.T, p.HV}, wide, q);
-    Tensor dC = C ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
-    Tensor dn = n ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
-    p.decay = Decay::scalar;
-    p.g = {const_cast<void*>(gates.const_data_ptr()), p.HV * p.T, 1, p.T};
-    p.gate_dtype = p.state_dtype;
-    Normaliser& own = p.normaliser;
-    own.on = true, own.divides = normalize, own.eps = eps;
-    own.tokens = p.g.data;
-    if (n0) own.n0 = n0->const_data_ptr();
-    if (dn_last) own.grad_n = dn_last->const_data_ptr();
-    if (n) own.grad_n0 = dn.mutable_data_ptr();
-    own.dweight = scalar_rows(dlog_weight);
-    p.o = rows(h_rows), p.grad_o = rows(grad_rows);
-    if (dC_last) p.grad_final_state = dC_last->const_data_ptr();
-    p.key_grad_dtype = to_dtype(key_type);
-    p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv), p.dg = scalar_rows(dlog_decay);
-    if (C) p.grad_initial_state = dC.mutable_data_ptr();
-    Tensor scratch = workspace(chunk_bwd_workspace(p), q);
-    chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
-    return {
-        sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, dlog_decay, dlog_weight, dC, dn};
+    p.normaliser.gated = true;
+    Tensor dlog_decay = empty({p.B, p.T, p.HV}, state_type(q), q);
+    Tensor dlog_weight = empty({p.B, p.T, p.HV}, state_type(q), q);
+    p.dg = scalar_rows(dlog_decay);
+    p.normaliser.divides = normalize, p.normaliser.eps = eps;
+    p.normaliser.dweight = scalar_rows(dlog_weight);
+    auto const d = normalised_backward(c, kMlstmNames, in, q, n, h, tokens, grad_h, grad_C, grad_n);
+    return {d.q, d.k, d.v, dlog_decay, dlog_weight, d.state, d.n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> polynomial_attn_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& S,
+    OptionalTensor const& z, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool taylor, bool normalize, Tensor const& o, Tensor const& tokens, Tensor const& grad_o,
+    OptionalTensor const& grad_S, OptionalTensor const& grad_z) {
+    Checks const c("polynomial_attn_bwd");
+    Inputs in = prepare(c, kPolynomial, q, k, v, {}, S, cu_seqlens, scale, polynomial(taylor));
+    in.p.normaliser.divides = normalize, in.p.normaliser.eps = eps;
+    auto const d =
+        normalised_backward(c, kPolynomialNames, in, q, z, o, tokens, grad_o, grad_S, grad_z);
+    return {d.q, d.k, d.v, d.state, d.n};
 }
 #endif
 
@@ -391,8 +457,9 @@ struct StepInputs {
 // Tokens that are checked already, and their state.
 StepInputs prepare_step(Checks const& c, ChunkOperator const& op, Tensor const& q, Tensor const& k,
                         Tensor const& v, Gates const& gates, Tensor const& state,
-                        char const* state_arg, double scale) {
-    int64_t const B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
+                        char const* state_arg, double scale, Features features = Features::none) {
+    int64_t const B = q.size(0), H = q.size(1), HV = v.size(1), V = v.size(2);
+    int64_t const K = features_of(features, q.size(2));
     // of states with one row or one column, either is right
     bool const values_first = state.dim() == 4 && !state.is_contiguous() && is_transposed(state);
     check_in_place(c, state, state_arg, "[B, HV, K, V]", {B, HV, K, V}, q, values_first);
@@ -412,6 +479,7 @@ StepInputs prepare_step(Checks const& c, ChunkOperator const& op, Tensor const& 
     p.gate_dtype = to_dtype(gate_type(gates, q));
     p.state_dtype = to_dtype(state_type(q));
     p.B = B, p.H = H, p.HV = HV, p.K = K, p.V = V;
+    p.features = features, p.channels = q.size(2);
     p.scale = scale;
     p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v), p.o = rows(in.o);
     point_at(op.decay, in.gates, p.g, p.gv);
@@ -466,6 +534,21 @@ Tensor mlstm_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor cons
     own.m0 = own.m = const_cast<void*>(m.const_data_ptr());
     return in.run();
 }
+
+#if defined(LSM_BACKEND_CPU)
+Tensor polynomial_attn_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& S,
+                            Tensor const& z, double scale, double eps, bool taylor,
+                            bool normalize) {
+    Checks const c("polynomial_attn_step");
+    check_inputs(c, Decay::none, q, k, v, {}, true);
+    StepInputs in = prepare_step(c, kPolynomial, q, k, v, {}, S, "S", scale, polynomial(taylor));
+    check_in_place(c, z, "z", "[B, HV, K]", {in.p.B, in.p.HV, in.p.K}, q);
+    Normaliser& own = in.p.normaliser;
+    own.on = true, own.divides = normalize, own.eps = eps;
+    own.n0 = own.n = const_cast<void*>(z.const_data_ptr());
+    return in.run();
+}
+#endif
 
 // The dispatcher wants plain functions; here they are for row i of the operators, with as many gates as it has.
 Gates gates_of() {
@@ -566,6 +649,9 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
 #if defined(LSM_BACKEND_CPU)
     m.impl("mlstm_fwd", TORCH_BOX(&lsm::mlstm_fwd));
     m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
+    m.impl("polynomial_attn_fwd", TORCH_BOX(&lsm::polynomial_attn_fwd));
+    m.impl("polynomial_attn_bwd", TORCH_BOX(&lsm::polynomial_attn_bwd));
+    m.impl("polynomial_attn_step", TORCH_BOX(&lsm::polynomial_attn_step));
 #endif
     m.impl("mlstm_step", TORCH_BOX(&lsm::mlstm_step));
 }

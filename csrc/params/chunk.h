@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "policy/features.h"
+
 namespace lsm {
 
 enum class Dtype : int32_t { bf16, f16, f32, f64 };
@@ -34,11 +36,13 @@ inline int64_t gates_per_token(Decay decay, int64_t K, int64_t V) {
     return (decays_keys(decay) ? K : 0) + (decays_values(decay) ? V : 0);
 }
 
+// Sums n of what is written of keys, of which outputs are divided by max(|scale · q·n|, least) + eps.
 // mLSTM: gates before their activation, of which log sigmoid(f) decays a head's state and exp(i) or sigmoid(i) weighs
-// what is written to it; and sums n of the weighted keys, of which outputs are divided by max(|scale · q·n|, exp(-m)) +
-// eps. States are kept scaled down by exp(m) (policy/input_gate.h).
+// what is written to it; least is exp(-m). States are kept scaled down by exp(m) (policy/input_gate.h).
+// Without gates nothing decays, every weight is 1 and least is 0.
 struct Normaliser {
-    bool on = false;                          // else nothing else here means anything
+    bool on = false;  // else nothing else here means anything
+    bool gated = false;
     Rows i, f;                                // [B, T, HV], T = 1 in a step
     Dtype dtype;                              // theirs: that of q, or f32
     void const *n0 = nullptr, *m0 = nullptr;  // [N, HV, K] and [N, HV] contiguous, nullable (zeros)
@@ -51,12 +55,12 @@ struct Normaliser {
         nullptr;  // whole sequences: [kGateRows, B, HV, T] in state_dtype, to be filled; else null
 
     // Backward, which has the tokens' rows and the outputs (o) but no gates. Gradients are those of n, of n0 (nullable
-    // both), and of the logarithm of each token's weight, [B, T, HV] in state_dtype.
+    // both), and of the logarithm of each token's weight, [B, T, HV] in state_dtype, nullable.
     void const* grad_n = nullptr;
     void* grad_n0 = nullptr;
     Rows dweight;
 };
-// Rows of Normaliser::tokens: log decay, weight, scale · q·n where outputs are divided, exp(-m).
+// Rows of Normaliser::tokens: log decay, weight, scale · q·n where outputs are divided, least.
 inline constexpr int64_t kGateRows = 4;
 
 // S_t = decay(S_{t-1}) + k_t v_t^T,   o_t = scale · S_t^T q_t,   or o_t = scale · S_{t-1}^T q_t if exclusive.
@@ -69,12 +73,14 @@ struct ChunkParams {
     Dtype gate_dtype;   // of gates and their gradients: dtype, or f32
     Dtype state_dtype;  // f64 when dtype is f64 (CPU only), else f32
     int64_t B, T, H, HV, K, V;
-    int64_t N;                         // sequences: B, or the length of cu_seqlens minus one
-    void const* cu_seqlens = nullptr;  // [N + 1], nullable; then B == 1
+    int64_t N;                           // sequences: B, or the length of cu_seqlens minus one
+    Features features = Features::none;  // of q and k, on the CPU, with a normaliser
+    int64_t channels;                    // of q and k, of which features make K; else K
+    void const* cu_seqlens = nullptr;    // [N + 1], nullable; then B == 1
     bool cu_seqlens_is_64bit = false;
     double scale;
 
-    Rows q, k;   // [B, T, H, K]
+    Rows q, k;   // [B, T, H, channels]
     Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
@@ -84,7 +90,7 @@ struct ChunkParams {
     Rows o;                       // [B, T, HV, V]
     void* final_state = nullptr;  // [N, HV, K, V], nullable
 
-    // Backward. dq and dk are per value head here, [B, T, HV, K]; the launcher adds each group up.
+    // Backward. dq and dk are per value head here, [B, T, HV, channels]; the launcher adds each group up.
     Dtype key_grad_dtype;                    // of dq and dk: dtype, or on the CPU f32 if HV > H
     Rows grad_o;                             // [B, T, HV, V]
     void const* grad_final_state = nullptr;  // [N, HV, K, V], nullable (zeros)
@@ -100,8 +106,10 @@ struct StepParams {
     int32_t gate;
     Dtype dtype, gate_dtype, state_dtype;
     int64_t B, H, HV, K, V;
+    Features features = Features::none;  // as in ChunkParams
+    int64_t channels;
     double scale;
-    Rows q, k;          // [B, 1, H, K]
+    Rows q, k;          // [B, 1, H, channels]
     Rows v, o;          // [B, 1, HV, V]
     Rows g, gv;         // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
     Rows u;             // [B, 1, HV, K], nullable: if exclusive, the query reads Diag(u) k v^T too

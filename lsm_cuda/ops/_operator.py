@@ -20,6 +20,9 @@ from ._common import (
 GATES = ("g", "gv")  # their gradients are only made if asked for
 KEEP_FLOAT32 = (*GATES, "beta")  # where everything else follows autocast
 
+# Devices whose kernels divide whole sequences by sums of their own; elsewhere that is composed.
+FUSED = {"cpu"}
+
 
 def register(name: str, takes: tuple[str, ...]) -> None:
     """Fake kernels and autograd of one operator, with the arguments ``takes`` between v and

@@ -1,9 +1,12 @@
 """Based and ReBased: linear attention with polynomial weights of degree two.
 
 A weight of degree two in ``q · k`` is a product of features that are products of two channels each,
-``φ_m(x) = w_m x_i x_j`` with i ≤ j: half of all pairs suffice, the others are equal. They are
-computed for at most 256 features at a time, forward and again in backward, and handed to the engine
-of linear attention; the sum of the weights is one more column of v that is 1.
+``φ_m(x) = w_m x_i x_j`` with i ≤ j: half of all pairs suffice, the others are equal.
+
+On the CPU the engine makes them of a block of tokens at a time, only for the state; between the
+tokens of a block it computes the polynomial. On CUDA it is composed: at most 256 features are
+computed at a time, forward and again in backward, and handed to the engine of linear attention; the
+sum of the weights is one more column of v that is 1.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from ._common import (
     check_no_forward_ad,
     check_no_gradient,
     check_rank,
+    check_same_device,
     check_shape,
     check_state,
     in_dtype,
+    no_double_backward,
 )
+from ._operator import FUSED
 from ._sums import quotient
 
 __all__ = [
@@ -44,6 +50,14 @@ _EPS = 1e-6  # of Based
 _WIDEST = 256  # features or value columns in one call of the engine
 
 
+def _cut(K: int, taylor: bool) -> tuple[int, int, int]:
+    """How many products, parts of them, and features in a part, as in csrc/policy/features.h."""
+    channels = K + 1 if taylor else K
+    pairs = channels * (channels + 1) // 2
+    parts = -(-pairs // _WIDEST)
+    return pairs, parts, 8 * -(-pairs // (8 * parts))
+
+
 class Features:
     """All products of two of K channels; with ``taylor`` of (1, x), so that ``φ(q) · φ(k) =
     1 + q·k + (q·k)²/2``, else ``φ(q) · φ(k) = (q·k)²``.
@@ -60,9 +74,8 @@ class Features:
         weight = torch.where(left == right, weight * 0.5**0.5, weight)
         # the constant's weight is 1 too; without the polynomial's half all others are twice as much
         weight = torch.where(right == 0, 1.0, weight) if taylor else weight * 2**0.5
-        slices = -(-len(left) // _WIDEST)
-        self.width = 8 * -(-len(left) // (8 * slices))
-        self.count = slices * self.width
+        _, parts, self.width = _cut(K, taylor)
+        self.count = parts * self.width
         one = torch.arange(channels, device=like.device).unsqueeze(-1)
         pad, dtype = (0, self.count - len(left)), accumulation_dtype(like)
         self.left = torch.nn.functional.pad((one == left).to(dtype), pad)  # [channels, F]
@@ -159,8 +172,115 @@ def _working(taylor: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.float() for x in tensors) if tensors[0].dtype in half else tensors
 
 
-def _sums(
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, taylor: bool, state: State | None) -> None:
+    named = {"q": q, "k": k, "v": v}
+    check_no_forward_ad(op, **named)
+    for name, x in named.items():
+        check_rank(op, name, x, "[B, T, H, K]" if name != "v" else "[B, T, HV, V]")
+    check_shape(op, "k", k, "[B, T, H, K]", q.shape)
+    check_state(op, state, "S", "z")
+    if state is not None:
+        S, z = state
+        _, parts, width = _cut(q.shape[-1], taylor)
+        shape = (S.shape[0], v.shape[2], parts * width)
+        check_shape(op, "S", S, "[N, HV, F, V]", (*shape, v.shape[3]))
+        check_shape(op, "z", z, "[N, HV, F]", shape)
+
+
+def _average(
     op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    taylor: bool,
+    eps: float | None,
+    initial_state: State | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, State | None]:
+    """The weighted sum over the sum of the weights plus eps, or undivided if that is None."""
+    _check(op, q, k, v, taylor, initial_state)
+    dtype = v.dtype
+    if q.device.type not in FUSED:
+        o, total, state = _sums(
+            q, k, v, scale, taylor, eps is not None, initial_state, output_final_state, cu_seqlens
+        )
+        return _divide(o, total, eps, dtype), state
+    if not taylor:
+        q, k, v = _working(taylor, q, k, v)
+    S, z = (None, None) if initial_state is None else initial_state
+    S, z = (None if s is None else s.to(accumulation_dtype(q)) for s in (S, z))
+    o, S, z, _ = torch.ops.lsm.polynomial_attn_fwd(
+        q, k, v, S, z, cu_seqlens, scale, eps or 0.0, taylor, eps is not None, output_final_state
+    )
+    return in_dtype(o, dtype), (S, z) if output_final_state else None
+
+
+def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    q, k, v, S, z, cu_seqlens, _, _, taylor, _, output_final_state = inputs
+    states = {"S": S, "z": z, "cu_seqlens": cu_seqlens}
+    check_same_device("polynomial_attn_fwd", q, k=k, v=v, **states)
+    B, T, HV, V = v.shape
+    _, parts, width = _cut(q.shape[-1], taylor)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    F, wide = parts * width, accumulation_dtype(q)
+    last = ((N, HV, F, V), (N, HV, F)) if output_final_state else ((0,),) * 2
+    return v.new_empty(v.shape), *(q.new_empty(s, dtype=wide) for s in (*last, (4, B, HV, T)))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, scale, eps, taylor, normalize, output_final_state = inputs
+    o, _, _, tokens = output
+    ctx.mark_non_differentiable(tokens)
+    ctx.save_for_backward(*tensors, o, tokens)
+    ctx.options = scale, eps, taylor, normalize
+    ctx.output_final_state = output_final_state
+    ctx.set_materialize_grads(False)
+
+
+def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    q, k, v, S, z, cu_seqlens, _, _, _, _, o, tokens, grad_o, grad_S, grad_z = inputs
+    states = {"S": S, "z": z, "cu_seqlens": cu_seqlens, "grad_S": grad_S, "grad_z": grad_z}
+    check_same_device(
+        "polynomial_attn_bwd", q, k=k, v=v, o=o, tokens=tokens, grad_o=grad_o, **states
+    )
+    d_states = ((0,) if s is None else s.shape for s in (S, z))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *(
+        q.new_empty(s, dtype=accumulation_dtype(q)) for s in d_states
+    )
+
+
+def _backward(ctx, grad_o, grad_S, grad_z, _):  # type: ignore[no-untyped-def]
+    q, k, v, S, z, cu_seqlens, o, tokens = ctx.saved_tensors
+    grad_o = torch.zeros_like(o) if grad_o is None else grad_o
+    if not ctx.output_final_state:
+        grad_S = grad_z = None
+    *grads, dS, dz = torch.ops.lsm.polynomial_attn_bwd(
+        q, k, v, S, z, cu_seqlens, *ctx.options, o, tokens, grad_o, grad_S, grad_z
+    )
+    return (
+        *grads, None if S is None else dS, None if z is None else dz, *(None for _ in range(6))
+    )  # fmt: skip
+
+
+def _step_fake(q, k, v, S, z, *_):  # type: ignore[no-untyped-def]
+    check_same_device("polynomial_attn_step", q, k=k, v=v, S=S, z=z)
+    return v.new_empty(v.shape)
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("polynomial_attn_bwd"))
+
+
+torch.library.register_fake("lsm::polynomial_attn_fwd")(_fwd_fake)
+torch.library.register_fake("lsm::polynomial_attn_bwd")(_bwd_fake)
+torch.library.register_fake("lsm::polynomial_attn_step")(_step_fake)
+torch.library.register_autograd("lsm::polynomial_attn_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lsm::polynomial_attn_bwd", _refuse_double_backward)
+
+
+def _sums(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -171,19 +291,13 @@ def _sums(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, State | None]:
-    """The weighted sum, the sum of the weights ``[B, T, HV, 1]`` if asked for, the final state."""
-    named = {"q": q, "k": k, "v": v}
-    check_no_forward_ad(op, **named)
-    for name, x in named.items():
-        check_rank(op, name, x, "[B, T, H, K]" if name != "v" else "[B, T, HV, V]")
-    check_shape(op, "k", k, "[B, T, H, K]", q.shape)
-    check_state(op, initial_state, "S", "z")
+    """The weighted sum, the sum of the weights ``[B, T, HV, 1]`` if asked for, the final state;
+    by linear_attn, of features."""
     q, k, v = _working(taylor, q, k, v)
     V = v.shape[-1]
     state = None
     if initial_state is not None:
         S, z = (x.to(accumulation_dtype(q)) for x in initial_state)
-        check_shape(op, "z", z, "[N, HV, F]", S.shape[:-1])
         state = torch.cat([S, z.unsqueeze(-1)], -1)
     with_total = with_total or output_final_state
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1) if with_total else v
@@ -221,30 +335,36 @@ def _polynomial_step(
     state: State,
     scale: float,
     taylor: bool,
-) -> tuple[Tensor, Tensor]:
-    """o and the sum of the weights; slices of features are heads of the engine's step."""
+    eps: float | None,
+) -> Tensor:
+    """Composed, slices of features are heads of the engine's step."""
     S, z = state
+    dtype = v.dtype
     check_no_gradient(op, chunk_name, q, k, v, S, z)
     check_rank(op, "q", q, "[B, H, K]")
     check_shape(op, "k", k, "[B, H, K]", q.shape)
     check_rank(op, "v", v, "[B, HV, V]")
-    q, k, v = _working(taylor, q, k, v)
     B, HV, V = v.shape
+    _, parts, width = _cut(q.shape[-1], taylor)
+    check_in_place(op, "S", S, "[B, HV, F, V]", (B, HV, parts * width, V), q)
+    check_in_place(op, "z", z, "[B, HV, F]", (B, HV, parts * width), q)
+    if q.device.type in FUSED:
+        return torch.ops.lsm.polynomial_attn_step(  # type: ignore[no-any-return]
+            q, k, v, S, z, scale, eps or 0.0, taylor, eps is not None
+        )
+    q, k, v = _working(taylor, q, k, v)
     f = Features(q.shape[-1], taylor, q)
-    check_in_place(op, "S", S, "[B, HV, F, V]", (B, HV, f.count, V), q)
-    check_in_place(op, "z", z, "[B, HV, F]", (B, HV, f.count), q)
     every = slice(0, f.count)
     xq, xk = f.extend(q, scale), f.extend(k, 1.0)
     fq, fk = (f(x, every).to(q.dtype).repeat_interleave(HV // q.shape[1], 1) for x in (xq, xk))
-    slices = f.count // f.width
-    sq, sk = (x.view(B, HV * slices, f.width) for x in (fq, fk))
+    sq, sk = (x.view(B, HV * parts, width) for x in (fq, fk))
     o = _chunk.step(
-        "linear_attn", sq, sk, v.repeat_interleave(slices, 1), None,
-        S.view(B, HV * slices, f.width, V), 1.0, chunk_name,
+        "linear_attn", sq, sk, v.repeat_interleave(parts, 1), None,
+        S.view(B, HV * parts, width, V), 1.0, chunk_name,
     )  # fmt: skip
     z += fk
     total = (fq * z).sum(-1, keepdim=True)
-    return o.view(B, HV, slices, V).sum(2, dtype=S.dtype), total
+    return _divide(o.view(B, HV, parts, V).sum(2, dtype=S.dtype), total, eps, dtype)
 
 
 def chunk_based(
@@ -281,10 +401,11 @@ def chunk_based(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit.
 
-    Note: differentiable once in q, k, v and the state; deterministic. The F features of q and k are
-        written and read at most 256 at a time, in forward and again in backward, never all of them
-        unless K ≤ 21, and never kept. v is copied once, to add the column that counts weights. fp16
-        runs in fp32, whose range the sums need.
+    Note: differentiable once in q, k, v and the state; deterministic. On the CPU forward and
+        backward are a pass of the engine each, which makes the F features of q and k where it needs
+        them and keeps sums in fp32. On CUDA they are written and read at most 256 at a time, in
+        forward and again in backward, never all of them unless K ≤ 21, and never kept; v is copied
+        once, to add the column that counts weights, and fp16 runs in fp32.
 
     Source: Simple linear attention language models balance the recall-throughput tradeoff,
     arXiv:2402.18668.
@@ -297,11 +418,10 @@ def chunk_based(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = autocast(q, k, v)
-    o, total, state = _sums(
-        "chunk_based", q, k, v, scale, True, use_norm, initial_state, output_final_state,
-        cu_seqlens,
-    )  # fmt: skip
-    return _divide(o, total, _EPS if use_norm else None, v.dtype), state
+    eps = _EPS if use_norm else None
+    return _average(
+        "chunk_based", q, k, v, scale, True, eps, initial_state, output_final_state, cu_seqlens
+    )
 
 
 def parallel_based(
@@ -360,8 +480,8 @@ def based_step(
         torch.Size([1, 2, 16])
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, total = _polynomial_step("based_step", "chunk_based", q, k, v, state, scale, True)
-    return _divide(o, total, _EPS if use_norm else None, v.dtype)
+    eps = _EPS if use_norm else None
+    return _polynomial_step("based_step", "chunk_based", q, k, v, state, scale, True, eps)
 
 
 def chunk_rebased(
@@ -408,11 +528,10 @@ def chunk_rebased(
     """
     scale = q.shape[-1] ** -0.5 if use_scale else 1.0
     q, k, v = autocast(q, k, v)
-    o, total, state = _sums(
-        "chunk_rebased", q, k, v, scale, False, use_normalize, initial_state,
+    return _average(
+        "chunk_rebased", q, k, v, scale, False, eps if use_normalize else None, initial_state,
         output_final_state, cu_seqlens,
     )  # fmt: skip
-    return _divide(o, total, eps if use_normalize else None, v.dtype), state
 
 
 def parallel_rebased(
@@ -431,9 +550,18 @@ def parallel_rebased(
         return chunk_rebased(q, k, v, eps, use_scale, use_normalize)[0]
     scale = q.shape[-1] ** -0.5 if use_scale else 1.0
     q, k, v = autocast(q, k, v)
-    o, total, _ = _sums("parallel_rebased", q, k, v, scale, False, True, None, False, None)
-    assert total is not None
-    return o.to(v.dtype).transpose(1, 2), total.squeeze(-1).transpose(1, 2)
+    dtype = v.dtype
+    _check("parallel_rebased", q, k, v, False, None)
+    if q.device.type in FUSED:
+        q, k, v = _working(False, q, k, v)
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        o, _ = _average("parallel_rebased", q, k, v, scale, False, None, None, False, None)
+        o, total = o[..., :-1], o[..., -1:]
+    else:
+        o, weights, _ = _sums(q, k, v, scale, False, True, None, False, None)
+        assert weights is not None
+        total = weights
+    return o.to(dtype).transpose(1, 2), total.squeeze(-1).transpose(1, 2)
 
 
 def rebased_step(
@@ -461,5 +589,7 @@ def rebased_step(
         torch.Size([1, 2, 16])
     """
     scale = q.shape[-1] ** -0.5 if use_scale else 1.0
-    o, total = _polynomial_step("rebased_step", "chunk_rebased", q, k, v, state, scale, False)
-    return _divide(o, total, eps if use_normalize else None, v.dtype)
+    return _polynomial_step(
+        "rebased_step", "chunk_rebased", q, k, v, state, scale, False,
+        eps if use_normalize else None,
+    )  # fmt: skip

@@ -17,6 +17,7 @@ from ._common import (
     check_shape,
     no_double_backward,
 )
+from ._operator import FUSED
 from ._running import sequence_index
 from ._sums import quotient, sums
 
@@ -30,7 +31,6 @@ __all__ = [
 
 States: TypeAlias = tuple[Tensor, Tensor, Tensor]
 InputGate: TypeAlias = Literal["exp", "sigmoid"]
-FUSED = {"cpu"}  # devices whose kernels know mLSTM's gates over whole sequences
 
 
 @torch.library.register_fake("lsm::mlstm_step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ from families import (
     gradients,
     operator,
 )
+from impls import threads
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsm_cuda import ops
+from lsm_cuda.ops import based
 
 BY_NAME = {str(family): family for family in FAMILIES}
 POLYNOMIAL = [BY_NAME["based"], BY_NAME["rebased"]]
@@ -121,3 +126,154 @@ def test_errors() -> None:
     text = "lsm::based_step: S must have shape [B, HV, F, V] = [2, 2, 96, 10], got [2, 2, 91, 10]"
     with pytest.raises(RuntimeError, match=re.escape(text)):
         ops.based_step(**token, state=(torch.zeros(2, 2, 91, 10), torch.zeros(2, 2, 91)))
+
+
+COMPOSED = {
+    "plain": {},
+    "bf16": {"dtype": torch.bfloat16, "T": 70},
+    "packed": {"cu_seqlens": [0, 0, 9, 9, 27, 37]},
+    "more than one slice": {"T": 12, "K": 30, "V": 5, "B": 1, "H": 1, "HV": 2},
+    "more than one piece": {"T": 12, "K": 3, "V": 300, "B": 1, "H": 1, "HV": 1},
+}
+
+
+@pytest.mark.parametrize("case", COMPOSED)
+@pytest.mark.parametrize("family", POLYNOMIAL, ids=str)
+def test_composed_as_on_cuda(monkeypatch: pytest.MonkeyPatch, family: Family, case: str) -> None:
+    """What takes the place of one pass where kernels do not know features; both have one state."""
+    x = draw(family, **COMPOSED[case])
+    o, state = family.chunk(**x.tensors, cu_seqlens=x.cu_seqlens, output_final_state=True)
+    monkeypatch.setattr(based, "FUSED", set())
+    assert_rule(gradients(operator(family), family, x), definition(family, x), x)
+    p, same = family.chunk(**x.tensors, cu_seqlens=x.cu_seqlens, output_final_state=True)
+    loose = {"rtol": 0.05, "atol": 0.05} if o.dtype == torch.bfloat16 else {}
+    torch.testing.assert_close((o, state), (p, same), **loose)
+    if x.cu_seqlens is None:
+        token = {n: t[:, 0] for n, t in x.tensors.items()}
+        mine, theirs = (tuple(s.clone() for s in state) for _ in range(2))
+        o = family.step(**token, state=mine)
+        monkeypatch.undo()
+        torch.testing.assert_close((o, mine), (family.step(**token, state=theirs), theirs), **loose)
+
+
+@pytest.mark.parametrize("family", POLYNOMIAL, ids=str)
+def test_work_that_is_cut_for_threads(family: Family) -> None:
+    """Into segments of time, whose sums are joined too."""
+    x = draw(family, T=600, B=1, H=1, HV=1, K=20, V=32)
+    with threads(2):
+        results = gradients(operator(family), family, x)
+    assert_rule(results, definition(family, x), x)
+
+
+def test_features_are_written_nowhere() -> None:
+    """One operator, nothing before or after it, and no tensor as large as features would be."""
+    names: list[str] = []
+    sizes: list[int] = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            results = func(*args, **(kwargs or {}))
+            names.append(func.name())
+            for t in results if isinstance(results, tuple) else (results,):
+                sizes.append(t.numel() if isinstance(t, Tensor) else 0)
+            return results
+
+    x = {n: torch.randn(1, 256, 2, 16) for n in "qkv"}
+    with Look(), torch.no_grad():
+        ops.chunk_based(**x)
+    assert names == ["lsm::polynomial_attn_fwd"]
+    assert max(sizes) <= 256 * 2 * 16
+
+
+def whole_arguments(**replaced: Any) -> list[Any]:
+    """Of torch.ops.lsm.polynomial_attn_fwd."""
+    torch.manual_seed(0)
+    named: dict[str, Any] = {n: torch.randn(2, 19, 2, 5).double() for n in "qk"}
+    named |= {"v": torch.randn(2, 19, 4, 6).double(), "S": torch.randn(2, 4, 24, 6).double()}
+    named |= {"z": torch.randn(2, 4, 24).double().square(), "cu_seqlens": None}
+    return [*(named | replaced).values(), 0.3, 1e-6, True, True, True]
+
+
+def backward_arguments(**replaced: Any) -> list[Any]:
+    """Of torch.ops.lsm.polynomial_attn_bwd."""
+    q, k, v, S, z, cu_seqlens, *options = whole_arguments()
+    o, *_, tokens = torch.ops.lsm.polynomial_attn_fwd(q, k, v, S, z, cu_seqlens, *options)
+    named = {"q": q, "k": k, "v": v, "S": S, "z": z, "cu_seqlens": cu_seqlens, "scale": 0.3}
+    named |= {"eps": 1e-6, "taylor": True, "normalize": True, "o": o, "tokens": tokens}
+    named |= {"grad_o": torch.randn_like(o), "grad_S": None, "grad_z": torch.randn_like(z)}
+    return [*(named | replaced).values()]
+
+
+def step_arguments(**replaced: Tensor) -> list[Any]:
+    """Of torch.ops.lsm.polynomial_attn_step."""
+    q, k, v, S, z, *_ = whole_arguments()
+    named = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "S": S, "z": z}
+    return [*(named | replaced).values(), 0.3, 1e-6, True, True]
+
+
+def test_operators_are_sound() -> None:
+    op = torch.ops.lsm.polynomial_attn_fwd.default
+    leaves = [
+        t.requires_grad_() if isinstance(t, Tensor) and j < 5 else t
+        for j, t in enumerate(whole_arguments())
+    ]
+    torch.library.opcheck(op, leaves)
+    torch.library.opcheck(op, whole_arguments(S=None, z=None))
+    back = torch.ops.lsm.polynomial_attn_bwd.default
+    torch.library.opcheck(back, backward_arguments())
+    torch.library.opcheck(back, backward_arguments(S=None, z=None, normalize=False))
+    given = backward_arguments()
+    given[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(back(*given)[0].sum(), given[0])
+    step = torch.ops.lsm.polynomial_attn_step.default
+    torch.library.opcheck(step, step_arguments())
+    assert [a.name for a in step._schema.arguments if a.is_write] == ["S", "z"]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("taylor", [True, False])
+def test_gradients_from_and_of_states(taylor: bool, normalize: bool) -> None:
+    """Against differences, in fp64, with states to start from: of each result, and of all."""
+    q, k, v, S, z, cu_seqlens, *_ = whole_arguments()
+    if not taylor:
+        S, z = S[:, :, :16], z[:, :, :16]
+    leaves = [t[:, :9].clone() if t.dim() == 4 and t.shape[1] == 19 else t for t in (q, k, v, S, z)]
+    for t in leaves:
+        t.requires_grad_()
+
+    def run(*x: Tensor) -> tuple[Tensor, ...]:
+        options = 0.3, 0.1, taylor, normalize, True
+        return torch.ops.lsm.polynomial_attn_fwd(*x, cu_seqlens, *options)[:3]
+
+    torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+BAD = {
+    "S": (
+        torch.zeros(2, 4, 21, 6).double(),
+        "initial_state must have shape [N, HV, K, V] = [2, 4, 24, 6], got [2, 4, 21, 6]",
+    ),
+    "z": (torch.zeros(2, 4, 24), "z must have dtype float64, got float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_operator_refuses(name: str) -> None:
+    bad, text = BAD[name]
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.lsm.polynomial_attn_fwd(*whole_arguments(**{name: bad}))
+    assert str(error.value).splitlines()[0] == f"lsm::polynomial_attn_fwd: {text}"
+
+
+def test_extreme_rows_stay_in_their_sequence() -> None:
+    """NaN in one packed sequence, inf in one head."""
+    x = {n: torch.randn(1, 40, 2, 6) for n in "qkv"}
+    cu_seqlens = torch.tensor([0, 19, 40])
+    want, _ = ops.chunk_based(**x, cu_seqlens=cu_seqlens)
+    x["k"][0, 3, 0] = float("nan")
+    o, _ = ops.chunk_based(**x, cu_seqlens=cu_seqlens)
+    assert torch.equal(o[:, :, 1], want[:, :, 1])
+    assert torch.equal(o[:, 19:], want[:, 19:])
+    assert torch.equal(o[:, :3], want[:, :3])
+    assert o[0, 3:19, 0].isnan().all()
