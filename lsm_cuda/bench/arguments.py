@@ -226,6 +226,23 @@ def hf_selective(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     return {theirs.get(name, name): t.to(x["A"].dtype) for name, t in x.items()}
 
 
+def hf_selective_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    theirs = {"x": "hidden_states"}
+    return {theirs.get(name, name): t for name, t in op.token(x, shape).items()}
+
+
+def hf_conv_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    theirs = {"x": "hidden_states", "state": "conv_state"}
+    token = op.token(x, shape)
+    token["x"] = token["x"].unsqueeze(-1)
+    return {theirs.get(name, name): t for name, t in token.items()}
+
+
+def one_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """A sequence of one, after what ours is after."""
+    return {n: t[:, :1].contiguous() if op.per_token(n) else t for n, t in x.items()}
+
+
 def hf_wkv4(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     theirs = {"w": "time_decay", "u": "time_first", "k": "key", "v": "value"}
     return {theirs[name]: t for name, t in x.items()}

@@ -68,7 +68,7 @@ class Peer:
 
     ``calls``: by operator and kind ("sequence" or "step"). ``same``: it computes our function and
     must agree in value; else it is what people use instead. ``longest``: T beyond which it is not
-    tried. ``fits``: shapes it takes.
+    tried, or not trained. ``fits``: shapes it takes.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Peer:
     same: bool = True
     backward: bool = True
     longest: int = 2**40
+    longest_training: int = 2**40
     fits: Callable[[Shape], bool] = field(default=lambda shape: not shape.packed)
 
     def call(self, op: Op, shape: Shape, mode: str) -> Call | None:
@@ -85,6 +86,8 @@ class Peer:
         if (mode == "training" and not self.backward) or not self.fits(shape):
             return None
         if mode != "step" and shape["T"] > self.longest:
+            return None
+        if mode == "training" and shape["T"] > self.longest_training:
             return None
         return self.calls.get((op.name, "step" if mode == "step" else "sequence"))
 

@@ -15,9 +15,11 @@ from .arguments import (
     flash_token,
     flex,
     flex_masked,
+    hf_conv_token,
     hf_delta,
     hf_delta_token,
     hf_selective,
+    hf_selective_token,
     hf_ssd,
     hf_ssd_token,
     hf_wkv4,
@@ -26,6 +28,7 @@ from .arguments import (
     mlstm_token,
     one_row,
     one_row_token,
+    one_token,
     selection,
     softmax,
     softmax_token,
@@ -196,8 +199,12 @@ PEERS = [
                 f"{MAMBA}:mamba_selective_scan.__wrapped__", hf_selective
             ),
             ("rg_lru", "sequence"): Call("lsm_cuda.bench.compositions:griffin_loop", needs=GRIFFIN),
+            ("rg_lru", "step"): Call(
+                "lsm_cuda.bench.compositions:griffin_loop", one_token, needs=GRIFFIN
+            ),
         },
-        longest=512,  # training takes a minute and gigabytes at 2048
+        longest=2048,
+        longest_training=512,  # it takes a minute and gigabytes at 2048
     ),
     Peer(
         "FLA naive, a loop",
@@ -217,6 +224,7 @@ PEERS = [
                 heads_second,
             ),
             ("hgrn", "sequence"): Call("ops/hgrn/naive.py:naive_recurrent_hgrn", fla()),
+            ("hgrn", "step"): Call("ops/hgrn/naive.py:naive_recurrent_hgrn", fla_token()),
             ("gsa", "sequence"): Call("ops/gsa/naive.py:naive_recurrent_gsa", fla()),
             ("gsa", "step"): Call("ops/gsa/naive.py:naive_recurrent_gsa", fla_token()),
         },
@@ -243,6 +251,12 @@ PEERS = [
             ),
             ("gated_delta_rule", "step"): Call(
                 f"{GDN}:torch_recurrent_gated_delta_rule.__wrapped__", hf_delta_token
+            ),
+            ("selective_scan", "step"): Call(
+                f"{MAMBA}:mamba_selective_state_update.__wrapped__", hf_selective_token
+            ),
+            ("causal_conv1d", "step"): Call(
+                f"{MAMBA}:causal_conv1d_update.__wrapped__", hf_conv_token
             ),
             ("kda", "sequence"): Call(f"{KIMI}:chunk_kimi_delta_attention.__wrapped__", hf_delta),
             ("kda", "step"): Call(

@@ -205,6 +205,54 @@ def test_gradients_by_differences() -> None:
     assert torch.autograd.gradcheck(run, (x, a, h0))
 
 
+NAMED = {  # with the number of tensors of tokens and of channels
+    "chunk_hgrn": (2, 0),
+    "glru": (4, 0),
+    "min_gru": (2, 0),
+    "min_lstm": (3, 0),
+    "gateloop": (5, 0),
+    "lru": (1, 2),
+    "rg_lru": (3, 1),
+    "aft_simple": (3, 0),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_of_the_named_ones(name: str) -> None:
+    of_tokens, of_channels = NAMED[name]
+    tokens = torch.randn(of_tokens, 1, 4, 3).double()
+    channels = torch.randn(of_channels, 3).double()
+    if name in ("chunk_hgrn", "glru", "gateloop"):  # their gate, or its logarithm
+        at = {"chunk_hgrn": 1, "glru": 0, "gateloop": 3}[name]
+        gate = tokens[at].sigmoid()
+        tokens[at] = gate if name == "glru" else gate.log()
+
+    def call(*x):  # type: ignore[no-untyped-def]
+        y = getattr(ops, name)(*x)
+        y = y[0] if isinstance(y, tuple) else y
+        return torch.view_as_real(y) if y.is_complex() else y
+
+    leaves = [t.clone().requires_grad_() for t in (*tokens, *channels)]
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("size", [30.0, 100.0, 1000.0])
+def test_rg_lru_with_gates_of_any_size(size: float) -> None:
+    """Decays from e^0 to below e^-100, against fp64; slopes of the root up to its bound."""
+    x, i, r = torch.randn(3, 1, 70, 24)
+    param = torch.linspace(-20, 20, 24)  # -8 softplus from -1e-8 to -160
+    leaves = [t.requires_grad_() for t in (x, size * i, size * r, param)]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    h, state = ops.rg_lru(*leaves, output_final_state=True)
+    grads = torch.autograd.grad(h.sum() + state.sum(), leaves)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want, last = ops.rg_lru(*wide, output_final_state=True)
+    close((h, state), (want.float(), last.float()), rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in grads)
+    rate = -8 * torch.nn.functional.softplus(wide[3])
+    close((want, last), reference.rg_lru(*wide[:3], rate))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_operator_is_well_formed(dtype: torch.dtype) -> None:
     x, a, h0 = (t.requires_grad_() for t in arguments(T=5, D=4, dtype=dtype))

@@ -71,9 +71,14 @@ def test_wkv4_with_keys_of_any_size() -> None:
     w, u, k, v, _ = (x.float() if torch.is_tensor(x) else x for x in draw(T=300))
     k = torch.where(k > 0, 80.0, -80.0).requires_grad_()
     o, state = ops.wkv4(w, u, k, v, output_final_state=True)
-    (dk,) = torch.autograd.grad(o.sum() + state[0].sum(), k)
+    (dk,) = torch.autograd.grad(o.sum() + state[0].sum(), k, retain_graph=True)
     assert o.isfinite().all() and dk.isfinite().all()
     assert all(s.isfinite().all() for s in state)
+    wide = [t.detach().double() for t in (w, u, k, v)]
+    wide[2].requires_grad_()
+    want, _ = reference.wkv4(*wide)
+    (dk,), (dk_wide,) = torch.autograd.grad(o.sum(), k), torch.autograd.grad(want.sum(), wide[2])
+    close((o, dk), (want.float(), dk_wide.float()), rtol=1e-4, atol=1e-4)
 
 
 def test_wkv4_same_bits_twice_and_close_on_any_number_of_threads() -> None:
