@@ -103,6 +103,23 @@ def test_features_that_vanish() -> None:
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [0.0, 1e-12, -1e-12])
+def test_rfa_denominator_near_zero(sign: float, dtype: torch.dtype) -> None:
+    """Queries all but orthogonal to every key, then one that is not: finite, and no gradient by
+    way of the denominators that eps replaces."""
+    q = torch.tensor([sign, 1.0]).expand(1, 6, 1, 2).to(dtype).clone()
+    q[0, 5, 0, 0] = 1
+    k = torch.tensor([1.0, 0.0]).expand(1, 6, 1, 2).to(dtype).clone()
+    v, g = torch.randn(1, 6, 1, 3).to(dtype), -torch.rand(1, 6, 1)
+    leaves = [t.requires_grad_() for t in (q, k, v, g)]
+    o, _ = ops.chunk_rfa(*leaves, scale=1.0)
+    assert o.isfinite().all()
+    last = ops.chunk_rfa(k, k, v, g, scale=1.0)[0][:, 5]
+    torch.testing.assert_close(o[:, 5], last)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(o.float().sum(), leaves))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("two_directions", [False, True])
 def test_fp16_sums_do_not_overflow(two_directions: bool, autocast: bool) -> None:

@@ -44,13 +44,15 @@ def arguments(*, T: int = 37, H: int = 2, HV: int = 2) -> tuple[Tensor, ...]:
     return q, k, v, torch.nn.functional.logsigmoid(g)
 
 
+@pytest.mark.parametrize("side", [{"g": 12}, {"gv": 10}], ids=["keys", "values"])
 @pytest.mark.parametrize("gate", ["mixed", "-8", "-80", "-inf"])
-def test_scalar_gate_is_the_vector_of_it(gate: str) -> None:
+def test_scalar_gate_is_the_vector_of_it(gate: str, side: dict[str, int]) -> None:
     """All gradients too: the gate's is the sum over channels."""
     x = draw(FAMILY, gate=gate)
 
     def vector(g, **rest):  # type: ignore[no-untyped-def]
-        return ops.chunk_gla(g=g[..., None].expand(*g.shape, 12), output_final_state=True, **rest)
+        gates = {name: g[..., None].expand(*g.shape, n) for name, n in side.items()}
+        return ops.chunk_gla(**{"g": None} | gates, output_final_state=True, **rest)
 
     assert_rule(gradients(vector, FAMILY, x), definition(FAMILY, x), x)
 

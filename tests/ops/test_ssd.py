@@ -177,9 +177,10 @@ def test_packed_sequences() -> None:
     torch.testing.assert_close((y, states), (expected, finals))
 
 
-def test_hard_decays() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hard_decays(dtype: torch.dtype) -> None:
     """dt·A from -50 to 0: finite, and within the rule."""
-    x = draw(FAMILY, gate="-1")
+    x = draw(FAMILY, gate="-1", dtype=dtype)
     x.tensors["dt"].copy_(torch.linspace(-60, 45, x.tensors["dt"].numel()).view(2, 37, 4))
     assert_rule(gradients(operator(FAMILY), FAMILY, x), definition(FAMILY, x), x)
     x.tensors["A"].fill_(-1e4)
