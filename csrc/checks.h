@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -65,16 +66,27 @@ inline char const* name(ScalarType type) {
     }
 }
 
+// Sizes in an error's words, which are made when it is: calls that fit should not wait for them.
 template <class Sizes>
-std::string show(Sizes const& sizes) {
-    std::string text = "[";
-    bool first = true;
-    for (int64_t const n : sizes) {
-        if (!first) text += ", ";
-        text += std::to_string(n);
-        first = false;
+struct Shown {
+    Sizes sizes;
+    bool operator==(Shown const& other) const {
+        return std::equal(sizes.begin(), sizes.end(), other.sizes.begin(), other.sizes.end());
     }
-    return text + "]";
+    friend std::ostream& operator<<(std::ostream& text, Shown const& shown) {
+        char const* separator = "[";
+        if (shown.sizes.begin() == shown.sizes.end()) text << separator;
+        for (int64_t const n : shown.sizes) {
+            text << separator << n;
+            separator = ", ";
+        }
+        return text << "]";
+    }
+};
+
+template <class Sizes>
+Shown<Sizes> show(Sizes const& sizes) {
+    return {sizes};
 }
 
 inline std::string show_device(Tensor const& t) {
@@ -117,7 +129,8 @@ class Checks {
     void device(Tensor const& t, char const* arg, Tensor const& like, char const* like_arg) const {
         bool const same = t.is_cuda() == like.is_cuda() && t.is_cpu() == like.is_cpu() &&
                           t.get_device_index() == like.get_device_index();
-        require(same, arg, " must be on ", show_device(like), " like ", like_arg, ", got ",
+        if (same) return;
+        require(false, arg, " must be on ", show_device(like), " like ", like_arg, ", got ",
                 show_device(t));
     }
 

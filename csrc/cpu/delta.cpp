@@ -44,6 +44,7 @@ Plan make_plan(DeltaParams const& p, bool backward) {
         backward ? 1 : std::min(ceil_div(p.V, kColumnTile), ceil_div(threads, chains));
     int64_t const columns = tiles > 1 ? round_up(ceil_div(p.V, tiles), kColumnTile) : p.V;
     int64_t longest = 0;
+    plan.tasks.reserve(size_t(chains * tiles));
     for (int64_t n = 0; n < p.N; ++n) {
         bool const packed = p.cu_seqlens != nullptr;
         for (int64_t h = 0; h < p.HV; ++h) {

@@ -203,14 +203,17 @@ class DeltaBackward {
     }
 
     void keep_next_state(int64_t block) {
-        int64_t const slots = tokens_.read(block, 1);
+        int64_t const slots = tokens_.read(block);
         for_each_tile([&](auto tile, int64_t p) {
             constexpr int N = decltype(tile)::value;
             T const* S = checkpoints_ + block * state_ + p * p_.K * W;
             T* const next = checkpoints_ + (block + 1) * state_ + p * p_.K * W;
             Vector<T> r[N];
             read_erased<Rule>(next, S, p_.K, tokens_.rows(0), r);
-            for (int64_t s = 0; s < slots; ++s) write_slot<N>(next, next, s, p * W, r);
+            for (int64_t s = 0; s < slots; ++s) {
+                if (p == 0) tokens_.prefetch((block + 1) * tokens_.slots() + s);
+                write_slot<N>(next, next, s, p * W, r);
+            }
         });
     }
 
@@ -220,16 +223,15 @@ class DeltaBackward {
         Vector<T> none[N], values[Rule::kWrites][N];
         keep<Rule>(kept_ + at, tokens_.v + at, r);
         values_of<Rule>(values, kept_ + at, tokens_.v + at, tokens_.beta + at);
-        advance<Rule, N, false>(dst, src, p_.K, tokens_.rows(s), tokens_.rows(s + 1), values, none,
-                                r);
+        advance<Rule, N, false, true>(dst, src, p_.K, tokens_.rows(s), tokens_.rows(s + 1), values,
+                                      none, r);
     }
 
     void read(int64_t block) {
-        slots_ = tokens_.read(block, -1);
+        slots_ = tokens_.read(block);
         for (int64_t t = 0; t < slots_ / tokens_.n; ++t) {
             int64_t const i = block * tokens_.block_tokens + t;
             rows_grad_o_.read(grad_o_ + tokens_.last_slot(t) * tokens_.value_width, i);
-            rows_grad_o_.prefetch(i - tokens_.block_tokens);
         }
         for (T* rows : {dq_, d_erase_, d_decay_, d_write_[0], d_write_[1]}) {
             Tokens::fill(rows, slots_ * tokens_.key_width, T(0));
@@ -255,6 +257,10 @@ class DeltaBackward {
         enter_slot<Rule>(G, p_.K, tokens_.rows(slots_ - 1), grad_o, d_values);
         for (int64_t s = slots_ - 1; s >= 0; --s) {
             int64_t const at = s * tokens_.value_width + column;
+            if (column == 0) {
+                tokens_.prefetch((block - 1) * tokens_.slots() + s);
+                rows_grad_o_.prefetch((block - 1) * tokens_.block_tokens + s / tokens_.n);
+            }
             values_of<Rule>(values, kept_ + at, tokens_.v + at, tokens_.beta + at);
             value_gradients<N>(at, d_values, dr);
             SlotRows<T> x_before{nothing_, nothing_, nothing_, {nothing_, nothing_}};

@@ -49,8 +49,9 @@ LSM_INLINE void read_erased(T* dst, T const* src, int64_t K, SlotRows<T> const& 
     }
 }
 
-// A slot writes its values and reads its output; r is what the next one erases. dst may be src.
-template <class Rule, int N, bool kOutputs, class T>
+// A slot writes its values and reads its output; r is what the next one erases, if there is one.
+// dst may be src.
+template <class Rule, int N, bool kOutputs, bool kGoesOn, class T>
 LSM_INLINE void advance(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
                         SlotRows<T> const& next, Vector<T> const (&values)[Rule::kWrites][N],
                         Vector<T> (&o)[N], Vector<T> (&r)[N]) {
@@ -67,8 +68,10 @@ LSM_INLINE void advance(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
 #pragma GCC unroll 2
                 for (int w = 0; w < Rule::kWrites; ++w) s += x.write[w][i] * values[w][n];
                 if constexpr (kOutputs) read[n] += x.q[i] * s;
-                if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= next.decay[i];
-                erased[n] += next.erase[i] * s;
+                if constexpr (kGoesOn) {
+                    if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= next.decay[i];
+                    erased[n] += next.erase[i] * s;
+                }
                 store(dst + (i * N + n) * W, s);
             }
         }
@@ -105,32 +108,37 @@ class DeltaForward {
     DeltaForward(DeltaParams const& p, DeltaTask const& task, void* scratch)
         : p_(p),
           task_(task),
+          columns_(task.v_end - task.v_begin),
+          in_place_(task.state_end != nullptr && columns_ == p.V && is_one_tile<T>(p.K, p.V)),
           arena_(scratch),
-          tokens_(p, task, arena_),
+          tokens_(p, task, arena_,
+                  is_one_tile<T>(p.K, columns_) ? kDeltaBlockOfOneTile : kDeltaBlock),
           rows_o_(tokens_.value_rows(p.o, 1)) {
         o_ = arena_.take(tokens_.slots() * tokens_.value_width);
-        kept_ = arena_.take(tokens_.value_width);
+        arena_.take_each(tokens_.value_width, kept_, erased_);
         S_ = arena_.take(p.K * tokens_.value_width);
+        if (in_place_) S_ = static_cast<T*>(task.state_end);
     }
 
     int64_t scratch_bytes() const { return arena_.used(); }
 
     void run() {
-        int64_t const columns = task_.v_end - task_.v_begin;
+        read_state();
         tokens_.clear();
-        read_state_tiles(S_, at_column(static_cast<T const*>(task_.state_begin)), p_.V, p_.K,
-                         columns);
         for (int64_t b = 0; b < tokens_.blocks(); ++b) {
-            int64_t const slots = tokens_.read(b, 1);
-            for_each_state_tile<T>(p_.K, panels(columns, W), [&](auto tile, int64_t p) {
-                outputs<decltype(tile)::value>(S_ + p * p_.K * W, p * W, slots);
+            int64_t const slots = tokens_.read(b, true);
+            for_each_state_tile<T>(p_.K, panels(columns_, W), [&](auto tile, int64_t p) {
+                outputs<decltype(tile)::value>(S_ + p * p_.K * W, p * W, b, slots);
             });
             for (int64_t t = 0; t < slots / tokens_.n; ++t) {
                 rows_o_.write(o_ + tokens_.last_slot(t) * tokens_.value_width,
                               b * tokens_.block_tokens + t);
             }
         }
-        write_state_tiles(at_column(static_cast<T*>(task_.state_end)), S_, p_.V, p_.K, columns);
+        if (!in_place_) {
+            write_state_tiles(at_column(static_cast<T*>(task_.state_end)), S_, p_.V, p_.K,
+                              columns_);
+        }
     }
 
   private:
@@ -141,25 +149,57 @@ class DeltaForward {
         return state == nullptr ? nullptr : state + task_.v_begin;
     }
 
+    void read_state() {
+        T const* const begin = static_cast<T const*>(task_.state_begin);
+        if (!in_place_) {
+            read_state_tiles(S_, at_column(begin), p_.V, p_.K, columns_);
+        } else if (begin == nullptr) {
+            std::memset(S_, 0, size_t(p_.K * p_.V) * sizeof(T));
+        } else if (begin != S_) {
+            std::memcpy(S_, begin, size_t(p_.K * p_.V) * sizeof(T));
+        }
+    }
+
     template <int N>
-    void outputs(T* S, int64_t column, int64_t slots) {
+    void outputs(T* S, int64_t column, int64_t block, int64_t slots) {
         Vector<T> o[N], r[N], values[Rule::kWrites][N];
-        read_erased<Rule>(S, S, p_.K, tokens_.rows(0), r);
-        for (int64_t s = 0; s < slots; ++s) {
+        if (block == 0) {
+            read_erased<Rule>(S, S, p_.K, tokens_.rows(0), r);
+        } else {
+            load_panels(r, erased_ + column);
+        }
+        auto const take_slot = [&](auto goes_on, int64_t s) {
             int64_t const at = s * tokens_.value_width + column;
             keep<Rule>(kept_, tokens_.v + at, r);
             values_of<Rule>(values, kept_, tokens_.v + at, tokens_.beta + at);
-            advance<Rule, N, true>(S, S, p_.K, tokens_.rows(s), tokens_.rows(s + 1), values, o, r);
+            advance<Rule, N, true, decltype(goes_on)::value>(S, S, p_.K, tokens_.rows(s),
+                                                             tokens_.rows(s + 1), values, o, r);
             store_panels(o_ + at, o);
+        };
+        bool const ends = block + 1 == tokens_.blocks();
+        int64_t s = 0;
+        for (; s + ends < slots; ++s) {
+            if (column == 0) {
+                tokens_.prefetch((block + 1) * tokens_.slots() + s);
+                rows_o_.prefetch(block * tokens_.block_tokens + s / tokens_.n);
+            }
+            take_slot(std::true_type{}, s);
+        }
+        if (ends) {
+            take_slot(std::false_type{}, s);
+        } else {
+            store_panels(erased_ + column, r);
         }
     }
 
     DeltaParams const& p_;
     DeltaTask const& task_;
+    int64_t columns_;
+    bool in_place_;  // a state of one tile lies in memory as it does here
     Arena<T> arena_;
     DeltaTokens<T, Rule> tokens_;
     typename DeltaTokens<T, Rule>::Row rows_o_;
-    T *S_, *o_, *kept_;
+    T *S_, *o_, *kept_, *erased_;  // erased_: what the next block erases first
 };
 
 }  // namespace LSM_CPU_TIER

@@ -33,7 +33,9 @@ struct SlotRows {
     T* write[2];
 };
 
-inline constexpr int kDeltaBlock = 16;  // slots read at a time; with more per token, one token
+// Slots read at a time; with more per token, one token. Of a state that is one tile fewer, so that
+// their rows stay beside it in the first-level cache.
+inline constexpr int kDeltaBlock = 16, kDeltaBlockOfOneTile = 8;
 
 // A block of tokens of one value head: rows of the accumulation type, zero beyond K and V.
 template <class T, class Rule>
@@ -42,9 +44,10 @@ class DeltaTokens {
     using Row = HeadRows<T, 1>;
     static constexpr int W = kLanes<T>;
 
-    DeltaTokens(DeltaParams const& p, DeltaTask const& task, Arena<T>& arena)
+    DeltaTokens(DeltaParams const& p, DeltaTask const& task, Arena<T>& arena,
+                int64_t block_slots = kDeltaBlock)
         : n(p.n),
-          block_tokens(p.n < kDeltaBlock ? kDeltaBlock / p.n : 1),
+          block_tokens(block_length(block_slots, task.end - task.begin)),
           key_width(panels(p.K, W) * W),
           value_width(panels(task.v_end - task.v_begin, W) * W),
           scale_(T(p.scale)),
@@ -75,30 +78,46 @@ class DeltaTokens {
         return {task_.begin * slots_per_token, task_.end * slots_per_token};
     }
 
-    // A block, and a request for the one that is `ahead` blocks away. Returns its slots.
-    int64_t read(int64_t block, int64_t ahead) {
+    // Returns a block's slots. After them comes a row that changes nothing or, to go on with the
+    // next block, what that one's first slot erases.
+    int64_t read(int64_t block, bool goes_on = false) {
         int64_t const first = block * block_tokens;
         int64_t const count = min_of(block_tokens, task_.end - task_.begin - first);
-        int64_t const far = ahead * block_tokens;
         for (int64_t t = 0; t < count; ++t) {
             q_.read(q + last_slot(t) * key_width, first + t, scale_);
-            q_.prefetch(first + t + far);
-            if constexpr (Rule::kDecays) {
-                read_decay(decay + t * n * key_width, first + t);
-                if (per_channel_decay_) g_.prefetch(first + t + far);
-            }
+            if constexpr (Rule::kDecays) read_decay(decay + t * n * key_width, first + t);
         }
-        for (int64_t s = 0, i = first * n; s < count * n; ++s, ++i) {
-            read_row(k_, k + s * key_width, i, far * n);
-            read_row(v_, v + s * value_width, i, far * n);
-            if constexpr (Rule::kOwnErase) read_row(erase_, erase + s * key_width, i, far * n);
-            if constexpr (Rule::kWrites == 2) read_row(write_, write + s * key_width, i, far * n);
+        Row const& erased = Rule::kOwnErase ? erase_ : k_;
+        T* const rows = Rule::kOwnErase ? erase : k;
+        int64_t s = 0, i = first * n;
+        for (; s < count * n; ++s, ++i) {
+            k_.read(k + s * key_width, i);
+            v_.read(v + s * value_width, i);
+            if constexpr (Rule::kOwnErase) erase_.read(erase + s * key_width, i);
+            if constexpr (Rule::kWrites == 2) write_.read(write + s * key_width, i);
             if constexpr (Rule::kHasBeta) read_beta(beta + s * value_width, i);
         }
-        T* const end = (Rule::kOwnErase ? erase : k) + count * n * key_width;
-        fill(end, key_width, T(0));
-        if constexpr (Rule::kDecays) fill(decay + count * n * key_width, key_width, T(1));
-        return count * n;
+        if (goes_on && block + 1 < blocks()) {
+            erased.read(rows + s * key_width, i);
+            if constexpr (Rule::kDecays) read_decay(decay + s * key_width, first + count);
+        } else {
+            fill(rows + s * key_width, key_width, T(0));
+            if constexpr (Rule::kDecays) fill(decay + s * key_width, key_width, T(1));
+        }
+        return s;
+    }
+
+    // Asks for slot i ahead of its use and between the arithmetic of others: more requests at once
+    // than a core keeps open would wait for each other.
+    LSM_INLINE void prefetch(int64_t i) const {
+        int64_t const token = i / n;
+        if (i - token * n == n - 1) {
+            q_.prefetch(token);
+            if (Rule::kDecays && per_channel_decay_) g_.prefetch(token);
+        }
+        k_.prefetch(i), v_.prefetch(i);
+        if constexpr (Rule::kOwnErase) erase_.prefetch(i);
+        if constexpr (Rule::kWrites == 2) write_.prefetch(i);
     }
 
     int64_t last_slot(int64_t token) const { return token * n + n - 1; }
@@ -138,12 +157,13 @@ class DeltaTokens {
     T *q, *k, *erase, *write, *decay, *v, *beta;  // erase, write, decay, beta: where Rule has them
 
   private:
+    // In tokens: no more than there are.
+    int64_t block_length(int64_t slots, int64_t tokens) const {
+        int64_t const length = min_of(slots / n, tokens);
+        return length > 1 ? length : 1;
+    }
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-    LSM_INLINE static void read_row(Row const& from, T* row, int64_t i, int64_t far) {
-        from.read(row, i);
-        from.prefetch(i + far);
-    }
     void read_decay(T* row, int64_t i) const {
         if (per_channel_decay_) {
             g_.read(row, i);
@@ -178,18 +198,31 @@ struct Panels {
     static constexpr int value = kValue;
 };
 
-// f(Panels<N>, p): as many panels at a time as leave half of the first-level cache free.
+// As many panels as leave half of the first-level cache free.
+inline int64_t widest_tile(int64_t K) {
+    int64_t const fit = (int64_t(20) << 10) / (K * kVectorBytes);
+    return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+// f(Panels<N>, p) for tiles as wide as that.
 template <class T, class F>
 LSM_INLINE void for_each_state_tile(int64_t K, int64_t column_panels, F const& f) {
-    int64_t const fit = (int64_t(20) << 10) / (K * kVectorBytes);
+    int64_t const widest = widest_tile(K);
     int64_t p = 0;
-    if (fit >= 4) {
+    if (widest >= 4) {
         for (; p + 4 <= column_panels; p += 4) f(Panels<4>{}, p);
     }
-    if (fit >= 2) {
+    if (widest >= 2) {
         for (; p + 2 <= column_panels; p += 2) f(Panels<2>{}, p);
     }
     for (; p < column_panels; ++p) f(Panels<1>{}, p);
+}
+
+// Whether V columns are one tile, which lies in memory as it does in a state.
+template <class T>
+bool is_one_tile(int64_t K, int64_t V) {
+    constexpr int W = kLanes<T>;
+    return V % W == 0 && V / W <= widest_tile(K) && V / W != 3;
 }
 
 template <class T>

@@ -15,6 +15,7 @@ from inputs import Inputs, make_inputs
 from torch import Tensor
 
 DELTA = {op.name: op for op in OPS if "beta" in op.tensors}
+DPLR = next(op for op in OPS if op.name == "dplr")
 T = 90  # two chunks and most of a third
 Changes = dict[str, Callable[[Tensor], Tensor]]
 
@@ -46,7 +47,7 @@ EXTREMES: dict[str, Changes] = {
 }
 
 
-def changed(op: Op, changes: Changes) -> Inputs:
+def changed(op: Op, changes: Changes, T: int = T) -> Inputs:
     x = make_inputs(Case(op, T=T, dims=(64, 64), dtype="bf16+f32", state="both"))
     tensors = {name: changes.get(name, lambda t: t)(t) for name, t in x.tensors.items()}
     if "p" in tensors:  # else Comba's transitions need not contract
@@ -61,6 +62,32 @@ def test_no_blow_up(name: str, extreme: str) -> None:
     if "g" in changes and "g" not in op.tensors:
         pytest.skip("has no gate")
     x = changed(op, changes)
+    results = Emulator("emulator", seeds=(0,)).run(op, x)
+    assert all(t.isfinite().all() for t in results.values())
+    assert_accepted(results, *definition(op, x), x)
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("form", ["delta rule", "rwkv7"])
+def test_no_blow_up_of_low_rank(form: str, extreme: str) -> None:
+    """The delta rule written as a = -e^g k, b = beta k; RWKV-7 reads before the decay, with rates
+    up to 1."""
+    x = changed(DELTA["kda"], EXTREMES[extreme])
+    q, k, v, g, beta = (x.tensors[name] for name in ("q", "k", "v", "g", "beta"))
+    erased, rate = (g.exp() * k, beta) if form == "delta rule" else (k, beta.clamp(max=1))
+    a, b = -erased.to(k.dtype), (rate[..., None] * k).to(k.dtype)
+    x = replace(x, tensors={"q": q, "k": k, "v": v, "a": a, "b": b, "g": g})
+    results = Emulator("emulator", seeds=(0,)).run(DPLR, x)
+    assert all(t.isfinite().all() for t in results.values())
+    assert_accepted(results, *definition(DPLR, x), x)
+
+
+@pytest.mark.parametrize("beta", [1, 2])
+@pytest.mark.parametrize("name", DELTA)
+def test_long_keys_at_full_strength(name: str, beta: float) -> None:
+    """Up to 199 times too far at every token: finite over a few."""
+    op = DELTA[name]
+    x = changed(op, {"k": lambda k: 10 * k, "beta": constant(beta)}, T=3)
     results = Emulator("emulator", seeds=(0,)).run(op, x)
     assert all(t.isfinite().all() for t in results.values())
     assert_accepted(results, *definition(op, x), x)

@@ -237,6 +237,20 @@ def test_extremes(family, extreme, dtype):
         assert_rule(results, definition(family, x), x)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("family", [PLAIN, GATED, KDA], ids=str)
+def test_long_keys_at_full_strength(family, beta):
+    """A token's correction overshoots up to 199 times, which is what the rule says: over a few
+    tokens it is finite, and as right as the recurrence."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = draw(family, dtype=dtype, **SHAPES["short sequences"])
+        changes = {"k": 10 * x.tensors["k"], "beta": torch.full_like(x.tensors["beta"], beta)}
+        x = dataclasses.replace(x, tensors=x.tensors | changes)
+        results = gradients(operator(family), family, x)
+        assert all(t.isfinite().all() for t in results.values())
+        assert_rule(results, definition(family, x), x)
+
+
 def test_longhorn_minimises():
     """``|S − S_{t-1}|² + Σ_d β_d (Sᵀ k − v)_d²``: no step from the new state does better."""
     rng = torch.Generator().manual_seed(0)
