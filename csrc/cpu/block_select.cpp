@@ -124,26 +124,28 @@ void block_pool(PoolParams const& p, void*) {
     bool const packed = p.cu_seqlens != nullptr;
     auto const pool_rows = [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
-            int64_t const n = i / p.H, h = i % p.H, batch = packed ? 0 : n;
-            int64_t const begin = packed ? cpu::boundary(p, n) : 0;
-            int64_t tokens = packed ? cpu::boundary(p, n + 1) - begin : p.T;
-            if (p.lengths != nullptr) tokens = p.lengths[n];
-            int64_t const row = packed ? p.cu_blocks[n] : 0;
-            bool const last_sequence = n + 1 == p.N;
-            int64_t const rows =
-                !packed || last_sequence ? p.blocks - row : p.cu_blocks[n + 1] - row;
-            for (int64_t w = 0; w < rows; ++w) {
-                int64_t const start = w * p.stride;
-                bool const there = p.partial ? start < tokens : start + p.length <= tokens;
-                kernels(p.dtype).pool(p, batch, h, begin, there ? tokens : start, w, row + w);
+            int64_t n = i / p.blocks, window = i % p.blocks, begin = 0, tokens = p.T;
+            if (packed) {  // rows behind the last window are the last sequence's
+                n = std::upper_bound(p.cu_blocks, p.cu_blocks + p.N, i) - p.cu_blocks - 1;
+                window = i - p.cu_blocks[n], begin = cpu::boundary(p, n);
+                tokens = cpu::boundary(p, n + 1) - begin;
+            } else if (p.lengths != nullptr) {
+                tokens = p.lengths[n];
             }
+            int64_t const start = window * p.stride;
+            int64_t const least = p.partial ? 1 : p.length;
+            int64_t const count = std::min(p.length, tokens - start);
+            kernels(p.dtype).pool(p, packed ? 0 : n, begin + start, count < least ? 0 : count,
+                           packed ? i : window);
         }
     };
-    int64_t const grain = std::max<int64_t>(1, kThreadGrain / std::max<int64_t>(1, p.T * p.K));
-    if (p.N * p.H <= grain) {
-        pool_rows(0, p.N * p.H);
+    int64_t const rows = packed ? p.blocks : p.N * p.blocks;
+    int64_t const each = std::max<int64_t>(1, p.length * p.H * p.K);
+    int64_t const grain = std::max<int64_t>(1, kThreadGrain / each);
+    if (rows <= grain) {
+        pool_rows(0, rows);
     } else {
-        torch::stable::parallel_for(0, p.N * p.H, grain, pool_rows);
+        torch::stable::parallel_for(0, rows, grain, pool_rows);
     }
 }
 

@@ -14,9 +14,8 @@ struct BlockTask {
 };
 
 struct BlockSelectKernels {
-    // Window i of a sequence that begins at token `begin` and has `tokens`, for one head.
-    void (*pool)(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
-                 int64_t window, int64_t row);
+    // Tokens [first, first + count) of a batch row to row `row` of y, for all heads.
+    void (*pool)(PoolParams const& p, int64_t batch, int64_t first, int64_t count, int64_t row);
     int64_t (*scratch_bytes)(ScoreParams const& p);
     // Scores [rows][blocks] of a task, in acc_dtype.
     void (*scores)(ScoreParams const& p, BlockTask const& task, void* scores, void* scratch);

@@ -28,39 +28,88 @@ void widened(T* to, Element const* from, int64_t columns, T scale = 1) {
 
 // ---- Pooling ----
 
-template <class T, class Element>
-void pool_window(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
-                 int64_t window, int64_t row) {
+// Columns [c, c + kVectors vectors) of one window, its tokens one after another. `columns`: of them, that there are.
+template <class T, int kVectors, Pool kPool, class Element>
+LSM_INLINE void pool_columns(Element const* x, int64_t time, int64_t count, int64_t columns,
+                             Element* high_to, Element* low_to) {
     constexpr int W = kLanes<T>;
-    int64_t const first = window * p.stride, count = min_of(p.length, tokens - first);
-    Element const* const x =
-        static_cast<Element const*>(p.x.data) + batch * p.x.batch + head * p.x.head;
-    Element* const y =
-        static_cast<Element*>(p.y.data) + batch * p.y.batch + row * p.y.time + head * p.y.head;
-    for (int64_t c = 0; c < p.K; c += W) {
-        int64_t const columns = min_of(W, p.K - c);
-        Vector<T> sum{}, high{}, low{};
-        for (int64_t i = 0; i < count; ++i) {
-            Vector<T> const v = widen_first<T>(x + (begin + first + i) * p.x.time + c, columns);
-            sum += v;
-            high = i == 0 || p.pool == Pool::mean ? v : max_of(high, v);
-            low = i == 0 || p.pool == Pool::mean ? v : -max_of(-low, -v);
+    constexpr bool kHigh = kPool != Pool::min, kLow = kPool == Pool::min || kPool == Pool::bounds;
+    bool const whole = columns == kVectors * W;
+    auto const read = [&](int64_t i, int n) {
+        Element const* const from = x + i * time + n * W;
+        return whole ? widen(from) : widen_first<T>(from, columns - n * W);
+    };
+    Vector<T> high[kVectors] = {}, low[kVectors] = {};
+    if (count > 0) {
+        for (int n = 0; n < kVectors; ++n) high[n] = low[n] = read(0, n);
+    }
+    for (int64_t i = 1; i < count; ++i) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kVectors; ++n) {
+            Vector<T> const v = read(i, n);
+            if constexpr (kPool == Pool::mean) {
+                high[n] += v;
+            } else {
+                if constexpr (kHigh) high[n] = max_of(high[n], v);
+                if constexpr (kLow) low[n] = -max_of(-low[n], -v);
+            }
         }
-        Vector<T> const zero{};
-        Vector<T> const mean = count > 0 ? sum / T(count) : zero;
-        narrow_first<T>(y + c,
-                        p.pool == Pool::mean  ? mean
-                        : p.pool == Pool::min ? low
-                                              : high,
-                        columns);
-        if (p.pool == Pool::bounds) narrow_first<T>(y + p.K + c, low, columns);
+    }
+    auto const write = [&](Element* to, int n, Vector<T> v) {
+        to += n * W;
+        if (whole) {
+            narrow(to, v);
+        } else {
+            narrow_first<T>(to, v, columns - n * W);
+        }
+    };
+    for (int n = 0; n < kVectors; ++n) {
+        if constexpr (kPool == Pool::mean) {
+            if (count > 0) high[n] = high[n] / T(count);
+        }
+        if constexpr (kHigh) write(high_to, n, high[n]);
+        if constexpr (kLow) write(low_to, n, low[n]);
     }
 }
 
-void pool(PoolParams const& p, int64_t batch, int64_t head, int64_t begin, int64_t tokens,
-          int64_t window, int64_t row) {
+template <class T, Pool kPool, class Element>
+void pool_window(PoolParams const& p, int64_t batch, int64_t first, int64_t count, int64_t row) {
+    constexpr int W = kLanes<T>, kTogether = 8;
+    bool const one = p.x.head == p.K && kPool != Pool::bounds;  // heads that lie side by side
+    int64_t const heads = one ? 1 : p.H, width = one ? p.H * p.K : p.K;
+    for (int64_t h = 0; h < heads; ++h) {
+        Element const* const x = static_cast<Element const*>(p.x.data) + batch * p.x.batch +
+                                 first * p.x.time + h * p.x.head;
+        Element* const y =
+            static_cast<Element*>(p.y.data) + batch * p.y.batch + row * p.y.time + h * p.y.head;
+        Element* const low = kPool == Pool::bounds ? y + p.K : y;
+        int64_t c = 0;
+        for (; c + kTogether * W <= width; c += kTogether * W)
+            pool_columns<T, kTogether, kPool>(x + c, p.x.time, count, kTogether * W, y + c,
+                                              low + c);
+        for (; c < width; c += W)
+            pool_columns<T, 1, kPool>(x + c, p.x.time, count, min_of(W, width - c), y + c,
+                                      low + c);
+    }
+}
+
+template <class T, class Element>
+void pool_kind(PoolParams const& p, int64_t batch, int64_t first, int64_t count, int64_t row) {
+    switch (p.pool) {
+        case Pool::mean:
+            return pool_window<T, Pool::mean, Element>(p, batch, first, count, row);
+        case Pool::max:
+            return pool_window<T, Pool::max, Element>(p, batch, first, count, row);
+        case Pool::min:
+            return pool_window<T, Pool::min, Element>(p, batch, first, count, row);
+        case Pool::bounds:
+            return pool_window<T, Pool::bounds, Element>(p, batch, first, count, row);
+    }
+}
+
+void pool(PoolParams const& p, int64_t batch, int64_t first, int64_t count, int64_t row) {
     with_types(p.dtype, [&](auto zero, auto element) {
-        pool_window<decltype(zero), decltype(element)>(p, batch, head, begin, tokens, window, row);
+        pool_kind<decltype(zero), decltype(element)>(p, batch, first, count, row);
     });
 }
 

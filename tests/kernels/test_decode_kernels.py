@@ -93,3 +93,37 @@ def test_scores_stay_on_the_chip():
     blocks = T * G // 64
     expected = q.numel() * 2 + blocks * keys.numel() * 2 + lse.numel() * 4 + index.numel() * 4
     assert moved(launch) <= 1.05 * expected + blocks * 4 * 5 * 4 * 4  # taps
+
+
+@pytest.mark.parametrize("pool", range(4))
+def test_pooling_is_a_copy(pool):
+    """Whole windows side by side: every token once, every window once."""
+    emu, lib = emulator("_emu"), torch.ops.lsm_emu
+    x = torch.randn(1, 256, 2, 64).to(BF16)
+    emu.reset_counters()
+    y = lib.block_pool(x, None, None, None, 16, 16, pool, True)
+    (launch,) = emu.counters()["launches"]
+    assert moved(launch) <= 1.05 * 2 * (x.numel() + y.numel())
+
+
+def test_a_choice_reads_its_scores_once():
+    emu, lib = emulator("_emu"), torch.ops.lsm_emu
+    rule, choice = ScoreRule.compressed(16, 16, 16), BlockChoice(top_k=8, first=1, local=1)
+    scores = torch.rand(1, 2, 64, 256)
+    given = selection._arguments(*(torch.randn(1, 64, 2, 16),) * 2, rule, *(None,) * 5, 256)
+    emu.reset_counters()
+    index = lib.block_topk(scores, None, None, None, 64, given[-1], *choice._arguments(rule, 256))
+    (launch,) = emu.counters()["launches"]
+    assert moved(launch) <= 1.05 * 4 * (scores.numel() + index.numel())
+
+
+def test_a_cache_is_written_once():
+    """By sectors: every thread asks for its row's length, which is one request of a warp."""
+    emu, lib = emulator("_emu"), torch.ops.lsm_emu
+    k_cache, v_cache = torch.zeros(2, 2, 512, 2, 64).to(BF16)
+    k, v = torch.randn(2, 2, 16, 2, 64).to(BF16)
+    emu.reset_counters()
+    lib.kv_cache_update(k_cache, v_cache, k, v, torch.tensor([3, 400], dtype=torch.int32), None)
+    (launch,) = emu.counters()["launches"]
+    sectors = launch["global_read_sectors"] + launch["global_write_sectors"]
+    assert 32 * sectors <= 1.15 * 2 * 2 * (k.numel() + v.numel())

@@ -29,34 +29,70 @@ SHAPES = {
     "rows of 128": (256, 512, 1, 1, 64, 128, 128),
     "rows of 16 of a group": (64, 256, 4, 1, 128, 16, 16),
     "tokens": (16, 512, 16, 1, 64, 1, 64),
+    "wide": (64, 256, 1, 1, 256, 64, 64),
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_forward_reads_each_block_of_a_list_once(name):
+def counted(name: str) -> dict:
+    """Launches of a forward and of a backward over lists of half of the blocks, and what they must
+    move: keys and values of a list's blocks for every tile, queries for every section of keys."""
     Tq, Tk, Hq, Hkv, D, block_q, block_k = SHAPES[name]
     draw = torch.Generator().manual_seed(0)
-    q = torch.randn(1, Tq, Hq, D, generator=draw).bfloat16()
+    q, grad_o = (torch.randn(1, Tq, Hq, D, generator=draw).bfloat16() for _ in range(2))
     k, v = torch.randn(2, 1, Tk, Hkv, D, generator=draw).bfloat16()
     rows, blocks = -(-Tq // block_q), Tk // block_k
     bitmap = torch.rand(rows, blocks, generator=draw) < 0.5
     lists = listed(bitmap, Tq, Tk, block_q, block_k)
-    emu = emulator("_emu")
-    emu.set_seed(0)
-    emu.reset_counters()
-    o, lse = torch.ops.lsm_emu.block_sparse_attn_fwd(
+    arguments = (
         q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0],
         AttnMask().numbers(), [1, block_q, block_k],
     )  # fmt: skip
-    (launch,) = emu.counters()["launches"]
-    moved = launch["global_read_bytes"] + launch["global_write_bytes"]
+    emu = emulator("_emu")
+    emu.set_seed(0)
+    emu.reset_counters()
+    o, lse = torch.ops.lsm_emu.block_sparse_attn_fwd(*arguments)
+    torch.ops.lsm_emu.block_sparse_attn_bwd(*arguments, o, lse, grad_o, None)
+    sections = bitmap.repeat_interleave(block_k // 16, 1).unflatten(1, (-1, 4)).any(-1)
+    entries = int(sections.sum())  # rows that have some of 64 keys
     if block_q == 1:  # eight tokens read the union of their lists
         bitmap = bitmap.unflatten(0, (-1, 8)).any(1)
-    heads = Hq if block_q >= 64 else Hkv  # that go through a list by themselves
+    heads = -(-Hq // (128 // block_q)) if block_q > 1 else Hkv  # that a list is read for
     read = int(bitmap.sum()) * heads * block_k * 2 * D * 2
-    assert moved <= 1.15 * (read + (q.numel() + o.numel()) * 2 + lse.numel() * 4)
-    assert 32 * launch["global_read_sectors"] <= 1.05 * launch["global_read_bytes"]
-    assert launch["ldmatrix_conflicts"] == 0
+    queries, keys, numbers = q.numel() * 2, 2 * k.numel() * 2, lse.numel() * 4
+    passes = 1 if D <= 128 else 2  # dk and dv apart
+    return {
+        "launches": emu.counters()["launches"],
+        "forward": read + 2 * queries + numbers,
+        "row_stats": 2 * queries + numbers + 4 * numbers,
+        "tensor_rows": read + 3 * queries + 4 * numbers,
+        "tensor_keys": entries * Hq * block_q * (2 * D * 2 + 16) + keys + keys // passes,
+    }
+
+
+def moved(launch: dict) -> int:
+    return launch["global_read_bytes"] + launch["global_write_bytes"]
+
+
+def wasted(launch: dict) -> float:
+    return 32 * launch["global_read_sectors"] / launch["global_read_bytes"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_block_of_a_list_is_read_once(name):
+    call = counted(name)
+    forward, *backward = call["launches"]
+    assert call["forward"] <= moved(forward) <= 1.15 * call["forward"]
+    assert wasted(forward) <= 1.05
+    kernels = {kernel: [launch for launch in backward if kernel in launch["kernel"]]
+               for kernel in ("row_stats", "tensor_rows", "tensor_keys")}  # fmt: skip
+    for kernel, launches in kernels.items():
+        assert launches, kernel
+        for launch in launches:
+            assert moved(launch) <= 1.1 * call[kernel], kernel
+            assert wasted(launch) <= 1.15, kernel
+    least = sum(call[kernel] * len(launches) for kernel, launches in kernels.items())
+    assert least <= sum(moved(launch) for launch in backward) <= 1.15 * least
+    assert all(launch["ldmatrix_conflicts"] == 0 for launch in call["launches"])
 
 
 def test_a_window_reads_what_it_sees():
