@@ -210,7 +210,7 @@ class Distances(Pattern):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         _B, T, H, K = q.shape
         near = attend(q, k, v, AttnMask(causal=True, left=self.window - 1), scale)
-        scale = K**-0.5 if scale is None else scale
+        scale, acc = K**-0.5 if scale is None else scale, near[1].dtype
         distances = [self.base**i for i in range(T.bit_length()) if self.base**i < T]
         distances = [d for d in distances if d >= self.window]
         if not distances:
@@ -220,7 +220,7 @@ class Distances(Pattern):
         score = torch.stack(
             [
                 F.pad(
-                    scale * (q[:, d:] * k[:, :-d]).sum(-1, dtype=near[1].dtype),
+                    scale * (q[:, d:].to(acc) * k[:, :-d].to(acc)).sum(-1),
                     (0, 0, d, 0),
                     value=-torch.inf,
                 )
