@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention import Attn, definition, dense, make, raw_arguments, run
+from attention import Attn, definition, dense, emulator_ops, make, raw_arguments, run
 from checks import assert_accepted, assert_same_bits
 from torch import Tensor
 
 from lsm_cuda import ops, reference
-from lsm_cuda.ops import AttnMask, BlockLists
+from lsm_cuda.ops import AttnMask, BlockLists, _sparse_attn
 
 CAUSAL = {"causal": True}
 EVERYTHING = ("softcap", "sinks", "alibi", "ramp", "bias")
@@ -279,12 +279,34 @@ BAD_LISTS = {
 }
 
 
+def checked(impl):
+    """The operators where values are read: a GPU would have to be waited for."""
+    if impl.name == "cuda":
+        pytest.skip("lists are not read there")
+    return emulator_ops(impl) if impl.tensor_cores else torch.ops.lsm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BAD_LISTS)
-def test_bad_lists_are_refused(name):
+def test_bad_lists_are_refused(impl, name, dtype):
     lists, text = BAD_LISTS[name]
-    q, k = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 1, 16)
+    q, k = torch.randn(1, 64, 2, 16).to(dtype), torch.randn(1, 64, 1, 16).to(dtype)
+    given = _sparse_attn._arguments("", q, lists, AttnMask(), None, 0.0, None, None, None, 0.0)
+    library, o, lse = checked(impl), q, torch.zeros(1, 2, 64)
     with pytest.raises(RuntimeError, match=f"lsm::block_sparse_attn_fwd: .*{text}"):
-        ops.block_sparse_attn(q, k, k, lists)
+        library.block_sparse_attn_fwd(q, k, k, None, None, *given)
+    with pytest.raises(RuntimeError, match=f"lsm::block_sparse_attn_bwd: .*{text}"):
+        library.block_sparse_attn_bwd(q, k, k, None, None, *given, o, lse, o, None)
+
+
+@pytest.mark.parametrize("name", [n for n in BAD_LISTS if n not in ("rows", "block size", "heads")])
+def test_bad_lists_are_refused_by_a_decode(impl, name):
+    lists, text = BAD_LISTS[name]
+    lists = replace(lists, Tq=2, block_q=1)  # a row per query
+    q, k = torch.randn(1, 2, 2, 16), torch.randn(1, 64, 1, 16)
+    given = _sparse_attn._arguments("", q, lists, AttnMask(), None, 0.0, None, None, None, 0.0)
+    with pytest.raises(RuntimeError, match=f"lsm::sparse_attn_decode: .*{text}"):
+        checked(impl).sparse_attn_decode(q, k, k, None, None, *given)
 
 
 def test_bad_tensors_are_refused():
