@@ -122,6 +122,9 @@ class CausalAttention(nn.Module, ABC):
             o = self._attend_cached(q, k, v, gates, past_key_values[index])
         elif attention_mask is None:
             o = self._attend(q, k, v, gates, cu_seqlens, cu_seqlens)
+        elif past_key_values is not None and use_cache:
+            index = layer_index(self, self.layer_idx)
+            o = self._attend_padded(q, k, v, gates, attention_mask, past_key_values[index])
         else:
             o = self._unpadded(q, k, v, gates, attention_mask)
         return self.o_proj(self._finish(o, hidden_states).flatten(-2)), None, past_key_values
@@ -150,6 +153,18 @@ class CausalAttention(nn.Module, ABC):
     ) -> Tensor:
         """The same behind a cache, where ``state`` may keep what is made of keys and values."""
         return self._attend(q, k, v, gates, None, None)
+
+    def _attend_padded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        mask: Tensor,
+        state: LayerState,
+    ) -> Tensor:
+        """The same among what ``mask [B, S]`` says are tokens."""
+        return self._unpadded(q, k, v, gates, mask)
 
     def _gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """``[B, T, ...]`` each, what else attention needs of the queries' tokens."""

@@ -67,8 +67,8 @@ class NativeSparseAttention(CausalAttention):
     Raises:
         ValueError: sizes that do not divide.
 
-    Parameter names are FLA's. Steps from a cache compress the windows that became whole; where
-    sequences are padded, all of them again.
+    Parameter names are FLA's. Steps from a cache compress the windows that became whole, also where
+    sequences are padded: what was said of a token stays so.
 
     Source: Native Sparse Attention, arXiv:2502.11089.
 
@@ -140,8 +140,7 @@ class NativeSparseAttention(CausalAttention):
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: LayerState
     ) -> Tensor:
         kept = state.windows
-        done = 0 if kept is None else kept.length
-        whole = max(0, (k.shape[1] - self.cmp_length) // self.cmp_stride + 1)
+        done, whole = 0 if kept is None else kept.length, self._whole_windows(k.shape[1])
         if kept is None or whole > done:
             new = self._compress(*(x[:, done * self.cmp_stride :] for x in (k, v)))
             if kept is None:
@@ -150,6 +149,44 @@ class NativeSparseAttention(CausalAttention):
                 kept.append(*new)
         windows = kept.keys[:, :whole], kept.values[:, :whole]
         return self._mix(q, k, v, gates, None, *windows)
+
+    def _attend_padded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        mask: Tensor,
+        state: LayerState,
+    ) -> Tensor:
+        """Row by row; of each row's windows those are kept that its tokens fill so far."""
+        T, S = q.shape[1], k.shape[1]
+        whole, done = (
+            [self._whole_windows(n) for n in m.sum(1).tolist()] for m in (mask, mask[:, : S - T])
+        )
+        kept = state.windows
+        if kept is None:
+            kept = state.windows = KVBuffer.start(k[:, :0], v[:, :0])
+            done = [0] * len(done)
+        if (more := max(whole) - kept.length) > 0:
+            kept.append(*(x.new_zeros(x.shape[0], more, *x.shape[2:]) for x in (k, v)))
+        o = q.new_zeros(*q.shape[:3], v.shape[3])
+        for b, (count, first) in enumerate(zip(whole, done, strict=True)):
+            at, own = mask[b, S - T :].nonzero()[:, 0], mask[b].nonzero()[:, 0]
+            if not len(at):
+                continue
+            keys, values = (_rows(x[b : b + 1], own) for x in (k, v))
+            if count > first:
+                begin = first * self.cmp_stride
+                new = self._compress(keys[:, begin:], values[:, begin:])
+                kept.keys[b, first:count], kept.values[b, first:count] = new[0][0], new[1][0]
+            windows = kept.keys[b : b + 1, :count], kept.values[b : b + 1, :count]
+            rows = tuple(g[b : b + 1, at] for g in gates)
+            o[b, at] = self._mix(q[b : b + 1, at], keys, values, rows, None, *windows)[0]
+        return o
+
+    def _whole_windows(self, tokens: int) -> int:
+        return max(0, (tokens - self.cmp_length) // self.cmp_stride + 1)
 
     def _compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """A key and a value for each whole window."""
@@ -175,6 +212,12 @@ class NativeSparseAttention(CausalAttention):
             window_size=self.window_size, cu_seqlens=cu_seqlens,
             cmp_length=self.cmp_length, cmp_stride=self.cmp_stride, k_cmp=k_cmp, v_cmp=v_cmp,
         )  # fmt: skip
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x [1, S, ..]`` at ``index``, ascending: without a copy where it has no gaps."""
+    first, n = int(index[0]), len(index)
+    return x[:, first : first + n] if int(index[-1]) - first == n - 1 else x[:, index]
 
 
 class MoBA(CausalAttention):

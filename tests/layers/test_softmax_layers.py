@@ -72,6 +72,34 @@ def test_steps_compress_what_is_new(name, monkeypatch):
     assert copy[0].windows.length == 9 and cache[0].windows.length == 14
 
 
+@pytest.mark.parametrize("name", ["nsa", "nsa mlp"])
+@torch.no_grad()
+def test_padded_steps_compress_what_is_new(name, monkeypatch):
+    """Padding on the left of one row, at the end of another, and nowhere."""
+    layer, x, cache = make(name), tokens(3, 60), Cache()
+    mask = torch.ones(3, 60)
+    mask[0, :7], mask[1, 50:] = 0, 0
+    new, compress = [], layer._compress
+
+    def count(k, v):
+        made = compress(k, v)
+        new.append(made[0].shape[1])
+        return made
+
+    monkeypatch.setattr(layer, "_compress", count)
+    cuts = [0, 41, 42, 45, *range(46, 61)]
+    pieces = [
+        layer(x[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)[0]
+        for a, b in pairwise(cuts)
+    ]
+    o = torch.cat(pieces, 1)
+    assert sum(new) == (53 - 8) // 4 + 1 + (50 - 8) // 4 + 1 + (60 - 8) // 4 + 1
+    assert max(new[3:]) == 1  # behind the prompt
+    for row, own in enumerate((slice(7, 60), slice(50), slice(60))):
+        close(o[row, own], layer(x[row : row + 1, own])[0][0])
+    assert not o[1, 50:].any()
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_continuing_and_stepping_are_the_whole(name):
