@@ -31,10 +31,12 @@ class Policy:
     def append(self) -> None:
         """After one more token was put at the end of the cache."""
 
+    def release(self) -> None:
+        """After the cache was emptied."""
+
     def attend(self, q: Tensor) -> Tensor:
         """The last token's query ``[B, 1, Hq, K]`` over the cache, ``[B, 1, Hq, V]``."""
-        k, v = self.cache.kept()
-        return block_sparse_attn(q, k, v, scale=self.cache.scale)
+        return self.cache.read(q)
 
 
 class KVCache:
@@ -92,9 +94,9 @@ class KVCache:
         Raises:
             RuntimeError: a prompt was here before.
         """
-        if self.buffer is not None:
+        if self.seen:
             raise RuntimeError("KVCache: prefill comes first, once; then step")
-        self.buffer = KVBuffer.start(k, v)
+        self.store(k, v)
         self.seen = k.shape[1]
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
@@ -112,14 +114,28 @@ class KVCache:
         """
         if q.shape[1] != 1:
             raise RuntimeError(f"KVCache: a step is one token, q [B, 1, Hq, K], got {[*q.shape]}")
-        if self.buffer is None:
-            self.buffer = KVBuffer.start(k[:, :0], v[:, :0])
-        self.buffer.append(k, v)
+        self.store(k, v)
         self.seen += 1
         self.policy.append()
         if self.rotary is not None:
             self.unturned, q = q, self.rotary(q, len(self) - 1)
         return self.policy.attend(q)
+
+    def release(self) -> None:
+        """Give back the memory of what is kept."""
+        self.buffer = None
+        self.policy.release()
+
+    def part(self, policy: Policy | None) -> KVCache:
+        """An empty cache of the same kind, for some of the heads."""
+        return KVCache(policy, self.scale, self.rotary)
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Put tokens ``[B, T, Hkv, ·]`` at the end."""
+        if self.buffer is None:
+            self.buffer = KVBuffer.start(k, v)
+        else:
+            self.buffer.append(k, v)
 
     def raw(self) -> tuple[Tensor, Tensor]:
         """Kept keys ``[B, S, Hkv, K]``, as they came, and values."""
@@ -132,13 +148,38 @@ class KVCache:
         k, v = self.raw()
         return (k if self.rotary is None else self.rotary(k)), v
 
-    def keep(self, index: Tensor) -> None:
-        """Drop all tokens but ``index [B, Hkv, n]`` of each head, or ``[n]`` of all."""
+    def newest(self) -> Tensor:
+        """The last token's key ``[B, Hkv, K]``, with its position."""
+        k = self.raw()[0][:, -1:]
+        return (k if self.rotary is None else self.rotary(k, len(self) - 1))[:, 0]
+
+    def replace(self, k: Tensor, v: Tensor) -> None:
+        """Put tokens ``[B, T, Hkv, ·]`` in the place of the last T."""
+        keys, values = self.raw()
+        keys[:, -k.shape[1] :], values[:, -v.shape[1] :] = k, v
+
+    def taken(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys as they came, and values, of tokens as :meth:`keep` names them."""
         k, v = self.raw()
         if index.dim() == 1:
-            self.buffer = KVBuffer.start(k.index_select(1, index), v.index_select(1, index))
-        else:
-            self.buffer = KVBuffer.start(take_tokens(k, index), take_tokens(v, index))
+            return k.index_select(1, index), v.index_select(1, index)
+        return take_tokens(k, index), take_tokens(v, index)
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all tokens but ``index [B, Hkv, n]`` of each head, or ``[n]`` of all."""
+        self.buffer = KVBuffer.start(*self.taken(index))
+
+    def keep_ends(self, first: int, last: int) -> None:
+        """Tokens that are not of the ``first`` or the ``last`` may be dropped."""
+        n = len(self)
+        if n > first + last:
+            token = torch.arange(n, device=self.raw()[0].device)
+            self.keep(token[(token < first) | (token >= n - last)])
+
+    def read(self, q: Tensor, mask: AttnMask | None = None) -> Tensor:
+        """Exact attention of the last token over what is kept, places as in the cache."""
+        k, v = self.kept()
+        return block_sparse_attn(q, k, v, None, mask, self.scale)
 
     def read_tokens(self, q: Tensor, index: Tensor, log_weight: Tensor | None = None) -> Tensor:
         """Exact attention over tokens ``index [B, heads, n]``, heads Hkv or Hq, -1 for none.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._common import accumulation_dtype
+from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
 from .kv_cache import Policy, attend_tokens, attention_mass, by_group
 
@@ -39,10 +40,11 @@ class StreamingLLM(Policy):
         self.append()
 
     def append(self) -> None:
-        n = len(self.cache)
-        if n > self.window + self.sinks:
-            token = torch.arange(n, device=self.cache.raw()[0].device)
-            self.cache.keep(token[(token < self.sinks) | (token >= n - self.window)])
+        self.cache.keep_ends(self.sinks, self.window)
+
+    def attend(self, q: Tensor) -> Tensor:
+        mask = AttnMask(causal=True, left=self.window - 1, sinks=self.sinks)
+        return self.cache.read(q, mask)
 
 
 class H2O(Policy):

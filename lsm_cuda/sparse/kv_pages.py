@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import KVBuffer
 from ..ops._common import accumulation_dtype
 from ..ops.sparse_attn import block_sparse_attn
 from ._pattern import each
@@ -62,11 +61,10 @@ class Quest(Policy):
         self.high = pages_of(k, self.logical, -torch.inf).amax(2)
 
     def append(self) -> None:
-        k, _ = self.cache.kept()
+        new, part = self.cache.newest(), (len(self.cache) - 1) // self.logical
         if not hasattr(self, "low"):
-            self.begin(k, k)
+            self.low, self.high = new[:, None].clone(), new[:, None].clone()
             return
-        new, part = k[:, -1], (k.shape[1] - 1) // self.logical
         if part == self.low.shape[1]:
             self.low = torch.cat([self.low, new[:, None]], 1)
             self.high = torch.cat([self.high, new[:, None]], 1)
@@ -125,8 +123,7 @@ class ReSA(Quest):
 
     def rectify(self, k: Tensor, v: Tensor) -> None:
         """Keys and values ``[B, n, Hkv, ·]`` for the last n tokens, in place of those kept."""
-        keys, values = self.cache.raw()
-        keys[:, -k.shape[1] :], values[:, -v.shape[1] :] = k, v
+        self.cache.replace(k, v)
         self.begin(k, k)
 
 
@@ -222,10 +219,10 @@ class DuoAttention(Policy):
         share = q.shape[2] // k.shape[2]
         self.caches = []
         for heads, policy in zip(self.heads, self.policies, strict=True):
-            own = KVCache(policy, self.cache.scale, self.cache.rotary)
+            own = self.cache.part(policy)
             if heads:
                 queries = [h * share + g for h in heads for g in range(share)]
-                own.buffer = KVBuffer.start(k[:, :, heads], v[:, :, heads])
+                own.store(k[:, :, heads], v[:, :, heads])
                 own.seen = k.shape[1]
                 own.policy.begin(q[:, :, queries], lse[:, queries])
             self.caches.append(own)
@@ -237,6 +234,10 @@ class DuoAttention(Policy):
         if not self.caches:
             raise RuntimeError("DuoAttention: needs a prompt before steps")
 
+    def release(self) -> None:
+        for own in self.caches:
+            own.release()
+
     def attend(self, q: Tensor) -> Tensor:
         k, v = self.new
         share = q.shape[2] // k.shape[2]
@@ -245,8 +246,7 @@ class DuoAttention(Policy):
             if not heads:
                 continue
             queries = [h * share + g for h in heads for g in range(share)]
-            assert own.buffer is not None
-            own.buffer.append(k[:, :, heads], v[:, :, heads])
+            own.store(k[:, :, heads], v[:, :, heads])
             own.seen += 1
             own.policy.append()
             turned = q[:, :, queries]

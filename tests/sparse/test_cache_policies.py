@@ -443,6 +443,74 @@ def test_lserve(tokens):
         close(o[:, :, :G], softmax_over(stream, tokens, n)[:, :, :G])
 
 
+SMALL: dict[str, Callable[[], Policy]] = {
+    "StreamingLLM 7+2": lambda: sparse.StreamingLLM(7, 2),
+    "StreamingLLM 20+17": lambda: sparse.StreamingLLM(20, 17),
+    "Quest 32": lambda: sparse.Quest(32, 16),
+    "Quest 32 in parts": lambda: sparse.Quest(32, 16, 8, 2, True),
+    "ReSA": lambda: sparse.ReSA(32, 16),
+    "H2O": lambda: sparse.H2O(8, 8),
+    "TOVA": lambda: sparse.TOVA(20),
+    "LongHeads": lambda: sparse.LongHeads(2, 16),
+    "LServe": lambda: sparse.LServe([False, True], 32, 32, 16, 2, 6, 2),
+}
+
+
+@pytest.mark.parametrize("page_size", [8, 32])
+@pytest.mark.parametrize("name", [*EVERYTHING, *SMALL])
+def test_pages_of_a_pool_are_the_same_cache(name, page_size, tokens):
+    """Two caches that take pages in turns, beside two of their own memory."""
+    pool = sparse.PagePool(64, page_size)
+    make = (EVERYTHING | SMALL)[name]
+    both = tokens, [x.flip(1) for x in tokens]
+
+    def generated(caches: list[KVCache]) -> list[torch.Tensor]:
+        torch.manual_seed(1)  # some policies draw
+        cuts = [slice(PROMPT), *(slice(n, n + 1) for n in range(PROMPT, T))]
+        calls = [[c.step] * len(cuts) for c in caches]
+        for own, cache in zip(calls, caches, strict=True):
+            own[0] = cache.prefill
+        return [
+            own[i](*(x[:, cut] for x in t))
+            for i, cut in enumerate(cuts)
+            for own, t in zip(calls, both, strict=True)
+        ]
+
+    paged: list[KVCache] = [sparse.PagedKVCache(pool, make()) for _ in both]
+    plain = [KVCache(make()) for _ in both]
+    for ours, theirs in zip(generated(paged), generated(plain), strict=True):
+        close(ours, theirs)
+    for cache in paged:
+        cache.release()
+    for kind in pool._kinds.values():
+        assert sorted(kind.free) == [*range(64)]
+
+
+def test_a_window_gives_its_pages_back(tokens):
+    pool = sparse.PagePool(32, 4)
+    cache = sparse.PagedKVCache(pool, sparse.StreamingLLM(8, 2))
+    cache.prefill(*tokens)
+    for t in range(T):
+        cache.step(*(x[:, t : t + 1] for x in tokens))
+        assert 32 - pool.free(*tokens[1:]) <= B * 4  # of the sinks, and of 8 tokens in a row
+    assert len(cache) <= 16
+
+
+def test_a_pool_runs_dry(tokens):
+    pool = sparse.PagePool(7, 16)  # 57 tokens are 4 pages, of two sequences
+    cache = sparse.PagedKVCache(pool)
+    with pytest.raises(RuntimeError, match="needs 8 more pages, the pool has 7 of 7 left"):
+        cache.prefill(*tokens)
+    cache.prefill(*(x[:, :PROMPT] for x in tokens))
+    other = sparse.PagedKVCache(pool)
+    with pytest.raises(RuntimeError, match="needs 2 more pages, the pool has 1 of 7 left"):
+        other.step(*(x[:, :1] for x in tokens))
+    cache.release()
+    other.step(*(x[:, :1] for x in tokens))
+    with pytest.raises(ValueError, match="pages and page_size must be positive, got 0 and 16"):
+        sparse.PagePool(0, 16)
+
+
 def test_errors(tokens):
     cache = KVCache()
     cache.prefill(*tokens)

@@ -1,0 +1,181 @@
+"""Key/value caches whose tokens lie in pages of a pool that many caches share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.attn_mask import AttnMask
+from ..ops.block_lists import BlockLists
+from ..ops.kv_cache import kv_cache_update, sparse_attn_decode
+from .kv_cache import KVCache, Policy
+
+__all__ = ["PagePool", "PagedKVCache"]
+
+
+@dataclass
+class _Pages:
+    """Pages of heads of one kind, and those of them that nobody has."""
+
+    keys: Tensor  # [pages, page_size, Hkv, K]
+    values: Tensor  # [pages, page_size, Hkv, V]
+    free: list[int]
+
+
+class PagePool:
+    """Pages of tokens for many caches: of sequences, of layers, of kinds of heads.
+
+    Args:
+        pages: in all, for each kind of heads (their number, widths, dtype and device), whose memory
+            is taken when it first comes.
+        page_size: tokens of a page.
+
+    Example:
+        >>> from lsm_cuda.sparse import Quest
+        >>> pool = PagePool(pages=8, page_size=16)
+        >>> cache = PagedKVCache(pool, Quest(budget=32, page_size=16))
+        >>> q, k, v = torch.randn(1, 20, 4, 16), *torch.randn(2, 1, 20, 2, 16)
+        >>> cache.prefill(q, k, v).shape, pool.free(k, v)
+        (torch.Size([1, 20, 4, 16]), 6)
+        >>> cache.release()
+        >>> pool.free(k, v)
+        8
+    """
+
+    def __init__(self, pages: int, page_size: int = 64) -> None:
+        if pages < 1 or page_size < 1:
+            raise ValueError(
+                f"PagePool: pages and page_size must be positive, got {pages} and {page_size}"
+            )
+        self.pages, self.page_size = pages, page_size
+        self._kinds: dict[object, _Pages] = {}
+
+    def of(self, k: Tensor, v: Tensor) -> _Pages:
+        """Pages for heads like those of ``k [B, T, Hkv, K]`` and ``v [B, T, Hkv, V]``."""
+        kind = (k.shape[2:], v.shape[3], k.dtype, k.device)
+        if kind not in self._kinds:
+            shape = self.pages, self.page_size
+            keys, values = (x.new_zeros(*shape, *x.shape[2:]) for x in (k, v))
+            self._kinds[kind] = _Pages(keys, values, [*range(self.pages)][::-1])
+        return self._kinds[kind]
+
+    def free(self, k: Tensor, v: Tensor) -> int:
+        """Pages that are left for such heads."""
+        return len(self.of(k, v).free)
+
+
+class PagedKVCache(KVCache):
+    """A :class:`KVCache` in a pool's pages: a policy's tokens are read where they lie.
+
+    Policies that read pages (:class:`Quest`, :class:`LServe`, :class:`ReSA`), the first and last
+    tokens (:class:`StreamingLLM`, which gives pages in between back) or everything attend by page
+    table; the others work too, over a copy of what is kept.
+
+    Args:
+        pool: where pages come from; its page size needs not be a policy's.
+        policy, scale: as in :class:`KVCache`.
+
+    Raises:
+        RuntimeError: the pool has too few pages left.
+
+    Example: :class:`PagePool`.
+    """
+
+    def __init__(
+        self, pool: PagePool, policy: Policy | None = None, scale: float | None = None
+    ) -> None:
+        super().__init__(policy, scale)
+        self.pool = pool
+        self.length = 0
+        self.pages: _Pages | None = None
+        self.table = torch.empty(0, 0, dtype=torch.int32)  # [B, pages], in order
+
+    def __len__(self) -> int:
+        return self.length
+
+    def part(self, policy: Policy | None) -> PagedKVCache:
+        return PagedKVCache(self.pool, policy, self.scale)
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        if self.pages is None:
+            self.pages = self.pool.of(k, v)
+            self.table = torch.empty(k.shape[0], 0, dtype=torch.int32, device=k.device)
+        B, have = self.table.shape
+        more = -(-(self.length + k.shape[1]) // self.pool.page_size) - have
+        if more > 0:
+            free = self.pages.free
+            if B * more > len(free):
+                raise RuntimeError(
+                    f"PagedKVCache: needs {B * more} more pages, the pool has {len(free)} of "
+                    f"{self.pool.pages} left; release caches that are done"
+                )
+            taken = torch.tensor([free.pop() for _ in range(B * more)], dtype=torch.int32)
+            self.table = torch.cat([self.table, taken.view(B, more).to(k.device)], 1)
+        kv_cache_update(self.pages.keys, self.pages.values, k, v, self._lengths(), self.table)
+        self.length += k.shape[1]
+
+    def _lengths(self) -> Tensor:
+        B = self.table.shape[0]
+        return torch.full((B,), self.length, dtype=torch.int32, device=self.table.device)
+
+    def release(self) -> None:
+        self._clear()
+        self.policy.release()
+
+    def _clear(self) -> None:
+        self._drop(0, self.table.shape[1])
+        self.length = 0
+
+    def _drop(self, first: int, last: int) -> None:
+        """Give pages [first, last) of every sequence back."""
+        if self.pages is None or first >= last:
+            return
+        self.pages.free += self.table[:, first:last].flatten().tolist()
+        self.table = torch.cat([self.table[:, :first], self.table[:, last:]], 1)
+
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """A copy of the kept keys and values, ``[B, S, Hkv, ·]``."""
+        assert self.pages is not None
+        at = self.table.long()
+        k, v = (x[at].flatten(1, 2)[:, : self.length] for x in (self.pages.keys, self.pages.values))
+        return k, v
+
+    def newest(self) -> Tensor:
+        assert self.pages is not None
+        page, place = divmod(self.length - 1, self.pool.page_size)
+        return self.pages.keys[self.table[:, page].long(), place]
+
+    def replace(self, k: Tensor, v: Tensor) -> None:
+        self.length -= k.shape[1]
+        self.store(k, v)
+
+    def keep(self, index: Tensor) -> None:
+        k, v = self.taken(index)
+        self._clear()
+        self.store(k, v)
+
+    def keep_ends(self, first: int, last: int) -> None:
+        """Pages that hold none of the ``first`` and ``last`` tokens are given back."""
+        size = self.pool.page_size
+        begin, end = -(-first // size), (self.length - last) // size
+        if end > begin:
+            self._drop(begin, end)
+            self.length -= (end - begin) * size
+
+    def read(self, q: Tensor, mask: AttnMask | None = None) -> Tensor:
+        return self._decode(q, None, mask)
+
+    def read_pages(self, q: Tensor, pages: Tensor, page_size: int) -> Tensor:
+        lists = BlockLists.from_indices(pages[:, :, None], 1, self.length, 1, page_size)
+        return self._decode(q, lists, None)
+
+    def _decode(self, q: Tensor, lists: BlockLists | None, mask: AttnMask | None) -> Tensor:
+        assert self.pages is not None
+        o = sparse_attn_decode(
+            q, self.pages.keys, self.pages.values, self._lengths(), self.table, lists, mask,
+            self.scale,
+        )  # fmt: skip
+        assert isinstance(o, Tensor)
+        return o
