@@ -52,7 +52,7 @@ void define(Library& m, lsm::ChunkOperator const& op) {
 #define LSM_DELTA_STEP(given, n) \
     "(Tensor q, Tensor k, Tensor v, " given ", Tensor(a!) state, float scale" n ") -> Tensor"
 
-// Sparse attention: what comes after queries, keys and values. `scores`: scale, softcap, the ramp's length; `mask` and
+// Sparse attention: what comes after queries, keys and values. `scores`: scale, softcap, the ramp's length, pv_threshold; `mask` and
 // `blocks`: numbers of params/sparse_attn.h, in the order of lsm_cuda/ops/_sparse_attn.py.
 #define LSM_SPARSE_ATTN                                                                     \
     "Tensor? block_index, Tensor? block_ptr, Tensor? block_bias, Tensor? head_left, "       \

@@ -191,6 +191,7 @@ def raw_arguments(call: Call) -> tuple:
     t, lists = call.x.tensors, call.lists
     scale = call.x.scale if call.x.scale is not None else t["q"].shape[-1] ** -0.5
     scores = [scale, call.options.get("softcap", 0.0), call.options.get("ramp_length", 0.0)]
+    scores.append(call.options.get("pv_threshold", 0.0))
     blocks = [1, 64, 64] if lists is None else [lists.shape[1], lists.block_q, lists.block_k]
     named = {
         **t,

@@ -136,7 +136,7 @@ void block_pool(PoolParams const& p, void*) {
             int64_t const least = p.partial ? 1 : p.length;
             int64_t const count = std::min(p.length, tokens - start);
             kernels(p.dtype).pool(p, packed ? 0 : n, begin + start, count < least ? 0 : count,
-                           packed ? i : window);
+                                  packed ? i : window);
         }
     };
     int64_t const rows = packed ? p.blocks : p.N * p.blocks;

@@ -88,8 +88,7 @@ void pool_window(PoolParams const& p, int64_t batch, int64_t first, int64_t coun
             pool_columns<T, kTogether, kPool>(x + c, p.x.time, count, kTogether * W, y + c,
                                               low + c);
         for (; c < width; c += W)
-            pool_columns<T, 1, kPool>(x + c, p.x.time, count, min_of(W, width - c), y + c,
-                                      low + c);
+            pool_columns<T, 1, kPool>(x + c, p.x.time, count, min_of(W, width - c), y + c, low + c);
     }
 }
 

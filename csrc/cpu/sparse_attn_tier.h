@@ -2,7 +2,7 @@
 // many with the gradients of all the keys they see.
 #pragma once
 
-#include "sparse_attn_tile.h"
+#include "sparse_attn_tokens.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -33,9 +33,11 @@ class AttnForward {
                 bool const finite = !tile_.partial() || tile_.finite_values();
                 tile_.over_runs([&](Run run) {
                     for (int v = run.begin; v < run.end; ++v) softmax(v);
-                    add_weighed<true>(finite, turned_ + run.begin * W, kLaneCount, tile_.values(),
-                                      tile_.V(), scores_ + run.begin * W, kLaneCount, p_.V,
-                                      run.end - run.begin, tile_.size());
+                    over_heavy(run, [&](Run heavy) {
+                        add_weighed<true>(finite, turned_ + heavy.begin * W, kLaneCount,
+                                          tile_.values(), tile_.V(), scores_ + heavy.begin * W,
+                                          kLaneCount, p_.V, heavy.end - heavy.begin, tile_.size());
+                    });
                 });
             }
             finish();
@@ -54,28 +56,29 @@ class AttnForward {
             std::memset(turned_ + c * kLaneCount, 0, size_t(tile_.vectors() * W) * sizeof(T));
     }
 
-    // Scores of vector v to weights, relative to the largest score so far, which what came before is scaled to.
-    void softmax(int v) {
-        Vector<T> const before = load(most_ + v * W), none = splat(T(-INFINITY));
-        Vector<T> most = before;
-        T* const S = scores_ + v * W;
-        for (int64_t j = 0; j < tile_.size(); ++j) most = max_of(load(S + j * kLaneCount), most);
-        Vector<T> const base = most == none ? Vector<T>{} : most;
-        Vector<T> sum = {};
-        for (int64_t j = 0; j < tile_.size(); ++j) {
-            Vector<T> const weight = exp(load(S + j * kLaneCount) - base);
-            sum += weight;
-            store(S + j * kLaneCount, weight);
+    // f(run) for the vectors of a run whose values count.
+    template <class F>
+    void over_heavy(Run run, F const& f) const {
+        for (int v = run.begin; v < run.end;) {
+            int end = v;
+            while (end < run.end && heavy_[end] == heavy_[v]) ++end;
+            if (heavy_[v]) f(Run{v, end});
+            v = end;
         }
-        store(most_ + v * W, most);
+    }
+
+    void softmax(int v) {
+        Vector<T> const before = load(most_ + v * W);
+        Vector<T> most = before, sum = load(sum_ + v * W), highest;
+        Vector<T> const fade = soften(scores_ + v * W, tile_.size(), most, sum, highest);
+        store(most_ + v * W, most), store(sum_ + v * W, sum);
+        heavy_[v] = weighs<T>(p_, highest, most, tile_.lanes() - v * W);
         bool moved = false;
         for (int i = 0; i < W; ++i) moved |= most[i] != before[i];
-        if (!moved) return store(sum_ + v * W, load(sum_ + v * W) + sum);
-        Vector<T> const scale = exp(before - base);
-        store(sum_ + v * W, load(sum_ + v * W) * scale + sum);
+        if (!moved) return;
         T* const o = turned_ + v * W;
         for (int64_t c = 0; c < p_.V; ++c)
-            store(o + c * kLaneCount, load(o + c * kLaneCount) * scale);
+            store(o + c * kLaneCount, load(o + c * kLaneCount) * fade);
     }
 
     void finish() {
@@ -101,6 +104,7 @@ class AttnForward {
     T *scores_, *turned_, *output_;
     T most_[kLaneCount],
         sum_[kLaneCount];  // of each query: the largest score, and the weights' sum
+    bool heavy_[kLaneCount / W];
 };
 
 // With s the scores, P = exp(s - lse) and D = rowsum(dO * O) - dlse:
@@ -253,8 +257,10 @@ int64_t attn_scratch_bytes(SparseAttnParams const& p, bool backward) {
     return with_attn_type(p, [&](auto zero) {
         using T = decltype(zero);
         SparseAttnTask const task{};
-        return backward ? AttnBackward<T>(p, task, {}, nullptr).scratch_bytes()
-                        : AttnForward<T>(p, task, nullptr).scratch_bytes();
+        if (backward) return AttnBackward<T>(p, task, {}, nullptr).scratch_bytes();
+        return AttnTokensForward<T>::takes(p)
+                   ? AttnTokensForward<T>(p, task, nullptr).scratch_bytes()
+                   : AttnForward<T>(p, task, nullptr).scratch_bytes();
     });
 }
 
@@ -266,7 +272,11 @@ int64_t attn_columns(SparseAttnParams const& p, int64_t channels) {
 }
 
 void attn_forward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch) {
-    with_attn_type(p, [&](auto zero) { AttnForward<decltype(zero)>(p, task, scratch).run(); });
+    with_attn_type(p, [&](auto zero) {
+        using T = decltype(zero);
+        if (AttnTokensForward<T>::takes(p)) return AttnTokensForward<T>(p, task, scratch).run();
+        AttnForward<T>(p, task, scratch).run();
+    });
 }
 
 void attn_backward(SparseAttnParams const& p, SparseAttnTask const& task,

@@ -112,9 +112,9 @@ void multiply(T* C, int64_t c_row, T const* A, int64_t step, T const* B, int64_t
         multiply_rows<1, kColumns>(C + v * W, c_row, A, step, B + v * W, b_row, rows, depth, add);
 }
 
-// C += as above, where `finite` tells whether what is weighed (A if kColumns, else B) is finite; if not, a weight of 0
-// adds nothing, rather than 0 times inf.
-template <bool kColumns, class T>
+// C += as above, where `finite` tells whether what is weighed (one of A and B, the weights being the other) is finite; if
+// not, a weight of 0 adds nothing, rather than 0 times inf.
+template <bool kColumns, bool kWeightsLeft = !kColumns, class T>
 void add_weighed(bool finite, T* C, int64_t c_row, T const* A, int64_t step, T const* B,
                  int64_t b_row, int64_t rows, int64_t vectors, int64_t depth) {
     if (finite) return multiply<kColumns>(C, c_row, A, step, B, b_row, rows, vectors, depth, true);
@@ -122,11 +122,11 @@ void add_weighed(bool finite, T* C, int64_t c_row, T const* A, int64_t step, T c
     for (int64_t k = 0; k < depth; ++k) {
         for (int64_t r = 0; r < rows; ++r) {
             T const a = kColumns ? A[k * step + r] : A[r * step + k];
-            if (!kColumns && a == 0) continue;
+            if (kWeightsLeft && a == 0) continue;
             for (int64_t n = 0; n < vectors * W; n += W) {
                 Vector<T> const b = load(B + k * b_row + n), none = {};
-                store(C + r * c_row + n,
-                      load(C + r * c_row + n) + (kColumns ? (b == none ? none : a * b) : a * b));
+                Vector<T> const x = kWeightsLeft ? a * b : b == none ? none : a * b;
+                store(C + r * c_row + n, load(C + r * c_row + n) + x);
             }
         }
     }
@@ -189,6 +189,39 @@ inline Seen keys_seen(AttnMask const& m, int64_t p, int64_t head, int64_t keys, 
     }
     s.end = max_of(s.begin, s.end);
     return s;
+}
+
+// ---- Softmax ----
+
+// Scores of a vector of queries, a key every kLaneCount numbers, to weights, relative to the largest score so far. What
+// came before is to be multiplied with the result. `highest`: of these keys.
+template <class T>
+LSM_INLINE Vector<T> soften(T* S, int64_t keys, Vector<T>& most, Vector<T>& sum,
+                            Vector<T>& highest) {
+    Vector<T> const before = most, none = splat(T(-INFINITY));
+    highest = none;
+    for (int64_t j = 0; j < keys; ++j) highest = max_of(load(S + j * kLaneCount), highest);
+    most = max_of(highest, before);
+    Vector<T> const base = most == none ? Vector<T>{} : most;
+    Vector<T> total = {};
+    for (int64_t j = 0; j < keys; ++j) {
+        Vector<T> const weight = exp(load(S + j * kLaneCount) - base);
+        total += weight;
+        store(S + j * kLaneCount, weight);
+    }
+    Vector<T> const fade = exp(before - base);
+    sum = sum * fade + total;
+    return fade;
+}
+
+// Whether the values of keys with these highest scores count, of the first `count` queries of a vector.
+template <class T>
+bool weighs(SparseAttnParams const& p, Vector<T> highest, Vector<T> most, int count) {
+    if (p.pv_threshold == 0) return true;
+    bool some = false;
+    for (int i = 0; i < kLanes<T> && i < count; ++i)
+        some |= highest[i] - most[i] > -T(p.pv_threshold);
+    return some;
 }
 
 // ---- The tile ----
@@ -304,6 +337,11 @@ class AttnTile {
         return (length + load(ramp_ + v * W) - distance(v, j)) / length;
     }
 
+    // Of the keys of the block that were read, those that query i sees by its position.
+    Seen seen(int i) const {
+        auto const relative = [&](int64_t key) { return clamped(key - first_ - from_, 0, size_); };
+        return {relative(seen_[i].sink_end), relative(seen_[i].begin), relative(seen_[i].end)};
+    }
     // Whether some query does not see some key of the block.
     bool partial() const {
         bool some = false;

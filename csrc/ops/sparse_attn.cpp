@@ -274,8 +274,10 @@ struct Readable {
 void read_scores(Checks const& c, Arguments const& a, Tensor const& q, Inputs& in) {
     SparseAttnParams& p = in.p;
     auto const wide = state_type(q);
-    c.require(a.scores.size() == 3, "scores must have 3 numbers, got ", a.scores.size());
+    c.require(a.scores.size() == 4, "scores must have 4 numbers, got ", a.scores.size());
     p.scale = a.scores[0], p.softcap = a.scores[1], p.ramp_length = a.scores[2];
+    p.pv_threshold = a.scores[3];
+    c.require(p.pv_threshold >= 0, "pv_threshold must not be negative, got ", p.pv_threshold);
     c.require(p.softcap >= 0, "softcap must not be negative, got ", p.softcap);
     c.require(!a.ramp || p.ramp_length > 0, "ramp_length must be above 0, got ", p.ramp_length);
     check_tensor(c, a.head_left, "head_left", "[Hq]", {p.Hq}, ScalarType::Int, q);
@@ -419,6 +421,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                   {block_index, block_ptr, block_bias, head_left, sink_logits,
                                    alibi_slopes, ramp, scores, mask, blocks});
     SparseAttnParams& p = in.p;
+    c.require(p.pv_threshold == 0, "pv_threshold has no backward, got ", p.pv_threshold);
     auto const type = q.scalar_type(), wide = state_type(q);
     check_tensor(c, o, "o", "[B, Tq, Hq, V]", {p.B, p.Tq, p.Hq, p.V}, type, q);
     check_tensor(c, lse, "lse", "[B, Hq, Tq]", {p.B, p.Hq, p.Tq}, wide, q);

@@ -60,6 +60,9 @@ struct SparseAttnParams {
     bool cu_seqlens_is_64bit = false;
     double scale;
     double softcap = 0;  // 0: none
+    // Forward: values may be left out whose weights, for every query of a tile's rows, are at most exp(-pv_threshold) of
+    // the largest so far. 0: none are. The softmax's sum is of all weights.
+    double pv_threshold = 0;
     AttnMask mask;
     BlockLists lists;
     void const* sink_logits = nullptr;   // [Hq]

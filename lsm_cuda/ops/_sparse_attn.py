@@ -27,8 +27,8 @@ TENSORS = (
     "head_left", "sink_logits", "alibi_slopes", "ramp",
 )  # fmt: skip
 CACHED = ("q", "k", "v", "cache_seqlens", "block_table", *TENSORS[5:])
-# Then come scores: scale, softcap, ramp_length; mask: AttnMask.numbers(); blocks: heads of the
-# lists, block_q, block_k.
+# Then come scores: scale, softcap, ramp_length, pv_threshold; mask: AttnMask.numbers(); blocks:
+# heads of the lists, block_q, block_k.
 _OTHERS = 3
 
 
@@ -144,6 +144,7 @@ def _arguments(
     alibi_slopes: Tensor | None,
     ramp: Tensor | None,
     ramp_length: float,
+    pv_threshold: float = 0.0,
 ) -> tuple[Any, ...]:
     """What follows the boundaries."""
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
@@ -162,7 +163,7 @@ def _arguments(
         blocks = [lists.shape[1], lists.block_q, lists.block_k]
     per_head = (None if t is None else t.to(wide) for t in (sink_logits, alibi_slopes, ramp))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = [float(scale), float(softcap), float(ramp_length)]
+    scores = [float(scale), float(softcap), float(ramp_length), float(pv_threshold)]
     left = mask.head_left
     return (index, row_ptr, bias, left, *per_head, scores, mask.numbers(), blocks)
 
@@ -181,19 +182,28 @@ def attend(
     ramp_length: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    pv_threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``o`` and ``lse`` of whole sequences."""
     op = "block_sparse_attn_fwd"
     bias = None if lists is None else lists.bias
+    if pv_threshold:
+        given = [t for t in (q, k, v, bias, sink_logits, ramp) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+            raise RuntimeError(
+                f"lsm::{op}: pv_threshold has no backward, got an argument that requires grad; "
+                "leave it out, or use torch.no_grad()"
+            )
     check_no_forward_ad(op, q=q, k=k, v=v, block_bias=bias, sink_logits=sink_logits, ramp=ramp)
     dtype = autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = (x.to(dtype) for x in (q, k, v))
-    given = _arguments(
-        op, q, lists, mask, scale, softcap, sink_logits, alibi_slopes, ramp, ramp_length
-    )
+    rest = _arguments(
+        op, q, lists, mask, scale, softcap, sink_logits, alibi_slopes, ramp, ramp_length,
+        pv_threshold,
+    )  # fmt: skip
     return torch.ops.lsm.block_sparse_attn_fwd(  # type: ignore[no-any-return]
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *given
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *rest
     )
 
 

@@ -37,6 +37,7 @@ def block_sparse_attn(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: Literal[False] = False,
+    pv_threshold: float = 0.0,
 ) -> Tensor: ...
 
 
@@ -57,6 +58,7 @@ def block_sparse_attn(
     cu_seqlens_k: Tensor | None = None,
     *,
     return_lse: Literal[True],
+    pv_threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -75,6 +77,7 @@ def block_sparse_attn(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    pv_threshold: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention in which each row of queries reads the blocks of keys on its list.
 
@@ -97,6 +100,11 @@ def block_sparse_attn(
             (then B = 1); of keys too unless given:
         cu_seqlens_k (Tensor, optional): ``[N + 1]`` boundaries of their keys.
         return_lse (bool): also return lse.
+        pv_threshold (float): inference only: leave out the values of blocks whose scores are all
+            more than this below the largest so far, for the few queries that go through a block
+            together (16 or 32; SpargeAttn's λ = −pv_threshold). Their weights stay in the softmax's
+            denominator, so lse is exact. Which blocks these are depends on the order kernels
+            take them in. 0: none.
 
     Returns:
         ``o [B, Tq, Hq, V]`` in the dtype of q; with return_lse also the logarithm of the softmax's
@@ -111,7 +119,8 @@ def block_sparse_attn(
     Note: differentiable once in q, k, v, the lists' bias, sink_logits and ramp, through o and
         through lse; deterministic. Nothing of size ``Tq × Tk`` is kept.
 
-    Source: FlashAttention, arXiv:2205.14135, section 3.3.
+    Source: FlashAttention, arXiv:2205.14135, section 3.3; pv_threshold: SpargeAttn,
+        arXiv:2502.18137, section 3.4.
 
     Example:
         >>> q, k, v = (torch.randn(1, 128, 4, 32) for _ in range(3))
@@ -123,7 +132,7 @@ def block_sparse_attn(
         cu_seqlens_k = cu_seqlens
     o, lse = _sparse_attn.attend(
         q, k, v, lists, mask, scale, softcap, sink_logits, alibi_slopes, ramp, ramp_length,
-        cu_seqlens, cu_seqlens_k,
+        cu_seqlens, cu_seqlens_k, pv_threshold,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 

@@ -12,6 +12,7 @@ from .gated import (
 from .kv_cache import KVCache, Policy, attention_mass
 from .kv_evict import H2O, TOVA, FastGen, SnapKV, SpAtten, StreamingLLM
 from .kv_pages import DuoAttention, LongHeads, LServe, Quest, ReSA
+from .kv_pool import PagedKVCache, PagePool
 from .kv_tokens import ClusterKV, DoubleSparsity, MagicPIG, PQCache, RetrievalAttention, ShadowKV
 from .memory import (
     CompressiveMemory,
@@ -51,6 +52,7 @@ from .prefill import (
     minference_lists,
     pooled_lists,
     recall,
+    sparge_attn,
     sparge_lists,
     sparse_prefill,
     vertical_slash_lists,
@@ -83,6 +85,8 @@ __all__ = [
     "LongHeads",
     "MagicPIG",
     "PQCache",
+    "PagePool",
+    "PagedKVCache",
     "Pattern",
     "Policy",
     "Quest",
@@ -135,6 +139,7 @@ __all__ = [
     "sinkhorn_attn",
     "sliding_window",
     "soft_topk",
+    "sparge_attn",
     "sparge_lists",
     "sparse_prefill",
     "sparse_transformer_fixed",

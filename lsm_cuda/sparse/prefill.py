@@ -22,6 +22,7 @@ __all__ = [
     "minference_lists",
     "pooled_lists",
     "recall",
+    "sparge_attn",
     "sparge_lists",
     "sparse_prefill",
     "vertical_slash_lists",
@@ -385,7 +386,7 @@ def sparge_lists(
 
     A mean speaks only for tokens that are alike (cosine similarity ``theta`` on average): rows of
     other queries read every block, and blocks of other keys are read by every row. The paper's
-    second stage, which skips values of blocks inside the kernel, is not part of it.
+    second stage skips values of blocks inside the kernel (:func:`sparge_attn`).
 
     Args:
         q, k: ``[B, T, Hq, K]`` and ``[B, T, Hkv, K]``.
@@ -409,6 +410,40 @@ def sparge_lists(
     score = score.masked_fill(future | ~alike_k, -torch.inf)
     chosen = cumulative(score.softmax(-1).nan_to_num(0), tau)
     return _lists(chosen | ~alike_k | ~alike_q[..., None], q, k, block)
+
+
+def sparge_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: float = 0.9,
+    theta: float = 0.5,
+    pv_threshold: float = 20.0,
+    block: int = 64,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention over :func:`sparge_lists`, without the values that weigh nothing.
+
+    Inside the kernel, values of a block are left out where its scores are all ``pv_threshold``
+    below the largest so far (:func:`lsm_cuda.ops.block_sparse_attn`). Inference only.
+
+    Args:
+        q, k, v: ``[B, T, Hq, K]``, ``[B, T, Hkv, K]`` and ``[B, T, Hkv, V]``.
+        tau, theta, block, scale: as :func:`sparge_lists`.
+        pv_threshold: the paper's -λ; 0: every value counts.
+
+    Returns:
+        ``[B, T, Hq, V]``.
+
+    Source: SpargeAttn, arXiv:2502.18137, algorithm 1.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 64, 1, 8)
+        >>> sparge_attn(q, k, v, block=16).shape
+        torch.Size([1, 64, 1, 8])
+    """
+    lists, mask = sparge_lists(q, k, tau, theta, block, scale), AttnMask(causal=True)
+    return block_sparse_attn(q, k, v, lists, mask, scale, pv_threshold=pv_threshold)
 
 
 def _similarity(x: Tensor, block: int) -> Tensor:

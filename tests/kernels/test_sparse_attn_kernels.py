@@ -44,7 +44,7 @@ def counted(name: str) -> dict:
     bitmap = torch.rand(rows, blocks, generator=draw) < 0.5
     lists = listed(bitmap, Tq, Tk, block_q, block_k)
     arguments = (
-        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0],
+        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0, 0.0],
         AttnMask().numbers(), [1, block_q, block_k],
     )  # fmt: skip
     emu = emulator("_emu")
@@ -102,7 +102,7 @@ def test_a_window_reads_what_it_sees():
     emu.reset_counters()
     mask = AttnMask(causal=True, left=left, sinks=4)
     torch.ops.lsm_emu.block_sparse_attn_fwd(
-        q, k, v, *(None,) * 9, [1.0, 0.0, 0.0], mask.numbers(), [1, 64, 64]
+        q, k, v, *(None,) * 9, [1.0, 0.0, 0.0, 0.0], mask.numbers(), [1, 64, 64]
     )
     (launch,) = emu.counters()["launches"]
     blocks = 128 // 64 + 2 + 1  # a tile's own, the window's, the sinks'

@@ -178,7 +178,7 @@ def test_reads_each_block_of_a_list_once(name):
     emu.reset_counters()
     emu.set_architecture(90)
     o, lse = torch.ops.lsm_emu.block_sparse_attn_fwd(
-        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0],
+        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0, 0.0],
         AttnMask().numbers(), [1, block_q, block_k],
     )  # fmt: skip
     emu.set_architecture(80)

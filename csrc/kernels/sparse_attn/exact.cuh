@@ -296,6 +296,11 @@ struct ExactRowsKernel {
                         if (lane % size == 0 && unit < kPlan) s.bias[warp][unit] = all;
                     }
                 }
+                if (!kBackward && work.least_weight > 0.f) {
+                    float const heaviest =
+                        fmaxf(fmaxf(weight[0], weight[1]), fmaxf(weight[2], weight[3]));
+                    if (!__any_sync(0xffffffffu, heaviest > work.least_weight)) continue;
+                }
                 float* const weights = s.weights[warp];
                 __syncwarp();
                 float4_at(weights + kExactEach * lane) = {weight[0], weight[1], weight[2],

@@ -135,6 +135,7 @@ struct Work {
     float* bias_parts;  // [parts, entries of lists]
     float* ramp_parts;  // [B, Hq, Tq]
     float scale, softcap, ramp_length, per_softcap, per_ramp_length;
+    float least_weight;  // exp(-pv_threshold): values that all weigh less are left out
 
     LSM_DEVICE int token_of(int m) const { return (m >> token_shift) & (tokens - 1); }
     LSM_DEVICE int head_of(int m) const {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <stdexcept>
 
 #include "kernels/architecture.h"
@@ -86,6 +87,9 @@ struct Layout {
         work.block_k = work.lists ? static_cast<int>(p.lists.block_k) : 64;
         work.scale = static_cast<float>(p.scale), work.softcap = static_cast<float>(p.softcap);
         work.ramp_length = static_cast<float>(p.ramp_length);
+        // Below 1, so that the largest score's own block counts whatever is rounded.
+        if (p.pv_threshold > 0)
+            work.least_weight = static_cast<float>(std::min(0.999, std::exp(-p.pv_threshold)));
         work.per_softcap = p.softcap > 0 ? static_cast<float>(1 / p.softcap) : 0.f;
         work.per_ramp_length = p.ramp_length > 0 ? static_cast<float>(1 / p.ramp_length) : 0.f;
         work.plain = p.scale > 0 && p.softcap == 0 && p.lists.bias == nullptr &&
@@ -173,7 +177,8 @@ Layout plan_backward(SparseAttnParams const& p, void* workspace) {
 bool on_warpgroups([[maybe_unused]] Work const& work, [[maybe_unused]] void* stream) {
 #if LSM_SM90A || !defined(__CUDACC__)
     SparseAttnParams const& p = work.p;
-    if (architecture() != 90 || !tensor_forward(p) || work.unite || std::max(p.K, p.V) > 128)
+    if (architecture() != 90 || !tensor_forward(p) || work.unite || std::max(p.K, p.V) > 128 ||
+        work.least_weight > 0)
         return false;
     return (p.dtype == Dtype::bf16 ? forward_bf16_sm90 : forward_f16_sm90)(work, stream);
 #else

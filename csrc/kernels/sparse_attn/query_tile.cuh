@@ -111,7 +111,11 @@ struct QueryTile {
             LSM_UNROLL
             for (int i = 0; i < D / 2; ++i) sums[m][i / 4][i % 4] = 0.f;
             LSM_UNROLL
-            for (int half_ = 0; half_ < 2; ++half_) most[m][half_] = kLowest, sum[m][half_] = 0.f;
+            for (int half_ = 0; half_ < 2; ++half_) {
+                // beside the maximum of a row that does not exist no key weighs anything
+                most[m][half_] = exists(lane_row(m, half_)) ? kLowest : -kLowest;
+                sum[m][half_] = 0.f;
+            }
         }
     }
 
@@ -286,6 +290,17 @@ struct QueryTile {
             sum[m][half_] = sum[m][half_] * fade[half_] + total;
         }
         return moved;
+    }
+
+    // Whether some weight of the warp's rows is large enough for the values to count.
+    LSM_DEVICE bool weighs(Accumulators<N> const& weights) const {
+        float most_ = 0.f;
+        LSM_UNROLL
+        for (int n = 0; n < N / 8; ++n) {
+            LSM_UNROLL
+            for (int e = 0; e < 4; ++e) most_ = fmaxf(most_, weights[n][e]);
+        }
+        return __any_sync(0xffffffffu, most_ > work.least_weight);
     }
 
     LSM_DEVICE void fade_sums(int m, float const (&fade)[2]) {

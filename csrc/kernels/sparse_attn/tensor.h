@@ -31,7 +31,7 @@ template <class T>
 void forward_with(Work const& work, void* stream) {
     dispatch_width(work, [&](auto D) {
         if constexpr (D < 256) {
-            if (work.plain && !work.unite)
+            if (work.plain && !work.unite && work.least_weight == 0.f)
                 return run_rows<RowsConfig<T, D, 4, 2, 64, false>>(work, stream);
         }
         run_rows < RowsConfig<T, D, 8, 1, D<256 ? 64 : 32, false>>(work, stream);

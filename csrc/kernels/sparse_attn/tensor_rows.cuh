@@ -103,6 +103,9 @@ struct RowsKernel : QueryTile<Config> {
         for (int m = 0; m < MT; ++m) {
             float fade[2];
             bool const moved = this->soften(m, x[m], by, fade);
+            if constexpr (MT == 1) {
+                if (work.least_weight > 0.f && !this->weighs(x[m])) return;
+            }
             pack_weights<T, N>(x[m], weights[m]);
             if (__any_sync(0xffffffffu, moved)) this->fade_sums(m, fade);
         }
