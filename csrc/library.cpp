@@ -182,13 +182,15 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     // takes T tokens per row; with cache_seqlens the state is a ring.
     m.def(
         "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? "
-        "cu_seqlens, Tensor? seq_idx, bool silu, int state_size, int norm=0, float norm_eps=1e-6) "
-        "-> (Tensor y, Tensor final_state)");
+        "cu_seqlens, Tensor? seq_idx, bool silu, int state_size, int norm=0, float norm_eps=1e-6, "
+        "int? "
+        "norm_channels=None) -> (Tensor y, Tensor final_state)");
     m.def(
         "causal_conv1d_bwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? "
         "cu_seqlens, Tensor? seq_idx, bool silu, Tensor grad_y, Tensor? grad_final_state, bool "
-        "need_dweight=True, int norm=0, float norm_eps=1e-6) -> (Tensor dx, Tensor dweight, Tensor "
-        "dbias, Tensor dinitial_state)");
+        "need_dweight=True, int norm=0, float norm_eps=1e-6, int? norm_channels=None) -> (Tensor "
+        "dx, "
+        "Tensor dweight, Tensor dbias, Tensor dinitial_state)");
     m.def(
         "causal_conv1d_step(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? "
         "cache_seqlens, Tensor? conv_state_indices, bool silu) -> Tensor");

@@ -57,8 +57,8 @@ class Rows : public Tile<Number, Elem, kTaps> {
     static constexpr int kStep = kTaps > 0 ? 4 : 1;  // tokens
     static constexpr int kReach = kTaps > 0 ? kTaps - 1 + kStep : kMaxTaps;
 
-    using Base::bias_, Base::channels_, Base::p_, Base::past, Base::pitch_, Base::sums_, Base::taps,
-        Base::weight_;
+    using Base::bias_, Base::channels_, Base::first_, Base::p_, Base::past, Base::pitch_,
+        Base::sums_, Base::taps, Base::weight_;
 
     void read_past(ConvSegment const& s) {
         if (s.t0 - past() >= s.begin) return;
@@ -105,17 +105,16 @@ class Rows : public Tile<Number, Elem, kTaps> {
         find<U>(s, t, x);
         Element* y[U];
         for (int u = 0; u < U; ++u) y[u] = this->at(p_.y, s, t + u);
-        int64_t const head = kNormed ? p_.norm : channels_;
-        for (int64_t h = 0; h < channels_; h += head) {
+        each_head([&](int64_t head, int64_t size, auto divide) {
             Vector<T> squares[U] = {};
-            each_vector<T>(head, [&](int64_t i, auto lanes) {
-                int64_t const c = h + i;
+            each_vector<T>(size, [&](int64_t i, auto lanes) {
+                int64_t const c = head + i;
                 Vector<T> sum[U], value, slope;
                 convolve<U>(x, c, lanes, sum);
 #pragma GCC unroll 4
                 for (int u = 0; u < U; ++u) {
                     this->activate(sum[u], value, slope);
-                    if constexpr (kNormed) {
+                    if constexpr (divide) {
                         value = zero_rest<T>(value, lanes);
                         squares[u] += value * value;
                         store(value_[u] + c, value);
@@ -124,13 +123,24 @@ class Rows : public Tile<Number, Elem, kTaps> {
                     }
                 }
             });
-            for (int u = 0; u < U && kNormed; ++u) {
+            for (int u = 0; u < U && divide; ++u) {
                 T const inverse = inverse_norm(squares[u]);
-                each_vector<T>(head, [&](int64_t i, auto lanes) {
-                    write<T>(y[u] + h + i, load(value_[u] + h + i) * inverse, lanes);
+                each_vector<T>(size, [&](int64_t i, auto lanes) {
+                    write<T>(y[u] + head + i, load(value_[u] + head + i) * inverse, lanes);
                 });
             }
+        });
+    }
+
+    // f(first channel, channels, has it a norm) for every head, and for what is behind the last one that has.
+    template <class F>
+    LSM_INLINE void each_head(F const& f) const {
+        int64_t first = 0;
+        if constexpr (kNormed) {
+            int64_t const normed = min_of(channels_, p_.normed - first_);
+            for (; first < normed; first += p_.norm) f(first, p_.norm, std::true_type{});
         }
+        if (first < channels_) f(first, channels_ - first, std::false_type{});
     }
 
     LSM_INLINE T inverse_norm(Vector<T> squares) const {
@@ -144,38 +154,37 @@ class Rows : public Tile<Number, Elem, kTaps> {
         find<U>(s, t, x);
         Element const* dy[U];
         for (int u = 0; u < U; ++u) dy[u] = this->at(p_.grad_y, s, t + u);
-        int64_t const head = kNormed ? p_.norm : channels_;
-        for (int64_t h = 0; h < channels_; h += head) {
+        each_head([&](int64_t head, int64_t size, auto divide) {
             Vector<T> squares[U] = {}, dots[U] = {};
-            each_vector<T>(head, [&](int64_t i, auto lanes) {
-                int64_t const c = h + i;
+            each_vector<T>(size, [&](int64_t i, auto lanes) {
+                int64_t const c = head + i;
                 Vector<T> sum[U], value, slope;
                 convolve<U>(x, c, lanes, sum);
 #pragma GCC unroll 4
                 for (int u = 0; u < U; ++u) {
                     Vector<T> const g = read<T>(dy[u] + c, lanes);
                     this->activate(sum[u], value, slope);
-                    if constexpr (kNormed) {
+                    if constexpr (divide) {
                         value = zero_rest<T>(value, lanes);
                         squares[u] += value * value;
                         dots[u] += value * g;
                         store(value_[u] + c, value), store(slope_[u] + c, slope);
                     } else {
-                        store(grad_[past() + u] + c, g * slope);
+                        store(grad_[this->past() + u] + c, g * slope);
                     }
                 }
             });
             // d(v / |v|) = (dv - v (v dv) / |v|^2) / |v|
-            for (int u = 0; u < U && kNormed; ++u) {
+            for (int u = 0; u < U && divide; ++u) {
                 T const inverse = inverse_norm(squares[u]);
                 T const along = sum_lanes<T>(dots[u]) * inverse * inverse;
-                each_vector<T>(head, [&](int64_t i, auto lanes) {
-                    int64_t const c = h + i;
+                each_vector<T>(size, [&](int64_t i, auto lanes) {
+                    int64_t const c = head + i;
                     Vector<T> const g = read<T>(dy[u] + c, lanes) - load(value_[u] + c) * along;
-                    store(grad_[past() + u] + c, g * inverse * load(slope_[u] + c));
+                    store(grad_[this->past() + u] + c, g * inverse * load(slope_[u] + c));
                 });
             }
-        }
+        });
     }
 
     // Those of token t, zeros behind the sequence; what is done with them; and they are the latest.

@@ -1,6 +1,7 @@
 // The short convolution's operators: check, allocate, fill the params, run. Compiled once per backend.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -75,16 +76,26 @@ void check_state(Checks const& c, OptionalTensor const& state, char const* arg, 
     c.device(*state, arg, x, "x");
 }
 
+// Heads of so many channels, the first `channels` of all, or all.
+struct Norm {
+    int64_t head;
+    double eps;
+    std::optional<int64_t> channels;
+};
+
 // On CUDA a head's channels are those of some lanes of one warp.
-void check_norm(Checks const& c, Tensor const& x, Tensor const& weight, int64_t norm) {
-    int64_t const D = x.size(2), least = weight.size(1) <= 4 ? 4 : 2;
-    bool const fits = !kTensorCores || norm == 0 ||
-                      (norm >= least && norm <= 32 * least && (norm & (norm - 1)) == 0);
-    c.require(norm >= 0 && (norm == 0 || D % norm == 0) && fits, "norm must be 0 or ",
+void check_norm(Checks const& c, Tensor const& x, Tensor const& weight, Norm const& norm) {
+    int64_t const D = x.size(2), least = weight.size(1) <= 4 ? 4 : 2, n = norm.head;
+    bool const fits =
+        !kTensorCores || n == 0 || (n >= least && n <= 32 * least && (n & (n - 1)) == 0);
+    int64_t const channels = norm.channels.value_or(D);
+    c.require(channels >= 0 && channels <= D, "norm_channels must be 0 to D = ", D, ", got ",
+              channels);
+    c.require(n >= 0 && (n == 0 || channels % n == 0) && fits, "norm must be 0 or ",
               kTensorCores
                   ? "a power of two from 4 to 128 (2 to 64 for more than 4 taps) that divides"
                   : "a divisor of",
-              " D = ", D, ", got ", norm);
+              norm.channels ? " norm_channels = " : " D = ", channels, ", got ", n);
 }
 
 // The tensors a call reads, in the layout the kernels want, kept alive beside the params that point into them.
@@ -104,8 +115,7 @@ void const* pointer(OptionalTensor const& t) {
 
 Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalTensor const& bias,
                OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
-               OptionalTensor const& seq_idx, bool silu, int64_t state_size, int64_t norm,
-               double norm_eps) {
+               OptionalTensor const& seq_idx, bool silu, int64_t state_size, Norm const& norm) {
     c.rank(x, "x", "[B, T, D]", 3);
     check_weight(c, x, weight, bias);
     check_norm(c, x, weight, norm);
@@ -131,7 +141,7 @@ Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalT
                   "seq_idx comes without states and without cu_seqlens; pass cu_seqlens instead of "
                   "it to start from states or to return them");
     }
-    Inputs in{channel_layout(x, norm),
+    Inputs in{channel_layout(x, norm.head),
               lsm::as_contiguous(weight),
               as_contiguous(bias),
               as_contiguous(initial_state),
@@ -143,7 +153,8 @@ Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalT
     p.dtype = to_dtype(x.scalar_type());
     p.weight_dtype = to_dtype(weight.scalar_type());
     p.B = x.size(0), p.T = x.size(1), p.D = x.size(2), p.W = W, p.S = S, p.N = N;
-    p.norm = norm, p.norm_eps = norm_eps;
+    p.norm = norm.head, p.norm_eps = norm.eps;
+    p.normed = norm.head > 0 ? norm.channels.value_or(p.D) : 0;
     p.x = strided(in.x);
     p.weight = in.weight.const_data_ptr();
     p.bias = pointer(in.bias);
@@ -157,10 +168,11 @@ Inputs prepare(Checks const& c, Tensor const& x, Tensor const& weight, OptionalT
 std::tuple<Tensor, Tensor> forward(Tensor const& x, Tensor const& weight,
                                    OptionalTensor const& bias, OptionalTensor const& initial_state,
                                    OptionalTensor const& cu_seqlens, OptionalTensor const& seq_idx,
-                                   bool silu, int64_t state_size, int64_t norm, double norm_eps) {
+                                   bool silu, int64_t state_size, int64_t norm, double norm_eps,
+                                   std::optional<int64_t> norm_channels) {
     Checks const c(kFwd);
     Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size,
-                        norm, norm_eps);
+                        {norm, norm_eps, norm_channels});
     ConvParams& p = in.p;
     DeviceScope const scope(x);
     Tensor y = like_layout(in.x);
@@ -177,11 +189,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor const& x, Tensor const& weight, OptionalTensor const& bias,
     OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
     OptionalTensor const& seq_idx, bool silu, Tensor const& grad_y,
-    OptionalTensor const& grad_final_state, bool need_dweight, int64_t norm, double norm_eps) {
+    OptionalTensor const& grad_final_state, bool need_dweight, int64_t norm, double norm_eps,
+    std::optional<int64_t> norm_channels) {
     Checks const c(kBwd);
     int64_t const state_size = grad_final_state ? grad_final_state->size(2) : 0;
     Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size,
-                        norm, norm_eps);
+                        {norm, norm_eps, norm_channels});
     ConvParams& p = in.p;
     c.shape(grad_y, "grad_y", "[B, T, D]", {p.B, p.T, p.D}, " (like x)");
     c.dtype(grad_y, "grad_y", x.scalar_type(), " like x");

@@ -17,14 +17,15 @@ struct Strided {
 
 // y_t[d] = act(bias[d] + sum_j weight[d, W - 1 - j] x_{t-j}[d]),  j < W, of the inputs of t's own sequence;
 // before its first token come the columns of the initial state, the latest last. With `norm`, every head of so many
-// channels is divided by sqrt(sum of its squares + norm_eps).
+// channels, as far as the first `normed` go, is divided by sqrt(sum of its squares + norm_eps).
 struct ConvParams {
     bool silu;           // act; else the identity
     Dtype dtype;         // of x, y, the states and their gradients
     Dtype weight_dtype;  // of weight, bias and their gradients: dtype, or f32
     int64_t B, T, D, W;
-    int64_t S;         // inputs in a state; at least W - 1 in an initial one
-    int64_t norm = 0;  // channels of a head, a divisor of D; 0: no norm
+    int64_t S;           // inputs in a state; at least W - 1 in an initial one
+    int64_t norm = 0;    // channels of a head; 0: no norm
+    int64_t normed = 0;  // channels of all that have one, the first ones: a multiple of norm
     double norm_eps = 0;
     int64_t N;                         // sequences: B, or the length of cu_seqlens minus one
     void const* cu_seqlens = nullptr;  // [N + 1], nullable; then B == 1

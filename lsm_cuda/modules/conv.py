@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.conv import causal_conv1d, causal_conv1d_step
-from ..ops.gates import l2norm
 
 __all__ = ["ShortConvolution"]
 
@@ -65,6 +64,7 @@ class ShortConvolution(nn.Conv1d):
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         l2norm_dim: int | None = None,
+        l2norm_channels: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Convolve whole sequences, or one token per sequence after ``cache``.
 
@@ -76,8 +76,8 @@ class ShortConvolution(nn.Conv1d):
                 autograd updates it in place.
             output_final_state: also return the state after the last token.
             cu_seqlens: ``[N + 1]`` boundaries of the packed sequences.
-            l2norm_dim: channels of a head whose length y is divided by, as in
-                :func:`lsm_cuda.ops.causal_conv1d`.
+            l2norm_dim, l2norm_channels: channels of a head whose length y is divided by, and of all
+                such heads, as in :func:`lsm_cuda.ops.causal_conv1d`.
 
         Returns:
             ``y [B, T, D]`` and the state ``[N, D, W]``, or None.
@@ -105,9 +105,9 @@ class ShortConvolution(nn.Conv1d):
         if cache is not None and self._can_step(x, cu_seqlens):
             # The state keeps its own dtype, which is that of earlier inputs.
             state = cache if cache.dtype == x.dtype else cache.to(x.dtype)
-            y = causal_conv1d_step(x[:, 0], state, weight, self.bias, self.activation)[:, None]
-            if l2norm_dim is not None:
-                y = l2norm(y.view(*y.shape[:-1], -1, l2norm_dim)).flatten(-2)
+            y = causal_conv1d_step(
+                x[:, 0], state, weight, self.bias, self.activation, l2norm_dim, l2norm_channels
+            )[:, None]
             if state is not cache:
                 cache.copy_(state)
             y = y if residual is None else y + residual
@@ -116,7 +116,7 @@ class ShortConvolution(nn.Conv1d):
             cache = cache.to(x.dtype)
         return causal_conv1d(
             x, weight, self.bias, residual, cache, output_final_state, self.activation, cu_seqlens,
-            l2norm_dim,
+            l2norm_dim, l2norm_channels,
         )  # fmt: skip
 
     @staticmethod

@@ -36,7 +36,8 @@ def _like_layout(x: Tensor, norm: int) -> Tensor:
 
 
 def _fwd_fake(  # type: ignore[no-untyped-def]
-    x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm=0, norm_eps=1e-6
+    x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm=0, norm_eps=1e-6,
+    norm_channels=None,
 ):  # fmt: skip
     named = {"weight": weight, "bias": bias, "initial_state": initial_state}
     named |= {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
@@ -48,7 +49,7 @@ def _fwd_fake(  # type: ignore[no-untyped-def]
 
 def _bwd_fake(  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, grad_y, grad_final_state,
-    need_dweight=True, norm=0, norm_eps=1e-6,
+    need_dweight=True, norm=0, norm_eps=1e-6, norm_channels=None,
 ):  # fmt: skip
     dweight = weight.new_empty(weight.shape if need_dweight else (0,))
     with_bias = need_dweight and bias is not None
@@ -121,6 +122,7 @@ def convolve(
     silu: bool,
     state_size: int,
     norm: int = 0,
+    norm_channels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator, in the dtypes it takes; ``x [B, T, D]``."""
     check_no_forward_ad(f"{_NAME}_fwd", x=x, weight=weight, bias=bias, initial_state=initial_state)
@@ -131,8 +133,9 @@ def convolve(
     if seq_idx is not None:
         seq_idx = seq_idx.to(torch.int32)
     y, state = torch.ops.lsm.causal_conv1d_fwd(
-        x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm, L2_EPS
-    )
+        x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm, L2_EPS,
+        norm_channels,
+    )  # fmt: skip
     return y, state
 
 
@@ -140,6 +143,24 @@ def _norm_fits(x: Tensor, weight: Tensor, norm: int) -> bool:
     """Whether the kernel takes heads of so many channels."""
     least = 4 if weight.shape[1] <= 4 else 2
     return x.device.type != "cuda" or (least <= norm <= 32 * least and norm & (norm - 1) == 0)
+
+
+def _check_norm(op: str, x: Tensor, norm: int, channels: int | None) -> None:
+    D = x.shape[-1]
+    if channels is not None and not 0 <= channels <= D:
+        raise ValueError(f"{op}: l2norm_channels must be 0 to D = {D}, got {channels}")
+    all_of = f"D = {D}" if channels is None else f"l2norm_channels = {channels}"
+    if norm < 0 or (norm > 0 and (D if channels is None else channels) % norm):
+        raise ValueError(f"{op}: l2norm_dim must be a divisor of {all_of}, got {norm}")
+
+
+def unit_heads(y: Tensor, norm: int, channels: int | None) -> Tensor:
+    """Heads of ``norm`` channels, the first ``channels`` of all, over their lengths."""
+    D = y.shape[-1]
+    first = D if channels is None else channels
+    heads, rest = y[..., :first], y[..., first:]
+    heads = l2norm(heads.reshape(*y.shape[:-1], first // norm, norm), L2_EPS).flatten(-2)
+    return heads if first == D else torch.cat([heads, rest], -1)
 
 
 def causal_conv1d(
@@ -152,6 +173,7 @@ def causal_conv1d(
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,
     l2norm_dim: int | None = None,
+    l2norm_channels: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Depthwise causal convolution over time, ``[B, T, D]``, as FLA calls it.
 
@@ -174,6 +196,8 @@ def causal_conv1d(
         l2norm_dim (int, optional): channels K of a head, a divisor of D; ``y_t`` of each is divided
             by ``sqrt(Σ y² + 1e-6)`` in the same pass (on CUDA for powers of two up to 128, else
             in another), as the delta rules want q and k.
+        l2norm_channels (int, optional): only so many channels, the first ones, are so divided, as
+            where q, k and v are convolved as one tensor. Default: all.
 
     Returns:
         ``y`` like x, and the final state ``[N, D, S]`` or None.
@@ -192,20 +216,25 @@ def causal_conv1d(
         >>> y, state = causal_conv1d(x, weight, activation="silu", output_final_state=True)
         >>> y.shape, state.shape
         (torch.Size([1, 100, 64]), torch.Size([1, 64, 4]))
+
+        A delta layer's q, k (two heads of 16 each) and v in one pass, as views of one tensor:
+
+        >>> y, _ = causal_conv1d(x[..., :96], torch.randn(96, 4), activation="silu",
+        ...                      l2norm_dim=16, l2norm_channels=64)
+        >>> q, k, v = y.split([32, 32, 32], -1)
     """
     check_rank(_NAME, "x", x, "[B, T, D]")
     check_rank(_NAME, "weight", weight, "[D, W]")
     S = weight.shape[1] if initial_state is None else initial_state.shape[-1]
     silu, size = _silu(_NAME, activation), S if output_final_state else 0
     norm = 0 if l2norm_dim is None else l2norm_dim
-    if norm < 0 or (norm > 0 and x.shape[2] % norm):
-        raise ValueError(
-            f"{_NAME}: l2norm_dim must be a divisor of D = {x.shape[2]}, got {l2norm_dim}"
-        )
+    _check_norm(_NAME, x, norm, l2norm_channels)
     fused = norm if norm and _norm_fits(x, weight, norm) else 0
-    y, state = convolve(x, weight, bias, initial_state, cu_seqlens, None, silu, size, fused)
+    y, state = convolve(
+        x, weight, bias, initial_state, cu_seqlens, None, silu, size, fused, l2norm_channels
+    )
     if norm and not fused:
-        y = l2norm(y.reshape(*y.shape[:-1], -1, norm), L2_EPS).flatten(-2)
+        y = unit_heads(y, norm, l2norm_channels)
     return y if residual is None else y + residual, state if output_final_state else None
 
 
@@ -311,13 +340,19 @@ def causal_conv1d_step(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
+    l2norm_dim: int | None = None,
+    l2norm_channels: int | None = None,
 ) -> Tensor:
     """One token of :func:`causal_conv1d`, ``x [B, D]``; ``state [B, D, S]`` is updated in place.
 
-    Args, errors and note: as :func:`causal_conv1d_update`.
+    Args, errors and note: as :func:`causal_conv1d_update`; the norm as :func:`causal_conv1d`, in a
+    pass of its own.
     """
     silu = _silu("causal_conv1d_step", activation)
-    return _step(x.unsqueeze(1), state, weight, bias, silu).squeeze(1)
+    norm = 0 if l2norm_dim is None else l2norm_dim
+    _check_norm("causal_conv1d_step", x, norm, l2norm_channels)
+    y = _step(x.unsqueeze(1), state, weight, bias, silu).squeeze(1)
+    return unit_heads(y, norm, l2norm_channels) if norm else y
 
 
 def _step(

@@ -16,6 +16,7 @@ from inputs import Inputs, Tensors, boundaries
 from torch import Tensor
 
 from lsm_cuda import ops, reference
+from lsm_cuda.modules import ShortConvolution
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Conv:
     bias: bool = True
     scale: float = 1.0
     norm: int = 0  # channels of a head
+    normed: int | None = None  # of all heads that have a norm, the first ones
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -74,12 +76,16 @@ NORMED = [
     Conv(T=19, D=24, norm=4, W=3, dtype="f16", act=None, layout="offset"),
     Conv(T=40, D=36, norm=2, W=6, bias=False, state="initial"),
     Conv(T=0, D=32, norm=8, state="both"),
+    Conv(T=37, D=200, norm=64, normed=128, dtype="bf16", state="both"),
+    Conv(T=33, D=45, norm=8, normed=24, batch="int64", layout="offset"),
+    Conv(T=20, D=36, norm=4, normed=0, W=6),
 ]
 ODD_HEADS = [
     Conv(T=33, D=40, norm=10, state="both"),
     Conv(T=21, D=21, norm=7, dtype="f64"),
     Conv(T=70, D=1200, norm=300, dtype="bf16", batch="int64"),
     Conv(T=20, D=2100, norm=2100, W=5),
+    Conv(T=30, D=1501, norm=300, normed=1200, state="final"),
 ]
 
 
@@ -153,8 +159,11 @@ def definition(case: Conv, x: Inputs, grad_state: Tensor | None, dtype: torch.dt
             t["x"], t["weight"], t.get("bias"), t.get("initial"), x.cu_seqlens, case.act, size
         )
         if case.norm:
-            heads = y.unflatten(-1, (-1, case.norm))
-            y = (heads * (heads.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).flatten(-2)
+            first = case.D if case.normed is None else case.normed
+            heads, rest = y.split([first, case.D - first], -1)
+            heads = heads.unflatten(-1, (-1, case.norm))
+            heads = heads * (heads.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+            y = torch.cat([heads.flatten(-2), rest], -1)
         if not y.numel():
             y = y + sum(v.sum() for v in t.values()) * 0
         return y, state
@@ -181,6 +190,7 @@ class FakeOp:
 def run(impl: Impl, case: Conv, x: Inputs, grad_state: Tensor | None) -> Tensors:
     t, silu = x.tensors, case.act is not None
     size = 0 if grad_state is None else grad_state.shape[2]
+    norm = case.norm, 1e-6, case.normed
     arguments = [t["x"], t["weight"], t.get("bias"), t.get("initial"), x.cu_seqlens, None, silu]
     if not isinstance(impl, Emulator):
 
@@ -188,7 +198,7 @@ def run(impl: Impl, case: Conv, x: Inputs, grad_state: Tensor | None) -> Tensors
             initial = t.get("initial")
             cu = None if x.cu_seqlens is None else x.cu_seqlens.to(impl.device)
             return raw(impl, "fwd")(
-                t["x"], t["weight"], t.get("bias"), initial, cu, None, silu, size, case.norm
+                t["x"], t["weight"], t.get("bias"), initial, cu, None, silu, size, *norm
             )
 
         moved = x.to(impl.device)
@@ -198,8 +208,8 @@ def run(impl: Impl, case: Conv, x: Inputs, grad_state: Tensor | None) -> Tensors
         return {n: v.cpu() for n, v in results.items()}
 
     def call() -> Tensors:
-        y, state = raw(impl, "fwd")(*arguments, size, case.norm)
-        grads = raw(impl, "bwd")(*arguments, x.grad_o, grad_state, True, case.norm)
+        y, state = raw(impl, "fwd")(*arguments, size, *norm)
+        grads = raw(impl, "bwd")(*arguments, x.grad_o, grad_state, True, *norm)
         dx, dweight, dbias, dstate = grads
         results = {"o": y, "dx": dx, "dweight": dweight}
         if grad_state is not None:
@@ -375,6 +385,28 @@ def test_public_functions_agree():
     torch.testing.assert_close(
         ops.causal_conv1d_step(token, state.clone(), weight, bias, "silu"), long[:, -1]
     )
+
+
+def test_merged_queries_keys_and_values(cpu):
+    """One call over the channels of all three is a call for each; and so are its steps."""
+    widths, K = (32, 32, 21), 16
+    x, weight, bias = torch.randn(2, 9, sum(widths)), torch.randn(85, 4), torch.randn(85)
+    y, _ = ops.causal_conv1d(x, weight, bias, activation="silu", l2norm_dim=K, l2norm_channels=64)
+    for i, part in enumerate(y.split(widths, -1)):
+        channels = slice(sum(widths[:i]), sum(widths[: i + 1]))
+        rows = x[..., channels], weight[channels], bias[channels]
+        norm = K if i < 2 else None
+        own, _ = ops.causal_conv1d(*rows, activation="silu", l2norm_dim=norm)
+        torch.testing.assert_close(part, own)
+    conv, state = ShortConvolution(85, 4), torch.zeros(2, 85, 4)
+    norm = {"l2norm_dim": K, "l2norm_channels": 64}
+    with torch.no_grad():
+        steps = [conv(x[:, t : t + 1], cache=state, **norm)[0] for t in range(9)]
+        torch.testing.assert_close(torch.cat(steps, 1), conv(x, **norm)[0])
+    with pytest.raises(ValueError, match="a divisor of l2norm_channels = 63, got 16"):
+        ops.causal_conv1d(x, weight, l2norm_dim=16, l2norm_channels=63)
+    with pytest.raises(ValueError, match="l2norm_channels must be 0 to D = 85, got 86"):
+        ops.causal_conv1d_step(x[:, 0], state, weight, l2norm_dim=1, l2norm_channels=86)
 
 
 def test_token_shift():

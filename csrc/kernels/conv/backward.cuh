@@ -63,8 +63,9 @@ LSM_DEVICE void store_initial_grad(ConvParams const& p, Place<C> const& place,
 
 // Gradients of a token's values from those of its normalised ones: d(v / |v|) = (dv - v (v dv) / |v|²) / |v|.
 template <class C>
-LSM_DEVICE void through_norm(ConvParams const& p, Filter<C> const& filter, Batch<C> const& x,
-                             Batch<C> const& before, int i, int own, float (&dy)[C::kVector]) {
+LSM_DEVICE void through_norm(ConvParams const& p, Place<C> const& place, Filter<C> const& filter,
+                             Batch<C> const& x, Batch<C> const& before, int i, int own,
+                             float (&dy)[C::kVector]) {
     float value[C::kVector], dot = 0.f;
     LSM_UNROLL
     for (int v = 0; v < C::kVector; ++v) {
@@ -72,8 +73,9 @@ LSM_DEVICE void through_norm(ConvParams const& p, Filter<C> const& filter, Batch
         value[v] = p.silu ? pre * logistic(pre) : pre;
         dot += value[v] * dy[v];
     }
-    float const inverse = inverse_norm<C>(p, value);
+    float const inverse = inverse_norm(p, place, value);
     float const along = head_sum<C>(p, dot) * inverse * inverse;
+    if (place.channel >= p.normed) return;
     LSM_UNROLL
     for (int v = 0; v < C::kVector; ++v) dy[v] = (dy[v] - value[v] * along) * inverse;
 }
@@ -128,7 +130,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             for (int a = C::kTaps - 1; a > 0; --a) ages[a] = ages[a - 1];
             ages[0] = age;
             bool const inside = i < count, mine = b * C::kBatch + i < tokens;
-            if (C::kChannelLast && p.norm > 0) through_norm<C>(p, filter, x, before, i, own, dy[i]);
+            if (C::kChannelLast && p.norm > 0)
+                through_norm(p, place, filter, x, before, i, own, dy[i]);
             LSM_UNROLL
             for (int v = 0; v < C::kVector; ++v) {
                 float g = dy[i][v];

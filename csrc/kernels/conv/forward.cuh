@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                 y[i][v] = p.silu ? pre * logistic(pre) : pre;
             }
             if (C::kChannelLast && p.norm > 0) {
-                float const inverse = inverse_norm<C>(p, y[i]);
+                float const inverse = inverse_norm(p, place, y[i]);
                 LSM_UNROLL
                 for (int v = 0; v < C::kVector; ++v) y[i][v] *= inverse;
             }

@@ -280,12 +280,15 @@ LSM_DEVICE float head_sum(ConvParams const& p, float x) {
     return x;
 }
 
+// 1 behind the channels that have a norm; their lanes take part in the sums of others.
 template <class C>
-LSM_DEVICE float inverse_norm(ConvParams const& p, float const (&value)[C::kVector]) {
+LSM_DEVICE float inverse_norm(ConvParams const& p, Place<C> const& place,
+                              float const (&value)[C::kVector]) {
     float squares = 0.f;
     LSM_UNROLL
     for (int v = 0; v < C::kVector; ++v) squares += value[v] * value[v];
-    return 1.f / sqrtf(head_sum<C>(p, squares) + static_cast<float>(p.norm_eps));
+    float const sum = head_sum<C>(p, squares) + static_cast<float>(p.norm_eps);
+    return place.channel < p.normed ? 1.f / sqrtf(sum) : 1.f;
 }
 
 // The last inputs of a sequence, or of its initial state where it is short; by the last segment's block.
