@@ -1,5 +1,5 @@
-"""Chains of the delta engine's tensor-core path, cut in time: pieces side by side to fill a card,
-windows one after another to save memory (docs/kernels/delta.md)."""
+"""Chains of the delta engine, cut in time: pieces side by side to fill a card, windows one after
+another to save memory, which the exact recurrence has too (docs/kernels/delta.md)."""
 
 from __future__ import annotations
 
@@ -126,3 +126,31 @@ def test_memory_of_a_backward_is_bounded(name: str) -> None:
         Emulator("_emu", "_emu", (0,), 1).bwd(op, x)
     held = peak(profile) + x.grad_o.nbytes  # o, of the forward
     assert 1.02 * given < held <= 1.5 * given, f"{held / given:.2f}"
+
+
+EXACT = {"dtype": "f32", "state": "both", "dims": (16, 16), "heads": (1, 2), "batch": 2}
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "gated_delta_rule", "kda", "dplr"])
+def test_windows_of_the_recurrence_change_no_bit(name: str) -> None:
+    op = DELTA[name]
+    x = make_inputs(Case(op, **EXACT | {"T": 1100}))
+    assert launches(op, 1, x)[1] > launches(op, 64, x)[1]
+
+    def gradients(multiprocessors: int) -> dict[str, torch.Tensor]:
+        impl = Emulator("_emu", "_emu", (0,), multiprocessors)
+        return impl.under_every_seed(lambda: impl.bwd(op, x))
+
+    assert_same_bits(gradients(1), gradients(64))
+
+
+def test_scratch_of_the_recurrence_is_bounded() -> None:
+    """Another window takes another state, not another window's memory."""
+    op, scratch = DELTA["kda"], []
+    for T in (2048, 3072):
+        x = make_inputs(Case(op, **EXACT | {"T": T, "heads": (2, 2)}))  # no groups to add up
+        emulator("_emu").set_multiprocessors(1)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            results = Emulator("_emu", "_emu", (0,), 1).bwd(op, x)
+        scratch.append(peak(profile) - sum(t.nbytes for t in results.values()))
+    assert scratch[0] < scratch[1] <= 1.2 * scratch[0], scratch

@@ -1,11 +1,16 @@
 // The exact recurrence's entry points: memory handed out, types dispatched.
 #include "kernels/delta/exact/launch.h"
 
+#include <algorithm>
+
+#include "kernels/delta/cuts.cuh"
 #include "kernels/delta/exact/plan.h"
 #include "kernels/delta/exact/row_gradients.cuh"
 
 namespace lsm {
 namespace delta::exact {
+
+constexpr i64 kLeastWindow = 1024;  // tokens
 
 Plan::Plan(DeltaParams const& p, bool backward, void* workspace) {
     i64 const L = backward ? kSegment : p.T * p.n;
@@ -17,10 +22,24 @@ Plan::Plan(DeltaParams const& p, bool backward, void* workspace) {
     auto floats = [&](i64 count) { return static_cast<float*>(take(count * i64(sizeof(float)))); };
     segments = plan_segments(p, L, take(segments_bytes(p, L, p.n)), p.n);
     if (!backward) return;
-    starts = floats(segments.count * p.HV * p.K * p.V);
-    ends = floats(segments.count * p.HV * p.K * p.V);
-    written = floats(p.B * p.T * p.n * p.HV * p.V);
-    grad_written = floats(p.B * p.T * p.n * p.HV * p.V);
+    i64 const state = p.HV * p.K * p.V;
+    auto const values = [&] { return p.B * window * p.n * p.HV * p.V; };
+    window = p.T > 1 ? p.T : 1;
+    if (p.cu_seqlens == nullptr) {
+        i64 const whole = 2 * i64(sizeof(float)) * (segments.count * state + values());
+        window = ceil_div(window_of(window, kLeastWindow, whole), kSegment) * kSegment;
+        if (window >= p.T) window = p.T > 1 ? p.T : 1;
+        windows = std::max<i64>(1, ceil_div(p.T, window));
+    }
+    if (windows > 1) {
+        segments = plan_segments(tokens(p, 0, window), L, nullptr, p.n);
+        carried = floats((windows - 1) * p.B * state);
+        grad_carried = floats(2 * p.B * state);
+    }
+    starts = floats(segments.count * state);
+    ends = floats(segments.count * state);
+    written = floats(values());
+    grad_written = floats(values());
     if (p.decay == Decay::scalar && p.dg.data != nullptr)
         gate_shares = floats(row_tiles(p.K, p.V) * p.B * p.T * p.HV);
 }

@@ -49,7 +49,7 @@ RowParams<T> row_params(DeltaParams const& p, Plan const& plan) {
     r.fp32_key_grads = p.key_grad_dtype == Dtype::f32;
     r.gates = decay_loader<T>(p), r.betas = beta_loader<T>(p);
     r.beta_per_channel = p.beta_per_channel;
-    r.gate_shares = plan.gate_shares, r.gate_share_size = p.B * p.T * p.HV;
+    r.gate_shares = plan.gate_shares;
     r.starts = plan.starts, r.ends = plan.ends;
     r.heads_per_group = static_cast<int>(p.HV / p.H), r.HV = static_cast<int>(p.HV);
     r.K = static_cast<int>(p.K), r.V = static_cast<int>(p.V);
@@ -63,16 +63,50 @@ void run_forward(DeltaParams const& p, Plan const& plan, void* stream) {
     run_sweep<T, false>(sweep_params<T>(p, plan, false), plan.segments, stream);
 }
 
+// Window w of a backward.
+inline DeltaParams in_window(DeltaParams const& call, Plan const& plan, i64 w) {
+    i64 const begin = w * plan.window, end = begin + plan.window, last = plan.windows - 1;
+    i64 const states = call.B * call.HV * call.K * call.V;
+    DeltaParams p = plan.windows == 1 ? call : tokens(call, begin, w < last ? end : call.T);
+    p.o = {}, p.final_state = nullptr;
+    if (w > 0) p.initial_state = plan.carried + (w - 1) * states;
+    if (w > 0) p.grad_initial_state = plan.grad_carried + w % 2 * states;
+    if (w < last) p.grad_final_state = plan.grad_carried + (w + 1) % 2 * states;
+    return p;
+}
+
 template <class T>
 void run_backward(DeltaParams const& call, Plan const& plan, void* stream) {
-    DeltaParams p = call;
-    p.o = {}, p.final_state = nullptr;
-    run_sweep<T, false>(sweep_params<T>(p, plan, false), plan.segments, stream);
-    run_sweep<T, true>(sweep_params<T>(p, plan, true), plan.segments, stream);
-    run_row_gradients<T>(row_params<T>(p, plan), plan.segments, stream);
-    run_beta_gradient<T>({plan.written, plan.grad_written, beta_loader<T>(p), p.dbeta.data,
-                          p.B * p.T * p.n * p.HV, static_cast<int>(p.V), p.beta_per_channel},
-                         stream);
+    auto const segments_of = [&](DeltaParams const& p) {
+        return plan.windows == 1 ? plan.segments : plan_segments(p, kSegment, nullptr, p.n);
+    };
+    for (i64 w = 0; w + 1 < plan.windows; ++w) {
+        DeltaParams p = in_window(call, plan, w);
+        p.final_state = plan.carried + w * p.B * p.HV * p.K * p.V;
+        SweepParams<T> s = sweep_params<T>(p, plan, false);
+        s.written = {}, s.boundaries = nullptr;
+        run_sweep<T, false>(s, segments_of(p), stream);
+    }
+    i64 const gates = call.B * call.T * call.HV;
+    for (i64 w = plan.windows - 1; w >= 0; --w) {
+        DeltaParams const p = in_window(call, plan, w);
+        Segments const segments = segments_of(p);
+        run_sweep<T, false>(sweep_params<T>(p, plan, false), segments, stream);
+        run_sweep<T, true>(sweep_params<T>(p, plan, true), segments, stream);
+        RowParams<T> r = row_params<T>(p, plan);
+        r.gate_share_size = gates;  // of all windows, added up after the first
+        if (r.gate_shares != nullptr) r.gate_shares += w * plan.window * p.HV;
+        run_row_gradients<T>(r, segments, stream);
+        if (w == 0) {
+            run_sum_gate_shares<T>({plan.gate_shares, static_cast<int>(row_tiles(p.K, p.V)), gates,
+                                    p.HV, decay_loader<T>(call), call.dg},
+                                   stream);
+        }
+        run_beta_gradient<T>(
+            {plan.written, plan.grad_written, beta_loader<T>(p), p.dbeta, p.B * p.T * p.n * p.HV,
+             p.T * p.n * p.HV, static_cast<int>(p.HV), static_cast<int>(p.V), p.beta_per_channel},
+            stream);
+    }
 }
 
 }  // namespace lsm::delta::exact

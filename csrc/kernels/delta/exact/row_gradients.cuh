@@ -72,7 +72,7 @@ struct RowParams {
     bool beta_per_channel;
     // Where all rows share a gate: what each tile of rows has in its gradient, [tiles, B, T, HV].
     float* gate_shares;
-    i64 gate_share_size;         // B T HV
+    i64 gate_share_size;         // B T HV, of all windows
     float const *starts, *ends;  // of segments, [records, HV, K, V]: S before, G after
     int heads_per_group, HV, K, V, per_token;
     float scale;
@@ -442,8 +442,6 @@ void run_row_gradients(RowParams<T> const& p, Segments const& segments, void* st
         p.transition == Transition::dplr ? run(row_gradients<T, V, true>)
                                          : run(row_gradients<T, V, false>);
     });
-    run_sum_gate_shares<T>(
-        {p.gate_shares, static_cast<int>(tiles), p.gate_share_size, p.HV, p.gates, p.dg}, stream);
 }
 
 // dbeta = d · d', a sum over V or, with a beta per channel, the products. A warp per micro-step and
@@ -452,9 +450,9 @@ template <class T>
 struct BetaParams {
     float const *written, *grad_written;  // [rows, V]
     GateLoader<T> betas;
-    void* dbeta;
-    i64 rows;
-    int V;
+    Rows dbeta;
+    i64 rows, batch;  // rows of one row of the batch
+    int HV, V;
     bool per_channel;
 };
 
@@ -463,6 +461,8 @@ __global__ void __launch_bounds__(256) beta_gradient(BetaParams<T> const p) {
     i64 const row = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     int const lane = threadIdx.x % 32;
     if (row >= p.rows) return;
+    i64 const m = row % p.batch / p.HV;
+    i64 const to = row / p.batch * p.dbeta.batch + m * p.dbeta.time + row % p.HV * p.dbeta.head;
     float sum = 0.f;
     for (int v = lane * 4; v < p.V; v += 128) {
         i64 const at = row * p.V + v;
@@ -472,19 +472,19 @@ __global__ void __launch_bounds__(256) beta_gradient(BetaParams<T> const p) {
         LSM_UNROLL
         for (int j = 0; j < 4; ++j) {
             sum += products[j];
-            if (p.per_channel) p.betas.store(p.dbeta, at + j, products[j]);
+            if (p.per_channel) p.betas.store(p.dbeta.data, to + v + j, products[j]);
         }
     }
     if (p.per_channel) return;
     LSM_UNROLL
     for (int distance = 16; distance > 0; distance /= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (lane == 0) p.betas.store(p.dbeta, row, sum);
+    if (lane == 0) p.betas.store(p.dbeta.data, to, sum);
 }
 
 template <class T>
 void run_beta_gradient(BetaParams<T> const& p, void* stream) {
-    if (p.dbeta == nullptr || p.rows == 0) return;
+    if (p.dbeta.data == nullptr || p.rows == 0) return;
     launch(beta_gradient<T>, dim3(static_cast<unsigned>((p.rows + 7) / 8)), dim3(256), 0, stream,
            p);
 }
