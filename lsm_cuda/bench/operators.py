@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lsm_cuda
 from lsm_cuda import reference
+from lsm_cuda.ops.based import cut_features
 
 __all__ = ["BLOCK", "CHOSEN", "MODES", "STRIDE", "WINDOW", "Inputs", "Op", "Shape", "first"]
 
@@ -31,7 +32,8 @@ class Shape:
 
     ``packed``: so many sequences of unequal lengths share the T tokens of one row. HV, the value
     heads, and HKV, an attention's key heads, are H unless given; M, the slots, 64; W, the taps, G,
-    the gates of an LSTM, and P, parts to merge, 4. N counts states, R windows of WINDOW tokens.
+    the gates of an LSTM, and P, parts to merge, 4. N counts states, R windows of WINDOW tokens, F
+    features of Based.
     """
 
     text: str
@@ -46,6 +48,8 @@ class Shape:
         H, N = given.get("H", 1), self.packed or given["B"]
         windows = max(0, (given["T"] - WINDOW) // STRIDE + 1)
         implied = {"HV": H, "HKV": H, "M": 64, "G": 4, "W": 4, "P": 4, "N": N, "R": windows}
+        _, parts, width = cut_features(given.get("K", 0), taylor=True)
+        implied["F"] = parts * width
         return implied | given
 
     def __getitem__(self, name: str) -> int:

@@ -165,6 +165,9 @@ PEERS = [
             ("simple_gla", "step"): Call(
                 "ops/simple_gla/naive.py:naive_recurrent_simple_gla", fla_token()
             ),
+            ("based", "sequence"): Call(
+                "ops/based/naive.py:naive_parallel_based", fla(head_first=True), heads_second
+            ),
             ("delta_rule", "sequence"): Call(
                 "ops/delta_rule/naive.py:delta_rule_chunkwise", fla(head_first=True), heads_second
             ),

@@ -158,6 +158,15 @@ ROWS = (
         engine="ssd",
     ),
     Op(
+        name="based",
+        chunk="chunk_based",
+        step="based_step",
+        reference="based",
+        inputs=QKV,
+        state=("N HV F V", "N HV F"),
+        engine="features",
+    ),
+    Op(
         name="delta_rule",
         chunk="chunk_delta_rule",
         step="delta_rule_step",
@@ -470,6 +479,22 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("tiny", WHOLE, (Shape("B1 T150 H2 HKV1 K64 V64"),)),
         Set("tiny packed", ("forward",), (Shape("B1 T40 H2 HKV1 K64 V64", packed=3),), WHOLE_LISTS),
         Set("tiny decode", ("step",), (Shape("B2 T150 H2 HKV1 K64 V64"),)),
+    ),
+    # Narrow keys, whose products are the features.
+    ("features", "cuda"): (
+        Set("reference", WHOLE, (Shape("B8 T4096 H16 K16 V64"),)),
+        Set("decode", ("step",), (Shape("B64 T4096 H16 K16 V64"),)),
+        Set("packed", WHOLE, (Shape("B1 T32768 H16 K16 V64", packed=16),)),
+    ),
+    ("features", "cpu"): (
+        Set("lengths", WHOLE, (Shape("B1 T2048 H16 K16 V64"),)),
+        Set("decode", ("step",), (Shape("B1 T2048 H16 K16 V64"),)),
+        Set("packed", WHOLE, (Shape("B1 T4096 H16 K16 V64", packed=8),)),
+    ),
+    ("features", "emulator"): (
+        Set("tiny", WHOLE, (Shape("B1 T40 H1 K4 V16"),)),
+        Set("tiny packed", ("forward",), (Shape("B1 T40 H1 K4 V16", packed=3),)),
+        Set("tiny decode", ("step",), (Shape("B2 T16 H1 K4 V16"),)),
     ),
     # D channels; S states for each where there are such.
     ("scan", "cuda"): (

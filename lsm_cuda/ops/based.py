@@ -50,7 +50,7 @@ _EPS = 1e-6  # of Based
 _WIDEST = 256  # features or value columns in one call of the engine
 
 
-def _cut(K: int, taylor: bool) -> tuple[int, int, int]:
+def cut_features(K: int, taylor: bool) -> tuple[int, int, int]:
     """How many products, parts of them, and features in a part, as in csrc/policy/features.h."""
     channels = K + 1 if taylor else K
     pairs = channels * (channels + 1) // 2
@@ -74,7 +74,7 @@ class Features:
         weight = torch.where(left == right, weight * 0.5**0.5, weight)
         # the constant's weight is 1 too; without the polynomial's half all others are twice as much
         weight = torch.where(right == 0, 1.0, weight) if taylor else weight * 2**0.5
-        _, parts, self.width = _cut(K, taylor)
+        _, parts, self.width = cut_features(K, taylor)
         self.count = parts * self.width
         one = torch.arange(channels, device=like.device).unsqueeze(-1)
         pad, dtype = (0, self.count - len(left)), accumulation_dtype(like)
@@ -181,7 +181,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, taylor: bool, state: State 
     check_state(op, state, "S", "z")
     if state is not None:
         S, z = state
-        _, parts, width = _cut(q.shape[-1], taylor)
+        _, parts, width = cut_features(q.shape[-1], taylor)
         shape = (S.shape[0], v.shape[2], parts * width)
         check_shape(op, "S", S, "[N, HV, F, V]", (*shape, v.shape[3]))
         check_shape(op, "z", z, "[N, HV, F]", shape)
@@ -222,7 +222,7 @@ def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
     states = {"S": S, "z": z, "cu_seqlens": cu_seqlens}
     check_same_device("polynomial_attn_fwd", q, k=k, v=v, **states)
     B, T, HV, V = v.shape
-    _, parts, width = _cut(q.shape[-1], taylor)
+    _, parts, width = cut_features(q.shape[-1], taylor)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     F, wide = parts * width, accumulation_dtype(q)
     last = ((N, HV, F, V), (N, HV, F)) if output_final_state else ((0,),) * 2
@@ -345,7 +345,7 @@ def _polynomial_step(
     check_shape(op, "k", k, "[B, H, K]", q.shape)
     check_rank(op, "v", v, "[B, HV, V]")
     B, HV, V = v.shape
-    _, parts, width = _cut(q.shape[-1], taylor)
+    _, parts, width = cut_features(q.shape[-1], taylor)
     check_in_place(op, "S", S, "[B, HV, F, V]", (B, HV, parts * width, V), q)
     check_in_place(op, "z", z, "[B, HV, F]", (B, HV, parts * width), q)
     if q.device.type in FUSED:

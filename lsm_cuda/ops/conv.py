@@ -219,8 +219,8 @@ def causal_conv1d(
 
         A delta layer's q, k (two heads of 16 each) and v in one pass, as views of one tensor:
 
-        >>> y, _ = causal_conv1d(x[..., :96], torch.randn(96, 4), activation="silu",
-        ...                      l2norm_dim=16, l2norm_channels=64)
+        >>> qkv, weight = torch.randn(1, 100, 96), torch.randn(96, 4)
+        >>> y, _ = causal_conv1d(qkv, weight, activation="silu", l2norm_dim=16, l2norm_channels=64)
         >>> q, k, v = y.split([32, 32, 32], -1)
     """
     check_rank(_NAME, "x", x, "[B, T, D]")
