@@ -189,7 +189,7 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         bitmap = torch.rand(1, Hkv, -(-T // block_q), -(-T // block_k), generator=draw) < 0.5
         lists = BlockLists.from_bitmap(bitmap, T, T, block_q, block_k)
         listed = (None, None) if kind == "window" else (lists.index, lists.row_ptr)
-        numbers = ([0.1, 0.0, 0.0], mask.numbers(), [Hkv, block_q, block_k])
+        numbers = ([0.1, 0.0, 0.0, 0.0], mask.numbers(), [Hkv, block_q, block_k])
         common = (q, k, v, None, None, *listed, *(None,) * 5, *numbers)
         forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
         name = f"block_sparse_attn {kind} bfloat16"
@@ -211,7 +211,7 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         tensors = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "ramp": ramp, "sink_logits": sinks}
         tensors |= {"block_index": lists.index, "block_ptr": lists.row_ptr}
         tensors |= {"block_bias": lists.bias, "q": q, "k": k, "v": v}
-        numbers = ([0.1, 0.0, 30.0], AttnMask(causal=True).numbers(), [2, 64, 64])
+        numbers = ([0.1, 0.0, 30.0, 0.0], AttnMask(causal=True).numbers(), [2, 64, 64])
         common = (*(tensors.get(name) for name in TENSORS), *numbers)
         forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
         name = f"block_sparse_attn packed {str(dtype)[6:]}"
