@@ -132,7 +132,7 @@ def generate(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint and plot.")] = Path("demo"),
     data: Data = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time to train.")] = 160.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Time to train.")] = 130.0,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:

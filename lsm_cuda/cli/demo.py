@@ -39,7 +39,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     data: Path | None = None
-    seconds: float = 160.0
+    seconds: float = 130.0
     seed: int = 0
     device: str = "auto"
     steps: int = 20_000
