@@ -55,13 +55,18 @@ def changed(op: Op, changes: Changes, T: int = T) -> Inputs:
     return replace(x, tensors=tensors)
 
 
-@pytest.mark.parametrize("extreme", EXTREMES)
-@pytest.mark.parametrize("name", DELTA)
+@pytest.mark.parametrize(
+    ("name", "extreme"),
+    [
+        (n, e)
+        for n, op in DELTA.items()
+        for e, c in EXTREMES.items()
+        if c.keys() <= op.tensors.keys()
+    ],
+)
 def test_no_blow_up(name: str, extreme: str) -> None:
-    op, changes = DELTA[name], EXTREMES[extreme]
-    if "g" in changes and "g" not in op.tensors:
-        pytest.skip("has no gate")
-    x = changed(op, changes)
+    op = DELTA[name]
+    x = changed(op, EXTREMES[extreme])
     results = Emulator("emulator", seeds=(0,)).run(op, x)
     assert all(t.isfinite().all() for t in results.values())
     assert_accepted(results, *definition(op, x), x)
