@@ -46,12 +46,7 @@ class AttnForward {
 
   private:
     void start_softmax() {
-        for (int i = 0; i < tile_.vectors() * W; ++i) {
-            most_[i] = T(-INFINITY), sum_[i] = 0;
-            if (p_.sink_logits == nullptr) continue;
-            most_[i] = static_cast<T const*>(p_.sink_logits)[tile_.head(i)];
-            sum_[i] = most_[i] > T(-INFINITY) ? 1 : 0;
-        }
+        tile_.start_softmax(tile_.vectors() * W, most_, sum_);
         for (int64_t c = 0; c < tile_.V(); ++c)
             std::memset(turned_ + c * kLaneCount, 0, size_t(tile_.vectors() * W) * sizeof(T));
     }

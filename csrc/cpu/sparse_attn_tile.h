@@ -326,6 +326,16 @@ class AttnTile {
         return (task_.batch * p_.Hq + head(i)) * p_.Tq + task_.first_q + token_ + i / task_.heads;
     }
 
+    // Largest score and sum of weights of so many lanes before any key: a sink's, if there are sinks.
+    void start_softmax(int lanes, T* most, T* sum) const {
+        for (int i = 0; i < lanes; ++i) {
+            most[i] = T(-INFINITY), sum[i] = 0;
+            if (p_.sink_logits == nullptr) continue;
+            most[i] = static_cast<T const*>(p_.sink_logits)[head(i)];
+            sum[i] = most[i] > T(-INFINITY) ? 1 : 0;
+        }
+    }
+
     // |p - x| of the queries of vector v and key j of the block.
     Vector<T> distance(int v, int64_t j) const {
         Vector<T> const d = load(relative_ + v * W) - T((from_ + j) * p_.mask.key_stride);

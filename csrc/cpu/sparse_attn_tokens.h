@@ -44,12 +44,7 @@ class AttnTokensForward {
 
   private:
     void start_softmax() {
-        for (int i = 0; i < tile_.lanes(); ++i) {
-            most_[i] = T(-INFINITY), sum_[i] = 0;
-            if (p_.sink_logits == nullptr) continue;
-            most_[i] = static_cast<T const*>(p_.sink_logits)[tile_.head(i)];
-            sum_[i] = most_[i] > T(-INFINITY) ? 1 : 0;
-        }
+        tile_.start_softmax(tile_.lanes(), most_, sum_);
         std::memset(output_, 0, size_t(tile_.lanes() * tile_.V()) * sizeof(T));
     }
 
