@@ -395,7 +395,9 @@ def shapes(text: str, **values: tuple[int, ...]) -> tuple[Shape, ...]:
 
 
 WHOLE = ("forward", "training")
-LONG = ("gla", "gated_delta_rule")  # one of an engine is timed at more shapes on a CPU
+# Of an engine, these are timed at more shapes on a CPU.
+WIDE = ("gla", "gated_delta_rule")
+LONG = ("simple_gla", "gla", "mlstm", "gated_delta_rule", "kda")
 WHOLE_LISTS = ("attn", "attn_window")  # whose keys no list names, so that sequences may be packed
 SPARSE = ("attn_blocks", "attn_window", "attn_topk", "nsa")
 # A step costs the same after any context; T is the context that its softmax peers read.
@@ -413,8 +415,8 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("lengths", WHOLE, shapes("B1 T{} H8 K64 V64", T=(2048, 512))),
         Set("decode", ("step",), (Shape("B1 T2048 H8 K64 V64"),)),
         Set("packed", WHOLE, (Shape("B1 T4096 H8 K64 V64", packed=8),)),
-        Set("wide heads", WHOLE, (Shape("B1 T2048 H8 K128 V128"),), only=LONG),
-        Set("long decode", ("step",), (Shape("B1 T8192 H8 K64 V64"),), only=LONG),
+        Set("wide heads", WHOLE, (Shape("B1 T2048 H8 K128 V128"),), only=WIDE),
+        Set("long decode", ("step",), (Shape("B1 T8192 H8 K64 V64"),), only=WIDE),
         Set("long", WHOLE, (Shape("B1 T8192 H8 K64 V64"),), only=LONG),
     ),
     ("chunk", "emulator"): (
@@ -434,6 +436,7 @@ SETS: dict[tuple[str, str], tuple[Set, ...]] = {
         Set("lengths", WHOLE, shapes("B1 T{} H1 HV8 K128 V64", T=(2048, 512))),
         Set("decode", ("step",), (Shape("B1 T2048 H1 HV8 K128 V64"),)),
         Set("packed", WHOLE, (Shape("B1 T4096 H1 HV8 K128 V64", packed=8),)),
+        Set("long", WHOLE, (Shape("B1 T8192 H1 HV8 K128 V64"),)),
     ),
     ("ssd", "emulator"): (
         Set("tiny", WHOLE, (Shape("B1 T40 H1 HV2 K64 V32"),)),

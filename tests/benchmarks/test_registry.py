@@ -198,7 +198,7 @@ def test_sets_are_for_operators_there_are():
     names = {op.name for op in ROWS}
     assert all({*s.only} <= names for found in SETS.values() for s in found)
     assert "long" in {s.name for s in sets(OPS["gla"], "cpu")}
-    assert "long" not in {s.name for s in sets(OPS["simple_gla"], "cpu")}
+    assert "long" not in {s.name for s in sets(OPS["retention"], "cpu")}
 
 
 def test_reference_shapes_come_first():
