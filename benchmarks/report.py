@@ -210,12 +210,19 @@ def recall_table(record: dict[str, Any]) -> str:
         f"{model['num_layers']} layers, width {model['hidden_size']}, {model['num_heads']} heads; "
         f"{record['tokens']} tokens, blocks of {record['block']}, a budget of {record['budget']:g} "
         "of the blocks.\n",
-        "| method | pairs read | attention they have | worst head |",
-        "| --- | --- | --- | --- |",
     ]
-    for row in record["rows"]:
-        kept = f"{row['mean']:.1%} | {row['worst']:.1%}"
-        lines.append(f"| {row['method']} | {row['pairs']:.0%} | {kept} |")
+    titles = {"lists": ("method", "pairs read"), "cache": ("cache policy", "tokens read")}
+    for kind, title in titles.items():
+        lines += [
+            f"| {' | '.join(title)} | attention they have | worst head |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in record["rows"]:
+            if row["kind"] == kind:
+                kept = f"{row['mean']:.1%} | {row['worst']:.1%}"
+                lines.append(f"| {row['method']} | {row['pairs']:.0%} | {kept} |")
+        lines.append("")
+    del lines[-1]
     return "\n".join(lines) + "\n"
 
 

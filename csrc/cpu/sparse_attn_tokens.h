@@ -1,5 +1,5 @@
-// The forward where every token has a list of its own and scores are plain: a block meets those queries alone that have it
-// on their lists, packed side by side. What neighbours do not share costs nothing.
+// Where every token has a list of its own and scores are plain, a block meets those queries alone that have it on their
+// lists, packed side by side. What neighbours do not share costs nothing.
 #pragma once
 
 #include "sparse_attn_tile.h"
@@ -8,7 +8,7 @@ namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 
 template <class T>
-class AttnTokensForward {
+class PackedQueries {
   public:
     static constexpr int W = kLanes<T>;
 
@@ -18,8 +18,68 @@ class AttnTokensForward {
                p.mask.dilation == 1;
     }
 
+    explicit PackedQueries(AttnTile<T> const& tile) : tile_(tile) {}
+
+    // Those that have the block and see some of it.
+    void choose() {
+        int64_t const size = tile_.size();
+        count_ = 0, partial_ = false;
+        tile_.over_entries([&](int64_t, int begin, int end) {
+            for (int i = begin; i < end; ++i) {
+                Seen const seen = tile_.seen(i);
+                if (seen.sink_end == 0 && seen.begin == seen.end) continue;
+                partial_ |= seen.sink_end < size && (seen.begin > 0 || seen.end < size);
+                seen_[count_] = seen, lane_[count_++] = i;
+            }
+        });
+        vectors_ = (count_ + W - 1) / W;
+    }
+
+    // Their rows of the tile's `from`, and these turned, in whole vectors.
+    void take(T* rows, T* turned, T const* from, int64_t columns) const {
+        for (int n = 0; n < count_; ++n)
+            std::memcpy(rows + n * columns, from + lane_[n] * columns, size_t(columns) * sizeof(T));
+        std::memset(rows + count_ * columns, 0,
+                    size_t((vectors_ * W - count_) * columns) * sizeof(T));
+        turn(turned, kLaneCount, rows, columns, vectors_ * W, columns);
+    }
+    void take(T* numbers, T const* from) const {
+        for (int n = 0; n < vectors_ * W; ++n) numbers[n] = n < count_ ? from[lane_[n]] : T(0);
+    }
+
+    // Scores [keys][queries], -inf where a query does not see a key.
+    void scores(T* S, T const* turned, SparseAttnParams const& p) const {
+        int64_t const size = tile_.size();
+        multiply<false>(S, kLaneCount, tile_.keys(), tile_.K(), turned, kLaneCount, size, vectors_,
+                        p.K, false);
+        for (int n = 0; n < count_ && partial_; ++n) {
+            Seen const& seen = seen_[n];
+            for (int64_t j = seen.sink_end; j < size; ++j)
+                if (j < seen.begin || j >= seen.end) S[j * kLaneCount + n] = T(-INFINITY);
+        }
+    }
+
+    int count() const { return count_; }
+    int vectors() const { return vectors_; }
+    int lane(int n) const { return lane_[n]; }  // of the tile
+    // Whether some of them does not see some key.
+    bool partial() const { return partial_; }
+
+  private:
+    AttnTile<T> const& tile_;
+    int count_, vectors_;
+    bool partial_;
+    int lane_[kLaneCount];
+    Seen seen_[kLaneCount];
+};
+
+template <class T>
+class AttnTokensForward {
+  public:
+    static constexpr int W = kLanes<T>;
+
     AttnTokensForward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch)
-        : p_(p), task_(task), arena_(scratch), tile_(p, task) {
+        : p_(p), task_(task), arena_(scratch), tile_(p, task), packed_(tile_) {
         tile_.take(arena_);
         arena_.take_each(kLaneCount * tile_.K(), queries_, turned_);
         arena_.take_each(kLaneCount * tile_.V(), parts_, output_);
@@ -34,7 +94,8 @@ class AttnTokensForward {
             start_softmax();
             while (tile_.next()) {
                 tile_.read_keys();
-                pack();
+                packed_.choose();
+                packed_.take(queries_, turned_, tile_.queries(), tile_.K());
                 score();
                 add_values();
             }
@@ -48,61 +109,38 @@ class AttnTokensForward {
         std::memset(output_, 0, size_t(tile_.lanes() * tile_.V()) * sizeof(T));
     }
 
-    // The queries that have the block and see some of it, turned.
-    void pack() {
-        int64_t const K = tile_.K(), size = tile_.size();
-        count_ = 0, partial_ = false;
-        tile_.over_entries([&](int64_t, int begin, int end) {
-            for (int i = begin; i < end; ++i) {
-                Seen const seen = tile_.seen(i);
-                if (seen.sink_end == 0 && seen.begin == seen.end) continue;
-                partial_ |= seen.sink_end < size && (seen.begin > 0 || seen.end < size);
-                seen_[count_] = seen, lane_[count_++] = i;
-            }
-        });
-        vectors_ = (count_ + W - 1) / W;
-        for (int n = 0; n < count_; ++n)
-            std::memcpy(queries_ + n * K, tile_.queries() + lane_[n] * K, size_t(K) * sizeof(T));
-        std::memset(queries_ + count_ * K, 0, size_t((vectors_ * W - count_) * K) * sizeof(T));
-        turn(turned_, kLaneCount, queries_, K, vectors_ * W, K);
-    }
-
     // Weights [keys][queries], and by how much what came before fades.
     void score() {
-        int64_t const size = tile_.size();
-        multiply<false>(scores_, kLaneCount, tile_.keys(), tile_.K(), turned_, kLaneCount, size,
-                        vectors_, p_.K, false);
-        for (int n = 0; n < count_ && partial_; ++n) {
-            Seen const& seen = seen_[n];
-            for (int64_t j = seen.sink_end; j < size; ++j)
-                if (j < seen.begin || j >= seen.end) scores_[j * kLaneCount + n] = T(-INFINITY);
-        }
-        T most[kLaneCount] = {}, sum[kLaneCount] = {};
-        for (int n = 0; n < count_; ++n) most[n] = most_[lane_[n]], sum[n] = sum_[lane_[n]];
-        for (int v = 0; v < vectors_; ++v) {
+        packed_.scores(scores_, turned_, p_);
+        int const count = packed_.count();
+        T most[kLaneCount], sum[kLaneCount];
+        packed_.take(most, most_), packed_.take(sum, sum_);
+        for (int v = 0; v < packed_.vectors(); ++v) {
             Vector<T> top = load(most + v * W), total = load(sum + v * W), highest;
-            store(fade_ + v * W, soften(scores_ + v * W, size, top, total, highest));
+            store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), top, total, highest));
             store(most + v * W, top), store(sum + v * W, total);
-            heavy_[v] = weighs<T>(p_, highest, top, count_ - v * W);
+            heavy_[v] = weighs<T>(p_, highest, top, count - v * W);
         }
-        for (int n = 0; n < count_; ++n) most_[lane_[n]] = most[n], sum_[lane_[n]] = sum[n];
+        for (int n = 0; n < count; ++n)
+            most_[packed_.lane(n)] = most[n], sum_[packed_.lane(n)] = sum[n];
     }
 
     void add_values() {
         int64_t const V = tile_.V();
-        bool const finite = !partial_ || tile_.finite_values();
-        std::memset(parts_, 0, size_t(count_ * V) * sizeof(T));
-        for (int v = 0; v < vectors_;) {
+        int const count = packed_.count(), vectors = packed_.vectors();
+        bool const finite = !packed_.partial() || tile_.finite_values();
+        std::memset(parts_, 0, size_t(count * V) * sizeof(T));
+        for (int v = 0; v < vectors;) {
             int const begin = v;
-            while (v < vectors_ && heavy_[v]) ++v;
-            int const first = begin * W, last = v * W < count_ ? v * W : count_;
+            while (v < vectors && heavy_[v]) ++v;
+            int const first = begin * W, last = v * W < count ? v * W : count;
             if (last > first)
                 add_weighed<true, true>(finite, parts_ + first * V, V, scores_ + first, kLaneCount,
                                         tile_.values(), V, last - first, V / W, tile_.size());
             if (v == begin) ++v;
         }
-        for (int n = 0; n < count_; ++n) {
-            T* const o = output_ + lane_[n] * V;
+        for (int n = 0; n < count; ++n) {
+            T* const o = output_ + packed_.lane(n) * V;
             for (int64_t c = 0; c < V; c += W)
                 store(o + c, load(o + c) * fade_[n] + load(parts_ + n * V + c));
         }
@@ -124,18 +162,15 @@ class AttnTokensForward {
     SparseAttnTask const& task_;
     Arena<T> arena_;
     AttnTile<T> tile_;
+    PackedQueries<T> packed_;
     T *queries_, *turned_;  // of those packed: [queries][K], [K][queries]
     T *scores_, *parts_;    // [keys][queries], [queries][V]
     T* output_;             // of the tile: [queries][V]
     T most_[kLaneCount], sum_[kLaneCount];
 
-    // Of the block: who is packed, what they see.
-    int count_, vectors_;
-    bool partial_;
-    int lane_[kLaneCount];
-    Seen seen_[kLaneCount];
+    // Of the block and the queries that are packed.
     T fade_[kLaneCount];
-    bool heavy_[kLaneCount / W];  // vectors of queries for which the values count
+    bool heavy_[kLaneCount / W];  // vectors for which the values count
 };
 
 }  // namespace LSM_CPU_TIER

@@ -19,6 +19,7 @@ from .linformer import LinformerAttention
 from .longformer import (
     BigBirdSelfAttention,
     LongformerSelfAttention,
+    LongT5LocalAttention,
     LongT5TransientGlobalAttention,
 )
 from .longhorn import Longhorn
@@ -78,6 +79,7 @@ __all__ = [
     "LinformerAttention",
     "LiquidS4",
     "LogLinearMamba2",
+    "LongT5LocalAttention",
     "LongT5TransientGlobalAttention",
     "LongformerSelfAttention",
     "Longhorn",

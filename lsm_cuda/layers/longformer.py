@@ -19,7 +19,12 @@ from ..sparse._pattern import merge
 from ..sparse.patterns import big_bird
 from .common import as_rows, check_mask, refuse_cache, split_heads
 
-__all__ = ["BigBirdSelfAttention", "LongT5TransientGlobalAttention", "LongformerSelfAttention"]
+__all__ = [
+    "BigBirdSelfAttention",
+    "LongT5LocalAttention",
+    "LongT5TransientGlobalAttention",
+    "LongformerSelfAttention",
+]
 
 _NEVER = -1e4  # added to a score: no weight in any dtype, and finite in all
 
@@ -246,28 +251,23 @@ class BigBirdSelfAttention(nn.Module):
         return pattern.attend(q, k, v)[0]
 
 
-class LongT5TransientGlobalAttention(nn.Module):
-    """A window on both sides, and one key for every few tokens of the sequence, with T5's biases.
-
-    The key and value of a block are projections of the normalised sum of its tokens, made anew in
-    every layer. Scores are not scaled.
+class LongT5LocalAttention(nn.Module):
+    """A window on both sides, with T5's biases. Scores are not scaled.
 
     Args:
         hidden_size: width of input and output.
         num_heads: heads.
         head_dim: channels of a head.
         local_radius: tokens on each side.
-        global_block_size: tokens of a block; those left over at the end join the last block.
         has_relative_attention_bias: learn biases by distance, as the first layer of a model does.
         num_buckets, max_distance: of these biases.
-        eps: of the blocks' norm.
 
     Parameters are those of transformers' layer of this name.
 
     Source: LongT5, arXiv:2112.07916.
 
     Example:
-        >>> layer = LongT5TransientGlobalAttention(64, 4, 16, 5, 4)
+        >>> layer = LongT5LocalAttention(64, 4, 16, 5)
         >>> layer(torch.randn(1, 50, 64))[0].shape
         torch.Size([1, 50, 64])
     """
@@ -278,15 +278,12 @@ class LongT5TransientGlobalAttention(nn.Module):
         num_heads: int = 6,
         head_dim: int = 64,
         local_radius: int = 127,
-        global_block_size: int = 16,
         has_relative_attention_bias: bool = True,
         num_buckets: int = 32,
         max_distance: int = 128,
-        eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.local_radius, self.global_block_size = local_radius, global_block_size
+        self.num_heads, self.head_dim, self.local_radius = num_heads, head_dim, local_radius
         self.num_buckets, self.max_distance = num_buckets, max_distance
         inner = num_heads * head_dim
         self.q = nn.Linear(hidden_size, inner, bias=False)
@@ -296,8 +293,6 @@ class LongT5TransientGlobalAttention(nn.Module):
         self.has_relative_attention_bias = has_relative_attention_bias
         if has_relative_attention_bias:
             self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
-            self.global_relative_attention_bias = nn.Embedding(num_buckets, num_heads)
-        self.global_input_layer_norm = RMSNorm(hidden_size, eps=eps)
 
     def forward(
         self,
@@ -316,22 +311,13 @@ class LongT5TransientGlobalAttention(nn.Module):
             return back(x), None, None
         if valid is None:
             valid = x.new_ones(N, T, dtype=torch.bool)
-        size = self.global_block_size
-        lengths = valid.sum(1)
-        blocks = lengths // size  # of each row
-        block = torch.arange(T, device=x.device) // size
-        owner = torch.minimum(block, (blocks - 1)[:, None])  # -1 where there is no block at all
-        count = T // size
         q, k, v = (split_heads(p(x), self.head_dim) for p in (self.q, self.k, self.v))
-        parts = [self._local(q, k, v, valid)]
-        if count:
-            member = F.one_hot(owner.masked_fill(~valid | (owner < 0), count), count + 1)
-            member = member[..., :count].to(x.dtype)  # [N, T, count], zeros and ones
-            sums = self.global_input_layer_norm(member.mT @ x)
-            k, v = (split_heads(p(sums), self.head_dim) for p in (self.k, self.v))
-            parts.append(self._side(q, k, v, owner, blocks))
-        o, _ = merge(*parts)
+        o, _ = merge(self._local(q, k, v, valid), *self._others(x, q, valid))
         return back(self.o(o.flatten(2))), None, None
+
+    def _others(self, x: Tensor, q: Tensor, valid: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Attention to keys that are not tokens, each with its log-sum-exp."""
+        return ()
 
     def _bias(self, table: nn.Embedding, distance: Tensor) -> Tensor:
         """``[..., H]`` of key position minus query position."""
@@ -368,6 +354,65 @@ class LongT5TransientGlobalAttention(nn.Module):
         o = torch.einsum("nrhts,nrhds->nrthd", p, three(v).to(acc)).flatten(1, 2)[:, :T]
         lse = lse.masked_fill(~some, -torch.inf).transpose(1, 2).flatten(2)[..., :T]
         return o.to(q.dtype).contiguous(), lse.contiguous()
+
+
+class LongT5TransientGlobalAttention(LongT5LocalAttention):
+    """:class:`LongT5LocalAttention`, and one key for every few tokens of the sequence.
+
+    The key and value of a block are projections of the normalised sum of its tokens, made anew in
+    every layer.
+
+    Args:
+        hidden_size, num_heads, head_dim, local_radius: as there.
+        global_block_size: tokens of a block; those left over at the end join the last block.
+        has_relative_attention_bias, num_buckets, max_distance: as there.
+        eps: of the blocks' norm.
+
+    Parameters are those of transformers' layer of this name.
+
+    Source: LongT5, arXiv:2112.07916.
+
+    Example:
+        >>> layer = LongT5TransientGlobalAttention(64, 4, 16, 5, 4)
+        >>> layer(torch.randn(1, 50, 64))[0].shape
+        torch.Size([1, 50, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 512,
+        num_heads: int = 6,
+        head_dim: int = 64,
+        local_radius: int = 127,
+        global_block_size: int = 16,
+        has_relative_attention_bias: bool = True,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, head_dim, local_radius, has_relative_attention_bias,
+            num_buckets, max_distance,
+        )  # fmt: skip
+        self.global_block_size = global_block_size
+        if has_relative_attention_bias:
+            self.global_relative_attention_bias = nn.Embedding(num_buckets, num_heads)
+        self.global_input_layer_norm = RMSNorm(hidden_size, eps=eps)
+
+    def _others(self, x: Tensor, q: Tensor, valid: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        T, size = x.shape[1], self.global_block_size
+        lengths = valid.sum(1)
+        blocks = lengths // size  # of each row
+        block = torch.arange(T, device=x.device) // size
+        owner = torch.minimum(block, (blocks - 1)[:, None])  # -1 where there is no block at all
+        count = T // size
+        if not count:
+            return ()
+        member = F.one_hot(owner.masked_fill(~valid | (owner < 0), count), count + 1)
+        member = member[..., :count].to(x.dtype)  # [N, T, count], zeros and ones
+        sums = self.global_input_layer_norm(member.mT @ x)
+        k, v = (split_heads(p(sums), self.head_dim) for p in (self.k, self.v))
+        return (self._side(q, k, v, owner, blocks),)
 
     def _side(
         self, q: Tensor, k: Tensor, v: Tensor, owner: Tensor, blocks: Tensor

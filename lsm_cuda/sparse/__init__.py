@@ -4,15 +4,18 @@ from .gated import (
     SeerAttentionGate,
     SeerAttentionR,
     attach_seer,
+    duo_attn,
     infllm_v2_attn,
     infllm_v2_lists,
     pooled_attention_map,
+    retrieval_heads,
     seer_attention_forward,
 )
 from .kv_cache import KVCache, Policy, attention_mass
 from .kv_evict import H2O, TOVA, FastGen, SnapKV, SpAtten, StreamingLLM
 from .kv_pages import DuoAttention, LongHeads, LServe, Quest, ReSA
 from .kv_pool import PagedKVCache, PagePool
+from .kv_quantized import QuantizedKVCache, quantize
 from .kv_tokens import ClusterKV, DoubleSparsity, MagicPIG, PQCache, RetrievalAttention, ShadowKV
 from .memory import (
     CompressiveMemory,
@@ -89,6 +92,7 @@ __all__ = [
     "PagedKVCache",
     "Pattern",
     "Policy",
+    "QuantizedKVCache",
     "Quest",
     "ReSA",
     "RetrievalAttention",
@@ -111,6 +115,7 @@ __all__ = [
     "cluster_attn",
     "cluster_loss",
     "colt5_attn",
+    "duo_attn",
     "etc",
     "etc_attn",
     "flex_prefill_lists",
@@ -129,7 +134,9 @@ __all__ = [
     "pooled_attention_map",
     "pooled_lists",
     "prefix_lm",
+    "quantize",
     "recall",
+    "retrieval_heads",
     "routing_attn",
     "routing_update",
     "s2_attn",

@@ -1,4 +1,5 @@
-"""Blocks chosen by scores: pooled (InfLLM-v2), or learned by distillation (SeerAttention)."""
+"""Blocks chosen by scores: pooled (InfLLM-v2), or learned by distillation (SeerAttention); heads
+chosen by distillation (DuoAttention)."""
 
 from __future__ import annotations
 
@@ -11,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import RotaryEmbedding
-from ..ops._common import accumulation_dtype
 from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
 from ..ops.nsa import compress, nsa_compression
 from ..ops.pooling import block_pool, row_boundaries
-from ..ops.selection import BlockChoice, ScoreRule, block_select
+from ..ops.selection import BlockChoice, ScoreRule, block_scores, block_select
 from ..ops.sparse_attn import block_sparse_attn
 from .kv_cache import Policy, pages_of
 from .prefill import cumulative
@@ -26,9 +26,11 @@ __all__ = [
     "SeerAttentionGate",
     "SeerAttentionR",
     "attach_seer",
+    "duo_attn",
     "infllm_v2_attn",
     "infllm_v2_lists",
     "pooled_attention_map",
+    "retrieval_heads",
     "seer_attention_forward",
 ]
 
@@ -146,23 +148,18 @@ def pooled_attention_map(
         >>> pooled_attention_map(q, q, 16).sum(-1).allclose(torch.ones(1, 2, 3))
         True
     """
-    B, T, Hq, K = q.shape
-    S, H = k.shape[1:3]
+    T, S = q.shape[1], k.shape[1]
     block_q = block if block_q is None else block_q
-    scale = K**-0.5 if scale is None else scale
-    acc, keys = accumulation_dtype(q), k.to(accumulation_dtype(q))
-    rows, tops = -(-T // block_q), []
-    key = torch.arange(S, device=q.device)
-    for at in stretches(rows, B * Hq * block_q * S):
+    # the largest weight of a block for every query, then of the queries of a row
+    rule = ScoreRule(softmax=True, block_k=block, taps=block, tap_step=block, tap_max=True)
+    _, lse = block_sparse_attn(q, k, k, None, AttnMask(causal=True), scale, return_lse=True)
+    tops = []
+    for at in stretches(-(-T // block_q), q.shape[0] * q.shape[2] * block_q * -(-S // block)):
         own = slice(at.start * block_q, min(at.stop * block_q, T))
-        qs = torch.unflatten(q[:, own].to(acc), 2, (H, -1))
-        query = torch.arange(own.start, own.stop, device=q.device) + (S - T)
-        score = scale * torch.einsum("bthgd,bshd->bhgts", qs, keys).flatten(1, 2)
-        p = score.masked_fill(key > query[:, None], -torch.inf).softmax(-1)
-        p = F.pad(p, (0, -S % block, 0, -p.shape[2] % block_q))
-        tops.append(
-            torch.unflatten(torch.unflatten(p, -1, (-1, block)).amax(-1), 2, (-1, block_q)).amax(3)
-        )
+        part = replace(rule, offset=S - T + own.start)
+        top = block_scores(q[:, own], k, part, scale, lse[..., own])
+        top = F.pad(top, (0, 0, 0, -top.shape[2] % block_q))
+        tops.append(torch.unflatten(top, 2, (-1, block_q)).amax(3))
     top = torch.cat(tops, 2)
     return top / top.sum(-1, keepdim=True)
 
@@ -382,18 +379,34 @@ def seer_attention_forward(
     """Attention over a gate's blocks, as transformers calls an attention function.
 
     ``module.seer_gate`` and ``module.seer_choice`` are put there by :func:`attach_seer`. Prompts
-    are causal and without padding; a single query after them, as in generation, reads everything.
+    are causal and without padding; queries after them, as in generation, read everything. Of the
+    options, a soft cap of scores (Gemma 2), sink logits (GPT-OSS) and a window count.
+
+    Raises:
+        ValueError: padding, dropout, or attention that is not causal.
     """
+    causal = options.get("is_causal")
+    if dropout or not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(
+            "seer_attention_forward: attention must be causal and without dropout, got dropout = "
+            f"{dropout}"
+        )
+    window = options.get("sliding_window")
     if attention_mask is not None:
-        last = attention_mask[..., -1, :]  # of the last query, which padding alone hides keys from
-        if not bool(last.all() if last.dtype == torch.bool else (last == 0).all()):
+        # of each query its own key, and of the last query what its window has: padding hides them
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        own = seen.diagonal(seen.shape[-1] - seen.shape[-2], -2, -1)
+        if not bool(own.all() and seen[..., -1, -(window or seen.shape[-1]) :].all()):
             raise ValueError("seer_attention_forward: sequences must come without padding")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     lists = None
     if q.shape[1] == k.shape[1] > 1:
         gate: SeerAttentionGate = module.seer_gate  # type: ignore[assignment]
         lists = gate.lists(q, k, **module.seer_choice)  # type: ignore[arg-type]
-    o: Tensor = block_sparse_attn(q, k, v, lists, AttnMask(causal=True), scaling)
+    o: Tensor = block_sparse_attn(
+        q, k, v, lists, AttnMask(causal=True, left=-1 if window is None else window - 1), scaling,
+        options.get("softcap") or 0.0, options.get("s_aux"),
+    )  # fmt: skip
     return o, None
 
 
@@ -434,3 +447,58 @@ def attach_seer(
     if not gates:
         raise ValueError("attach_seer: is_attention accepts no module of the model")
     return gates
+
+
+# ---- DuoAttention ----
+
+
+def duo_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    window: int = 256,
+    sinks: int = 128,
+    scale: float | None = None,
+) -> Tensor:
+    """Between causal attention to everything and to the first and last tokens: how it is learned
+    which heads need everything.
+
+    ``gate`` is trained, with all else frozen, so that the model's last hidden states stay those of
+    full attention, and to be small: ``mse + 0.05 gate.abs().sum()`` in the paper.
+
+    Args:
+        q, k, v: ``[B, T, Hq, K]``, ``[B, T, Hkv, K]`` and ``[B, T, Hkv, V]``.
+        gate: ``[Hkv]``, the share of full attention, in [0, 1].
+        window, sinks: tokens of the other.
+        scale: default ``K ** -0.5``.
+
+    Returns:
+        ``[B, T, Hq, V]``.
+
+    Source: DuoAttention, arXiv:2410.10819, section 3.2.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 20, 4, 8), *torch.randn(2, 1, 20, 2, 8)
+        >>> duo_attn(q, k, v, torch.tensor([1.0, 0.0]), 4, 2).shape
+        torch.Size([1, 20, 4, 8])
+    """
+    full = block_sparse_attn(q, k, v, None, AttnMask(causal=True), scale)
+    near = AttnMask(causal=True, left=window - 1, sinks=sinks)
+    share = gate.repeat_interleave(q.shape[2] // len(gate))[:, None].to(full.dtype)
+    return share * full + (1 - share) * block_sparse_attn(q, k, v, None, near, scale)
+
+
+def retrieval_heads(gate: Tensor, share: float) -> Tensor:
+    """The key heads with the largest gates, that share of them: bool like ``gate [Hkv]``, or
+    ``[layers, Hkv]`` of all layers together. For :class:`DuoAttention`.
+
+    Source: DuoAttention, arXiv:2410.10819, section 3.3.
+
+    Example:
+        >>> retrieval_heads(torch.tensor([0.1, 0.9, 0.4]), 0.34).tolist()
+        [False, True, False]
+    """
+    chosen = torch.zeros(gate.numel(), dtype=torch.bool, device=gate.device)
+    chosen[gate.detach().flatten().topk(round(share * gate.numel())).indices] = True
+    return chosen.view(gate.shape)

@@ -25,6 +25,10 @@ class Policy:
 
     cache: KVCache
 
+    def prompt_mask(self, q: Tensor) -> AttnMask:
+        """What queries ``[B, T, Hq, K]`` of a prompt see."""
+        return AttnMask(causal=True)
+
     def begin(self, q: Tensor, lse: Tensor) -> None:
         """After the prompt: its queries ``[B, T, Hq, K]`` and their log-sum-exps ``[B, Hq, T]``."""
 
@@ -41,6 +45,9 @@ class Policy:
 
 class KVCache:
     """Keys and values of one attention layer while it generates.
+
+    :class:`PagedKVCache` has them in pages that many caches share, :class:`QuantizedKVCache` in few
+    bits; policies do not know.
 
     Args:
         policy: which of them are kept and read; ``kv_evict``, ``kv_pages`` and ``kv_tokens`` have
@@ -82,7 +89,8 @@ class KVCache:
 
     @torch.no_grad()
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The prompt: dense causal attention, then the policy's choice of what stays.
+        """The prompt: causal attention, dense but for heads whose policy has a mask for prompts
+        too (:class:`DuoAttention`); then the policy's choice of what stays.
 
         Args:
             q: ``[B, T, Hq, K]``.
@@ -100,7 +108,7 @@ class KVCache:
         self.seen = k.shape[1]
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        mask = AttnMask(causal=True)
+        mask = self.policy.prompt_mask(q)
         o, lse = block_sparse_attn(q, k, v, None, mask, self.scale, return_lse=True)
         self.policy.begin(q, lse)
         return o
@@ -189,8 +197,8 @@ class KVCache:
             index: tokens of each list.
             log_weight: like ``index``, added to scores.
         """
-        k, v = self.kept()
-        o, _ = attend_tokens(q, k, v, index, self.scale, log_weight)
+        k, v = (take_tokens(x, index) for x in self.kept())
+        o, _ = attend_taken(q, k, v, index, self.scale, log_weight)
         return o
 
     def read_pages(self, q: Tensor, pages: Tensor, page_size: int) -> Tensor:
@@ -209,7 +217,20 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(3, at).flatten(1, 2).transpose(1, 2)
 
 
+def turn_taken(rotary: RotaryEmbedding, k: Tensor, index: Tensor) -> Tensor:
+    """``k [B, n, heads, K]`` turned to places ``index [B, heads, n]``."""
+    turned = rotary(k.transpose(1, 2).flatten(0, 1)[:, :, None], index.flatten(0, 1))
+    return torch.unflatten(turned[:, :, 0], 0, index.shape[:2]).transpose(1, 2)
+
+
 def attend_tokens(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """One query over tokens ``index [B, heads, n]``: ``o [B, 1, Hq, V]`` and ``lse [B, Hq, 1]``."""
+    return attend_taken(q, take_tokens(k, index), take_tokens(v, index), index, scale)
+
+
+def attend_taken(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -217,10 +238,9 @@ def attend_tokens(
     scale: float | None,
     log_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One query over gathered tokens: ``o [B, 1, Hq, V]`` and ``lse [B, Hq, 1]``."""
+    """The same over tokens that were taken, ``[B, n, heads, D]``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads, acc = index.shape[1], accumulation_dtype(q)
-    k, v = take_tokens(k, index), take_tokens(v, index)  # [B, n, heads, D]
     qs = torch.unflatten(q[:, 0], 1, (heads, -1)).to(acc)  # [B, heads, G, K]
     score = scale * torch.einsum("bhgd,bnhd->bhgn", qs, k.to(acc))
     if log_weight is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops._common import accumulation_dtype
 from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
-from .kv_cache import Policy, attend_tokens, attention_mass, by_group
+from .kv_cache import Policy, attention_mass, by_group, take_tokens
 
 __all__ = [
     "H2O",
@@ -121,8 +121,6 @@ class TOVA(Policy):
 class SpAtten(Policy):
     """Drops the tokens that mattered least so far to all heads together, and reads few values.
 
-    The hardware's progressive quantisation is left out.
-
     Args:
         budget: tokens that are kept, by the attention they got in all, and the current one.
         values: of these, how many each head takes values of, those of the largest weights, which
@@ -131,14 +129,22 @@ class SpAtten(Policy):
             outputs so far; a head that is dropped gives zeros from then on. Default all. The paper
             drops a head in later layers too: ``alive [B, Hq]`` of one layer's policy may be given
             to the next one's.
+        progressive: ``(few, bits, threshold)``: queries and keys have so many bits, of which a head
+            reads the first few; all where none of its weights reaches the threshold, a flat row.
+            This is the arithmetic of it: what is kept is kept whole. Default: exact.
 
     Source: SpAtten, arXiv:2012.09852, section 3.
     """
 
     def __init__(
-        self, budget: int = 512, values: int | None = None, heads: int | None = None
+        self,
+        budget: int = 512,
+        values: int | None = None,
+        heads: int | None = None,
+        progressive: tuple[int, int, float] | None = None,
     ) -> None:
         self.budget, self.values, self.heads = budget, values, heads
+        self.progressive = progressive
         self.alive: Tensor | None = None
         self.output: Tensor | None = None
 
@@ -155,18 +161,33 @@ class SpAtten(Policy):
 
     def attend(self, q: Tensor) -> Tensor:
         k, v = self.cache.kept()
-        o, lse = block_sparse_attn(q, k, v, scale=self.cache.scale, return_lse=True)
-        p = attention_mass(q, k, lse, self.cache.scale)  # [B, Hq, S]
+        o, p = self._weights(q, k, v)
         if self.values is not None and self.values < k.shape[1]:
-            index = p.topk(self.values, -1).indices
-            few, part = attend_tokens(q, k, v, index, self.cache.scale)
-            o = few * (part - lse).exp().transpose(1, 2)[..., None].to(few.dtype)
+            best = p.topk(self.values, -1)
+            taken = take_tokens(v, best.indices).to(p.dtype)
+            o = torch.einsum("bhn,bnhd->bhd", best.values, taken)[:, None].to(v.dtype)
         if self.alive is not None:
             p = p * self.alive[..., None]
         o = self._kept_heads(o)
         self.mass = self.mass + p.sum(1, keepdim=True)
         self._prune()
         return o
+
+    def _weights(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``o [B, 1, Hq, V]`` and the weights of it ``[B, Hq, S]``."""
+        scale = self.cache.scale
+        if self.progressive is None:
+            o, lse = block_sparse_attn(q, k, v, scale=scale, return_lse=True)
+            return o, attention_mass(q, k, lse, scale)
+        few, bits, threshold = self.progressive
+        results = []
+        for kept in (bits, few):
+            rough_q, rough_k = leading_bits(q, kept, bits), leading_bits(k, kept, bits)
+            o, lse = block_sparse_attn(rough_q, rough_k, v, scale=scale, return_lse=True)
+            results.append((o, attention_mass(rough_q, rough_k, lse, scale)))
+        (o, p), (o_few, p_few) = results
+        flat = p_few.amax(-1) < threshold  # [B, Hq]
+        return o.where(flat[:, None, :, None], o_few), p.where(flat[..., None], p_few)
 
     def _kept_heads(self, o: Tensor) -> Tensor:
         """``o [B, 1, Hq, V]`` without the heads that were dropped; then more may be."""
@@ -307,6 +328,17 @@ class FastGen(Policy):
         place = torch.arange(self.position.shape[-1], device=q.device)
         index = place.expand_as(self.position).masked_fill(self.position < 0, -1)
         return self.cache.read_tokens(q, index)
+
+
+def leading_bits(x: Tensor, few: int, bits: int) -> Tensor:
+    """The first ``few`` bits of ``x [B, T, H, D]`` as integers of ``bits`` bits, times a step of
+    each row and head."""
+    wide = x.to(accumulation_dtype(x))
+    step = wide.abs().amax((1, 3), keepdim=True) / (2 ** (bits - 1) - 1)
+    rest = 2.0 ** (bits - few)
+    code: Tensor = ((wide / step.where(step > 0, 1)).round() / rest).floor() * rest
+    rough: Tensor = code * step
+    return rough.to(x.dtype)
 
 
 def best_and_recent(mass: Tensor, best: int, recent: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._common import accumulation_dtype
+from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
 from ._pattern import each
 from .kv_cache import KVCache, Policy, pages_of
@@ -193,10 +194,10 @@ class LongHeads(Policy):
 
 
 class DuoAttention(Policy):
-    """Some key heads keep everything, the others the first and last tokens.
+    """Some key heads keep everything, the others the first and last tokens, in prompts too.
 
     Args:
-        retrieval: bool for each key head, those that keep everything.
+        retrieval: bool for each key head, those that keep everything (:func:`retrieval_heads`).
         window, sinks: of the others.
         policy: of the heads that keep everything; default: they read it too.
 
@@ -212,25 +213,35 @@ class DuoAttention(Policy):
     ) -> None:
         self.heads = [[h for h, r in enumerate(retrieval) if r == kind] for kind in (True, False)]
         self.policies = (policy, StreamingLLM(window, sinks))
+        self.window, self.sinks = window, sinks
         self.caches: list[KVCache] = []
+
+    def prompt_mask(self, q: Tensor) -> AttnMask:
+        streams = torch.zeros(sum(map(len, self.heads)), dtype=torch.bool)
+        streams[self.heads[1]] = True
+        left = torch.where(streams, self.window - 1, -1).to(q.device, torch.int32)
+        left = left.repeat_interleave(q.shape[2] // len(left))
+        return AttnMask(causal=True, head_left=left, sinks=self.sinks)
 
     def begin(self, q: Tensor, lse: Tensor) -> None:
         k, v = self.cache.raw()
-        share = q.shape[2] // k.shape[2]
         self.caches = []
         for heads, policy in zip(self.heads, self.policies, strict=True):
             own = self.cache.part(policy)
             if heads:
-                queries = [h * share + g for h in heads for g in range(share)]
+                queries = self._queries(heads, q, k)
                 own.store(k[:, :, heads], v[:, :, heads])
                 own.seen = k.shape[1]
                 own.policy.begin(q[:, :, queries], lse[:, queries])
             self.caches.append(own)
         self.cache.keep(torch.arange(0, device=k.device))
 
+    @staticmethod
+    def _queries(heads: list[int], q: Tensor, k: Tensor) -> list[int]:
+        share = q.shape[2] // k.shape[2]
+        return [h * share + g for h in heads for g in range(share)]
+
     def append(self) -> None:
-        k, v = self.cache.raw()
-        self.new = k, v
         if not self.caches:
             raise RuntimeError("DuoAttention: needs a prompt before steps")
 
@@ -239,20 +250,12 @@ class DuoAttention(Policy):
             own.release()
 
     def attend(self, q: Tensor) -> Tensor:
-        k, v = self.new
-        share = q.shape[2] // k.shape[2]
+        k, v = self.cache.raw()  # the new token alone, at place 0, where nothing is turned
         o = q.new_empty(*q.shape[:3], v.shape[3])
         for heads, own in zip(self.heads, self.caches, strict=True):
-            if not heads:
-                continue
-            queries = [h * share + g for h in heads for g in range(share)]
-            own.store(k[:, :, heads], v[:, :, heads])
-            own.seen += 1
-            own.policy.append()
-            turned = q[:, :, queries]
-            if own.rotary is not None:
-                turned = own.rotary(turned, len(own) - 1)
-            o[:, :, queries] = own.policy.attend(turned)
+            if heads:
+                queries = self._queries(heads, q, k)
+                o[:, :, queries] = own.step(q[:, :, queries], k[:, :, heads], v[:, :, heads])
         self.cache.keep(torch.arange(0, device=k.device))
         return o
 
@@ -265,7 +268,7 @@ class LServe(DuoAttention):
         budget, page_size, logical, reuse: of these heads, as in :class:`Quest`.
         window, sinks: of the others.
 
-    The paper's quantised keys and values are left out.
+    The paper's keys and values of few bits are those of a :class:`QuantizedKVCache`.
 
     Source: LServe, arXiv:2502.14866.
     """

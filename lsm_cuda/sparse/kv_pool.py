@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..modules import RotaryEmbedding
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
 from ..ops.kv_cache import kv_cache_update, sparse_attn_decode
+from ._pattern import merge
 from .kv_cache import KVCache, Policy
 
 __all__ = ["PagePool", "PagedKVCache"]
@@ -75,7 +77,7 @@ class PagedKVCache(KVCache):
 
     Args:
         pool: where pages come from; its page size needs not be a policy's.
-        policy, scale: as in :class:`KVCache`.
+        policy, scale, rotary: as in :class:`KVCache`. Keys lie in their pages turned.
 
     Raises:
         RuntimeError: the pool has too few pages left.
@@ -83,20 +85,30 @@ class PagedKVCache(KVCache):
     Example: :class:`PagePool`.
     """
 
+    _FARTHEST = 1 << 15
+
     def __init__(
-        self, pool: PagePool, policy: Policy | None = None, scale: float | None = None
+        self,
+        pool: PagePool,
+        policy: Policy | None = None,
+        scale: float | None = None,
+        rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(policy, scale)
+        super().__init__(policy, scale, rotary)
         self.pool = pool
         self.length = 0
         self.pages: _Pages | None = None
         self.table = torch.empty(0, 0, dtype=torch.int32)  # [B, pages], in order
+        # Keys from place `front` on are turned as if `gap` tokens, in pages that were given back,
+        # stood before them. `ends`: first and last tokens that are wanted, if not all.
+        self.front = self.gap = 0
+        self.ends: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.length
 
     def part(self, policy: Policy | None) -> PagedKVCache:
-        return PagedKVCache(self.pool, policy, self.scale)
+        return PagedKVCache(self.pool, policy, self.scale, self.rotary)
 
     def store(self, k: Tensor, v: Tensor) -> None:
         if self.pages is None:
@@ -113,12 +125,21 @@ class PagedKVCache(KVCache):
                 )
             taken = torch.tensor([free.pop() for _ in range(B * more)], dtype=torch.int32)
             self.table = torch.cat([self.table, taken.view(B, more).to(k.device)], 1)
-        kv_cache_update(self.pages.keys, self.pages.values, k, v, self._lengths(), self.table)
+        k = self._turned(k, self.length + self.gap)
+        kv_cache_update(
+            self.pages.keys, self.pages.values, k, v, self._lengths(self.length), self.table
+        )
         self.length += k.shape[1]
 
-    def _lengths(self) -> Tensor:
+    def _turned(self, x: Tensor, start: int) -> Tensor:
+        """Places from ``start`` on, without the table that a stream of tokens would outgrow."""
+        if self.rotary is None:
+            return x
+        return self.rotary(x, torch.arange(start, start + x.shape[1], device=x.device))  # type: ignore[no-any-return]
+
+    def _lengths(self, length: int) -> Tensor:
         B = self.table.shape[0]
-        return torch.full((B,), self.length, dtype=torch.int32, device=self.table.device)
+        return torch.full((B,), length, dtype=torch.int32, device=self.table.device)
 
     def release(self) -> None:
         self._clear()
@@ -126,7 +147,7 @@ class PagedKVCache(KVCache):
 
     def _clear(self) -> None:
         self._drop(0, self.table.shape[1])
-        self.length = 0
+        self.length = self.front = self.gap = 0
 
     def _drop(self, first: int, last: int) -> None:
         """Give pages [first, last) of every sequence back."""
@@ -137,15 +158,34 @@ class PagedKVCache(KVCache):
 
     def raw(self) -> tuple[Tensor, Tensor]:
         """A copy of the kept keys and values, ``[B, S, Hkv, ·]``."""
+        k, v = self._copied()
+        place = torch.arange(self.length, device=k.device)
+        return self._turned_back(k, torch.where(place < self.front, place, place + self.gap)), v
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        k, v = self._copied()
+        if not self.gap:
+            return k, v
+        place = torch.arange(self.length, device=k.device)
+        return self._turned_back(k, torch.where(place < self.front, 0, self.gap)), v
+
+    def _copied(self) -> tuple[Tensor, Tensor]:
+        """As they lie in their pages."""
         assert self.pages is not None
         at = self.table.long()
         k, v = (x[at].flatten(1, 2)[:, : self.length] for x in (self.pages.keys, self.pages.values))
         return k, v
 
+    def _turned_back(self, k: Tensor, positions: Tensor) -> Tensor:
+        return k if self.rotary is None else self.rotary(k, -positions)
+
     def newest(self) -> Tensor:
         assert self.pages is not None
         page, place = divmod(self.length - 1, self.pool.page_size)
-        return self.pages.keys[self.table[:, page].long(), place]
+        k = self.pages.keys[self.table[:, page].long(), place]
+        if not self.gap:
+            return k
+        return self._turned_back(k[:, None], self.table.new_full((1,), self.gap))[:, 0]
 
     def replace(self, k: Tensor, v: Tensor) -> None:
         self.length -= k.shape[1]
@@ -160,22 +200,48 @@ class PagedKVCache(KVCache):
         """Pages that hold none of the ``first`` and ``last`` tokens are given back."""
         size = self.pool.page_size
         begin, end = -(-first // size), (self.length - last) // size
+        self.ends = first, last
         if end > begin:
             self._drop(begin, end)
             self.length -= (end - begin) * size
+            if self.rotary is not None:
+                self.front, self.gap = begin * size, self.gap + (end - begin) * size
+        if self.gap > self._FARTHEST:  # angles of large positions are not exact
+            self.keep(torch.arange(self.length, device=self.table.device))
 
     def read(self, q: Tensor, mask: AttnMask | None = None) -> Tensor:
-        return self._decode(q, None, mask)
+        first, last = self.ends or (0, self.length)
+        if self.rotary is None or not (self.gap or self.length > first + last):
+            return self._decode(q, None, mask, self.table, self.length)[0]
+        # The last tokens stand right behind the first ones, though not in the pages: the query is
+        # turned to its place beside each.
+        assert self.unturned is not None
+        far = self._turned(self.unturned, self.length - 1 + self.gap)
+        window = AttnMask(causal=True, left=last - 1)
+        size, rest = self.pool.page_size, self.length - self.front
+        parts = [self._decode(far, None, window, self.table[:, self.front // size :], rest)]
+        if first:
+            near = self._turned(self.unturned, first + last - 1)
+            parts.append(self._decode(near, None, None, self.table[:, : -(-first // size)], first))
+        return merge(*parts)[0]
 
     def read_pages(self, q: Tensor, pages: Tensor, page_size: int) -> Tensor:
+        if self.gap:
+            return super().read_pages(q, pages, page_size)
         lists = BlockLists.from_indices(pages[:, :, None], 1, self.length, 1, page_size)
-        return self._decode(q, lists, None)
+        return self._decode(q, lists, None, self.table, self.length)[0]
 
-    def _decode(self, q: Tensor, lists: BlockLists | None, mask: AttnMask | None) -> Tensor:
+    def _decode(
+        self,
+        q: Tensor,
+        lists: BlockLists | None,
+        mask: AttnMask | None,
+        table: Tensor,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
         assert self.pages is not None
-        o = sparse_attn_decode(
-            q, self.pages.keys, self.pages.values, self._lengths(), self.table, lists, mask,
-            self.scale,
+        o, lse = sparse_attn_decode(
+            q, self.pages.keys, self.pages.values, self._lengths(length), table, lists, mask,
+            self.scale, return_lse=True,
         )  # fmt: skip
-        assert isinstance(o, Tensor)
-        return o
+        return o, lse

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import KVBuffer
 from ..modules import RotaryEmbedding
 from ..ops._common import accumulation_dtype
 from ..ops.sparse_attn import block_sparse_attn
 from ._pattern import merge
-from .kv_cache import Policy, attend_tokens, take_tokens
+from .kv_cache import Policy, attend_taken, attend_tokens, take_tokens, turn_taken
 
 __all__ = [
     "ClusterKV",
@@ -76,33 +78,56 @@ class DoubleSparsity(TokenPolicy):
         size = torch.unflatten(q.abs().mean((0, 1)), 0, (-1, share)).mean(1) * k.abs().mean((0, 1))
         return size.topk(channels, -1).indices.sort(-1).values
 
+    def begin(self, q: Tensor, lse: Tensor) -> None:
+        #: these channels of all keys, beside them
+        self.labels = Rows(self._label(self.cache.kept()[0]))
+
+    def append(self) -> None:
+        new = self._label(self.cache.newest()[:, None])
+        if hasattr(self, "labels"):
+            self.labels.append(new)
+        else:
+            self.labels = Rows(new)
+
+    def _label(self, k: Tensor) -> Tensor:
+        at = self.channels.to(k.device)
+        return k.gather(-1, at.expand(*k.shape[:2], -1, -1))
+
     def score(self, q: Tensor) -> Tensor:
-        k, _ = self.cache.kept()
-        B, S, H, _K = k.shape
-        at = self.channels.to(q.device)
-        label = k.gather(-1, at.expand(B, S, -1, -1))
+        label, at = self.labels.all(), self.channels.to(q.device)
+        B, H = q.shape[0], len(at)
         qs = torch.unflatten(q[:, 0], 1, (H, -1))
         qs = qs.gather(-1, at[None, :, None].expand(B, H, qs.shape[2], -1))
         return torch.einsum("bhgd,bshd->bhgs", qs, label).flatten(1, 2)
 
 
 class RetrievalAttention(Policy):
-    """Reads the first and last tokens, and exactly the best of all others, as two parts of one
-    softmax; the search is exhaustive instead of the paper's graph index.
+    """Reads the first and last tokens, and those of the others that a search finds, as two parts of
+    one softmax.
 
     Args:
         budget: tokens found by search.
         sinks, recent: tokens that are always read.
+        search: an index's: of queries ``[B, Hq, K]``, keys ``[B, S, Hkv, K]`` and a number n the
+            places of good keys, ``[B, Hq, n]``, -1 for none. Default: the best, exhaustively; the
+            paper's index is a graph.
 
     Source: RetrievalAttention, arXiv:2409.10516.
     """
 
-    def __init__(self, budget: int = 100, sinks: int = 128, recent: int = 512) -> None:
+    def __init__(
+        self,
+        budget: int = 100,
+        sinks: int = 128,
+        recent: int = 512,
+        search: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    ) -> None:
         self.budget, self.sinks, self.recent = budget, sinks, recent
+        self.search = best_keys if search is None else search
 
     def attend(self, q: Tensor) -> Tensor:
         k, v = self.cache.kept()
-        n, H = k.shape[1:3]
+        n = k.shape[1]
         first = min(self.sinks, n)
         last = max(n - self.recent, first)
         scale = self.cache.scale
@@ -110,16 +135,14 @@ class RetrievalAttention(Policy):
         parts = [block_sparse_attn(q, near_k, near_v, scale=scale, return_lse=True)]
         if last > first:
             far_k, far_v = k[:, first:last], v[:, first:last]
-            qs = torch.unflatten(q[:, 0], 1, (H, -1))
-            score = torch.einsum("bhgd,bshd->bhgs", qs, far_k).flatten(1, 2)
-            best = score.topk(min(self.budget, last - first), -1).indices
+            best = self.search(q[:, 0], far_k, min(self.budget, last - first))
             parts.append(attend_tokens(q, far_k, far_v, best, scale))
         o, _ = merge(*parts)
         return o
 
 
 class ClusterKV(TokenPolicy):
-    """Reads whole clusters of keys, those whose centre fits the query best, up to a budget.
+    """Reads whole clusters of keys, those whose mean fits the query best, up to a budget.
 
     Keys of the prompt are clustered by direction; later ones in batches of ``every``.
 
@@ -133,7 +156,7 @@ class ClusterKV(TokenPolicy):
     Source: ClusterKV, arXiv:2412.03213.
     """
 
-    centers: Tensor  # [B, Hkv, clusters, K]
+    centers: Tensor  # means of clusters' keys [B, Hkv, clusters, K]
     owner: Tensor  # [B, Hkv, tokens in clusters]
 
     def __init__(
@@ -161,9 +184,9 @@ class ClusterKV(TokenPolicy):
         keys = k[:, start:].transpose(1, 2)  # [B, Hkv, n, K]
         if not keys.shape[2]:
             return
-        centers, owner = k_means(
-            F.normalize(keys.to(accumulation_dtype(k)), dim=-1), clusters, self.iterations, True
-        )
+        keys = keys.to(accumulation_dtype(k))
+        centers, owner = k_means(F.normalize(keys, dim=-1), clusters, self.iterations, True)
+        centers, _ = means_of(keys, owner, centers)
         if self.done:
             owner = owner + self.centers.shape[2]
             centers = torch.cat([self.centers, centers], 2)
@@ -222,22 +245,27 @@ class PQCache(TokenPolicy):
         k, _ = self.cache.kept()
         if k.shape[-1] % self.parts:
             raise ValueError(f"PQCache: parts must divide K, got {self.parts} and {k.shape[-1]}")
-        self.book, self.code = k_means(self._split(k), self.codes, self.iterations)
+        self.book, code = k_means(self._split(k), self.codes, self.iterations)
+        self.code = Rows(self._small(code))
 
     def append(self) -> None:
-        k, _ = self.cache.kept()
         if not hasattr(self, "book"):
+            k, _ = self.cache.kept()
             self.begin(k, k)
             return
-        new = nearest(self._split(k[:, -1:]), self.book)
-        self.code = torch.cat([self.code, new], -1)
+        new = self.cache.newest()[:, None]
+        self.code.append(self._small(nearest(self._split(new), self.book)))
+
+    def _small(self, code: Tensor) -> Tensor:
+        """``[B, Hkv, parts, S]`` to ``[B, S, Hkv, parts]``."""
+        return code.permute(0, 3, 1, 2).to(torch.uint8 if self.codes <= 256 else torch.int32)
 
     def score(self, q: Tensor) -> Tensor:
         H = self.book.shape[1]
         qs = torch.unflatten(self._split(q), 1, (H, -1)).squeeze(4)  # [B, H, G, parts, K / parts]
         table = torch.einsum("bhgpd,bhpcd->bhgpc", qs, self.book)
-        code = self.code[:, :, None].expand(*table.shape[:4], -1)
-        return table.gather(-1, code).sum(3).flatten(1, 2)
+        code = self.code.all().permute(0, 2, 3, 1)[:, :, None].long()
+        return table.gather(-1, code.expand(*table.shape[:4], -1)).sum(3).flatten(1, 2)
 
 
 class MagicPIG(Policy):
@@ -273,51 +301,55 @@ class MagicPIG(Policy):
         self.direction = torch.randn(size, generator=self.generator).to(k)
         # hashes of keys about their mean, which spreads their directions
         self.center = k.mean(1, keepdim=True)
-        self.hashes = self._hash(k - self.center)
+        self.hashes = Rows(self._hash(k - self.center))
 
     def append(self) -> None:
-        k, _ = self.cache.kept()
         if not hasattr(self, "hashes"):
+            k, _ = self.cache.kept()
             self.begin(k, k)
             return
-        self.hashes = torch.cat([self.hashes, self._hash(k[:, -1:] - self.center)], 1)
+        self.hashes.append(self._hash(self.cache.newest()[:, None] - self.center))
 
     def _hash(self, x: Tensor) -> Tensor:
         """``[B, S, H, L]`` numbers of ``bits`` bits."""
         sign = torch.unflatten(x @ self.direction > 0, -1, (self.tables, self.bits))
-        return (sign * 2 ** torch.arange(self.bits, device=x.device)).sum(-1)
+        small = torch.int16 if self.bits < 16 else torch.int64
+        return (sign * 2 ** torch.arange(self.bits, device=x.device)).sum(-1).to(small)
 
     def probability(self, q: Tensor, k: Tensor) -> Tensor:
-        """``[B, Hkv, G, S]``: chance that a key is sampled."""
+        """``[B, H, G, S]``: chance that a key of ``k [B, S, H, K]`` is sampled, H key heads or all
+        query heads."""
+        center = self.center.repeat_interleave(k.shape[2] // self.center.shape[2], 2)
         qs = F.normalize(torch.unflatten(q[:, 0], 1, (k.shape[2], -1)), dim=-1)
-        cosine = torch.einsum("bhgd,bshd->bhgs", qs, F.normalize(k - self.center, dim=-1))
+        cosine = torch.einsum("bhgd,bshd->bhgs", qs, F.normalize(k - center, dim=-1))
         one = (1 - cosine.clamp(-1, 1).acos() / math.pi) ** self.bits
         L = self.tables
         return 1 - (1 - one) ** L - L * one * (1 - one) ** (L - 1)
 
     def attend(self, q: Tensor) -> Tensor:
-        k, _ = self.cache.kept()
-        n, H = k.shape[1:3]
+        n, H = len(self.cache), self.center.shape[2]
         mine = torch.unflatten(self._hash(q)[:, 0], 1, (H, -1))  # [B, H, G, L]
-        keys = self.hashes.transpose(1, 2)[:, :, None]  # [B, H, 1, S, L]
+        keys = self.hashes.all().transpose(1, 2)[:, :, None]  # [B, H, 1, S, L]
         sampled = (keys == mine[..., None, :]).sum(-1) >= 2  # [B, H, G, S]
         token = torch.arange(n, device=q.device)
         always = (token < self.sinks) | (token >= n - self.recent)
-        chance = self.probability(q, k).clamp(min=torch.finfo(k.dtype).tiny)
-        weight = -chance.log().masked_fill(always, 0)
         read = (sampled | always).flatten(1, 2)
         count = int(read.sum(-1).max())
         order = torch.sort(~read, dim=-1, stable=True)[1][..., :count]
         index = order.masked_fill(~read.gather(-1, order), -1)
-        return self.cache.read_tokens(q, index, weight.flatten(1, 2).gather(-1, order))
+        k, v = (take_tokens(x, index) for x in self.cache.kept())
+        chance = self.probability(q, k)[:, :, 0].clamp(min=torch.finfo(k.dtype).tiny)
+        weight = -chance.log().masked_fill(always[order], 0)
+        return attend_taken(q, k, v, index, self.cache.scale, weight)[0]
 
 
 class ShadowKV(Policy):
     """Keys as low-rank factors; the mean keys of chunks choose which values are fetched.
 
     The prompt's keys, before positions, are kept as a product of rank ``rank`` and rebuilt for
-    chunks that are read; chunks that their mean describes badly are kept exactly and always read,
-    as are tokens after the prompt.
+    chunks that are read; its values lie in the host's memory, from which a chunk comes when it is
+    read, unless the step before read it too. Chunks that their mean describes badly are kept
+    exactly and always read, as are tokens after the prompt.
 
     Args:
         rank: of the keys of all heads together.
@@ -327,7 +359,7 @@ class ShadowKV(Policy):
         rotary: turns keys by their position; give it here, not to the cache, and unturned keys to
             the cache; queries come turned. None: keys as they are.
 
-    This is the method's arithmetic: keys and values stay where they are, and no memory is saved.
+    The cache itself then holds what came behind the prompt's last whole chunk.
 
     Source: ShadowKV, arXiv:2410.21465.
     """
@@ -342,14 +374,17 @@ class ShadowKV(Policy):
     ) -> None:
         self.rank, self.budget, self.chunk_size = rank, budget, chunk_size
         self.outliers, self.rotary = outliers, rotary
+        self.chosen: Tensor | None = None  # chunks whose values are here [B, Hkv, n]
+        self.values: Tensor | None = None  # these, [B, Hkv, n, chunk_size, V]
+        #: chunks of values that came from the host so far
+        self.fetched = 0
 
-    def _turned(self, k: Tensor, position: Tensor | int = 0) -> Tensor:
+    def _turned(self, k: Tensor, position: int = 0) -> Tensor:
         return k if self.rotary is None else self.rotary(k, position)
 
     def begin(self, q: Tensor, lse: Tensor) -> None:
         k, v = self.cache.raw()
-        _B, T, _H, _K = k.shape
-        size = self.chunk_size
+        T, size = k.shape[1], self.chunk_size
         chunks = T // size
         self.prompt = chunks * size
         acc = accumulation_dtype(k)
@@ -362,17 +397,18 @@ class ShadowKV(Policy):
         self.odd = fit.transpose(1, 2).topk(min(self.outliers, chunks), -1, largest=False).indices
         rows = (self.odd[..., None] * size + torch.arange(size, device=k.device)).flatten(2)
         self.exact = take_tokens(self._turned(k), rows), take_tokens(v, rows)
-        self.rest = [self._turned(k)[:, self.prompt :], v[:, self.prompt :]]
+        host = torch.unflatten(v[:, : self.prompt].transpose(1, 2), 2, (chunks, size)).contiguous()
+        self.host = host.cpu().pin_memory() if v.is_cuda else host  # [B, Hkv, chunks, size, V]
+        self.cache.keep(torch.arange(self.prompt, T, device=k.device))
 
-    def append(self) -> None:
-        k, v = self.cache.raw()
-        new = self._turned(k[:, -1:], len(self.cache) - 1)
-        self.rest = [torch.cat([x, y], 1) for x, y in zip(self.rest, (new, v[:, -1:]), strict=True)]
+    def release(self) -> None:
+        self.chosen = self.values = None
+        del self.left, self.right, self.exact, self.host
 
     def attend(self, q: Tensor) -> Tensor:
-        _, v = self.cache.raw()
-        _B, chunks, H, K = self.mean.shape
-        size, _heads = self.chunk_size, q.shape[2]
+        rest_k, rest_v = self.cache.raw()
+        chunks, H, K = self.mean.shape[1:]
+        size = self.chunk_size
         qs = torch.unflatten(q[:, 0], 1, (H, -1))
         # softmax over chunks of every head, then the sum over heads that share keys
         scale = K**-0.5 if self.cache.scale is None else self.cache.scale
@@ -381,20 +417,37 @@ class ShadowKV(Policy):
         best = score.topk(min(self.budget // size, chunks - self.odd.shape[-1]), -1).indices
         rows = (best[..., None] * size + torch.arange(size, device=q.device)).flatten(2)
         keys = self._rebuilt(rows, H, K).to(q.dtype)  # [B, n, H, K]
-        k = torch.cat([keys, self.exact[0], self.rest[0]], 1)
-        values = torch.cat([take_tokens(v, rows), self.exact[1], self.rest[1]], 1)
-        return block_sparse_attn(q, k, values, scale=self.cache.scale)
+        k = torch.cat([keys, self.exact[0], self._turned(rest_k, self.prompt)], 1)
+        near = self._fetch(best).flatten(2, 3).transpose(1, 2)
+        return block_sparse_attn(
+            q, k, torch.cat([near, self.exact[1], rest_v], 1), scale=self.cache.scale
+        )
+
+    def _fetch(self, chunks: Tensor) -> Tensor:
+        """Values of chunks ``[B, Hkv, n]``, those that are not here from the host."""
+        if self.chosen is None or self.values is None:
+            here = torch.zeros_like(chunks, dtype=torch.bool)
+            shape = (*chunks.shape, *self.host.shape[3:])
+            values = torch.empty(shape, dtype=self.host.dtype, device=chunks.device)
+        else:
+            same = chunks[..., None] == self.chosen[:, :, None]
+            here, place = same.any(-1), same.int().argmax(-1)
+            values = self.values.gather(
+                2, place[..., None, None].expand(*place.shape, *self.host.shape[3:])
+            )
+        b, h, n = (~here).nonzero(as_tuple=True)
+        wanted = (i.cpu() for i in (b, h, chunks[b, h, n]))
+        values[b, h, n] = self.host[tuple(wanted)].to(values.device)
+        self.fetched += len(b)
+        self.chosen, self.values = chunks, values
+        return values
 
     def _rebuilt(self, rows: Tensor, H: int, K: int) -> Tensor:
         B, _, n = rows.shape
         left = self.left.gather(1, rows.flatten(1)[..., None].expand(-1, -1, self.left.shape[-1]))
         right = torch.unflatten(self.right, -1, (H, K))
-        k = torch.einsum("bhnr,brhd->bhnd", left.view(B, H, n, -1), right)
-        if self.rotary is None:
-            return k.transpose(1, 2)
-        # heads as batch rows: each has positions of its own
-        turned = self.rotary(k.flatten(0, 1)[:, :, None], rows.flatten(0, 1))
-        return torch.unflatten(turned[:, :, 0], 0, (B, H)).transpose(1, 2)
+        k = torch.einsum("bhnr,brhd->bnhd", left.view(B, H, n, -1), right)
+        return k if self.rotary is None else turn_taken(self.rotary, k, rows)
 
 
 def k_means(
@@ -410,14 +463,37 @@ def k_means(
     centers = x[..., torch.arange(clusters, device=x.device) * n // clusters, :]
     owner = nearest(x, centers)
     for _ in range(iterations):
-        member = F.one_hot(owner, clusters).to(x.dtype)  # [..., n, c]
-        count = member.sum(-2)[..., None]
-        mean = member.mT @ x / count.clamp(min=1)
-        if spherical:
-            mean = F.normalize(mean, dim=-1)
-        centers = mean.where(count > 0, centers)
+        mean, some = means_of(x, owner, centers)
+        centers = F.normalize(mean, dim=-1).where(some, centers) if spherical else mean
         owner = nearest(x, centers)
     return centers, owner
+
+
+def means_of(x: Tensor, owner: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of clusters, the given centres of empty ones; and which are not empty."""
+    member = F.one_hot(owner, centers.shape[-2]).to(x.dtype)  # [..., n, c]
+    count = member.sum(-2)[..., None]
+    return (member.mT @ x / count.clamp(min=1)).where(count > 0, centers), count > 0
+
+
+def best_keys(q: Tensor, k: Tensor, count: int) -> Tensor:
+    """The keys of ``k [B, S, Hkv, K]`` with the largest scores, ``[B, Hq, count]``."""
+    qs = torch.unflatten(q, 1, (k.shape[2], -1))
+    score = torch.einsum("bhgd,bshd->bhgs", qs, k).flatten(1, 2)
+    return score.topk(count, -1).indices
+
+
+class Rows:
+    """What a policy keeps of every token, ``[B, S, ...]``, in a buffer that grows by doubling."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._buffer = KVBuffer.start(x, x[..., :0])
+
+    def append(self, x: Tensor) -> None:
+        self._buffer.append(x, x[..., :0])
+
+    def all(self) -> Tensor:
+        return self._buffer.keys[:, : self._buffer.length]
 
 
 def nearest(x: Tensor, centers: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def test_it_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "recall.json").read_text())
     share = {row["method"]: row["mean"] for row in record["rows"]}
-    assert len(share) == 13 and share["best blocks of rows"] >= share["random blocks"]
+    assert len(share) == 26 and share["best blocks of rows"] >= share["random blocks"]
+    read = {row["method"]: row["pairs"] for row in record["rows"] if row["kind"] == "cache"}
+    assert len(read) == 12 and all(0 < pairs < 0.9 for pairs in read.values())
     assert all(0 < row["worst"] <= row["mean"] <= 1.0001 for row in record["rows"])
     assert record["model"]["num_layers"] == 1 and record["tokens"] == 192
     assert all(method in done.stdout for method in share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lsm_cuda.layers import (
     BigBirdSelfAttention,
     LongformerSelfAttention,
+    LongT5LocalAttention,
     LongT5TransientGlobalAttention,
 )
 from lsm_cuda.sparse import star_attn
@@ -37,14 +39,17 @@ def same(ours, theirs, a, b, tolerance=1e-8):
 
 @pytest.mark.parametrize("globals_", [(), (0, 3, 40)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_longformer_is_that_of_transformers(globals_, padded):
-    transformers = pytest.importorskip("transformers")
+@pytest.mark.parametrize("model", ["longformer", "led"])
+def test_longformer_is_that_of_transformers(globals_, padded, model):
+    pytest.importorskip("transformers")
+    from transformers.models.led.modeling_led import LEDEncoderSelfAttention
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention as Theirs
 
-    config = transformers.LongformerConfig(
+    config = SimpleNamespace(
         hidden_size=D, num_attention_heads=H, attention_window=[8], attention_probs_dropout_prob=0.0
     )
-    theirs, ours = Theirs(config, 0).double(), LongformerSelfAttention(D, H, 8).double()
+    kind = Theirs if model == "longformer" else LEDEncoderSelfAttention
+    theirs, ours = kind(config, 0).double(), LongformerSelfAttention(D, H, 8).double()
     ours.load_state_dict(theirs.state_dict())
     x, mask = tokens(B, 48), torch.ones(B, 48)
     mask[0, list(globals_)] = 2
@@ -92,26 +97,30 @@ def test_big_bird_is_that_of_transformers():
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("T", [45, 6])
-def test_longt5_is_that_of_transformers(padded, T):
+@pytest.mark.parametrize("kind", [LongT5LocalAttention, LongT5TransientGlobalAttention])
+def test_longt5_is_that_of_transformers(padded, T, kind):
     transformers = pytest.importorskip("transformers")
-    from transformers.models.longt5.modeling_longt5 import LongT5TransientGlobalAttention as Theirs
+    from transformers.models.longt5 import modeling_longt5 as longt5
 
     config = transformers.LongT5Config(
         d_model=D, d_kv=6, num_heads=H, local_radius=5, global_block_size=4, dropout_rate=0.0,
         relative_attention_num_buckets=8, relative_attention_max_distance=12,
     )  # fmt: skip
-    theirs = Theirs(config, True).double()
-    ours = LongT5TransientGlobalAttention(D, H, 6, 5, 4, True, 8, 12).double()
+    side = (4,) if kind is LongT5TransientGlobalAttention else ()
+    theirs = getattr(longt5, kind.__name__)(config, True).double()
+    ours = kind(D, H, 6, 5, *side, True, 8, 12).double()
     ours.load_state_dict(theirs.state_dict())
     x, mask = tokens(B, T), torch.ones(B, T)
     if padded:
         mask[1, T - 2 :] = 0
-    want = theirs(x, mask)[0] * mask[..., None]
+    seen = mask if side else longt5._get_local_attention_mask(mask, 6, mask.device)
+    want = theirs(x, seen)[0] * mask[..., None]
     got = ours(x, mask if padded else None)[0]
     same(ours, theirs, got, want, 1e-5)  # their norm is in fp32
 
 
 LAYERS = {
+    "longt5 local": lambda: LongT5LocalAttention(D, H, 6, 5),
     "longt5": lambda: LongT5TransientGlobalAttention(D, H, 6, 5, 4),
     "bigbird": lambda: BigBirdSelfAttention(D, H, 16, 2),
 }

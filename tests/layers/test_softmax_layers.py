@@ -204,7 +204,20 @@ def test_learned_compression_sees_whole_windows():
     assert mlp(x[:, :7], 4).shape == (2, 0, 1, 8)
 
 
-@torch.no_grad()
+def same_gradients(ours, theirs, a, b):
+    """Outputs, and gradients of the tokens' and of every parameter that both have, by name."""
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(b)
+    names = [n for n, p in ours.named_parameters() if n in dict(theirs.named_parameters())]
+    assert len(names) == len([*ours.parameters()])
+    grads = [
+        torch.autograd.grad((o * weight).sum(), [layer.get_parameter(n) for n in names])
+        for layer, o in ((ours, a), (theirs, b))
+    ]
+    for name, x, y in zip(names, *grads, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
 def test_window_is_that_of_gemma3():
     config = pytest.importorskip("transformers").Gemma3TextConfig(
         hidden_size=D, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -216,7 +229,7 @@ def test_window_is_that_of_gemma3():
     theirs, ours = Gemma3Attention(config, 0).eval(), make("window").float()
     for norm in ("q_norm", "k_norm"):
         torch.nn.init.uniform_(getattr(theirs, norm).weight)  # added to one there
-    weights = {n: w + ("norm" in n) for n, w in theirs.state_dict().items()}
+    weights = {n: w + float("norm" in n) for n, w in theirs.state_dict().items()}
     ours.load_state_dict(weights)
     x, T = tokens(2, 23).float(), 23
     t, j = torch.arange(T)[:, None], torch.arange(T)
@@ -224,10 +237,9 @@ def test_window_is_that_of_gemma3():
     angle = ours.rotary._frequencies(x.device) * torch.arange(T)[:, None]
     angle = torch.cat([angle, angle], -1)[None]
     want, _ = theirs(x, (angle.cos(), angle.sin()), mask)
-    torch.testing.assert_close(ours(x)[0], want, atol=1e-5, rtol=1e-5)
+    same_gradients(ours, theirs, ours(x)[0], want)
 
 
-@torch.no_grad()
 def test_sink_logits_are_those_of_gpt_oss():
     pytest.importorskip("transformers")
     from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
@@ -238,7 +250,8 @@ def test_sink_logits_are_those_of_gpt_oss():
     mask = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1)[None, None]
     module = SimpleNamespace(sinks=layer.sinks, num_key_value_groups=1, training=False)
     want, _ = eager_attention_forward(module, q, k, v, mask, 6**-0.5)
-    close(layer(x)[0], layer.o_proj(want.flatten(-2)))
+    want = layer.o_proj(want.flatten(-2))
+    same_gradients(layer, layer, layer(x)[0], want)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ CASES = [
     Attn(Tq=50, Tk=100, heads=(4, 4, 4), blocks=(1, 32), dims=(40, 8)),
     Attn(Tq=200, Tk=200, heads=(2, 1, 1), blocks=(64, 64), dims=(128, 64)),
     Attn(Tq=40, Tk=64, heads=(1, 1, 1), blocks=(128, 16), dims=(256, 256)),
+    Attn(Tq=40, Tk=64, heads=(2, 2, 1), blocks=(64, 16), dims=(192, 128), dtype="bf16"),
     Attn(Tq=60, Tk=60, batch="int32", heads=(4, 2, 2), mask={"causal": True, "left": 20}),
     Attn(Tq=60, Tk=45, batch="int64", lists="capacity", dtype="bf16", blocks=(1, 16)),
     Attn(Tq=60, Tk=60, heads=(4, 2, 1), extras=("bias",), mask=CAUSAL),

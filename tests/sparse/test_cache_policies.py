@@ -11,7 +11,8 @@ from dense import dense_attention, qkv
 
 from lsm_cuda import sparse
 from lsm_cuda.modules import RotaryEmbedding
-from lsm_cuda.sparse import KVCache, Policy
+from lsm_cuda.sparse import KVCache, Policy, kv_tokens
+from lsm_cuda.sparse.kv_cache import attend_taken
 
 B, PROMPT, T, HQ, HKV, K = 2, 45, 57, 4, 2, 8
 G = HQ // HKV
@@ -355,6 +356,59 @@ def test_retrieval_attention(tokens):
         close(o, softmax_over(read, tokens, n))
 
 
+def pq_scores(policy, q, n: int) -> torch.Tensor:
+    """Products with keys made of the nearest entries of the codebooks."""
+    code = policy.code.all().long()  # [B, n, Hkv, parts]
+    parts = [
+        policy.book[:, :, i].gather(
+            2, code[..., i].transpose(1, 2)[..., None].expand(-1, -1, -1, 4)
+        )
+        for i in range(2)
+    ]
+    made = torch.cat(parts, -1).repeat_interleave(G, 1)  # [B, Hq, n, K]
+    return torch.einsum("bhd,bhsd->bhs", q[:, n - 1], made)
+
+
+def test_pq_cache_is_its_definition(tokens):
+    q, k, _ = tokens
+    policy = sparse.PQCache(9, 2, 4, parts=2, codes=8, iterations=50)
+    for n, o, _ in generate(policy, tokens):
+        halves = k[:, :n].unflatten(-1, (2, 4)).permute(0, 2, 3, 1, 4)  # [B, Hkv, 2, n, 4]
+        far = torch.cdist(halves, policy.book)
+        code = policy.code.all().permute(0, 2, 3, 1).long()
+        assert torch.equal(far.argmin(-1), code)  # every key, later ones too, has its nearest
+        if n == PROMPT + 1:  # and entries are the means of the prompt's that have them
+            one = torch.nn.functional.one_hot(code[..., :PROMPT], 8).to(k.dtype)
+            mean = one.mT @ halves[..., :PROMPT, :] / one.sum(-2)[..., None]
+            close(policy.book, mean)
+        always = (torch.arange(n) < 2) | (torch.arange(n) >= n - 4)
+        read = chosen(pq_scores(policy, q, n).masked_fill(always, torch.inf), 9 + 6)
+        close(o, softmax_over(read, tokens, n))
+
+
+def test_cluster_kv_is_its_definition(tokens):
+    """Whole clusters in order of their means' scores, the last one's first tokens as they fit."""
+    q, k, _ = tokens
+    sinks, budget = 3, 10
+    policy = sparse.ClusterKV(6, budget, sinks, every=99, iterations=50)
+    for n, o, _ in generate(policy, tokens):
+        owner = policy.owner.repeat_interleave(G, 1)  # [B, Hq, PROMPT - sinks]
+        read = torch.zeros(B, HQ, n, dtype=torch.bool)
+        read[..., :sinks] = read[..., PROMPT:] = True
+        for b in range(B):
+            for h in range(HQ):
+                keys, own = k[b, sinks:PROMPT, h // G], owner[b, h]
+                mean = torch.stack([keys[own == c].mean(0) for c in range(6)])
+                unit = torch.nn.functional.normalize(keys, dim=-1)
+                about = torch.stack([unit[own == c].mean(0) for c in range(6)])
+                about = torch.nn.functional.normalize(about, dim=-1)
+                assert torch.equal((unit @ about.T).argmax(-1), own)
+                order = (mean @ q[b, n - 1, h]).argsort(descending=True)
+                taken = torch.cat([(own == c).nonzero()[:, 0] for c in order])[:budget]
+                read[b, h, sinks + taken] = True
+        close(o, softmax_over(read, tokens, n))
+
+
 @pytest.mark.parametrize("name", ["ClusterKV", "PQCache"])
 def test_estimates_find_what_matters(name, tokens):
     """Keys in few directions: tokens read get far more attention than as many at random."""
@@ -378,27 +432,49 @@ def test_estimates_find_what_matters(name, tokens):
     assert got >= 0.8 * best and got > 2 * random
 
 
-def test_magic_pig_samples_with_its_probability(tokens):
+def test_magic_pig_samples_with_its_probability(tokens, monkeypatch):
     q, k, _ = tokens
     hits, n, draws = torch.zeros(B, HKV, G, PROMPT + 1), PROMPT + 1, 300
+    values = tokens[2][:, :n].repeat_interleave(G, 2)
+    outputs, estimates = [], []
     policies = [sparse.MagicPIG(3, 4, 0, 0, torch.Generator().manual_seed(i)) for i in range(draws)]
     total = mass = 0
     for policy in policies:
         cache = KVCache(policy)
         read = []
-        cache.read_tokens = lambda q, index, w, read=read: read.append((index, w)) or q
+
+        def attend(*given, read=read):
+            read.append((given[3], given[5]))
+            return attend_taken(*given)
+
+        monkeypatch.setattr(kv_tokens, "attend_taken", attend)
         cache.prefill(*(x[:, :PROMPT] for x in tokens))
-        cache.step(*(x[:, PROMPT:n] for x in tokens))
+        outputs.append(cache.step(*(x[:, PROMPT:n] for x in tokens)))
         index, weight = read[0]
         seen = torch.zeros(B, HQ, n + 1).scatter_(-1, index.where(index >= 0, n), 1.0)[..., :n]
         hits += seen.unflatten(1, (HKV, G))
         e = (scores(tokens, n) / K**0.5).exp()
         sampled = e.gather(-1, index.clamp(min=0)) * weight.exp() * (index >= 0)
         total, mass = total + sampled.sum(-1), e.sum(-1)
+        taken = values.transpose(1, 2).gather(
+            2, index.clamp(min=0)[..., None].expand(-1, -1, -1, K)
+        )
+        estimates.append((sampled[..., None] * taken).sum(2) / e.sum(-1, keepdim=True))
     u = policies[0].probability(q[:, PROMPT:n], k[:, :n])
     sigma = (u * (1 - u) / draws).sqrt() + 1e-3
     assert ((hits / draws - u).abs() < 5 * sigma).all()
     assert math.isclose((total / draws / mass).mean(), 1, abs_tol=0.1)  # unbiased denominator
+    # and numerator: the mean of all draws is dense attention, within what draws differ by
+    whole = softmax_over(torch.ones(1, HQ, n, dtype=torch.bool), tokens, n)[:, 0]
+    drawn = torch.stack(estimates)
+    error = (drawn.mean(0) - whole) / (drawn.std(0) / draws**0.5 + 1e-3)
+    assert error.abs().max() < 5
+    # one output divides the one by the other, and comes near with it
+    far = (torch.stack(outputs)[:, :, 0] - whole).norm() / draws**0.5
+    alone = dense_attention(
+        q[:, n - 1 : n], *(x[:, n - 1 : n] for x in tokens[1:]), torch.ones(1, 1)
+    )
+    assert far < (alone[0][:, 0] - whole).norm()
 
 
 def test_shadow_kv(tokens):
@@ -412,10 +488,14 @@ def test_shadow_kv(tokens):
     fit = torch.nn.functional.cosine_similarity(rows, mean[:, :, None], dim=-1).amin(2)
     odd = chosen(-fit.transpose(1, 2), 2)  # [B, Hkv, chunks]
     policy = sparse.ShadowKV(HKV * K, 12, size, 2, rotary)
-    for n, o, _ in generate(policy, [q, k, v]):
+    before, fetched = torch.zeros(B, HKV, chunks, dtype=torch.bool), 0
+    for n, o, cache in generate(policy, [q, k, v]):
         qs = q[:, n - 1].unflatten(1, (HKV, G))
         p = (torch.einsum("bhgd,bchd->bhgc", qs, mean) / K**0.5).softmax(-1).sum(2)
-        read = odd | chosen(p.masked_fill(odd, -1), 3)
+        best = chosen(p.masked_fill(odd, -1), 3)
+        fetched += int((best & ~before).sum())  # the others were read in the step before
+        assert policy.fetched == fetched and len(cache) == n - chunks * size
+        read, before = odd | best, best
         read = read.repeat_interleave(size, -1)
         read = torch.nn.functional.pad(read, (0, n - chunks * size), value=True)
         want = softmax_over(read.repeat_interleave(G, 1), [q, turned, v], n)
@@ -423,6 +503,11 @@ def test_shadow_kv(tokens):
 
 
 def test_duo_attention(tokens):
+    policy = sparse.DuoAttention([False, True], 6, 2)
+    prompt = KVCache(policy).prefill(*tokens)
+    t, j = torch.arange(T)[:, None], torch.arange(T)
+    read = ((j <= t) & ((j < 2) | (j > t - 6)), j <= t)  # streaming heads read no more of a prompt
+    close(prompt, dense_attention(*tokens, torch.stack(read).repeat_interleave(G, 0).int())[0])
     for n, o, _ in generate(sparse.DuoAttention([False, True], 6, 2), tokens):
         j = torch.arange(n)
         read = torch.ones(1, HQ, n, dtype=torch.bool)
@@ -441,6 +526,48 @@ def test_lserve(tokens):
         stream = ((j < 2) | (j >= n - 6))[None, None]
         close(o[:, :, G:], pages)
         close(o[:, :, :G], softmax_over(stream, tokens, n)[:, :, :G])
+
+
+def test_progressive_bits(tokens):
+    """A head that has no large weight by the first bits of queries and keys reads all of them."""
+    few, bits, threshold = 3, 8, 0.2
+    q = tokens[0] * torch.tensor([0.1, 0.1, 6, 6])[:, None]  # flat rows, and others
+    again = 0
+    for n, o, _ in generate(
+        sparse.SpAtten(T, progressive=(few, bits, threshold)), [q, *tokens[1:]]
+    ):
+        rows, weights = [], []
+        for kept in (few, bits):
+            rough = []
+            for x in (q[:, n - 1 : n], tokens[1][:, :n]):
+                step = x.abs().amax((1, 3), keepdim=True) / 127
+                code = (x / step).round()
+                rough.append((code / 2 ** (bits - kept)).floor() * 2 ** (bits - kept) * step)
+            score = torch.einsum("bthd,bshd->bhts", rough[0], rough[1].repeat_interleave(G, 2))
+            p = (score / K**0.5).softmax(-1)
+            weights.append(p[:, :, 0])
+            rows.append(
+                torch.einsum("bhts,bshd->bthd", p, tokens[2][:, :n].repeat_interleave(G, 2))
+            )
+        flat = weights[0].amax(-1) < threshold
+        again += flat.double().mean()
+        close(o, rows[1].where(flat[:, None, :, None], rows[0]))
+    assert 0.2 < again / (T - PROMPT) < 0.8
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize(bits):
+    x = torch.randn(3, 5, 2, 8)
+    x[0, 0, 0] = 1.5  # all the same
+    codes, affine = sparse.quantize(x, bits)
+    assert codes.shape[-1] * 8 == 8 * bits and affine.shape == (3, 5, 2, 2)
+    whole = codes if bits == 8 else torch.cat([codes & 15, codes >> 4], -1)
+    step, low = affine.split(1, -1)
+    back = whole * step + low
+    assert ((back - x).abs() <= step / 2 + 1e-6).all() and whole.max() == 2**bits - 1
+    close(back[0, 0, 0], x[0, 0, 0])
+    with pytest.raises(ValueError, match="bits must be 8, or 4 for an even D, got 2 and D = 8"):
+        sparse.quantize(x, 2)
 
 
 SMALL: dict[str, Callable[[], Policy]] = {
@@ -484,6 +611,77 @@ def test_pages_of_a_pool_are_the_same_cache(name, page_size, tokens):
         cache.release()
     for kind in pool._kinds.values():
         assert sorted(kind.free) == [*range(64)]
+
+
+def near(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # tables of angles are fp32
+
+
+def steps_of(cache: KVCache, tokens) -> list[torch.Tensor]:
+    first = cache.prefill(*(x[:, :PROMPT] for x in tokens))
+    return [first, *(cache.step(*(x[:, t : t + 1] for x in tokens)) for t in range(PROMPT, T))]
+
+
+@pytest.mark.parametrize("rotary", [None, RotaryEmbedding(K)], ids=["plain", "rotary"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "name", ["all", "H2O", "Quest 32", "Quest 32 in parts", "LServe", "DuoAttention"]
+)
+def test_a_quantized_cache_is_one_of_rounded_tokens(name, bits, rotary, tokens):
+    """Behind the prompt, whose own attention is exact."""
+    make = (SMALL if name in SMALL and name != "H2O" else EVERYTHING)[name]
+
+    def rounded(x):
+        codes, affine = sparse.quantize(x, bits)
+        codes = codes if bits == 8 else torch.cat([codes & 15, codes >> 4], -1)
+        return codes * affine[..., :1] + affine[..., 1:]
+
+    rough = [tokens[0], *(rounded(x) for x in tokens[1:])]
+    cache = sparse.QuantizedKVCache(make(), rotary=rotary, bits=bits)
+    ours, theirs = steps_of(cache, tokens), steps_of(KVCache(make(), rotary=rotary), rough)
+    near(ours[0], steps_of(KVCache(make(), rotary=rotary), tokens)[0])
+    near(torch.cat(ours[1:], 1), torch.cat(theirs[1:], 1))
+    assert all(x.dtype == torch.float64 for x in cache.raw())
+
+
+def test_a_quantized_cache_is_small(tokens):
+    cache = sparse.QuantizedKVCache(bits=4)
+    cache.prefill(*tokens)
+    rows = 2 * B * T * HKV  # of keys and values: K / 2 bytes, and two numbers
+    assert cache.bytes() == rows * (K // 2 + 2 * 8)
+    with pytest.raises(ValueError, match="bits must be 8 or 4, got 3"):
+        sparse.QuantizedKVCache(bits=3)
+
+
+@pytest.mark.parametrize("page_size", [8, 32])
+@pytest.mark.parametrize(
+    "name", ["all", "StreamingLLM 7+2", "Quest 32 in parts", "H2O", "LServe", "DuoAttention"]
+)
+def test_pages_are_turned_by_places(name, page_size, tokens):
+    make, rotary = (SMALL | EVERYTHING)[name], RotaryEmbedding(K)
+    pool = sparse.PagePool(64, page_size)
+    cache, plain = sparse.PagedKVCache(pool, make(), rotary=rotary), KVCache(make(), rotary=rotary)
+    for ours, theirs in zip(steps_of(cache, tokens), steps_of(plain, tokens), strict=True):
+        near(ours, theirs)
+    if name == "StreamingLLM 7+2":
+        # a page at a time is given back, so that some more are kept
+        assert 9 <= len(cache) <= 9 + 2 * page_size
+        k, _ = cache.raw()
+        near(k[:, :2], tokens[1][:, :2])
+        near(k[:, -7:], tokens[1][:, -7:])
+        near(cache.kept()[0], rotary(k))
+        near(cache.newest(), rotary(k)[:, -1])
+
+
+def test_a_stream_keeps_its_angles_small(tokens, monkeypatch):
+    monkeypatch.setattr(sparse.PagedKVCache, "_FARTHEST", 20)
+    pool, rotary = sparse.PagePool(64, 4), RotaryEmbedding(K)
+    cache = sparse.PagedKVCache(pool, sparse.StreamingLLM(7, 2), rotary=rotary)
+    plain = KVCache(sparse.StreamingLLM(7, 2), rotary=rotary)
+    for t in range(80):
+        now = [x[:, t % T : t % T + 1] for x in tokens]
+        near(cache.step(*now), plain.step(*now))
+        assert cache.gap <= 20
 
 
 def test_a_window_gives_its_pages_back(tokens):

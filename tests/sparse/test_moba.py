@@ -76,6 +76,21 @@ def flash(q, k, v, cu_q, cu_k, causal, scale):
     return torch.cat(outputs), torch.cat(lses, 1), None, None
 
 
+def flash_backward(q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, **rest):
+    """Likewise of its backward, which is given the whole softmax's lse."""
+    for (a, b), (c, d) in zip(
+        pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
+    ):
+        scale, grad = rest["softmax_scale"], next(iter(rest.values()))[a:b]  # the output's is first
+        p = (torch.einsum("thd,shd->hts", q[a:b], k[c:d]) * scale).sub(softmax_lse[:, a:b, None])
+        p = p.exp().tril() if rest["causal"] else p.exp()
+        delta = (grad * out[a:b]).sum(-1).T[..., None]
+        ds = p * (torch.einsum("thd,shd->hts", grad, v[c:d]) - delta) * scale
+        dv[c:d] = torch.einsum("hts,thd->shd", p, grad)
+        dq[a:b] = torch.einsum("hts,shd->thd", ds, k[c:d])
+        dk[c:d] = torch.einsum("hts,thd->shd", ds, q[a:b])
+
+
 @pytest.mark.parametrize("lengths", [[96], [40, 70]])
 def test_is_what_fla_computes(lengths):
     pytest.importorskip("einops")
@@ -106,11 +121,16 @@ def test_is_what_fla_computes(lengths):
     theirs._flash_attn_varlen_forward = lambda q, k, v, cu_seqlens_q, cu_seqlens_k, **rest: flash(
         q, k, v, cu_seqlens_q, cu_seqlens_k, rest["causal"], rest["softmax_scale"]
     )
-    q, k, v = (x.detach().float()[:1] for x in qkv(sum(lengths), 4, 4, 8, 8))
+    theirs._flash_attn_varlen_backward = flash_backward
+    leaves = [x.detach().float()[:1].requires_grad_() for x in qkv(sum(lengths), 4, 4, 8, 8)]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    want = theirs.parallel_moba(q, k, v, cu, max(lengths), 16, 3)
-    ours = parallel_moba(q, k, v, cu, max(lengths), 16, 3)
+    want = theirs.parallel_moba(*leaves, cu, max(lengths), 16, 3)
+    ours = parallel_moba(*leaves, cu, max(lengths), 16, 3)
     torch.testing.assert_close(ours, want.view_as(ours), atol=2e-5, rtol=2e-5)
+    weight = torch.randn_like(ours)
+    grads = (torch.autograd.grad((x.view_as(ours) * weight).sum(), leaves) for x in (ours, want))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
 
 
 def test_errors():

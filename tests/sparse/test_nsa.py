@@ -126,13 +126,18 @@ def test_is_what_fla_computes(T):
     pytest.importorskip("einops")
     with mock.patch.dict(sys.modules, {"fla.ops.utils": utils, "fla.ops.utils.pooling": pooling}):
         naive = fla_module("ops/nsa/naive.py")
-    q, k, v = (x.detach().float() for x in qkv(T, 32, 2, 8, 8, B))
-    g_cmp, g_slc, _ = (g.detach().float() for g in gates(T, 32))
+    leaves = [x.detach().float().requires_grad_() for x in qkv(T, 32, 2, 8, 8, B)]
+    leaves += [g.detach().float().requires_grad_() for g in gates(T, 32)[:2]]
+    q, k, v, g_cmp, g_slc = leaves
     theirs, indices = naive.naive_nsa(
         q, k, v, g_cmp, g_slc, None, None, 3, 16, return_block_indices=True
     )
     ours = parallel_nsa(q, k, v, g_cmp, g_slc, None, None, 3, 16)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    weight = torch.randn_like(ours)
+    grads = (torch.autograd.grad((x * weight).sum(), leaves) for x in (ours, theirs))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
     k_cmp, scale = pooled(k, 16), 8**-0.5
     _, lse = naive.naive_nsa_compression(q, k_cmp, pooled(v, 16), 16, scale)
     chosen = nsa_topk(q, k_cmp, lse.transpose(1, 2), 3, 16)

@@ -265,6 +265,9 @@ def test_big_bird_has_window_ends_and_random_blocks():
     assert bool((blocks[:, fixed] == 1).all())
     assert ((blocks.sum(-1) - fixed.sum(-1))[:, 1:-1] == 2).all()  # random ones
     assert not torch.equal(blocks[0], blocks[1])
+    pattern, leaves = sparse.big_bird(100, 4, 16, 3, 1, 2, generator), qkv(100)
+    want = dense_attention(*leaves, pattern.to_dense(100, 4))
+    assert_same_attention(pattern.attend(*leaves), want, *leaves)
     assert torch.equal(dense, blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[
         :, : 16 * 12 + 3, : 16 * 12 + 3
     ])  # fmt: skip

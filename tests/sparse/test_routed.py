@@ -104,6 +104,23 @@ def test_lsh_is_reformers(causal):
     same(sparse.lsh_attn(qk, v, buckets, 8, causal), want, x)
 
 
+def test_reformers_local_attention_is_a_band_of_blocks():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.reformer.modeling_reformer import LocalSelfAttention
+
+    config = transformers.ReformerConfig(
+        hidden_size=H * K, num_attention_heads=H, attention_head_size=K, is_decoder=True,
+        local_attn_chunk_length=16, local_num_chunks_before=1, local_num_chunks_after=0,
+        local_attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    theirs = LocalSelfAttention(config).double().eval()
+    x = torch.randn(B, 80, H * K, dtype=F64, requires_grad=True)
+    want = theirs(x).hidden_states.unflatten(-1, (H, K))
+    q, k, v = (p(x).unflatten(-1, (H, K)) for p in (theirs.query, theirs.key, theirs.value))
+    band = sparse.block_streaming(80, 16, sink_blocks=0, local_blocks=2)
+    same(band.attend(q, k, v)[0], want, x)
+
+
 def test_lsh_of_one_bucket_and_chunk_is_dense():
     """All in one chunk, whose neighbour is itself: every key counts twice."""
     qk, _, v = qkv(T, H, H)
