@@ -356,6 +356,22 @@ def test_retrieval_attention(tokens):
         close(o, softmax_over(read, tokens, n))
 
 
+def test_retrieval_attention_takes_an_index(tokens):
+    """That finds every fourth key, whatever the query."""
+    asked = []
+
+    def search(q, k, count):
+        asked.append((q.shape, k.shape, count))
+        found = torch.arange(-1, k.shape[1], 4)  # -1 is none
+        return found.expand(B, HQ, -1)
+
+    for n, o, _ in generate(sparse.RetrievalAttention(5, 3, 4, search), tokens):
+        assert asked[-1] == ((B, HQ, K), (B, n - 7, HKV, K), 5)
+        j = torch.arange(n)
+        read = (j < 3) | (j >= n - 4) | ((j - 3) % 4 == 3)
+        close(o, softmax_over(read[None, None], tokens, n))
+
+
 def pq_scores(policy, q, n: int) -> torch.Tensor:
     """Products with keys made of the nearest entries of the codebooks."""
     code = policy.code.all().long()  # [B, n, Hkv, parts]
