@@ -10,8 +10,7 @@ namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 namespace {
 
-// Keys of a chunk, whose rows are widened once for all queries.
-constexpr int64_t kChunk = 32;
+constexpr int64_t kChunk = 32;  // keys
 
 template <class T>
 int64_t padded(int64_t columns) {
@@ -23,15 +22,15 @@ struct DecodeScratch {
     DecodeScratch(SparseAttnParams const& p, void* memory) : arena(memory) {
         int64_t const rows = p.Tq * (p.Hq / p.Hkv), K = padded<T>(p.K), V = padded<T>(p.V);
         q = arena.take(rows * K), o = arena.take(rows * V);
-        arena.take_each(rows, top, sum);
+        arena.take_each(rows, top, sum, keep);
         keys = arena.take(kChunk * K), values = arena.take(kChunk * V);
         scores = arena.take(rows * kChunk);
     }
     Arena<T> arena;
-    T *q, *o;          // [rows][K padded], [rows][V padded]
-    T *top, *sum;      // [rows]: running maximum and sum
-    T *keys, *values;  // [kChunk][K padded], [kChunk][V padded]
-    T* scores;         // [rows][kChunk]
+    T *q, *o;             // [rows][K padded], [rows][V padded]
+    T *top, *sum, *keep;  // [rows]: running maximum and sum, and what a chunk leaves of them
+    T *keys, *values;     // [kChunk][K padded], [kChunk][V padded]
+    T* scores;            // [rows][kChunk]
 };
 
 template <class T, class Element>
@@ -42,10 +41,18 @@ void widen_row(T* to, Element const* from, int64_t columns, T scale = 1) {
     if (c < columns) store(to + c, widen_first<T>(from + c, columns - c) * scale);
 }
 
+// Rows of a chunk in memory. Those past `live` are another's, so that whole vectors of keys may be read.
+template <class Element>
+struct Found {
+    int64_t live = 0, keys[kChunk], entries[kChunk];
+    Element const *k[kChunk], *v[kChunk];
+};
+
 template <class T, class Element>
 class DecodeWalk {
   public:
     static constexpr int W = kLanes<T>;
+    static constexpr int kRows = W < 4 ? W : 4;  // that share a look at a key
 
     DecodeWalk(SparseAttnParams const& p, DecodeTask const& task, void* scratch)
         : p_(p),
@@ -63,8 +70,13 @@ class DecodeWalk {
             s_.top[r] = -INFINITY, s_.sum[r] = 0;
         }
         for (int64_t i = 0; i < rows_ * V_; i += W) store(s_.o + i, Vector<T>{});
-        for (int64_t i = task_.first; i < task_.last; i += kChunk)
-            chunk(i, min_of(kChunk, task_.last - i));
+        // Wide rows are asked for a chunk ahead: a head's lie too far apart for the hardware.
+        Found<Element> found[2];
+        find(found[0], task_.first);
+        for (int64_t i = task_.first, n = 0; i < task_.last; i += kChunk, n ^= 1) {
+            find(found[n ^ 1], i + kChunk);
+            chunk(found[n]);
+        }
         for (int64_t r = 0; r < rows_; ++r) {
             int64_t const t = query(r), h = head(r);
             T const sum = s_.sum[r], part = sum == 0 ? 0 : 1 / sum;
@@ -83,82 +95,111 @@ class DecodeWalk {
         return static_cast<Element const*>(x.data) + batch * x.batch + time * x.time +
                head * x.head;
     }
-    Element const* cached(Rows const& x, int64_t key) const {
-        if (p_.block_table == nullptr) return at(x, task_.batch, key, task_.kv_head);
-        int64_t const page = p_.block_table[task_.batch * p_.max_pages + key / p_.page_size];
-        return at(x, page, key % p_.page_size, task_.kv_head);
-    }
 
-    int64_t visited(int64_t i) const {
-        int64_t const block = p_.lists.block_k;
-        return task_.list != nullptr ? task_.list[i / block] * block + i % block
-                                     : task_.visits.key(i);
-    }
-
-    // Asks for a chunk ahead of its use: a head's rows lie too far apart for the hardware.
-    LSM_INLINE void prefetch(int64_t first, int64_t count) const {
-        for (int64_t i = first; i < first + count; ++i) {
-            int64_t const key = visited(i);
-            if (key >= task_.keys) break;
-            char const *const k = reinterpret_cast<char const*>(cached(p_.k, key)),
-                              *const v = reinterpret_cast<char const*>(cached(p_.v, key));
-            for (int64_t line = 0; line < p_.K * int64_t(sizeof(Element)); line += 64)
-                __builtin_prefetch(k + line);
-            for (int64_t line = 0; line < p_.V * int64_t(sizeof(Element)); line += 64)
-                __builtin_prefetch(v + line);
-        }
-    }
-
-    // Visits [first, first + count).
-    void chunk(int64_t first, int64_t count) {
-        int64_t keys[kChunk], live = 0, entries[kChunk];
-        for (int64_t i = first; i < first + count; ++i) {
-            int64_t const key = visited(i);
-            if (key >= task_.keys) break;  // the end of the last block
-            entries[live] = i / p_.lists.block_k, keys[live++] = key;
-        }
-        if (live == 0) return;
-        for (int64_t n = 0; n < live; ++n) {
-            widen_row(s_.keys + n * K_, cached(p_.k, keys[n]), p_.K);
-            widen_row(s_.values + n * V_, cached(p_.v, keys[n]), p_.V);
-        }
-        for (int64_t n = live; n < panels(live, W) * W; ++n)
-            for (int64_t c = 0; c < K_; c += W) store(s_.keys + n * K_ + c, Vector<T>{});
-        prefetch(first + count, min_of(kChunk, task_.last - first - count));
-        for (int64_t r = 0; r < rows_; ++r) score(r, live);
-        adjust(keys, entries, live);
-        for (int64_t r = 0; r < rows_; ++r) accumulate(r, live);
-    }
-
-    // As many keys at a time as a vector has lanes.
-    void score(int64_t r, int64_t live) {
-        T const* const q = s_.q + r * K_;
-        for (int64_t n = 0; n < live; n += W) {
-            Vector<T> sum[W] = {};
-            T const* const k = s_.keys + n * K_;
-            for (int64_t c = 0; c < K_; c += W) {
-                Vector<T> const x = load(q + c);
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) sum[i] += x * load(k + i * K_ + c);
+    // Visits from `first` on, in runs of keys that lie side by side.
+    void find(Found<Element>& f, int64_t first) const {
+        int64_t const end = min_of(first + kChunk, task_.last), block = p_.lists.block_k;
+        f.live = 0;
+        for (int64_t i = first; i < end;) {
+            int64_t key, run = end - i, entry = 0, batch = task_.batch;
+            if (task_.list != nullptr) {
+                entry = i / block;
+                key = task_.list[entry] * block + i % block;
+                run = min_of(run, block - i % block);
+            } else {
+                key = task_.visits.key(i);
+                if (i < task_.visits.sinks) run = min_of(run, task_.visits.sinks - i);
             }
-            store(s_.scores + r * kChunk + n, sum_each<T>(sum));
+            if (key >= task_.keys) break;  // the end of the last block
+            run = min_of(run, task_.keys - key);
+            int64_t time = key;
+            if (p_.block_table != nullptr) {
+                batch = p_.block_table[task_.batch * p_.max_pages + key / p_.page_size];
+                time = key % p_.page_size;
+                run = min_of(run, p_.page_size - time);
+            }
+            Element const *k = at(p_.k, batch, time, task_.kv_head),
+                          *v = at(p_.v, batch, time, task_.kv_head);
+            for (int64_t n = 0; n < run; ++n, k += p_.k.time, v += p_.v.time) {
+                f.keys[f.live] = key + n, f.entries[f.live] = entry;
+                f.k[f.live] = k, f.v[f.live++] = v;
+                prefetch(k, p_.K), prefetch(v, p_.V);
+            }
+            i += run;
+        }
+        for (int64_t n = f.live; n < kChunk && f.live > 0; ++n) f.k[n] = f.k[0], f.v[n] = f.v[0];
+    }
+
+    LSM_INLINE static void prefetch(Element const* row, int64_t columns) {
+        for (int64_t line = 0; line < columns * int64_t(sizeof(Element)); line += 64)
+            __builtin_prefetch(reinterpret_cast<char const*>(row) + line);
+    }
+
+    void chunk(Found<Element> const& f) {
+        if (f.live == 0) return;
+        // Many queries, or a row's end: rows are widened once for all.
+        if (p_.K % W != 0 || p_.V % W != 0 || (rows_ > 2 * kRows && sizeof(Element) < sizeof(T))) {
+            T const *k[kChunk], *v[kChunk];
+            for (int64_t n = 0; n < kChunk; ++n) k[n] = s_.keys + n * K_, v[n] = s_.values + n * V_;
+            for (int64_t n = 0; n < panels(f.live, W) * W; ++n) {
+                widen_row(s_.keys + n * K_, f.k[n], p_.K);
+                widen_row(s_.values + n * V_, f.v[n], p_.V);
+            }
+            attend(f, k, v);
+        } else {
+            attend(f, f.k, f.v);
         }
     }
 
-    // What is added to the products, and -inf for the keys that a query does not see.
-    void adjust(int64_t const* keys, int64_t const* entries, int64_t live) {
+    template <class In>
+    void attend(Found<Element> const& f, In const* const* k, In const* const* v) {
+        int64_t r = 0;
+        for (; r + kRows <= rows_; r += kRows) score<kRows>(r, k, f.live);
+        for (; r < rows_; ++r) score<1>(r, k, f.live);
+        bool const all_seen = adjust(f.keys, f.entries, f.live);
+        for (r = 0; r < rows_; ++r) soften(r, f.live);
+        for (r = 0; all_seen && r + kRows <= rows_; r += kRows) add<kRows, true>(r, v, f.live);
+        for (; r < rows_; ++r) add<1, false>(r, v, f.live);
+    }
+
+    // R rows by as many keys as make a vector of products.
+    template <int R, class In>
+    LSM_INLINE void score(int64_t r, In const* const* keys, int64_t live) {
+        constexpr int N = W / R;
+        for (int64_t n = 0; n < live; n += N) {
+            Vector<T> sum[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) sum[i] = Vector<T>{};  // "= {}" is a slow memset
+            for (int64_t c = 0; c < K_; c += W) {
+                Vector<T> q[R];
+                for (int j = 0; j < R; ++j) q[j] = load(s_.q + (r + j) * K_ + c);
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) {
+                    Vector<T> const k = widen(keys[n + i] + c);
+                    for (int j = 0; j < R; ++j) sum[j * N + i] += q[j] * k;
+                }
+            }
+            T sums[W];
+            store(sums, sum_each<T>(sum));
+            for (int j = 0; j < R; ++j)
+                std::memcpy(s_.scores + (r + j) * kChunk + n, sums + j * N, N * sizeof(T));
+        }
+    }
+
+    // What is added to the products, and -inf for the keys that a query does not see. Whether all are seen.
+    bool adjust(int64_t const* keys, int64_t const* entries, int64_t live) {
         AttnMask const& m = p_.mask;
         bool const bounded =
             m.causal || m.left >= 0 || m.head_left != nullptr || m.right >= 0 || m.dilation != 1;
         bool const changed = p_.softcap != 0 || p_.lists.bias != nullptr ||
                              p_.alibi_slopes != nullptr || p_.ramp != nullptr;
         if (!changed) {
-            if (!bounded) return;
+            if (!bounded) return true;
             // The usual case: every query sees every key of the chunk.
             bool const only_causal =
                 m.left < 0 && m.head_left == nullptr && m.right < 0 && m.dilation == 1;
             int64_t const last = attn_position(m, keys[live - 1]);
-            if (only_causal && attn_sees(m, -1, first_position_ + task_.t0, last)) return;
+            if (only_causal && attn_sees(m, -1, first_position_ + task_.t0, last)) return true;
         }
         for (int64_t r = 0; r < rows_; ++r) {
             int64_t const h = head(r), position = first_position_ + query(r);
@@ -185,40 +226,57 @@ class DecodeWalk {
                 scores[n] = s;
             }
         }
+        return false;
     }
 
-    void accumulate(int64_t r, int64_t live) {
+    // Scores become weights, and the running sum takes them.
+    void soften(int64_t r, int64_t live) {
         T* const p = s_.scores + r * kChunk;
-        T* const o = s_.o + r * V_;
-        T top = s_.top[r];
-        for (int64_t n = 0; n < live; ++n) top = p[n] <= top ? top : p[n];  // NaN too
-        if (top == -INFINITY) return;
         for (int64_t n = live; n < panels(live, W) * W; ++n) p[n] = -INFINITY;
+        Vector<T> most = splat(s_.top[r]);
+        for (int64_t n = 0; n < live; n += W) {
+            Vector<T> const x = load(p + n);
+            most = x <= most ? most : x;  // NaN too
+        }
+        T top = most[0];
+        for (int i = 1; i < W; ++i) top = most[i] <= top ? top : most[i];
+        // Nothing was seen so far: all weights are 0.
+        Vector<T> const from = splat(top == -INFINITY ? T(0) : top);
         Vector<T> sum{};
         for (int64_t n = 0; n < live; n += W) {
-            Vector<T> const e = exp(load(p + n) - top);
+            Vector<T> const e = exp(load(p + n) - from);
             store(p + n, e), sum += e;
         }
-        T const keep = std::exp(s_.top[r] - top);
+        T const keep = s_.keep[r] = top == -INFINITY ? T(1) : std::exp(s_.top[r] - top);
         s_.top[r] = top, s_.sum[r] = s_.sum[r] * keep + sum_lanes<T>(sum);
-        constexpr int N = 8;
-        int64_t c = 0;
-        for (; c + N * W <= V_; c += N * W) add_values<N>(o + c, p, s_.values + c, live, keep);
-        for (; c < V_; c += W) add_values<1>(o + c, p, s_.values + c, live, keep);
     }
 
-    template <int N>
-    LSM_INLINE void add_values(T* o, T const* p, T const* values, int64_t live, T keep) {
-        Vector<T> sum[N];
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) sum[i] = load(o + i * W) * keep;
-        for (int64_t n = 0; n < live; ++n) {
-            if (p[n] == 0) continue;  // not 0 times inf, of a key that the query does not see
-#pragma GCC unroll 8
-            for (int i = 0; i < N; ++i) sum[i] += p[n] * load(values + n * V_ + i * W);
+    // R rows of the output take the chunk's values. kAll: of every key; else not of those whose weight is 0,
+    // which need not be numbers.
+    template <int R, bool kAll, class In>
+    LSM_INLINE void add(int64_t r, In const* const* values, int64_t live) {
+        add_columns<R, kRegisters / 2 / R, kAll>(r, 0, values, live);
+    }
+    template <int R, int N, bool kAll, class In>
+    LSM_INLINE void add_columns(int64_t r, int64_t c, In const* const* values, int64_t live) {
+        T const* const p = s_.scores + r * kChunk;
+        for (; c + N * W <= V_; c += N * W) {
+            Vector<T> sum[R][N];
+            for (int j = 0; j < R; ++j)
+                for (int i = 0; i < N; ++i)
+                    sum[j][i] = load(s_.o + (r + j) * V_ + c + i * W) * s_.keep[r + j];
+            for (int64_t n = 0; n < live; ++n) {
+                if (!kAll && p[n] == 0) continue;
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) {
+                    Vector<T> const v = widen(values[n] + c + i * W);
+                    for (int j = 0; j < R; ++j) sum[j][i] += p[j * kChunk + n] * v;
+                }
+            }
+            for (int j = 0; j < R; ++j)
+                for (int i = 0; i < N; ++i) store(s_.o + (r + j) * V_ + c + i * W, sum[j][i]);
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) store(o + i * W, sum[i]);
+        if constexpr (N > 1) add_columns<R, N / 2, kAll>(r, c, values, live);
     }
 
     SparseAttnParams const& p_;

@@ -124,6 +124,8 @@ def test_lightning_is_the_attention_of_minimax(layer_idx):
 
 def test_mlstm_is_the_layer_of_transformers():
     modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
+    if not hasattr(modeling, "xLSTMLayer"):
+        pytest.skip("transformers has no layer of its own where xlstm is installed")
     config = modeling.xLSTMConfig(
         hidden_size=D,
         num_heads=4,
