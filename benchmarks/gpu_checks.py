@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -275,6 +276,17 @@ def paths(device: Device, dtype: str, D: int) -> Record:
         times[f"sm_{number}"] = min(sample() for _ in range(5))
     device.choose_architecture(100)
     return {"ok": not failed, "failed": failed, "sizes": [*sizes], "ms": times}
+
+
+def rates(device: Device) -> Record:
+    """What an SM does per clock, by the program of benchmarks/micro."""
+    program = Path(os.environ.get("LSM_MICRO", ROOT / "build" / "cmake" / "micro"))
+    if not program.is_file():
+        raise Skip("benchmarks/micro is not built: pack.py does")
+    done = subprocess.run([program], capture_output=True, text=True, timeout=55)
+    if done.returncode:
+        raise RuntimeError(done.stderr or f"{program} ended with {done.returncode}")
+    return {"ok": True, "rates": [json.loads(line) for line in done.stdout.splitlines()]}
 
 
 # --- how it is called

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import zipfile
@@ -73,10 +74,16 @@ def main() -> int:
 
 
 def unpack(pack: Path) -> None:
-    """Libraries into the tree; peers' wheels onto the path of all processes."""
+    """Libraries into the tree; the program of rates where all processes find it; peers' wheels onto
+    their path."""
     for file in (pack / "lsm_cuda").glob("*"):
         shutil.copy2(file, ROOT / "lsm_cuda")
     os.environ["LSM_COMMIT"] = (pack / "commit").read_text().strip()
+    if (pack / "micro").is_file():
+        program = Path(tempfile.mkdtemp()) / "micro"  # a pack may have lost what may be executed
+        shutil.copy(pack / "micro", program)
+        program.chmod(0o755)
+        os.environ["LSM_MICRO"] = str(program)
     site = pack / "site"
     for wheel in (pack / "wheels").glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
@@ -161,6 +168,8 @@ def all_items(options: argparse.Namespace, environment: dict[str, Any]) -> Itera
         yield Item(f"family {name}", "family", (name,))
     for dtype, D in (("f16", 64), ("bf16", 128))[: 1 if options.dry_run else 2]:
         yield Item(f"paths of attention {dtype} {D}", "paths", (dtype, D), 90)
+    if not options.dry_run:
+        yield Item("rates", "rates")
     yield Item("sanitizers", "sanitize", (ops, options.cases, 120.0), 130)
     yield Item("sanitizers, other operators", "sanitize", (rows, options.cases, 60.0), 70)
     timed = [op for op in registry.OPS.values() if not options.ops or op.name in options.ops]

@@ -3,9 +3,9 @@
     LSM_BUILD_CUDA=1 make build
     python benchmarks/pack.py --out build/gpu_pack
 
-It holds the built libraries, their commit, and the wheels of peers that are pure Python and of
-pytest; torch and triton are the machine's own. The whole must stay small enough to travel: a wheel
-that does not fit any more is left out and named.
+It holds the built libraries, their commit, the program of benchmarks/micro, and the wheels of peers
+that are pure Python and of pytest; torch and triton are the machine's own. The whole must stay
+small enough to travel: a wheel that does not fit any more is left out and named.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cmake"
 LIBRARIES = ("_C.so", "_C_cuda.so", "build_info.json")
 WHEELS = (
     "fla-core==0.6.0", "flash-linear-attention==0.6.0", "einops", "mlstm_kernels",
@@ -33,7 +34,8 @@ def main() -> int:
     parser.add_argument("--wheels", nargs="*", default=list(WHEELS), help="what pip downloads")
     options = parser.parse_args()
     try:
-        total, left_out = pack(options.out, options.wheels)
+        micro = build_micro()
+        total, left_out = pack(options.out, options.wheels, micro=micro)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"pack: {error}", file=sys.stderr)
         return 1
@@ -43,7 +45,15 @@ def main() -> int:
     return 0
 
 
-def pack(out: Path, wheels: list[str], package: Path = ROOT / "lsm_cuda") -> tuple[int, list[str]]:
+def build_micro() -> Path:
+    """The program of benchmarks/micro, built where the libraries were."""
+    subprocess.run(["cmake", "--build", str(BUILD), "--target", "micro"], check=True)
+    return BUILD / "micro"
+
+
+def pack(
+    out: Path, wheels: list[str], package: Path = ROOT / "lsm_cuda", micro: Path | None = None
+) -> tuple[int, list[str]]:
     """Fills ``out`` anew; returns its size in bytes, and the wheels, of the largest, that had to be
     left out.
 
@@ -61,6 +71,8 @@ def pack(out: Path, wheels: list[str], package: Path = ROOT / "lsm_cuda") -> tup
     (out / "wheels").mkdir()
     for name in LIBRARIES:
         shutil.copy2(package / name, out / "lsm_cuda")
+    if micro is not None:
+        shutil.copy2(micro, out)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )

@@ -288,8 +288,11 @@ def test_wheels_that_do_not_fit_are_left_out(tmp_path, package, monkeypatch):
 
 
 def test_unpack(tmp_path, package, monkeypatch):
-    """Libraries land in the tree; a peer's wheel can be imported, here and in other processes."""
-    pack.pack(tmp_path / "pack", [], package)
+    """Libraries land in the tree; a peer's wheel can be imported, here and in other processes; the
+    program of rates can be run, though it came without its mode."""
+    program = tmp_path / "micro"
+    program.write_text("""#!/bin/sh\necho '{"name": "mma", "value": 8}'\n""")
+    pack.pack(tmp_path / "pack", [], package, program)
     with zipfile.ZipFile(tmp_path / "pack" / "wheels" / "peer-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("some_peer.py", "x = 5\n")
     tree = tmp_path / "tree"
@@ -298,10 +301,13 @@ def test_unpack(tmp_path, package, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setenv("LSM_COMMIT", "")
+    monkeypatch.setenv("LSM_MICRO", "")
     gpu_suite.unpack(tmp_path / "pack")
     assert (tree / "lsm_cuda" / "_C_cuda.so").read_bytes() == b"x" * 1000
     done = subprocess.run([sys.executable, "-c", "import some_peer; print(some_peer.x)"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout == "5\n"
+    gpu_checks = importlib.import_module("gpu_checks")
+    assert gpu_checks.rates(None)["rates"] == [{"name": "mma", "value": 8}]
     assert os.environ["LSM_COMMIT"] == (tmp_path / "pack" / "commit").read_text().strip()
     assert environment("cpu")["commit"] == os.environ["LSM_COMMIT"]

@@ -24,9 +24,10 @@ def copy(tmp_path, monkeypatch):
     """results, page and README in a folder of their own."""
     shutil.copytree(report.HERE / "results", tmp_path / "benchmarks" / "results")
     (tmp_path / "docs" / "kernels").mkdir(parents=True)
-    for path in (report.PAGE, report.README, report.SPARSE):
+    for path in (report.PAGE, report.HARDWARE, report.README, report.SPARSE):
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "performance.md")
+    monkeypatch.setattr(report, "HARDWARE", tmp_path / "docs" / "hardware.md")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "SPARSE", tmp_path / "docs" / "kernels" / "sparse.md")
     monkeypatch.setattr(report, "HERE", tmp_path / "benchmarks")
@@ -85,6 +86,10 @@ def gpu_record():
     rows += [r | longer for r in rows if r["timing"] == "graph"]
     rows.append(common | {"implementation": "FlashInfer", "skipped": "ImportError: none"})
     items = [{"name": f"correct gla {i}", "status": s} for i, s in enumerate(("ok", "failed"))]
+    items += [{"name": "correct simple_gla", "status": "ok"}, {"name": "graph gla", "status": "ok"}]
+    items += [{"name": "sanitizers", "status": "skipped"}]
+    rate = {"name": "wgmma rs n32", "at": "2 warpgroups", "value": 16.5, "unit": "clocks"}
+    items += [{"name": "rates", "status": "ok", "rates": [rate]}]
     limits = {"bytes_per_second": 1e12, "flops_per_second": {"bfloat16": 1e15}}
     env = {"date": "2000-01-01", "commit": "abc", "gpu": "GPU", "cpu": "CPU", "threads": 1}
     env |= {"ceilings": limits, "cache_bytes": 0, "peers": {"torch": "2"}}
@@ -98,13 +103,26 @@ def test_a_gpu_page(copy, monkeypatch):
     assert run(monkeypatch) == 0
     page = (copy / "docs" / "performance.md").read_text()
     assert "Not timed: FlashInfer (ImportError: none)" in page
-    assert "| correct | 1 | 1 | 0 |" in page
+    assert "| correct | 2 | 1 | 0 |" in page
     assert "| gla | B1 T2048 H32 K128 V128 | bfloat16 | graph | 2 | 1 | 50% | 3× |" in page
     assert "| gla | B1 T2048 H32 K128 V128 | bfloat16 | eager | 4 | 1 | 25% | 3× |" in page
     assert (
         "| gla B1 T32768 H32 K128 V128 bfloat16 | 20 / – / – | 3× / – / – |"
         in (copy / "README.md").read_text()
     )
+
+
+def test_what_ran_on_a_gpu(copy, monkeypatch):
+    assert "No GPU has run this library yet." in (copy / "docs" / "hardware.md").read_text()
+    folder = copy / "benchmarks" / "results" / "gpu"
+    folder.mkdir()
+    (folder / "ops.json").write_text(json.dumps(gpu_record()))
+    assert run(monkeypatch) == 0
+    page = (copy / "docs" / "hardware.md").read_text()
+    assert re.search(r"\| gla \| yes \| failed: correct gla 1 \| yes \| – \| 3 \| 50% \|", page)
+    assert re.search(r"\| simple_gla \| yes \| yes \| – \| – \| – \| – \|", page)
+    assert re.search(r"\| kda \| yes \| – \| – \| – \| – \| – \|", page)
+    assert "| wgmma rs n32 | 2 warpgroups | 16.5 | clocks |" in page
 
 
 def test_the_readme_has_a_line_per_operator():
