@@ -109,6 +109,7 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from decode_calls()
     yield from selection_calls()
     yield from mlstm_calls()
+    yield from ssd_calls()
 
 
 def mlstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
@@ -118,6 +119,16 @@ def mlstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     C, n = torch.randn(2, 2, 64, 64, generator=draw), torch.randn(2, 2, 64, generator=draw)
     given = (q, k, v, i, f, C, n, m, 0.1, 1e-6, True, True)
     yield "mlstm step bfloat16", 1, partial(torch.ops.lsm_emu.mlstm_step, *given)
+
+
+def ssd_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    draw = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(2, 2, 64, generator=draw).bfloat16() for _ in range(2))
+    B, C = (torch.randn(2, 1, 64, generator=draw).bfloat16() for _ in range(2))
+    dt, state = torch.randn(2, 2, generator=draw), torch.randn(2, 2, 64, 64, generator=draw)
+    A, D, bias = (torch.randn(2, generator=draw) for _ in range(3))
+    given = (x, dt, -A.exp(), B, C, state, D, z, bias, True)
+    yield "ssd step bfloat16", 1, partial(torch.ops.lsm_emu.ssd_step, *given)
 
 
 def decode_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

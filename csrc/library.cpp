@@ -86,6 +86,13 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!) n, "
         "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");
 
+    // A step of simple_gla as Mamba-2 has it: x [B,H,P]; dt [B,H], softplus(dt + dt_bias) if dt_softplus, weighs what is
+    // written; exp(dt A) decays; B, C [B,G,N]; y + D x, gated by silu(z). state [B,H,P,N], or a tensor of [B,H,N,P] with
+    // the last two transposed.
+    m.def(
+        "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, "
+        "Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor");
+
     // linear_attn of products of two channels of q and of two of k, so that weights are 1 + s + s^2 / 2 of s = scale q·k
     // if taylor, else s^2; divided by their sums plus eps. States S [N,HV,F,V] and z [N,HV,F], F from policy/features.h,
     // which are always computed. tokens as above. For CPU tensors; on CUDA it is composed.

@@ -4,6 +4,7 @@
 
 #include "decay.h"
 #include "policy/input_gate.h"
+#include "policy/step_size.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -156,6 +157,8 @@ class StepHead {
         T decay = 1, weight = 1, inverse = 1, bonus = 0;
         if (p_.normaliser.on) {
             normalise(decay, weight, inverse);
+        } else if (p_.sizes.dt.data != nullptr) {
+            discretise(decay, weight);
         } else if (p_.decay == Decay::scalar) {
             row(p_.g, p_.gate_dtype, head_, 0, 1).read(tile_.key_decay, 0);
             decays_of(p_.gate, tile_.key_decay, 1);
@@ -163,7 +166,6 @@ class StepHead {
         }
         for (int64_t v0 = 0; v0 < p_.V; v0 += kStepChannels) {
             int64_t const values = min_of(kStepChannels, p_.V - v0);
-            Row const o = row(p_.o, p_.dtype, head_, v0, values);
             row(p_.v, p_.dtype, head_, v0, values).read(tile_.v, 0, weight);
             for (int64_t i = 0; i < values; i += W) store(tile_.o + i, Vector<T>{});
             if (decays_values(p_.decay)) {
@@ -188,7 +190,8 @@ class StepHead {
             }
             for (int64_t i = 0; p_.u.data != nullptr && i < values; i += W)
                 store(tile_.o + i, load(tile_.o + i) + bonus * load(tile_.v + i));
-            o.write(tile_.o, 0, inverse);
+            finish(v0, values, inverse);
+            row(p_.o, p_.dtype, head_, v0, values).write(tile_.o, 0);
         }
     }
 
@@ -198,6 +201,12 @@ class StepHead {
 
     Row row(Rows const& rows, Dtype dtype, int64_t head, int64_t first, int64_t columns) const {
         return {rows, dtype, batch_, head, Span{0, 1}, columns, first};
+    }
+
+    T number(Rows const& rows, Dtype dtype) const {
+        T x[W];
+        row(rows, dtype, head_, 0, 1).read(x, 0);
+        return x[0];
     }
 
     void make_features(T* scratch) {  // all of them, of q and k
@@ -227,7 +236,7 @@ class StepHead {
 
     // Of some keys, which have been read: what the query reads of the token itself. Uses their decays' room.
     T bonus_of(int64_t first, int64_t count) {
-        row(p_.u, p_.u_dtype, head_, first, count).read(tile_.key_decay, 0);
+        row(p_.u, p_.u.dtype, head_, first, count).read(tile_.key_decay, 0);
         Vector<T> sums{};
         for (int64_t i = 0; i < count; i += W)
             sums += load(tile_.q + i) * load(tile_.key_decay + i) * load(tile_.k + i);
@@ -267,6 +276,38 @@ class StepHead {
     template <auto kValue>
     static constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
+    void discretise(T& decay, T& weight) const {
+        StepSizes const& own = p_.sizes;
+        T dt = number(own.dt, own.dt.dtype);
+        if (own.bias.data != nullptr) dt += number(own.bias, own.bias.dtype);
+        StepSize<T> const size = step_size(dt, number(own.A, own.A.dtype), own.softplus);
+        decay = size.decay, weight = size.weight;
+    }
+
+    // Outputs of some columns, with the room of their values and of those's decays.
+    void finish(int64_t first, int64_t count, T inverse) {
+        Finish const& own = p_.finish;
+        if (own.skip.data != nullptr) {
+            row(p_.v, p_.dtype, head_, first, count).read(tile_.v, 0);
+            if (own.skip_channels) {
+                row(own.skip, own.skip.dtype, head_, first, count).read(tile_.value_decay, 0);
+            } else {
+                fill(tile_.value_decay, number(own.skip, own.skip.dtype), count);
+            }
+        }
+        for (int64_t i = 0; i < count; i += W) {
+            Vector<T> o = load(tile_.o + i) * inverse;
+            if (own.skip.data != nullptr) o += load(tile_.value_decay + i) * load(tile_.v + i);
+            store(tile_.o + i, o);
+        }
+        if (own.z.data == nullptr) return;
+        row(own.z, p_.dtype, head_, first, count).read(tile_.v, 0);
+        for (int64_t i = 0; i < count; i += W) {
+            Vector<T> const z = load(tile_.v + i);
+            store(tile_.o + i, load(tile_.o + i) * z * sigmoid(z));
+        }
+    }
+
     // n and m after the token, and what it takes from them.
     void normalise(T& decay, T& weight, T& inverse) {
         auto const& own = p_.normaliser;
@@ -275,10 +316,8 @@ class StepHead {
         InputGate gate{1, 1, 0, 0};
         if (own.gated) {
             T& m = static_cast<T*>(own.m)[chain];
-            T i[W], f[W];
-            row(own.i, own.dtype, head_, 0, 1).read(i, 0);
-            row(own.f, own.dtype, head_, 0, 1).read(f, 0);
-            gate = input_gate(i[0], f[0], m, own.exponential);
+            gate =
+                input_gate(number(own.i, own.dtype), number(own.f, own.dtype), m, own.exponential);
             m = T(gate.m);
         }
         decay = T(gate.decay), weight = T(gate.weight);

@@ -36,13 +36,14 @@ inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_
 }
 
 // Gates come in the dtype of q, or in float32.
-inline void check_gate_type(Checks const& c, Tensor const& g, char const* arg, Tensor const& q) {
+inline void check_gate_type(Checks const& c, Tensor const& g, char const* arg, Tensor const& q,
+                            char const* like = "q") {
     c.require(g.scalar_type() == q.scalar_type() ||
                   (g.scalar_type() == ScalarType::Float && q.scalar_type() != ScalarType::Double),
-              arg, " must have dtype ", name(q.scalar_type()), " like q",
+              arg, " must have dtype ", name(q.scalar_type()), " like ", like,
               q.scalar_type() == ScalarType::Double ? "" : ", or float32", ", got ",
               name(g.scalar_type()));
-    c.device(g, arg, q, "q");
+    c.device(g, arg, q, like);
 }
 
 inline void check_state(Checks const& c, OptionalTensor const& state, char const* arg,

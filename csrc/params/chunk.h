@@ -15,6 +15,12 @@ struct Rows {
     int64_t batch = 0, time = 0, head = 0;
 };
 
+// Rows of their own dtype: that of the other tensors, or f32. Parameters of heads, [HV] or [HV, D], have strides 0 along
+// batch and time.
+struct TypedRows : Rows {
+    Dtype dtype = Dtype::f32;
+};
+
 // What the state S [K, V] forgets before token t writes to it.
 enum class Decay : int32_t {
     none,    // nothing, and no g
@@ -99,6 +105,21 @@ struct ChunkParams {
     void* grad_initial_state = nullptr;  // [N, HV, K, V], nullable
 };
 
+// Mamba-2's step sizes dt, softplus(dt + bias) or that sum: what a token writes is weighed with dt, its head's state is
+// decayed by exp(dt A).
+struct StepSizes {
+    TypedRows dt;       // [B, 1, HV], nullable: then nothing else here means anything
+    TypedRows A, bias;  // [HV], bias nullable
+    bool softplus;
+};
+
+// What becomes of an output o: (o + skip v) silu(z), of which either may be absent.
+struct Finish {
+    TypedRows skip;      // [HV] or [HV, V], nullable
+    bool skip_channels;  // which of the two
+    Rows z;              // [B, 1, HV, V], nullable
+};
+
 // One token: the state is read once, decayed and written to; the query reads it after that, or before if exclusive.
 struct StepParams {
     Decay decay;
@@ -112,11 +133,12 @@ struct StepParams {
     Rows q, k;          // [B, 1, H, channels]
     Rows v, o;          // [B, 1, HV, V]
     Rows g, gv;         // [B, 1, HV] or [B, 1, HV, K or V], by `decay`
-    Rows u;             // [B, 1, HV, K], nullable: if exclusive, the query reads Diag(u) k v^T too
-    Dtype u_dtype;      // dtype, or f32
+    TypedRows u;        // [B, 1, HV, K], nullable: if exclusive, the query reads Diag(u) k v^T too
     bool values_first;  // how the state lies: [B, HV, V, K] rather than [B, HV, K, V]
     void* state;        // contiguous, updated in place
     Normaliser normaliser;
+    StepSizes sizes;
+    Finish finish;
 };
 
 // What a backend (cpu/, kernels/) provides to ops/chunk.cpp. Workspaces are uninitialised bytes, 256-byte aligned.

@@ -67,8 +67,8 @@ class Mamba2(RecurrentLayer):
         dt_limit: bounds of the step sizes.
         use_bias: biases in the projections.
         norm_eps: of the norm.
-        chunk_size: without meaning here; accepted for FLA's sake.
         layer_idx: place in the cache; needed to use one.
+        chunk_size, backend: without meaning here; accepted for FLA's sake.
 
     ``in_proj``, ``conv1d``, ``dt_bias``, ``A_log``, ``D``, ``norm`` and ``out_proj`` are the
     parameters of mamba_ssm's ``Mamba2`` and transformers' ``Mamba2Mixer`` too.
@@ -108,6 +108,7 @@ class Mamba2(RecurrentLayer):
         norm_eps: float = 1e-5,
         chunk_size: int = 256,
         layer_idx: int | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__(hidden_size, layer_idx)
         name, inner = type(self).__name__, int(expand * hidden_size)
@@ -211,7 +212,7 @@ class LogLinearMamba2(Mamba2):
     Args:
         num_heads, head_dim, hidden_size, state_size, expand, n_groups, conv_kernel, conv_init,
         use_conv_bias, hidden_act, rmsnorm, D_has_hdim, norm_before_gate, chunk_size, dt_limit,
-        dt_min, dt_max, dt_init_floor, use_bias, norm_eps, layer_idx: as :class:`Mamba2`.
+        dt_min, dt_max, dt_init_floor, use_bias, norm_eps, layer_idx, backend: as :class:`Mamba2`.
         num_levels: L; sequences have up to ``2^(L − 1)`` tokens. FLA's checkpoints have 15.
 
     ``L [H, num_levels]`` is learned beside the parameters of :class:`Mamba2`; the level weights are
@@ -251,6 +252,7 @@ class LogLinearMamba2(Mamba2):
         use_bias: bool = True,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        backend: str | None = None,
         num_levels: int = 15,
     ) -> None:
         if num_levels < 1:

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _chunk
-from ._common import accumulation_dtype, autocast, check_rank, check_shape
+from ._common import (
+    accumulation_dtype,
+    autocast,
+    check_device_like,
+    check_no_gradient,
+    check_rank,
+    check_shape,
+    in_dtype,
+)
 from .conv import convolve
 from .selective_scan import selective_step
 
@@ -160,13 +168,20 @@ def selective_state_update(
     check_rank(op, "state", state, "[B, H, P, N]")
     A, dt = _per_head(op, "A", A, 1), _per_head(op, "dt", dt, 2)
     dt_bias = None if dt_bias is None else _per_head(op, "dt_bias", dt_bias, 1)
-    check_shape(op, "dt", dt, "[B, H]", x.shape[:2])
-    dt, g = _discretise(op, x, dt, A, dt_bias, dt_softplus, (0.0, float("inf")))
-    y = _chunk.step(
-        "simple_gla", C, B, x * dt[..., None].to(x.dtype), g, state.transpose(-1, -2), 1.0,
-        "mamba_chunk_scan_combined",
-    )  # fmt: skip
-    return _finish(op, y, x, D, z)
+    given = (t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None)
+    check_no_gradient(op, "mamba_chunk_scan_combined", *given)
+    z = None if z is None else in_dtype(z, x.dtype)
+    dt_, A_, D_, bias = (_beside(x, t) for t in (dt, A, D, dt_bias))
+    return torch.ops.lsm.ssd_step(  # type: ignore[no-any-return]
+        x, dt_, A_, B, C, state, D_, z, bias, dt_softplus
+    )
+
+
+@torch.library.register_fake("lsm::ssd_step")
+def _step_fake(x, dt, A, B, C, state, D, z, dt_bias, _):  # type: ignore[no-untyped-def]
+    tensors = {"dt": dt, "A": A, "B": B, "C": C, "state": state, "D": D, "z": z}
+    check_device_like("ssd_step", "x", x, tensors | {"dt_bias": dt_bias})
+    return x.new_empty(x.shape)
 
 
 def ssd_minimal_discrete(
@@ -308,6 +323,12 @@ def _per_head(op: str, name: str, t: Tensor, dims: int) -> Tensor:
                 f"dimensions, got shape {[*t.shape]} with strides {[*t.stride()]}"
             )
     return t.flatten(dims)[..., 0] if t.dim() > dims else t
+
+
+def _beside(x: Tensor, t: Tensor | None) -> Tensor | None:
+    """In a dtype that operators take beside x."""
+    wide = accumulation_dtype(x)
+    return t if t is None or t.dtype in (x.dtype, wide) else t.to(wide)
 
 
 def _discretise(

@@ -1,20 +1,17 @@
-"""FLA's feature map file as an oracle, where it is unpacked: its modules without its kernels."""
+"""FLA's feature map file as an oracle, where FLA is: its modules without its kernels."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch.nn.functional as F
+from peers import fla_folder
 
-# fla-core and flash-linear-attention 0.6.0, both unzipped into this folder.
-FLA_DIR = os.environ.get("LSM_FLA_DIR", "")
-
-needs_fla = pytest.mark.skipif(not FLA_DIR, reason="LSM_FLA_DIR does not name FLA's sources")
+FLA = fla_folder()
+needs_fla = pytest.mark.skipif(FLA is None, reason="flash-linear-attention not found")
 
 
 def load_fla_maps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -37,7 +34,8 @@ def load_fla_maps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    path = Path(FLA_DIR) / "fla" / "modules" / "feature_map.py"
+    assert FLA is not None
+    path = FLA / "modules" / "feature_map.py"
     spec = importlib.util.spec_from_file_location("fla_feature_map", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import GLA
 from families import FAMILIES, SSD, assert_rule, definition, draw, gradients, operator, row, ssd
+from impls import Impl
 from peers import mamba_ssm_module
 from torch import Tensor
 
@@ -109,6 +112,122 @@ def test_step_is_the_step_of_transformers(turned: bool) -> None:
     y = ops.selective_state_update(state, **x, dt_softplus=True)
     torch.testing.assert_close(y, update(other, x.pop("x"), **x, dt_softplus=True))
     torch.testing.assert_close(state, other)
+
+
+STEPS = {
+    "f32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 with fp32 parameters": {"dtype": torch.bfloat16, "wide": ("dt", "A", "D", "dt_bias")},
+    "f16": {"dtype": torch.float16},
+    "f64": {"dtype": torch.float64},
+    "D per head": {"per_head": True},
+    "nothing around it": {"without": ("D", "z", "dt_bias")},
+    "without softplus": {"softplus": False},
+    "wide": {"K": 160, "V": 70, "B": 1, "HV": 2},
+    "wider than the stack": {"K": 300, "V": 260, "B": 1, "H": 1, "HV": 1},
+    "hard decays": {"hard": True},
+}
+
+
+def raw_step(impl: Impl) -> Any:
+    if impl.name != "emulator":
+        return torch.ops.lsm.ssd_step.default
+    impl.raw(GLA, "step")  # loads it
+    return torch.ops.lsm_emu.ssd_step.default
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_the_operator(impl: Impl, name: str, turned: bool) -> None:
+    """Tokens one by one, with all that is around them, on a state in either layout."""
+    options = dict(STEPS[name])
+    without, wide = options.pop("without", ()), options.pop("wide", ())
+    per_head, hard = options.pop("per_head", False), options.pop("hard", False)
+    softplus = options.pop("softplus", True)
+    if impl.tensor_cores and (name == "f64" or options.get("K", 0) > 256):
+        pytest.skip("for CPU kernels only")
+    x = draw(FAMILY, T=5, **options)
+    if per_head:
+        x.tensors["D"] = x.tensors["D"][:, 0].clone()
+    if hard:  # dt·A down to -90, where nothing is left, and next to none
+        x.tensors["A"].fill_(-1)
+        x.tensors["dt"].copy_(torch.linspace(-60, 90, x.tensors["dt"].numel()).view(2, 5, 4))
+    for n in wide:
+        x.tensors[n] = x.tensors[n].float()
+    if not softplus:
+        x.tensors["dt"].abs_(), x.tensors["dt_bias"].abs_()
+    for n in without:
+        del x.tensors[n]
+    state = x.states[0].to(impl.device, copy=True)
+    if turned:
+        state = state.mT.contiguous().mT
+    step, tokens = raw_step(impl), []
+    names = ("x", "dt", "A", "B", "C", "state", "D", "z", "dt_bias")
+    for t in range(5):
+        token = {n: y if n in ("A", "D", "dt_bias") else y[:, t] for n, y in x.tensors.items()}
+        token = {n: y.to(impl.device) for n, y in token.items()} | {"state": state}
+        before = state.clone()
+
+        def call(token=token, before=before) -> dict[str, Tensor]:
+            state.copy_(before)
+            y = step(*(token.get(n) for n in names), softplus)
+            return {"y": y, "state": state.clone()}
+
+        run = impl.under_every_seed if impl.name == "emulator" else lambda call: call()
+        tokens.append(run(call)["y"].cpu())
+    family = dataclasses.replace(
+        FAMILY, definition=partial(FAMILY.definition, dt_softplus=softplus)
+    )
+    results = {"o": torch.stack(tokens, 1), "final_state 0": state.cpu()}
+    assert_rule(results, definition(family, x), x)
+
+
+def step_arguments(**replaced: Any) -> list[Any]:
+    """Of torch.ops.lsm.ssd_step."""
+    x = {n: t if n in ("A", "D", "dt_bias") else t[:, 0] for n, t in draw(FAMILY).tensors.items()}
+    named = {n: x[n] for n in ("x", "dt", "A", "B", "C")} | {"state": torch.randn(2, 4, 10, 12)}
+    named |= {n: x[n] for n in ("D", "z", "dt_bias")}
+    return [*(named | replaced).values(), True]
+
+
+def test_step_is_a_sound_operator() -> None:
+    op = torch.ops.lsm.ssd_step.default
+    torch.library.opcheck(op, step_arguments())
+    torch.library.opcheck(op, step_arguments(D=None, z=None, dt_bias=None))
+    assert [a.name for a in op._schema.arguments if a.is_write] == ["state"]
+
+
+BAD_STEPS = {
+    "B": (torch.zeros(2, 3, 12), "x must have a multiple of the G = 3 groups of B, got H = 4"),
+    "C": (torch.zeros(2, 2, 11), "C must have shape [B, G, N] = [2, 2, 12], got [2, 2, 11]"),
+    "dt": (torch.zeros(2, 3), "dt must have shape [B, H] = [2, 4], got [2, 3]"),
+    "A": (torch.zeros(4).double(), "A must have dtype float32 like x, or float32, got float64"),
+    "D": (torch.zeros(4, 9), "D must have shape [H, P] = [4, 10], got [4, 9]"),
+    "z": (torch.zeros(2, 4, 10).half(), "z must have dtype float32 like x, got float16"),
+    "dt_bias": (torch.zeros(3), "dt_bias must have shape [H] = [4], got [3]"),
+    "state": (
+        torch.zeros(2, 4, 12, 10),
+        "state must have shape [B, H, P, N] = [2, 4, 10, 12], got [2, 4, 12, 10]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_step_refuses(impl: Impl, name: str) -> None:
+    bad, text = BAD_STEPS[name]
+    arguments = step_arguments(**{name: bad})
+    given = [t.to(impl.device) if isinstance(t, Tensor) else t for t in arguments]
+    with pytest.raises(RuntimeError) as error:
+        raw_step(impl)(*given)
+    assert str(error.value).splitlines()[0] == f"lsm::ssd_step: {text}"
+
+
+def test_step_takes_parameters_of_other_dtypes() -> None:
+    x, dt, A, B, C, state, D, z, dt_bias, _ = step_arguments()
+    run = partial(ops.selective_state_update, dt_softplus=True)
+    y = run(state.clone(), x, dt, A, B, C, D, z, dt_bias)
+    wide = run(state.clone(), x, dt, A.double(), B, C, D.double(), z.double(), dt_bias.double())
+    assert torch.equal(y, wide)
 
 
 def test_final_states_are_as_the_step_likes_them() -> None:

@@ -16,6 +16,7 @@
 #include "kernels/policy/decay.cuh"
 #include "params/chunk.h"
 #include "policy/input_gate.h"
+#include "policy/step_size.h"
 
 namespace lsm::step_kernel {
 
@@ -62,6 +63,40 @@ struct alignas(16) HeadFactors {
     float decay, weight, inverse, unused;
 };
 
+// StepSizes, as floats.
+template <class T>
+struct SizeLoaders {
+    GateLoader<T> dt, A, bias;
+    bool softplus;
+
+    LSM_DEVICE HeadFactors factors(i64 batch, i64 head) const {
+        float const x = number(dt, batch, head) + number(bias, batch, head);
+        StepSize<float> const size = step_size(x, number(A, batch, head), softplus);
+        return {size.decay, size.weight, 1.f, 0.f};
+    }
+
+  private:
+    LSM_DEVICE static float number(GateLoader<T> const& x, i64 batch, i64 head) {
+        return x.value(x.load(x.at(batch, 0, head, 0)));
+    }
+};
+
+// Finish, as floats.
+template <class T>
+struct FinishLoaders {
+    GateLoader<T> skip, z;
+
+    LSM_DEVICE float finished(float o, T const* v, i64 batch, i64 head, int channel) const {
+        if (skip.g.data != nullptr) {
+            o += skip.value(skip.load(skip.at(batch, 0, head, channel))) *
+                 static_cast<float>(load_global(v + channel));
+        }
+        if (z.g.data == nullptr) return o;
+        float const x = z.value(z.load(z.at(batch, 0, head, channel)));
+        return o * (x / (1.f + expf(-x)));
+    }
+};
+
 struct Operands {
     Rows q, k, v, o;
     float* state;
@@ -92,7 +127,8 @@ LSM_DEVICE void each(bool pieces, F const& f) {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads)
-    step_kernel(Operands const p, BySide<GateLoader<T>> const gates, GateLoader<T> const bonus) {
+    step_kernel(Operands const p, BySide<GateLoader<T>> const gates, GateLoader<T> const bonus,
+                SizeLoaders<T> const sizes, FinishLoaders<T> const finish) {
     constexpr bool kValuesFirst = Tile::kValuesFirst;
     auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(dyn_smem());
     int const tid = threadIdx.x;
@@ -127,8 +163,9 @@ __global__ void __launch_bounds__(kThreads)
 
     // The token's query, key, value and decays, as floats: those of rows in shared memory, those of
     // a thread's columns in its registers.
-    HeadFactors const factors =
-        p.factors != nullptr ? load_global(p.factors + chain) : HeadFactors{1.f, 1.f, 1.f, 0.f};
+    HeadFactors factors{1.f, 1.f, 1.f, 0.f};
+    if (p.factors != nullptr) factors = load_global(p.factors + chain);
+    if (sizes.dt.g.data != nullptr) factors = sizes.factors(batch, head);
     auto const decay = [&](GateLoader<T> const& side, int channel) {
         return side.g.data != nullptr ? side.factor(side.load(side.at(batch, 0, head, channel)))
                                       : 1.f;
@@ -204,16 +241,22 @@ __global__ void __launch_bounds__(kThreads)
     // Sum the output: over the lanes of a row, or over the rows, within the warp by shuffles and
     // then over the warps in their order.
     T* const o = row_of<T>(p.o, batch, head);
+    auto const write = [&](int channel, float sum) {
+        float const x = finish.finished(factors.inverse * sum, v, batch, head, channel);
+        store_global(o + channel, static_cast<T>(x));
+    };
     if constexpr (kValuesFirst) {
+        static_assert(Tile::kRows <= Tile::kLanes);  // lane i writes what row i has
+        float own_sum = 0.f;
+        int channel = p.V;
         LSM_UNROLL
         for (int i = 0; i < Tile::kRows; ++i) {
             LSM_UNROLL
             for (int distance = 1; distance < Tile::kLanes; distance *= 2)
                 out[i] += __shfl_xor_sync(0xffffffffu, out[i], distance);
-            int const channel = first_row + Tile::row(i);
-            if (tid % Tile::kLanes == 0 && channel < p.V)
-                store_global(o + channel, static_cast<T>(factors.inverse * out[i]));
+            if (tid % Tile::kLanes == i) own_sum = out[i], channel = first_row + Tile::row(i);
         }
+        if (channel < p.V) write(channel, own_sum);
     } else {
         LSM_UNROLL
         for (int distance = Tile::kLanes; distance < 32; distance *= 2) {
@@ -228,7 +271,7 @@ __global__ void __launch_bounds__(kThreads)
         if (tid < Tile::V && first_column + tid < p.V) {
             float sum = 0.f;
             for (int w = 0; w < kThreads / 32; ++w) sum += shared.partial[w][tid];
-            store_global(o + first_column + tid, static_cast<T>(factors.inverse * sum));
+            write(first_column + tid, sum);
         }
     }
 }
@@ -306,10 +349,17 @@ void run_step(StepParams const& p, HeadFactors const* factors, void* stream) {
                             static_cast<float>(p.scale),
                             p.exclusive,
                             row % 4 == 0 && reinterpret_cast<uintptr_t>(p.state) % 16 == 0};
+    auto const loader = [&](TypedRows const& x, bool channels) {
+        return GateLoader<T>{x, channels ? 1 : 0, x.dtype == Dtype::f32, 0};
+    };
+    SizeLoaders<T> const sizes{loader(p.sizes.dt, false), loader(p.sizes.A, false),
+                               loader(p.sizes.bias, false), p.sizes.softplus};
+    FinishLoaders<T> const finish{loader(p.finish.skip, p.finish.skip_channels),
+                                  loader({p.finish.z, p.dtype}, true)};
     i64 const blocks = p.B * p.HV * ((p.V + V - 1) / V);
     launch(step_kernel<T, Tile>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-           sizeof(SharedStorage<Tile>), stream, operands, gate_loaders<T>(p),
-           GateLoader<T>{p.u, 1, p.u_dtype == Dtype::f32, p.gate});
+           sizeof(SharedStorage<Tile>), stream, operands, gate_loaders<T>(p), loader(p.u, true),
+           sizes, finish);
 }
 
 }  // namespace lsm::step_kernel

@@ -1,0 +1,304 @@
+// Operators of the chunk engine whose tokens weigh what they write, or whose outputs are divided or finished: mLSTM,
+// Based and ReBased, and Mamba-2's step. Compiled once per backend.
+#include "ops/chunk.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+namespace lsm {
+namespace {
+
+// mLSTM's, before their activation.
+void check_input_gates(Checks const& c, Tensor const& i, Tensor const& f, Tensor const& q,
+                       Tensor const& v, bool one_token) {
+    check_gate(c, Decay::scalar, "i", i, q, v, one_token);
+    check_gate(c, Decay::scalar, "f", f, q, v, one_token);
+    c.dtype(f, "f", i.scalar_type(), " like i");
+}
+
+Normaliser input_gates(Tensor const& i, Tensor const& f, bool exponential, bool divides,
+                       double eps) {
+    Normaliser own{};
+    own.on = own.gated = true;
+    own.i = scalar_rows(i), own.f = scalar_rows(f);
+    own.dtype = to_dtype(i.scalar_type());
+    own.exponential = exponential, own.divides = divides, own.eps = eps;
+    return own;
+}
+
+#if defined(LSM_BACKEND_CPU)
+// What operators with a normaliser call their tensors.
+struct NormalisedNames {
+    char const *o, *grad_o, *n, *grad_n, *grad_state;
+};
+constexpr NormalisedNames kMlstmNames{"h", "grad_h", "n", "grad_n", "grad_C"};
+constexpr NormalisedNames kPolynomialNames{"o", "grad_o", "z", "grad_z", "grad_S"};
+
+void check_sums(Checks const& c, OptionalTensor const& t, char const* arg, char const* dims,
+                std::initializer_list<int64_t> shape, Tensor const& q) {
+    if (!t) return;
+    c.shape(*t, arg, dims, shape);
+    c.dtype(*t, arg, state_type(q));
+    c.device(*t, arg, q, "q");
+}
+
+// Each token's decay and weight are in a row of `tokens`, which the kernels fill or, in the backward, find.
+void point_at_tokens(ChunkParams& p, void* tokens) {
+    p.decay = Decay::scalar;
+    p.g = {tokens, p.HV * p.T, 1, p.T};
+    p.gate_dtype = p.state_dtype;
+    p.normaliser.on = true;
+    p.normaliser.tokens = tokens;
+}
+
+// simple_gla of values that the gates in p.normaliser weigh, whose outputs are divided by what it makes of the weights
+// alone: o, the last states of both, the tokens' rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_forward(Checks const& c,
+                                                              NormalisedNames const& names,
+                                                              Inputs& in, Tensor const& q,
+                                                              OptionalTensor const& n,
+                                                              bool output_final_state) {
+    ChunkParams& p = in.p;
+    check_sums(c, n, names.n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    DeviceScope const scope(q);
+    ScalarType const wide = state_type(q);
+    OptionalTensor const n0 = contiguous_or_none(n);
+    Tensor o = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
+    Tensor state = output_final_state ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
+    Tensor n_last = output_final_state ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
+    Tensor tokens = empty({kGateRows, p.B, p.HV, p.T}, wide, q);
+    p.o = rows(o);
+    point_at_tokens(p, tokens.mutable_data_ptr());
+    p.normaliser.n0 = data_or_null(n0);
+    if (output_final_state) {
+        p.final_state = state.mutable_data_ptr();
+        p.normaliser.n = n_last.mutable_data_ptr();
+    }
+    Tensor scratch = workspace(chunk_fwd_workspace(p), q);
+    chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {o, state, n_last, tokens};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i, Tensor const& f,
+    OptionalTensor const& C, OptionalTensor const& n, OptionalTensor const& m,
+    OptionalTensor const& cu_seqlens, double scale, double eps, bool exponential, bool normalize,
+    bool output_final_state) {
+    Checks const c("mlstm_fwd");
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    check_input_gates(c, i, f, q, v, false);
+    check_sums(c, m, "m", "[N, HV]", {p.N, p.HV}, q);
+    OptionalTensor const m0 = contiguous_or_none(m);
+    Tensor m_last =
+        output_final_state ? empty({p.N, p.HV}, state_type(q), q) : empty({0}, state_type(q), q);
+    p.normaliser = input_gates(i, f, exponential, normalize, eps);
+    p.normaliser.m0 = data_or_null(m0);
+    if (output_final_state) p.normaliser.m = m_last.mutable_data_ptr();
+    auto [h, C_last, n_last, tokens] =
+        normalised_forward(c, kMlstmNames, in, q, n, output_final_state);
+    return {h, C_last, n_last, m_last, tokens};
+}
+
+// linear_attn of features (policy/features.h), divided by the sum of its weights.
+constexpr ChunkOperator kPolynomial{"polynomial_attn", Decay::none, false};
+
+Features polynomial(bool taylor) {
+    return taylor ? Features::taylor : Features::squares;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> polynomial_attn_fwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& S,
+    OptionalTensor const& z, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool taylor, bool normalize, bool output_final_state) {
+    Checks const c("polynomial_attn_fwd");
+    Inputs in = prepare(c, kPolynomial, q, k, v, {}, S, cu_seqlens, scale, polynomial(taylor));
+    in.p.normaliser.divides = normalize, in.p.normaliser.eps = eps;
+    return normalised_forward(c, kPolynomialNames, in, q, z, output_final_state);
+}
+
+struct NormalisedGradients {
+    Tensor q, k, v, state, n;
+};
+
+// Of everything but gates, whose gradients are elementwise ones of p.dg and p.normaliser.dweight.
+NormalisedGradients normalised_backward(Checks const& c, NormalisedNames const& names, Inputs& in,
+                                        Tensor const& q, OptionalTensor const& n, Tensor const& o,
+                                        Tensor const& tokens, Tensor const& grad_o,
+                                        OptionalTensor const& grad_state,
+                                        OptionalTensor const& grad_n) {
+    ChunkParams& p = in.p;
+    auto const like_outputs = [&](Tensor const& t, char const* arg) {
+        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+        c.dtype(t, arg, q.scalar_type(), " like q");
+        c.device(t, arg, q, "q");
+    };
+    like_outputs(o, names.o);
+    like_outputs(grad_o, names.grad_o);
+    check_sums(c, tokens, "tokens", "[4, B, HV, T]", {kGateRows, p.B, p.HV, p.T}, q);
+    check_state(c, grad_state, names.grad_state, q, p.N, p.HV, p.K, p.V);
+    check_sums(c, n, names.n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    check_sums(c, grad_n, names.grad_n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+    DeviceScope const scope(q);
+    ScalarType const type = q.scalar_type(), wide = state_type(q);
+    Tensor const o_rows = kernel_layout(o), grad_rows = kernel_layout(grad_o),
+                 gates = as_contiguous(tokens);
+    OptionalTensor const n0 = contiguous_or_none(n), d_last = contiguous_or_none(grad_state),
+                         dn_last = contiguous_or_none(grad_n);
+    auto const key_type = p.HV == p.H ? type : wide;
+    Tensor dq = empty({p.B, p.T, p.HV, p.channels}, key_type, q);
+    Tensor dk = empty({p.B, p.T, p.HV, p.channels}, key_type, q);
+    Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
+    Tensor d_state = in.initial_state ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
+    Tensor dn = n ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
+    point_at_tokens(p, const_cast<void*>(gates.const_data_ptr()));
+    Normaliser& own = p.normaliser;
+    own.n0 = data_or_null(n0), own.grad_n = data_or_null(dn_last);
+    if (n) own.grad_n0 = dn.mutable_data_ptr();
+    p.o = rows(o_rows), p.grad_o = rows(grad_rows);
+    p.grad_final_state = data_or_null(d_last);
+    p.key_grad_dtype = to_dtype(key_type);
+    p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
+    if (in.initial_state) p.grad_initial_state = d_state.mutable_data_ptr();
+    Tensor scratch = workspace(chunk_bwd_workspace(p), q);
+    chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, d_state, dn};
+}
+
+// Gradients of the gates are left as those of log decay and log weight, [B, T, HV].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& C,
+    OptionalTensor const& n, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool normalize, Tensor const& h, Tensor const& tokens, Tensor const& grad_h,
+    OptionalTensor const& grad_C, OptionalTensor const& grad_n) {
+    Checks const c("mlstm_bwd");
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    p.normaliser.gated = true;
+    Tensor dlog_decay = empty({p.B, p.T, p.HV}, state_type(q), q);
+    Tensor dlog_weight = empty({p.B, p.T, p.HV}, state_type(q), q);
+    p.dg = scalar_rows(dlog_decay);
+    p.normaliser.divides = normalize, p.normaliser.eps = eps;
+    p.normaliser.dweight = scalar_rows(dlog_weight);
+    auto const d = normalised_backward(c, kMlstmNames, in, q, n, h, tokens, grad_h, grad_C, grad_n);
+    return {d.q, d.k, d.v, dlog_decay, dlog_weight, d.state, d.n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> polynomial_attn_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& S,
+    OptionalTensor const& z, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool taylor, bool normalize, Tensor const& o, Tensor const& tokens, Tensor const& grad_o,
+    OptionalTensor const& grad_S, OptionalTensor const& grad_z) {
+    Checks const c("polynomial_attn_bwd");
+    Inputs in = prepare(c, kPolynomial, q, k, v, {}, S, cu_seqlens, scale, polynomial(taylor));
+    in.p.normaliser.divides = normalize, in.p.normaliser.eps = eps;
+    auto const d =
+        normalised_backward(c, kPolynomialNames, in, q, z, o, tokens, grad_o, grad_S, grad_z);
+    return {d.q, d.k, d.v, d.state, d.n};
+}
+#endif
+
+// A step of one decay per head with an input gate and a normaliser beside the state.
+Tensor mlstm_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i,
+                  Tensor const& f, Tensor const& C, Tensor const& n, Tensor const& m, double scale,
+                  double eps, bool exponential, bool normalize) {
+    Checks const c("mlstm_step");
+    check_inputs(c, Decay::none, q, k, v, {}, true);
+    int64_t const B = q.size(0), K = q.size(2), HV = v.size(1);
+    check_input_gates(c, i, f, q, v, true);
+    check_in_place(c, n, "n", "[B, HV, K]", {B, HV, K}, q);
+    check_in_place(c, m, "m", "[B, HV]", {B, HV}, q);
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    StepInputs in = prepare_step(c, op, q, k, v, {}, C, "C", scale);
+    Normaliser& own = in.p.normaliser;
+    own = input_gates(i, f, exponential, normalize, eps);
+    own.n0 = own.n = const_cast<void*>(n.const_data_ptr());
+    own.m0 = own.m = const_cast<void*>(m.const_data_ptr());
+    return in.run();
+}
+
+#if defined(LSM_BACKEND_CPU)
+Tensor polynomial_attn_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& S,
+                            Tensor const& z, double scale, double eps, bool taylor,
+                            bool normalize) {
+    Checks const c("polynomial_attn_step");
+    check_inputs(c, Decay::none, q, k, v, {}, true);
+    StepInputs in = prepare_step(c, kPolynomial, q, k, v, {}, S, "S", scale, polynomial(taylor));
+    check_in_place(c, z, "z", "[B, HV, K]", {in.p.B, in.p.HV, in.p.K}, q);
+    Normaliser& own = in.p.normaliser;
+    own.on = true, own.divides = normalize, own.eps = eps;
+    own.n0 = own.n = const_cast<void*>(z.const_data_ptr());
+    return in.run();
+}
+#endif
+
+void check_ssd_step(Checks const& c, Tensor const& x, Tensor const& dt, Tensor const& A,
+                    Tensor const& B, Tensor const& C, OptionalTensor const& D,
+                    OptionalTensor const& z, OptionalTensor const& dt_bias) {
+    c.rank(x, "x", "[B, H, P]", 3);
+    check_floating(c, x, "x");
+    int64_t const batch = x.size(0), H = x.size(1), P = x.size(2);
+    c.rank(B, "B", "[B, G, N]", 3);
+    int64_t const G = B.size(1), N = B.size(2);
+    c.shape(B, "B", "[B, G, N]", {batch, G, N});
+    c.require(G > 0 && H > 0 && H % G == 0, "x must have a multiple of the G = ", G,
+              " groups of B, got H = ", H);
+    check_dims(c, G, H, N, P);
+    c.shape(C, "C", "[B, G, N]", {batch, G, N});
+    c.shape(dt, "dt", "[B, H]", {batch, H});
+    c.shape(A, "A", "[H]", {H});
+    if (dt_bias) c.shape(*dt_bias, "dt_bias", "[H]", {H});
+    if (D && D->dim() == 2) c.shape(*D, "D", "[H, P]", {H, P});
+    if (D && D->dim() != 2) c.shape(*D, "D", "[H]", {H});
+    if (z) c.shape(*z, "z", "[B, H, P]", {batch, H, P});
+    auto const like_x = [&](Tensor const& t, char const* arg) {
+        c.dtype(t, arg, x.scalar_type(), " like x");
+        c.device(t, arg, x, "x");
+    };
+    like_x(B, "B"), like_x(C, "C");
+    if (z) like_x(*z, "z");
+    check_gate_type(c, dt, "dt", x, "x");
+    check_gate_type(c, A, "A", x, "x");
+    if (dt_bias) check_gate_type(c, *dt_bias, "dt_bias", x, "x");
+    if (D) check_gate_type(c, *D, "D", x, "x");
+}
+
+// A step of one decay per head, from step sizes, with all that Mamba-2 has around it.
+Tensor ssd_step(Tensor const& x, Tensor const& dt, Tensor const& A, Tensor const& B,
+                Tensor const& C, Tensor const& state, OptionalTensor const& D,
+                OptionalTensor const& z, OptionalTensor const& dt_bias, bool dt_softplus) {
+    Checks const c("ssd_step");
+    check_ssd_step(c, x, dt, A, B, C, D, z, dt_bias);
+    static constexpr ChunkOperator op{"ssd", Decay::none, false};
+    StepInputs in = prepare_step(c, op, C, B, x, {}, state, "state", 1, Features::none, true);
+    StepParams& p = in.p;
+    p.sizes = {{scalar_rows(dt), to_dtype(dt.scalar_type())}, head_rows(A), {}, dt_softplus};
+    if (dt_bias) p.sizes.bias = head_rows(*dt_bias);
+    if (D) {
+        in.more[0] = D->dim() == 2 ? last_contiguous(*D) : *D;
+        p.finish.skip = head_rows(*in.more[0]), p.finish.skip_channels = D->dim() == 2;
+    }
+    if (z) {
+        in.more[1] = last_contiguous(*z);
+        p.finish.z = rows(*in.more[1]);
+    }
+    return in.run();
+}
+
+}  // namespace
+}  // namespace lsm
+
+STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
+#if defined(LSM_BACKEND_CPU)
+    m.impl("mlstm_fwd", TORCH_BOX(&lsm::mlstm_fwd));
+    m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
+    m.impl("polynomial_attn_fwd", TORCH_BOX(&lsm::polynomial_attn_fwd));
+    m.impl("polynomial_attn_bwd", TORCH_BOX(&lsm::polynomial_attn_bwd));
+    m.impl("polynomial_attn_step", TORCH_BOX(&lsm::polynomial_attn_step));
+#endif
+    m.impl("mlstm_step", TORCH_BOX(&lsm::mlstm_step));
+    m.impl("ssd_step", TORCH_BOX(&lsm::ssd_step));
+}
