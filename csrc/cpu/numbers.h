@@ -38,16 +38,17 @@ LSM_INLINE Vector<double> sqrt(Vector<double> x) {
     return each_lane<double>(x, [](double v) { return __builtin_sqrt(v); });
 }
 
-// 1 − e^x for x <= 0, precise near 0.
-LSM_INLINE Vector<float> one_minus_exp(Vector<float> x) {
+// 1 − a² for a = e^x, x <= 0, precise near 0.
+LSM_INLINE Vector<float> one_minus_square(Vector<float> x, Vector<float> a) {
     using V = Vector<float>;
+    V const twice = x + x;
     V y = splat<float>(1.0f / 40320);
     for (float const c : {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f})
-        y = y * x + c;
-    return x > -0.4f ? -(x * y) : 1.0f - exp(x);
+        y = y * twice + c;
+    return twice > -0.4f ? -(twice * y) : 1.0f - a * a;
 }
-LSM_INLINE Vector<double> one_minus_exp(Vector<double> x) {
-    return each_lane<double>(x, [](double v) { return -std::expm1(v); });
+LSM_INLINE Vector<double> one_minus_square(Vector<double> x, Vector<double>) {
+    return each_lane<double>(x, [](double v) { return -std::expm1(2 * v); });
 }
 
 LSM_INLINE Vector<double> hyperbolic_tangent(Vector<double> x) {

@@ -167,14 +167,14 @@ struct RgLru {
     LSM_INLINE Affine<N> load(Token const& t, int64_t c, int64_t count, N const* channel) const {
         V const log_a = log_gate(t, c, count, channel);
         V const x = read<N>(t.x + c, count).re, i = read<N>(t.i + c, count).re;
-        V const m = t.first ? V{} + 1 : sqrt(one_minus_exp(2 * log_a));
-        return {{exp(log_a)}, {m * sigmoid(i) * x}};
+        V const a = exp(log_a), m = t.first ? V{} + 1 : sqrt(one_minus_square(log_a, a));
+        return {{a}, {m * sigmoid(i) * x}};
     }
     LSM_INLINE void gradients(Token const& t, int64_t c, int64_t count, N const* channel, N a, N dh,
                               N before, N& sum) const {
         V const x = read<N>(t.x + c, count).re, i = sigmoid(read<N>(t.i + c, count).re);
         V const r = sigmoid(read<N>(t.r + c, count).re);
-        V const m = t.first ? V{} + 1 : sqrt(one_minus_exp(2 * channel->re * r));
+        V const m = t.first ? V{} + 1 : sqrt(one_minus_square(channel->re * r, a.re));
         write(t.dx + c, N{dh.re * m * i}, count);
         write(t.di + c, N{dh.re * m * x * i * (1 - i)}, count);
         // The root's slope ends at 1000, as in the paper's code.
