@@ -246,14 +246,18 @@ def wkv4_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
 
 def selective_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        draw = torch.Generator().manual_seed(0)
-        u, dt, z, grad = (torch.randn(2, 80, 64, generator=draw).to(dtype) for _ in range(4))
-        B, C = (torch.randn(2, 80, 1, 16, generator=draw).to(dtype) for _ in range(2))
-        A, skip, bias = (torch.randn(*d, generator=draw) for d in ((64, 16), (64,), (64,)))
-        common = (u, dt, -A.exp(), B, C, skip, z, bias, None, None, None, True)
-        name, ops = f"selective_scan {str(dtype)[6:]}", torch.ops.lsm_emu
-        yield f"{name} forward", 1, partial(ops.selective_scan_fwd, *common, True)
-        yield f"{name} backward", 1, partial(ops.selective_scan_bwd, *common, grad, None)
+        for kind, multiprocessors, (N, T) in (("whole", 1, (2, 80)), ("cut", 64, (1, 300))):
+            draw = torch.Generator().manual_seed(0)
+            u, dt, z, grad = (torch.randn(N, T, 64, generator=draw).to(dtype) for _ in range(4))
+            B, C = (torch.randn(N, T, 1, 16, generator=draw).to(dtype) for _ in range(2))
+            A, skip, bias = (torch.randn(*d, generator=draw) for d in ((64, 16), (64,), (64,)))
+            common = (u, dt, -A.exp(), B, C, skip, z, bias, None, None, None, True)
+            name, ops = f"selective_scan {kind} {str(dtype)[6:]}", torch.ops.lsm_emu
+            forward = partial(ops.selective_scan_fwd, *common, True, True)
+            yield f"{name} forward", multiprocessors, forward
+            *_, states = forward()
+            backward = partial(ops.selective_scan_bwd, *common, states, grad, None)
+            yield f"{name} backward", multiprocessors, backward
 
 
 def conv_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

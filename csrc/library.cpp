@@ -215,16 +215,18 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def("slstm_step(Tensor x, Tensor R, Tensor(a!) state) -> Tensor");
     // Selective scan (Mamba-1): h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + skip u_t) silu(z_t). u, dt, z
     // [B,T,D]; A [D,S]; B, C [B,T,G,S] or [D,S]; skip, dt_bias [D]; states [N,D,S]. A, B, C and states may be complex.
+    // `states` is what a forward that saves leaves to the backward: on the CPU nothing.
     m.def(
         "selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
         "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
-        "bool softplus, bool output_final_state) -> (Tensor y, Tensor final_state)");
+        "bool softplus, bool save_states, bool output_final_state) -> (Tensor y, Tensor "
+        "final_state, Tensor states)");
     m.def(
         "selective_scan_bwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
         "Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? order, "
-        "bool softplus, Tensor grad_y, Tensor? grad_final_state) -> (Tensor du, Tensor ddt, Tensor "
-        "dA, Tensor dB, "
-        "Tensor dC, Tensor dskip, Tensor dz, Tensor ddt_bias, Tensor dh0)");
+        "bool softplus, Tensor states, Tensor grad_y, Tensor? grad_final_state) -> (Tensor du, "
+        "Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dskip, Tensor dz, Tensor ddt_bias, "
+        "Tensor dh0)");
     m.def(
         "selective_scan_step(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? skip, "
         "Tensor? z, Tensor? dt_bias, Tensor(a!) state, bool softplus) -> Tensor");

@@ -186,12 +186,11 @@ void run_forward(SelectiveParams const& p, Tensor const& like, void* stream) {
     selective_fwd(p, scratch.mutable_data_ptr(), stream);
 }
 
-std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor const& A,
-                                      Tensor const& B, Tensor const& C, OptionalTensor const& skip,
-                                      OptionalTensor const& z, OptionalTensor const& dt_bias,
-                                      OptionalTensor const& initial_state,
-                                      OptionalTensor const& cu_seqlens, OptionalTensor const& order,
-                                      bool softplus, bool output_final_state) {
+std::tuple<Tensor, Tensor, Tensor> forward_op(
+    Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B, Tensor const& C,
+    OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
+    OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
+    OptionalTensor const& order, bool softplus, bool save_states, bool output_final_state) {
     Checks const c("selective_scan_fwd");
     Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, order, softplus};
     check_inputs(c, in, false);
@@ -205,15 +204,17 @@ std::tuple<Tensor, Tensor> forward_op(Tensor const& u, Tensor const& dt, Tensor 
                                       : empty({0}, number_type(in), u);
     p.y = channel_rows(y);
     if (output_final_state) p.final_state = state.mutable_data_ptr();
+    Tensor states = empty({save_states ? selective_saved_states(p) : 0}, number_type(in), u);
+    if (save_states) p.saved_states = states.mutable_data_ptr();
     run_forward(p, u, scope.stream());
-    return {y, state};
+    return {y, state, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_op(
     Tensor const& u, Tensor const& dt, Tensor const& A, Tensor const& B, Tensor const& C,
     OptionalTensor const& skip, OptionalTensor const& z, OptionalTensor const& dt_bias,
     OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
-    OptionalTensor const& order, bool softplus, Tensor const& grad_y,
+    OptionalTensor const& order, bool softplus, Tensor const& states, Tensor const& grad_y,
     OptionalTensor const& grad_final_state) {
     Checks const c("selective_scan_bwd");
     Arguments in{u, dt, A, B, C, skip, z, dt_bias, initial_state, cu_seqlens, order, softplus};
@@ -224,6 +225,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     check_tokens(c, grad_y, "grad_y", u);
     check_states(c, grad_final_state, "grad_final_state", in);
     SelectiveParams p = prepare(in, false);
+    c.shape(states, "states", "[tiles D S] that a forward saved", {selective_saved_states(p)});
+    c.dtype(states, "states", number_type(in));
+    c.device(states, "states", u, "u");
     DeviceScope const scope(u);
     Tensor const grad_rows = token_layout(grad_y, order);
     OptionalTensor const grad_final = contiguous_or_none(grad_final_state);
@@ -240,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor db = projection(p.channel_B), dc = projection(p.channel_C);
     Tensor dskip = channels(skip.has_value()), dbias = channels(dt_bias.has_value());
     Tensor dh0 = initial_state ? empty({p.N, p.D, p.S}, number, u) : empty({0}, number, u);
+    p.saved_states = const_cast<void*>(states.const_data_ptr());
     p.grad_y = channel_rows(grad_rows);
     p.grad_final_state = data_or_null(grad_final);
     p.du = channel_rows(du), p.ddt = channel_rows(ddt);

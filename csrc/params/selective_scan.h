@@ -7,6 +7,11 @@
 
 namespace lsm {
 
+// Tokens of a tile of the CUDA kernels.
+constexpr int selective_tile(bool is_complex) {
+    return is_complex ? 16 : 32;
+}
+
 // Per channel d, with S states:
 //     h_t = exp(dt_t A_d) ⊙ h_{t-1} + dt_t u_t B_t        y_t = (C_t · h_t + D_d u_t) silu(z_t)
 // dt_t is what came plus its bias, through softplus if asked. Complex: A, B, C and h are, and y has 2 Re(C_t · h_t).
@@ -38,6 +43,9 @@ struct SelectiveParams {
     Rows y;                       // [B, T, D]
     void* final_state = nullptr;  // [N, D, S], nullable
 
+    // selective_saved_states(p) numbers that a forward writes for the backward; nullable in a forward.
+    void* saved_states = nullptr;
+
     // Backward; the gradients of nullable inputs are null with them.
     Rows grad_y;
     void const* grad_final_state = nullptr;  // [N, D, S], nullable (zeros)
@@ -49,6 +57,7 @@ struct SelectiveParams {
 };
 
 // What a backend (cpu/, kernels/) provides to ops/selective_scan.cpp.
+int64_t selective_saved_states(SelectiveParams const& p);
 int64_t selective_fwd_workspace(SelectiveParams const& p);
 int64_t selective_bwd_workspace(SelectiveParams const& p);
 void selective_fwd(SelectiveParams const& p, void* workspace, void* stream);

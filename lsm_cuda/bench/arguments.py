@@ -246,3 +246,8 @@ def one_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
 def hf_wkv4(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
     theirs = {"w": "time_decay", "u": "time_first", "k": "key", "v": "value"}
     return {theirs[name]: t for name, t in x.items()}
+
+
+def hf_wkv4_token(op: Op, x: Inputs, shape: Shape) -> dict[str, Any]:
+    """A sequence of one behind a state."""
+    return hf_wkv4(op, one_token(op, x, shape), shape) | {"state": op.states(x, shape)}

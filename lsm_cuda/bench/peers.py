@@ -23,6 +23,7 @@ from .arguments import (
     hf_ssd,
     hf_ssd_token,
     hf_wkv4,
+    hf_wkv4_token,
     masked,
     masked_token,
     mlstm_token,
@@ -142,7 +143,10 @@ PEERS = [
                 "causal_conv1d:causal_conv1d_fn",
                 lambda op, x, shape: channels_second(op, x, shape) | {"activation": "silu"},
                 heads_second,
-            )
+            ),
+            ("causal_conv1d_fn", "sequence"): Call(
+                "causal_conv1d:causal_conv1d_fn", lambda op, x, shape: {**x, "activation": "silu"}
+            ),
         },
     ),
     Peer(
@@ -198,6 +202,7 @@ PEERS = [
         ("cpu",),
         {
             ("wkv4", "sequence"): Call(f"{RWKV}:rwkv_linear_attention_cpu", hf_wkv4),
+            ("wkv4", "step"): Call(f"{RWKV}:rwkv_linear_attention_cpu", hf_wkv4_token),
             ("selective_scan", "sequence"): Call(
                 f"{MAMBA}:mamba_selective_scan.__wrapped__", hf_selective
             ),
@@ -332,6 +337,7 @@ PEERS = [
             ("causal_conv1d", "sequence"): Call(
                 "lsm_cuda.bench.compositions:conv_and_silu", channels_second, heads_second
             ),
+            ("causal_conv1d_fn", "sequence"): Call("lsm_cuda.bench.compositions:conv_and_silu"),
             ("block_pool", "sequence"): Call("lsm_cuda.bench.compositions:pooled"),
             ("merge_attn_states", "sequence"): Call("lsm_cuda.bench.compositions:merged"),
             ("block_select", "sequence"): Call(

@@ -71,6 +71,17 @@ def channels_first(selective_scan: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
+def tokens_side_by_side(conv: Callable[..., Any]) -> Callable[..., Any]:
+    """Dao-AILab's layout."""
+
+    def definition(x: Tensor, **rest: Any) -> Tensor:
+        y, _ = conv(x.transpose(1, 2), activation="silu", **rest)
+        turned: Tensor = y.transpose(1, 2)
+        return turned
+
+    return definition
+
+
 def griffin(rg_lru: Callable[..., Any]) -> Callable[..., Any]:
     """The rate of RG-LRU is a parameter's."""
 
@@ -288,6 +299,19 @@ ROWS = (
         step_options={"activation": "silu"},
         engine="scan",
         adapt=lambda conv: functools.partial(conv, activation="silu"),
+    ),
+    Op(
+        name="causal_conv1d_fn",
+        chunk="causal_conv1d_fn",
+        step="",  # states have one layout
+        reference="causal_conv1d",
+        inputs={"x": "B D T", "weight": "D W", "bias": "D"},
+        qkv=(),
+        output="B D T",
+        state=("N D W",),
+        options={"activation": "silu"},
+        engine="scan",
+        adapt=tokens_side_by_side,
     ),
     Op(
         name="slstm",

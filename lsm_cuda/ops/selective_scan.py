@@ -23,6 +23,8 @@ _TENSORS = (
     "u", "dt", "A", "B", "C", "skip", "z", "dt_bias", "initial_state", "cu_seqlens", "order",
 )  # fmt: skip
 
+_TILE = 32  # tokens between the states that CUDA keeps for the backward: selective_tile()
+
 
 def _same_device(kind: str, tensors: tuple[Tensor | None, ...]) -> None:
     named = dict(zip(_TENSORS, tensors, strict=False))
@@ -41,11 +43,15 @@ def _like_tokens(t: Tensor, order: Tensor | None) -> Tensor:
 @torch.library.register_fake("lsm::selective_scan_fwd")
 def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
     u, _, A = inputs[:3]
-    cu_seqlens, order, _, output_final_state = inputs[9:]
+    cu_seqlens, order, _, save_states, output_final_state = inputs[9:]
     _same_device("fwd", inputs[:11])
-    N = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    (B, T, D), S = u.shape, A.shape[1]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, *A.shape) if output_final_state else (0,)
-    return _like_tokens(u, order), A.new_empty(state)
+    tile = _TILE // 2 if A.is_complex() else _TILE
+    tiles = N * ((T + tile - 1) // tile) if cu_seqlens is None else T // tile + N
+    saved = tiles * D * S if save_states and u.device.type != "cpu" else 0
+    return _like_tokens(u, order), A.new_empty(state), A.new_empty((saved,))
 
 
 @torch.library.register_fake("lsm::selective_scan_bwd")
@@ -69,22 +75,25 @@ def _step_fake(*inputs):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:11])
-    ctx.softplus, ctx.output_final_state = inputs[11:]
+    ctx.save_for_backward(*inputs[:11], output[2])
+    ctx.softplus, _, ctx.output_final_state = inputs[11:]
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, grad_final_state):  # type: ignore[no-untyped-def]
-    tensors = ctx.saved_tensors
+def _backward(ctx, grad_y, grad_final_state, _):  # type: ignore[no-untyped-def]
+    *tensors, states = ctx.saved_tensors
     u = tensors[0]
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     if not ctx.output_final_state:
         grad_final_state = None
     if grad_final_state is not None:
         grad_final_state = grad_final_state.resolve_conj()
-    grads = torch.ops.lsm.selective_scan_bwd(*tensors, ctx.softplus, grad_y, grad_final_state)
+    grads = torch.ops.lsm.selective_scan_bwd(
+        *tensors, ctx.softplus, states, grad_y, grad_final_state
+    )
     grads = (None if t is None else g for t, g in zip(tensors[:9], grads, strict=True))
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -153,9 +162,10 @@ def selective_scan_fn(
         RuntimeError: a shape, dtype or device that does not fit.
 
     Note: differentiable once in every floating tensor; deterministic. Nothing of size ``D × N × T``
-        is kept: backward walks the sequence forwards again, with the states of every 16th token in
-        a workspace. On CUDA channel-first tensors are transposed by a copy; ``[B, T, D]`` tensors
-        passed as ``x.transpose(1, 2)`` are not.
+        is kept: backward walks the sequence forwards again, on the CPU with the states of every
+        16th token in a workspace, on CUDA from those of every 32nd (16th if complex), which the
+        forward keeps where a gradient is asked for. On CUDA channel-first tensors are transposed
+        by a copy; ``[B, T, D]`` tensors passed as ``x.transpose(1, 2)`` are not.
 
     Source: Mamba, arXiv:2312.00752.
 
@@ -184,10 +194,11 @@ def selective_scan_fn(
     D, delta_bias = (None if t is None else t.to(wide) for t in (D, delta_bias))
     if initial_state is not None:
         initial_state = initial_state.to(A.dtype).resolve_conj()
-    y, state = torch.ops.lsm.selective_scan_fwd(
-        *tokens[:2], A, *projections, D, tokens[2], delta_bias, initial_state, cu_seqlens,
-        order, delta_softplus, return_last_state,
-    )  # fmt: skip
+    tensors = (*tokens[:2], A, *projections, D, tokens[2], delta_bias, initial_state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, state, _ = torch.ops.lsm.selective_scan_fwd(
+        *tensors, cu_seqlens, order, delta_softplus, save, return_last_state
+    )
     y = y.transpose(1, 2)
     return (y, state) if return_last_state else y
 

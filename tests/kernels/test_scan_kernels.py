@@ -10,28 +10,33 @@ from impls import Emulator
 from scans import RG_LRU, SCAN, ScanCase, draw_scan, run_scan
 
 T, D = 512, 256
-X = T * D * 2  # bytes of one bf16 tensor
 # tensors read and written: x a -> h;  dy a h -> dx da;  constant a: x -> h;  dy h -> dx;
 # x i r -> h;  dy x i r h -> dx di dr
 FLOORS = {"token": (3, 5), "constant": (2, 3), "rg_lru": (4, 8)}
+FORMS = [
+    *FLOORS, "token log", "token reverse", "token complex", "constant complex", "rg_lru reverse",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FLOORS)
+@pytest.mark.parametrize("form", FORMS)
 def test_traffic_is_the_floor(form: str) -> None:
+    form, _, how = form.partition(" ")
     emu = emulator("_emu")
     emu.set_multiprocessors(1)
     emu.set_seed(0)
-    x, y, z, grad = torch.randn(4, 1, T, D).bfloat16()
+    is_complex = how == "complex"
+    x, y, z, grad = torch.randn(4, 1, T, D, dtype=torch.complex64 if is_complex else torch.bfloat16)
+    X, flags = x.nbytes, (how == "log", how == "reverse")
     ops = torch.ops.lsm_emu
     emu.reset_counters()
     if form == "rg_lru":
         c = -torch.rand(D)
-        h, _ = ops.rg_lru_fwd(x, y, z, c, None, None, None, False, False)
-        ops.rg_lru_bwd(x, y, z, c, None, None, None, False, h, grad, None)
+        h, _ = ops.rg_lru_fwd(x, y, z, c, None, None, None, flags[1], False)
+        ops.rg_lru_bwd(x, y, z, c, None, None, None, flags[1], h, grad, None)
     else:
-        a = torch.rand(D) if form == "constant" else y.sigmoid()
-        h, _ = ops.scan_fwd(x, a, None, None, None, False, False, False)
-        ops.scan_bwd(x, a, None, None, None, False, False, h, grad, None, True)
+        a = torch.rand(D).to(x.dtype if is_complex else None) if form == "constant" else y / 4
+        h, _ = ops.scan_fwd(x, a, None, None, None, *flags, False)
+        ops.scan_bwd(x, a, None, None, None, *flags, h, grad, None, True)
     forward, backward, *_ = emu.counters()["launches"]
     for launch, floor in zip((forward, backward), FLOORS[form], strict=True):
         moved = launch["global_read_bytes"] + launch["global_write_bytes"]

@@ -66,5 +66,17 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, D, dtype=torch.float64)
 
 
+def assert_same_layer(ours, theirs, x: torch.Tensor, call) -> None:
+    """Outputs, and gradients of the input and of every parameter, by name; ``call``: theirs."""
+    x.requires_grad_()
+    own, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert own.keys() == others.keys()
+    weight, results = torch.randn_like(x), []
+    for o, named in ((ours(x)[0], own), (call(), others)):
+        grads = torch.autograd.grad((o * weight).sum(), [x, *(named[n] for n in own)])
+        results.append({"o": o} | dict(zip(["x", *own], grads, strict=True)))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+
+
 def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)

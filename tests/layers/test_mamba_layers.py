@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from recurrent_layers import D, close, make, tokens
+from recurrent_layers import D, assert_same_layer, close, make, tokens
 
 from lsm_cuda import reference
 from lsm_cuda.cache import Cache
@@ -23,7 +23,13 @@ def test_mamba_is_the_mixer_of_transformers() -> None:
     theirs, ours = module.MambaMixer(config, 0), make("mamba").float()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 9, D)
-    torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-4)
+    assert_same_layer(ours, theirs, x, lambda: theirs(x))
+    # and so does mamba_ssm's: taps [channels, 1, W], rates by their logarithm
+    assert {n: list(p.shape) for n, p in ours.named_parameters()} == {
+        "in_proj.weight": [20, D], "conv1d.weight": [10, 1, 3], "conv1d.bias": [10],
+        "x_proj.weight": [7, 10], "dt_proj.weight": [10, 1], "dt_proj.bias": [10],
+        "A_log": [10, 3], "D": [10], "out_proj.weight": [D, 10],
+    }  # fmt: skip
 
 
 def mamba(w: dict, x: torch.Tensor, z: torch.Tensor, suffix: str = "") -> torch.Tensor:

@@ -32,6 +32,68 @@ def test_s4d_is_the_published_layer():
     close(layer(x)[0], y.transpose(1, 2))
 
 
+def behind(w: dict, y: torch.Tensor) -> torch.Tensor:
+    """GELU and the gated projection, of outputs ``[B, T, H]``."""
+    y = F.gelu(y) @ w["output_linear.0.weight"][..., 0].T + w["output_linear.0.bias"]
+    return F.glu(y, -1)
+
+
+def over_time(A, B, C, D, x, pairs: bool = True) -> torch.Tensor:
+    """A diagonal system, or with A [H, N, N] a dense one, token by token."""
+    state, out = torch.zeros(x.shape[0], *B.shape, dtype=torch.complex128), []
+    for t in range(x.shape[1]):
+        moved = A * state if A.dim() == 2 else torch.einsum("hmn,bhn->bhm", A, state)
+        state = moved + B * x[:, t, :, None]
+        out.append((2 if pairs else 1) * (C * state).sum(-1).real + D * x[:, t])
+    return torch.stack(out, 1)
+
+
+def eigenvalues(w: dict, prefix: str = "kernel.") -> tuple[torch.Tensor, torch.Tensor]:
+    A = -w[f"{prefix}log_A_real"].exp() + 1j * w[f"{prefix}A_imag"]
+    return A, w[f"{prefix}log_dt"].exp()
+
+
+@pytest.mark.parametrize("basis", ["legs", "fout"])
+def test_s4_is_its_definition(basis):
+    """The bilinear rule, by an inverse, and the recurrence with the dense matrix."""
+    layer, x = make("s4" if basis == "legs" else "s4 fout"), tokens(2, 11)
+    w = layer.state_dict()
+    lam, dt = eigenvalues(w, "")
+    P, B, C = (torch.view_as_complex(w[n]) for n in "PBC")
+    A = torch.diag(lam) - P.T @ P.conj()
+    half = dt[:, None, None] / 2 * A
+    eye = torch.eye(6, dtype=A.dtype)
+    inverse = torch.linalg.inv(eye - half)
+    y = over_time(inverse @ (eye + half), dt[:, None] * (inverse @ B), C, w["D"], x, pairs=False)
+    close(layer(x)[0], behind(w, y))
+
+
+@pytest.mark.parametrize("variant", ["exp", "softmax"])
+def test_dss_is_its_definition(variant):
+    layer, x = make("dss" if variant == "exp" else "dss softmax"), tokens(2, 11)
+    w = layer.state_dict()
+    A, dt = eigenvalues(w)
+    step = dt[:, None] * A
+    factor = (step.exp() - 1) / A
+    if variant == "softmax":
+        factor = 1 / (step[..., None] * torch.arange(20)).exp().sum(-1)
+    C = torch.view_as_complex(w["kernel.C"])
+    close(layer(x)[0], behind(w, over_time(step.exp(), factor, C, w["D"], x, pairs=False)))
+
+
+def test_liquid_s4_is_its_definition():
+    layer, x = make("liquid-s4"), tokens(2, 11)
+    w = layer.state_dict()
+    A, dt = eigenvalues(w)
+    step, C = dt[:, None] * A, torch.view_as_complex(w["kernel.C"])
+    B, state, out = (step.exp() - 1) / A, torch.zeros(2, *A.shape, dtype=A.dtype), []
+    for t in range(11):
+        drive = B * x[:, t, :, None]
+        state = (step.exp() + drive) * state + drive
+        out.append(2 * (C * state).sum(-1).real + w["D"] * x[:, t])
+    close(layer(x)[0], behind(w, torch.stack(out, 1)))
+
+
 def test_h3_is_its_definition():
     """By the operator, whose shift filter has the taps in the order of time and a skip apart."""
     layer, x = make("h3"), tokens(2, 11)

@@ -29,6 +29,17 @@ def test_legs_answers_with_warped_legendre_polynomials():
     torch.testing.assert_close(hp.legs_basis(6, ages), expected)
 
 
+def test_lagt_answers_with_laguerre_functions():
+    """``e^{A age} B`` is L_n(age) e^{-age / 2}."""
+    A, B = hp.hippo("lagt", 5)
+    for age in (0.0, 0.3, 2.0, 7.0):
+        L = [1.0, 1.0 - age]
+        for n in range(1, 4):
+            L.append(((2 * n + 1 - age) * L[n] - n * L[n - 1]) / (n + 1))
+        expected = math.exp(-age / 2) * torch.tensor(L, dtype=F64)
+        torch.testing.assert_close(torch.linalg.matrix_exp(A * age) @ B, expected)
+
+
 def test_legt_answers_with_legendre_polynomials_of_a_window():
     """``e^{A age} B`` is √(2n+1) P_n(1 − 2 age) inside a window of 1, better with more states."""
     A, B = hp.hippo("legt", 64)
@@ -99,6 +110,9 @@ def test_diagonal_init(kind):
         )
     if kind == "inv":
         torch.testing.assert_close(lam.imag, 16 / math.pi * (16 / (2 * n + 1) - 1))
+        torch.testing.assert_close(lam.real, torch.full((8,), -0.5, dtype=F64))
+    if kind == "real":
+        torch.testing.assert_close(lam, -(n + 1).to(lam.dtype))
     if kind == "legs":
         torch.testing.assert_close(lam.real, torch.full((8,), -0.5, dtype=F64))
 

@@ -108,12 +108,70 @@ def test_phase_near_the_unit_circle_over_65k_steps() -> None:
     torch.testing.assert_close(wide[0], exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_noise_near_the_unit_circle_over_65k_steps(per_token: bool) -> None:
+    """Every output and gradient against fp64, errors measured by those of a loop in the same
+    dtype."""
+    T, D = 65_536, 4
+    g = torch.complex(-torch.logspace(-6, -4, D), torch.linspace(0.01, 3.1, D))
+    x, grad = torch.randn(2, 1, T, D, dtype=torch.complex64)
+    leaves = [x, g.expand(1, T, D).clone() if per_token else g]
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in leaves]
+        h, _ = ops.scan(*inputs, log=True)
+        return [h.detach(), *torch.autograd.grad(h, inputs, grad.to(dtype))]
+
+    truth, found = run(torch.complex128), run(torch.complex64)
+    step, h, outputs = g.exp(), torch.zeros(D, dtype=torch.complex64), []
+    for t in range(T):
+        h = step * h + x[0, t]
+        outputs.append(h)
+
+    def error(z: torch.Tensor, exact: torch.Tensor) -> float:
+        return ((z - exact).abs().square().mean() / exact.abs().square().mean()).sqrt().item()
+
+    most = 2 * error(torch.stack(outputs)[None], truth[0]) + 1e-6
+    assert most < 1e-3
+    for name, z, exact in zip(["h", "dx", "dg"], found, truth, strict=True):
+        assert error(z, exact) <= most, name
+
+
 def test_hgrn_is_flas() -> None:
     naive = fla_module("ops/hgrn/naive.py").naive_recurrent_hgrn
     x, a, h0 = arguments(dtype=torch.float32)
-    want = naive(x, a.log(), h0, True)
-    close(ops.chunk_hgrn(x, a.log(), h0, True), want, rtol=1e-4, atol=1e-5)
-    close(ops.fused_recurrent_hgrn(x, a.log(), h0, True), ops.chunk_hgrn(x, a.log(), h0, True))
+    leaves = [t.requires_grad_() for t in (x, a.log(), h0)]
+    upstream = torch.randn_like(x), torch.randn_like(h0)
+    results = []
+    for call in (ops.chunk_hgrn, naive):
+        h, state = call(*leaves, True)
+        results.append((h, state, *torch.autograd.grad([h, state], leaves, upstream)))
+    close(*results, rtol=1e-4, atol=1e-4)
+    close(ops.fused_recurrent_hgrn(*leaves, True), ops.chunk_hgrn(*leaves, True))
+
+
+@pytest.mark.parametrize("form", ["channel", "token"])
+def test_complex_hgrn_is_its_definition(form: str) -> None:
+    """The gate turns by theta; without a phase it is the real one, and steps are the whole."""
+    x, a, h0 = arguments()
+    g, theta = a.log().requires_grad_(), torch.randn(2, 37, 12).double()
+    theta = (theta if form == "token" else theta[0, 0]).requires_grad_()
+    x, h0 = (t.to(torch.complex128).requires_grad_() for t in (x, h0))
+    leaves, upstream = [x, g, h0, theta], [torch.randn_like(x), torch.randn_like(h0)]
+    results = []
+    for call in (
+        lambda: ops.chunk_hgrn(x, g, h0, True, theta=theta),
+        lambda: reference.scan(x, torch.exp(g + 1j * theta), h0),
+    ):
+        y = call()
+        results.append((*y, *torch.autograd.grad(y, leaves, upstream)))
+    close(*results)
+    flat = ops.chunk_hgrn(x, g, h0, True, theta=torch.zeros_like(theta))
+    close([t.real for t in flat], ops.chunk_hgrn(x.real, g, h0.real, True))
+    with torch.no_grad():
+        state, turns = h0.clone(), theta.expand(x.shape)
+        steps = [ops.hgrn_step(x[:, t], g[:, t], state, turns[:, t]) for t in range(37)]
+    close((torch.stack(steps, 1), state), results[0][:2])
 
 
 def test_rg_lru_is_transformers() -> None:
@@ -122,7 +180,7 @@ def test_rg_lru_is_transformers() -> None:
     unit = modeling.RecurrentGemmaRglru(configuration(lru_width=12, num_attention_heads=2))
     for parameter in unit.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 37, 12)
+    x = torch.randn(2, 37, 12, requires_grad=True)
     heads = x.reshape(-1, 2, 6).transpose(0, 1)
     logits = [
         torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(2, 37, 12)
@@ -134,7 +192,7 @@ def test_rg_lru_is_transformers() -> None:
     want = unit(x, torch.arange(37).expand(2, -1))
     got, _ = ops.rg_lru(x, *logits, unit.recurrent_param)
     close((got,), (want,), rtol=1e-4, atol=1e-5)
-    leaves = [unit.recurrent_param, unit.input_gate_weight, unit.recurrent_gate_bias]
+    leaves = [x, *unit.parameters()]
     upstream = torch.randn_like(want)
     close(*(torch.autograd.grad(y, leaves, upstream) for y in (got, want)), rtol=1e-3, atol=1e-4)
 
@@ -195,6 +253,49 @@ def test_gateloop_is_its_definition(shape: tuple[int, ...]) -> None:
     close(ops.gateloop(*arguments, S, True), want)
 
 
+def draw_named(name: str) -> list[torch.Tensor]:
+    """Tensors of tokens ``[2, 12, 3]`` and then of channels, gates where they belong."""
+    of_tokens, of_channels = NAMED[name]
+    tokens = list(torch.randn(of_tokens, 2, 12, 3).double())
+    if name in GATES:
+        gate = tokens[GATES[name]].sigmoid()
+        tokens[GATES[name]] = gate if name == "glru" else gate.log()
+    return [*tokens, *torch.randn(of_channels, 3).double()]
+
+
+@pytest.mark.parametrize("name", ["chunk_hgrn", "glru", "min_gru", "min_lstm", "gateloop", "lru",
+                                  "rg_lru"])  # fmt: skip
+def test_laws_of_the_named_ones(name: str) -> None:
+    """Pieces are the whole, with gradients through the state between them; backwards is a flip."""
+    leaves, call = [t.requires_grad_() for t in draw_named(name)], getattr(ops, name)
+
+    def part(s: slice) -> list[torch.Tensor]:
+        return [t[:, s] if t.dim() == 3 else t for t in leaves]
+
+    whole, final = call(*leaves, output_final_state=True)
+    first, middle = call(*part(slice(5)), output_final_state=True)
+    second, last = call(*part(slice(5, None)), initial_state=middle, output_final_state=True)
+    pieces = torch.cat([first, second], 1)
+    close((pieces, last), (whole, final))
+    upstream = [torch.randn_like(whole), torch.randn_like(final)]
+    close(*(torch.autograd.grad(y, leaves, upstream) for y in ((pieces, last), (whole, final))))
+    if name in ("lru", "rg_lru"):
+        turned = [t.flip(1) if t.dim() == 3 else t for t in leaves]
+        back = call(*turned, output_final_state=True, reverse=True)
+        close((back[0].flip(1), back[1]), (whole, final))
+
+
+def test_gradients_of_wide_gateloop() -> None:
+    q, k, m, theta = (t.requires_grad_() for t in torch.randn(4, 1, 4, 1, 2).double())
+    v, S = torch.randn(1, 4, 1, 3).double(), torch.randn(1, 1, 2, 3, dtype=torch.complex128)
+    leaves = (q, k, v.requires_grad_(), m, theta, S.requires_grad_())
+
+    def call(q, k, v, m, theta, S):  # type: ignore[no-untyped-def]
+        return ops.gateloop(q, k, v, torch.nn.functional.logsigmoid(m), theta, S, True)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
 def test_gradients_by_differences() -> None:
     x, a, h0 = (t[:, :4].detach().requires_grad_() for t in arguments(D=3, dtype=torch.complex128))
     h0 = h0.detach()[:, :3].requires_grad_()
@@ -215,25 +316,18 @@ NAMED = {  # with the number of tensors of tokens and of channels
     "rg_lru": (3, 1),
     "aft_simple": (3, 0),
 }
+GATES = {"chunk_hgrn": 1, "glru": 0, "gateloop": 3}  # which is the gate, or its logarithm
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_gradients_of_the_named_ones(name: str) -> None:
-    of_tokens, of_channels = NAMED[name]
-    tokens = torch.randn(of_tokens, 1, 4, 3).double()
-    channels = torch.randn(of_channels, 3).double()
-    if name in ("chunk_hgrn", "glru", "gateloop"):  # their gate, or its logarithm
-        at = {"chunk_hgrn": 1, "glru": 0, "gateloop": 3}[name]
-        gate = tokens[at].sigmoid()
-        tokens[at] = gate if name == "glru" else gate.log()
-
     def call(*x):  # type: ignore[no-untyped-def]
         y = getattr(ops, name)(*x)
         y = y[0] if isinstance(y, tuple) else y
         return torch.view_as_real(y) if y.is_complex() else y
 
-    leaves = [t.clone().requires_grad_() for t in (*tokens, *channels)]
-    assert torch.autograd.gradcheck(call, leaves)
+    leaves = [t[:1, :4] if t.dim() == 3 else t for t in draw_named(name)]
+    assert torch.autograd.gradcheck(call, [t.clone().requires_grad_() for t in leaves])
 
 
 @pytest.mark.parametrize("size", [30.0, 100.0, 1000.0])

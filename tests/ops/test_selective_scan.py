@@ -126,6 +126,24 @@ def test_constant_step_is_a_convolution() -> None:
     torch.testing.assert_close(y, want)
 
 
+def test_complex_without_phase_is_real() -> None:
+    """Twice: y has both of a conjugate pair."""
+    u, dt, A, B, C, D, *rest = arguments()
+    y, state = ops.selective_scan_fn(u, dt, A, B, 2 * C, D, *rest, True)
+    pairs = [t.to(torch.complex128) for t in (A, B, C)]
+    got, final = ops.selective_scan_fn(u, dt, *pairs, D, *rest, True)
+    torch.testing.assert_close((got, final.real), (y, state))
+    assert not final.imag.any()
+
+
+def test_backwards_is_a_flip() -> None:
+    a = arguments()
+    turned = tuple(t.flip(2) if torch.is_tensor(t) and t.dim() == 3 else t for t in a)
+    y, state = ops.selective_scan_fn(*turned, True)
+    back = ops.selective_scan_fn(*a, True, order=torch.arange(36, -1, -1))
+    torch.testing.assert_close(back, (y.flip(2), state))
+
+
 def test_is_transformers() -> None:
     modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     peer = getattr(modeling.mamba_selective_scan, "__wrapped__", modeling.mamba_selective_scan)
@@ -140,16 +158,16 @@ def test_is_transformers() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, -100.0])
 def test_extreme_decays(rate: float) -> None:
-    u, dt, A, B, C, *rest = arguments(torch.float32)
-    A = torch.full_like(A, rate).requires_grad_()
-    y, state = ops.selective_scan_fn(u, dt, A, B, C, *rest, True)
-    (grad,) = torch.autograd.grad(y.sum(), A)
-    wide = [t.detach().double() if torch.is_tensor(t) else t for t in (u, dt, A, B, C, *rest)]
-    wide[2].requires_grad_()
-    want = ops.selective_scan_fn(*wide, True)
-    wide_grad = torch.autograd.grad(want[0].sum(), wide[2])
-    for mine, truth in zip((y, state, grad), (*want, *wide_grad), strict=True):
-        torch.testing.assert_close(mine, truth.float(), rtol=1e-4, atol=1e-4)
+    """Values and every gradient against fp64; steps have size one, so a token decays by e^rate."""
+    results = []
+    for kind in (torch.float32, torch.float64):
+        u, dt, A, *rest = (t.to(kind) if torch.is_tensor(t) else t for t in arguments())
+        A, rest[-2:] = torch.full_like(A, rate), [torch.zeros_like(rest[-2]), False]
+        leaves = [t.requires_grad_() for t in (u, torch.ones_like(dt), A, *rest[:-1])]
+        y, state = ops.selective_scan_fn(*leaves, False, True)
+        grads = torch.autograd.grad(y.square().sum() + state.sum(), leaves)
+        results.append([t.float() for t in (y, state, *grads)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
 def test_operator_is_well_formed() -> None:
@@ -158,7 +176,7 @@ def test_operator_is_well_formed() -> None:
     B, C = (t.mT.unsqueeze(2).contiguous().requires_grad_() for t in (B, C))
     A = A.requires_grad_()
     h0 = torch.zeros(2, *A.shape)
-    arguments_ = (*tokens[:2], A, B, C, D, tokens[2], bias, h0, None, None, True, True)
+    arguments_ = (*tokens[:2], A, B, C, D, tokens[2], bias, h0, None, None, True, False, True)
     torch.library.opcheck(torch.ops.lsm.selective_scan_fwd, arguments_)
     channels_first = [t.detach().mT.contiguous().mT.requires_grad_() for t in tokens]
     arguments_ = (*channels_first[:2], *arguments_[2:6], channels_first[2], *arguments_[7:])

@@ -157,6 +157,38 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda *x: ssm.s4_kernel(*x, 7), (*leaves, dt))
 
 
+def test_gradients_of_filters():
+    """By differences: what the layers differentiate through."""
+    A = torch.complex(torch.tensor([[-1.0, 0.5]], dtype=F64), rand(1, 2))
+    C, dt = rand(1, 2, dtype=C128), torch.tensor([0.3], dtype=F64)
+    dense_A, B = 0.4 * rand(1, 2, 2), rand(1, 2)
+    u, D, state = rand(1, 5, 1), rand(1), rand(1, 1, 2)
+    calls = {
+        "dss": (lambda A, C, dt: ssm.dss_kernel(A, C, dt, 5), (A, C, dt)),
+        "dss exp": (lambda A, C, dt: ssm.dss_kernel(A, C, dt, 5, "exp"), (A, C, dt)),
+        "krylov": (lambda A, B, C: ssm.krylov_kernel(A, B, C, 5), (dense_A, B, rand(1, 2))),
+        "companion": (lambda a, B: ssm.krylov_kernel(ssm.companion(a), B, B, 5), (B, rand(1, 2))),
+        "dense": (
+            lambda u, A, B, C, D, h: ssm.dense_ssm(u, A, B, C, D, None, h, True),
+            (u, dense_A, B, rand(1, 2), D, state),
+        ),
+        "h3": (ssm.h3, (*rand(3, 1, 5, 1), rand(1, 2), rand(1, 5), D, D)),
+        "liquid": (
+            lambda u, A, B, C, D, h: torch.view_as_real(
+                ssm.liquid_ssm(u, A, B, C, D, None, h, True)[1]
+            ),
+            (u, -A.abs() + 1j, 0.1 * B, C, D, state.to(C128)),
+        ),
+        "liquid 3": (
+            lambda u, A, B, C: ssm.liquid_ssm(u, A, B, C, None, 3)[0],
+            (u, -A.abs() + 1j, 0.1 * B, C),
+        ),
+    }
+    for name, (call, inputs) in calls.items():
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(call, leaves), name
+
+
 def test_h3_is_shift_then_diagonal():
     q, k, v, shift = rand(1, 12, H), rand(1, 12, H), rand(1, 12, H), rand(H, 4)
     kernel, D_shift, D = rand(H, 12), rand(H), rand(H)
@@ -196,7 +228,13 @@ def test_liquid_steps():
     B, C, D, u = 0.1 * rand(H, N), rand(H, N, dtype=C128), rand(H), rand(2, 6, H)
     state = torch.zeros(2, H, N, dtype=C128)
     steps = [ssm.liquid_ssm_step(u[:, t], log_A, B, C, D, state) for t in range(6)]
-    close(ssm.liquid_ssm(u, log_A, B, C, D)[0], torch.stack(steps, 1))
+    y, final = ssm.liquid_ssm(u, log_A, B, C, D, output_final_state=True)
+    close(y, torch.stack(steps, 1))
+    close(final, state)
+    a, middle = ssm.liquid_ssm(u[:, :2], log_A, B, C, D, output_final_state=True)
+    b, last = ssm.liquid_ssm(u[:, 2:], log_A, B, C, D, None, middle, True)
+    close(torch.cat([a, b], 1), y)
+    close(last, final)
 
 
 def test_errors():

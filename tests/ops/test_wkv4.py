@@ -81,6 +81,21 @@ def test_wkv4_with_keys_of_any_size() -> None:
     close((o, dk), (want.float(), dk_wide.float()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 1.0, 100.0])
+def test_wkv4_with_decays_and_keys_of_any_size(rate: float) -> None:
+    """e^0 to e^-100 per token, keys from -80 to 80: values and every gradient against fp64."""
+    _, u, _, v, _ = draw(T=100)
+    k = torch.empty(2, 100, 6, dtype=torch.float64).uniform_(-80, 80)
+    w = torch.full((6,), rate).double().log()
+    results = []
+    for call, kind in ((ops.wkv4, torch.float32), (reference.wkv4, torch.float64)):
+        leaves = [t.to(kind).requires_grad_() for t in (w, u, k, v)]
+        o, _ = call(*leaves)
+        grads = torch.autograd.grad(o.sin().sum(), leaves)
+        results.append([t.float() for t in (o, *(grads if rate else grads[1:]))])
+    close(*results, rtol=1e-3, atol=1e-4)
+
+
 def test_wkv4_same_bits_twice_and_close_on_any_number_of_threads() -> None:
     x, scale = wkv4.draw(200, 200, 2, 1.0, True, "f32")
 
@@ -117,10 +132,12 @@ def test_wkv4_has_no_second_derivative() -> None:
 
 def test_wkv4_is_transformers() -> None:
     modeling = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
-    w, u, k, v, _ = (x.float() if torch.is_tensor(x) else x for x in draw())
-    want, state = modeling.rwkv_linear_attention_cpu(w, u, k, v, return_state=True)
-    got, final = ops.wkv4(w, u, k, v, output_final_state=True)
+    leaves = [t.float().requires_grad_() for t in draw()[:4]]
+    want, state = modeling.rwkv_linear_attention_cpu(*leaves, return_state=True)
+    got, final = ops.wkv4(*leaves, output_final_state=True)
     close((got, *final), (want, *state), rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(want)
+    close(*(torch.autograd.grad(o, leaves, upstream) for o in (got, want)), rtol=1e-3, atol=1e-4)
 
 
 def test_aft_simple_is_its_definition() -> None:
@@ -152,6 +169,17 @@ def test_bi_wkv_is_its_definition() -> None:
     logits = torch.where(own, (u + k)[:, None], logits)
     want = torch.einsum("btsd,bsd->btd", logits.softmax(2), v)
     close((ops.bi_wkv(w, u, k, v),), (want,))
+
+
+def test_gradients_of_its_kin() -> None:
+    w, u = (t.requires_grad_() for t in torch.randn(2, 3).double())
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 5, 3).double())
+    pairs = torch.randn(5, 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: ops.bi_wkv(*x), (w, u, k, v))
+    for causal in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda *x, causal=causal: ops.aft_full(*x, causal), (q, k, v, pairs)
+        )
 
 
 @pytest.mark.parametrize("call", [ops.wkv4, ops.bi_wkv])

@@ -1,38 +1,36 @@
 // The selective scan, backward.
 //
-// The backward walks forwards once, leaving the states at every tile's beginning in the workspace, then takes the tiles
-// from the last to the first: walks each again, keeping the states at every kMicro-th token in shared memory, and then
-// those tokens backwards with their states and decays in registers. Shares of dB and dC of a block's channels are
-// added over the blocks, in order, by a second kernel, as are the sequences' shares of the channels' gradients.
+// Tiles are taken from the last to the first. Each is walked forwards from the states that the forward kept at its
+// beginning, which gives y, for the gate's gradient, and the states at every kMicro-th token, kept in shared memory;
+// then those tokens backwards, with their states in registers. Shares of dB and dC of a block's channels are added over
+// a warp by shuffles, over warps at the end of every kMicro tokens, and over blocks, in order, by a second kernel, as
+// are the segments' shares of the channels' gradients.
 #pragma once
 
 #include "kernels/selective/block.cuh"
 
 namespace lsm::selective_kernel {
 
-// The number of tiles of earlier sequences; packed ones have room for one more each.
-template <class K>
-LSM_DEVICE i64 first_tile(SelectiveParams const& p, i64 sequence, i64 begin) {
-    if (p.cu_seqlens == nullptr) return sequence * ((p.T + K::kTile - 1) / K::kTile);
-    return begin / K::kTile + sequence;
+// 1 - e^-dt, the slope of softplus where its value is dt; by a series where the difference would cancel.
+LSM_DEVICE float softplus_slope(float dt) {
+    float const series = dt * fmaf(dt, fmaf(dt, fmaf(dt, -1.f / 24.f, 1.f / 6.f), -0.5f), 1.f);
+    return dt < 0.05f ? series : 1.f - expf(-dt);
 }
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, K::kBlocks)
     backward(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
              Scratch const scratch) {
-    using T = typename K::T;
     using N = typename K::N;
     auto& shared = *reinterpret_cast<typename K::SharedBackward*>(dyn_smem());
-    Block<K> const block(p, plan, blocks_of_group, s0);
+    Block<K> const block(p, plan, blocks_of_group, s0, scratch);
     if (block.segment.unused()) return;
     int const warp = threadIdx.x / 32;
-    i64 const channel0 = block.sequence * p.D + block.first;
     i64 const parts = i64(blocks_of_group) * p.G;
-    bool const is_last = s0 + K::kStates >= p.S;
-    // dB, then dC, of a token.
+    bool const is_last = block.is_last();
+    // dC (0), then dB (1), of a token.
     auto const share = [&](int which, i64 token, i64 s) {
-        i64 const at = (which * parts + block.part) * p.B * p.T + block.batch * p.T + token;
+        i64 const at = (which * parts + block.part) * p.B * p.T + block.batch() * p.T + token;
         return static_cast<N*>(scratch.tokens) + at * p.S + s;
     };
     // Of dA, and of channels' dB and dC.
@@ -41,81 +39,105 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int s = 0; s < kMine; ++s) {
             if (!block.inside(s)) continue;
             store_global(static_cast<N*>(scratch.states) +
-                             (which * p.S + block.state(s)) * p.N * p.D + channel0 + block.own,
+                             (which * p.S + block.state(s)) * plan.count * p.D + block.record_row(),
                          x[s]);
         }
     };
-    auto const store_channel_shares = [&](float skip, float bias) {
-        store_global(scratch.channels + channel0 + threadIdx.x, skip);
-        store_global(scratch.channels + p.N * p.D + channel0 + threadIdx.x, bias);
+    auto const store_channel_shares = [&](int c, float skip, float bias) {
+        float* const to = scratch.channels + block.record() * p.D + block.first + c;
+        store_global(to, skip), store_global(to + plan.count * p.D, bias);
     };
     N h[kMine], g[kMine];
     if (block.segment.poison) {
         block.poison_tokens(p.du), block.poison_tokens(p.ddt), block.poison_tokens(p.dz);
-        i64 const columns = p.S - s0 < K::kStates ? p.S - s0 : K::kStates;
-        for (i64 i = threadIdx.x; i < (block.end - block.begin) * columns; i += kThreads) {
+        i64 const columns = p.S - block.s0 < K::kStates ? p.S - block.s0 : K::kStates;
+        for (i64 i = threadIdx.x; i < block.length * columns; i += kThreads) {
             for (int which = 0; which < 2; ++which)
-                store_global(share(which, block.begin + i / columns, s0 + i % columns),
+                store_global(share(which, block.begin + i / columns, block.s0 + i % columns),
                              number<N>(nan_value()));
         }
-        if (block.sequence < 0) return;
         Block<K>::fill(h, nan_value());
-        block.store_states(p.grad_initial_state, h);
         for (int which = 0; which < (K::kChannelBC ? 3 : 1); ++which) store_state_shares(which, h);
         if (static_cast<int>(threadIdx.x) < block.count)
-            store_channel_shares(nan_value(), nan_value());
+            store_channel_shares(threadIdx.x, nan_value(), nan_value());
+        if (block.sequence >= 0) block.store_numbers(p.grad_initial_state, block.state_row(), h);
         return;
     }
 
-    i64 const tiles = (block.end - block.begin + K::kTile - 1) / K::kTile;
-    i64 const tile0 = first_tile<K>(p, block.sequence, block.begin);
-    auto const checkpoint = [&](i64 tile, int s) {
-        return static_cast<N*>(scratch.checkpoints) +
-               ((tile0 + tile) * p.D + block.first + block.own) * p.S + block.state(s);
-    };
-    block.load_states(p.initial_state, h);
-    for (i64 tile = 0; tile < tiles; ++tile) {
-        LSM_UNROLL
-        for (int s = 0; s < kMine; ++s) {
-            if (block.inside(s)) store_global(checkpoint(tile, s), h[s]);
-        }
-        if (tile + 1 == tiles) break;
-        block.load_tile(shared, block.begin + tile * K::kTile);
-        __syncthreads();
-        for (int i = 0; i < K::kTile; ++i) block.walk(shared, i, h);
-        __syncthreads();
-    }
-    block.load_states(p.grad_final_state, g);
+    using OverChannels = Exchange<2 * kMine, 16, K::L>;  // of dC, then of dB
+    using OverStates = Exchange<2, K::L / 2, 1>;         // of ddt, then of ddu
+    int const sum = OverChannels::first_left();
+    int const share_at = sum / kMine * K::kStates + block.column(sum % kMine);
+    block.share_channels(shared);
+    block.load_start(p.grad_final_state, g);
     N dA[kMine], dB[kMine], dC[kMine];
     Block<K>::fill(dA, 0.f), Block<K>::fill(dB, 0.f), Block<K>::fill(dC, 0.f);
-    float dskip = 0.f, dbias = 0.f;  // a thread's pairs are of one channel
-    for (i64 tile = tiles; tile-- > 0;) {
-        i64 const t = block.begin + tile * K::kTile;
-        block.load_tile(shared, t);
-        block.pairs([&](int row, int c) {
-            i64 const token = c < block.count ? block.token_at(t + row) : -1;
-            float dy = 0.f;
-            if (token >= 0) {
-                dy = read<T>(p.grad_y, block.batch, token, block.first + c);
-                if (p.z.data != nullptr) {
-                    float const z = read<T>(p.z, block.batch, token, block.first + c);
-                    dy *= z * sigmoid(z);
-                }
-            }
-            shared.dy[row][c] = dy;
-        });
-        __syncthreads();
-        LSM_UNROLL
-        for (int s = 0; s < kMine; ++s)
-            h[s] = block.inside(s) ? load_global(checkpoint(tile, s)) : number<N>(0.f);
-        for (int i = 0; i < K::kTile; ++i) {
-            if (i % K::kMicro == 0) {
-                LSM_UNROLL
-                for (int s = 0; s < kMine; ++s) shared.parked[i / K::kMicro][threadIdx.x][s] = h[s];
-            }
-            float const y = block.over_states(block.walk(shared, i, h));
-            if (block.lane == 0) shared.y[i][block.own] = y;
+    // Of dskip and dbias: a thread's pieces are of one place, which threads kRow apart share.
+    using OverRows = Exchange<2 * K::kVector, 16, K::kRow>;
+    float of_channels[OverRows::numbers_left()] = {};
+    __syncthreads();
+    LSM_UNROLL_BY(1)
+    for (int tile = block.tiles(); tile-- > 0;) {
+        int const t = tile * K::kTile;
+        typename Block<K>::Tokens token;
+        typename Block<K>::Elements z, dy;
+        block.find(t, token);
+        {
+            typename Block<K>::Elements u, dt;
+            typename Block<K>::Numbers b, c;
+            block.load(p.u, token, u), block.load(p.dt, token, dt);
+            block.load(p.z, token, z), block.load(p.grad_y, token, dy);
+            block.load_numbers_of_tokens(p.b, !p.channel_B, t, b);
+            block.load_numbers_of_tokens(p.c, !p.channel_C, t, c);
+            block.load_numbers(p.saved_states, block.tile_row(tile), h);
+            block.share_steps(shared, token, dt);
+            Block<K>::share(shared.u,
+                            [&](int i, int, int, int e) { return Block<K>::element(u, i, e); });
+            Block<K>::share(shared.dy, [&](int i, int, int, int e) {
+                float const grad = Block<K>::element(dy, i, e);
+                if (p.z.data == nullptr) return grad;
+                float const gate = Block<K>::element(z, i, e);
+                return grad * gate * sigmoid(gate);
+            });
+            Block<K>::share_numbers(shared.b, b), Block<K>::share_numbers(shared.c, c);
         }
+        __syncthreads();
+        LSM_UNROLL_BY(1)
+        for (int m = 0; m < K::kTile / K::kMicro; ++m) {
+            LSM_UNROLL
+            for (int s = 0; s < kMine; ++s) shared.parked[m][threadIdx.x][s] = h[s];
+            LSM_UNROLL
+            for (int i = m * K::kMicro, n = 0; n < K::kMicro; ++i, ++n) {
+                float const y = block.over_states(block.walk(shared, i, h));
+                if (block.lane == 0) shared.y[i][block.own] = y;
+            }
+        }
+        __syncthreads();
+        block.find(t, token);
+        auto const rounds_sum = [&](float* sums, typename K::Row const& rows, int i, int row,
+                                    int at, int e) {
+            float x = Block<K>::at(rows, row, at, e);
+            if (token[i] < 0 || at + e >= block.count || sums == nullptr) return x;
+            i64 const place = block.sum_at(token[i], at + e);
+            if (block.s0 > 0) x += load_global(sums + place);
+            if (!is_last) store_global(sums + place, x);
+            return x;
+        };
+        if (is_last && p.z.data != nullptr) {
+            block.store(p.dz, token, [&](int i, int row, int at, int e) {
+                float const y = rounds_sum(scratch.y, shared.y, i, row, at, e);
+                float const whole =
+                    fmaf(shared.skip[at + e], Block<K>::at(shared.u, row, at, e), y);
+                float const x = Block<K>::element(z, i, e), gate = sigmoid(x);
+                return Block<K>::element(dy, i, e) * whole * gate * fmaf(x, 1.f - gate, 1.f);
+            });
+        } else if (!is_last) {
+            Block<K>::pieces([&](int i, int row, int at) {
+                for (int e = 0; e < K::kVector; ++e) rounds_sum(scratch.y, shared.y, i, row, at, e);
+            });
+        }
+        __syncthreads();  // the place of y is ddt's from here on
+        LSM_UNROLL_BY(1)
         for (int m = K::kTile / K::kMicro; m-- > 0;) {
             N kept[K::kMicro + 1][kMine];
             LSM_UNROLL
@@ -128,94 +150,94 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             LSM_UNROLL
             for (int i = K::kMicro; i-- > 0;) {
-                int const token = m * K::kMicro + i;
-                float const dt = shared.dt[token][block.own], du = shared.du[token][block.own];
-                float const dy = K::kReadFactor * shared.dy[token][block.own];
+                int const at = m * K::kMicro + i;
+                float const dt = shared.dt[at][block.own], du = dt * shared.u[at][block.own];
+                float const grad = K::kReadFactor * shared.dy[at][block.own];
                 float ddt = 0.f, ddu = 0.f;
+                N of_tokens[2 * kMine];  // dC, then dB
                 LSM_UNROLL
                 for (int s = 0; s < kMine; ++s) {
-                    g[s] = add(g[s], scaled(conj(block.c(shared, token, s)), dy));
-                    N const of_c = scaled(conj(kept[i + 1][s]), dy), of_b = scaled(g[s], du);
-                    if (K::kChannelBC && p.channel_C) {
-                        dC[s] = add(dC[s], of_c);
-                    } else {
-                        N const sum = block.over_channels(of_c);
-                        if (threadIdx.x % 32 < K::L) shared.dc[token][block.column(s)][warp] = sum;
-                    }
-                    if (K::kChannelBC && p.channel_B) {
-                        dB[s] = add(dB[s], of_b);
-                    } else {
-                        N const sum = block.over_channels(of_b);
-                        if (threadIdx.x % 32 < K::L) shared.db[token][block.column(s)][warp] = sum;
-                    }
-                    ddu += real_product(g[s], conj(block.b(shared, token, s)));
-                    g[s] = multiply(g[s], conj(power_of_two(scaled(block.a_log2[s], dt))));
+                    g[s] = add(g[s], scaled(conj(block.c(shared, at, s)), grad));
+                    N const of_c = scaled(conj(kept[i + 1][s]), grad), of_b = scaled(g[s], du);
+                    of_tokens[s] = of_c, of_tokens[kMine + s] = of_b;
+                    if constexpr (K::kChannelBC) dC[s] = add(dC[s], of_c), dB[s] = add(dB[s], of_b);
+                    ddu += real_product(g[s], conj(block.b(shared, at, s)));
+                    g[s] = multiply(g[s], conj(block.decay(dt, s)));
                     N const q = multiply(g[s], conj(kept[i][s]));  // of dt A
                     ddt += real_product(q, conj(scaled(block.a_log2[s], 0.693147181f)));
                     dA[s] = add(dA[s], scaled(q, dt));
                 }
-                ddt = block.over_states(ddt), ddu = block.over_states(ddu);
-                if (block.lane == 0) {
-                    shared.ddt[token][block.own] = ddt;
-                    shared.ddu[token][block.own] = ddu;
+                OverChannels::add_up(of_tokens);
+                LSM_UNROLL
+                for (int n = 0; n < OverChannels::numbers_left(); ++n)
+                    shared.shares[m % 2][i][warp][share_at + n] = of_tokens[n];
+                float both[2] = {ddt, ddu};
+                OverStates::add_up(both);
+                if (block.lane == 0) shared.y[at][block.own] = both[0];
+                if (block.lane == K::L / 2) shared.ddu[at][block.own] = both[0];
+            }
+            __syncthreads();
+            LSM_UNROLL_BY(1)
+            for (int i = threadIdx.x; i < K::kMicro * 2 * K::kStates; i += kThreads) {
+                int const row = i / (2 * K::kStates), at = i % (2 * K::kStates);
+                int const which = at / K::kStates, s = at % K::kStates;
+                i64 const of = block.token_at(t + m * K::kMicro + row);
+                if (of < 0 || block.s0 + s >= p.S || (which == 0 ? p.channel_C : p.channel_B))
+                    continue;
+                N sum = number<N>(0.f);
+                LSM_UNROLL
+                for (int w = 0; w < kWarps; ++w) sum = add(sum, shared.shares[m % 2][row][w][at]);
+                store_global(share(which, of, block.s0 + s), sum);
+            }
+        }
+        if (!is_last) {
+            block.find(t, token);
+            Block<K>::pieces([&](int i, int row, int at) {
+                for (int e = 0; e < K::kVector; ++e) {
+                    rounds_sum(scratch.ddt, shared.y, i, row, at, e);
+                    rounds_sum(scratch.ddu, shared.ddu, i, row, at, e);
                 }
-            }
+            });
+            continue;
         }
-        __syncthreads();
-        block.existing_pairs(t, [&](i64 at, int row, int c) {
-            i64 const channel = block.first + c, sum = block.sum_at(at, c);
-            float ddt = shared.ddt[row][c], ddu = shared.ddu[row][c], y = shared.y[row][c];
-            if (s0 > 0) {
-                ddt += load_global(scratch.ddt + sum), ddu += load_global(scratch.ddu + sum);
-                y += load_global(scratch.y + sum);
-            }
-            if (!is_last) {
-                store_global(scratch.ddt + sum, ddt), store_global(scratch.ddu + sum, ddu);
-                return store_global(scratch.y + sum, y);
-            }
-            float const u = read<T>(p.u, block.batch, at, channel), dy = shared.dy[row][c];
-            float const skip = block.channel(p.skip, c);
-            write<T>(p.du, block.batch, at, channel, fmaf(shared.dt[row][c], ddu, skip * dy));
-            float d = fmaf(u, ddu, ddt);
-            if (p.softplus) d *= sigmoid(block.raw_step(at, c));
-            write<T>(p.ddt, block.batch, at, channel, d);
-            if (p.z.data != nullptr) {
-                float const z = read<T>(p.z, block.batch, at, channel), gate = sigmoid(z);
-                float const out = read<T>(p.grad_y, block.batch, at, channel);
-                write<T>(p.dz, block.batch, at, channel,
-                         out * fmaf(skip, u, y) * gate * fmaf(z, 1.f - gate, 1.f));
-            }
-            dskip = fmaf(u, dy, dskip);
-            dbias += d;
+        auto const sum_ddu = [&](int i, int row, int at, int e) {
+            return rounds_sum(scratch.ddu, shared.ddu, i, row, at, e);
+        };
+        block.find(t, token);
+        float sums[2 * K::kVector] = {};  // of dskip, then of the bias's
+        block.store(p.du, token, [&](int i, int row, int at, int e) {
+            float const grad = Block<K>::at(shared.dy, row, at, e);
+            sums[e] = fmaf(Block<K>::at(shared.u, row, at, e), grad, sums[e]);
+            return fmaf(Block<K>::at(shared.dt, row, at, e), sum_ddu(i, row, at, e),
+                        shared.skip[at + e] * grad);
         });
-        for (int i = threadIdx.x; i < K::kTile * K::kStates; i += kThreads) {
-            int const row = i / K::kStates, s = i % K::kStates;
-            i64 const token = block.token_at(t + row);
-            if (token < 0 || s0 + s >= p.S) continue;
-            N db = number<N>(0.f), dc = number<N>(0.f);
-            LSM_UNROLL
-            for (int w = 0; w < kWarps; ++w) {
-                if (!p.channel_B) db = add(db, shared.db[row][s][w]);
-                if (!p.channel_C) dc = add(dc, shared.dc[row][s][w]);
-            }
-            if (!p.channel_B) store_global(share(0, token, s0 + s), db);
-            if (!p.channel_C) store_global(share(1, token, s0 + s), dc);
-        }
-        __syncthreads();
+        block.store(p.ddt, token, [&](int i, int row, int at, int e) {
+            float d = fmaf(Block<K>::at(shared.u, row, at, e), sum_ddu(i, row, at, e),
+                           rounds_sum(scratch.ddt, shared.y, i, row, at, e));
+            if (p.softplus) d *= softplus_slope(Block<K>::at(shared.dt, row, at, e));
+            sums[K::kVector + e] += token[i] < 0 ? 0.f : d;
+            return d;
+        });
+        OverRows::add_up(sums);
+        LSM_UNROLL
+        for (int n = 0; n < OverRows::numbers_left(); ++n) of_channels[n] += sums[n];
     }
-    block.store_states(p.grad_initial_state, g);
+    if (block.segment.index == 0) block.store_numbers(p.grad_initial_state, block.state_row(), g);
     store_state_shares(0, dA);
     if constexpr (K::kChannelBC) store_state_shares(1, dB), store_state_shares(2, dC);
     if (!is_last) return;
-    // A channel's pairs lie in threads kChannels apart.
-    float* const all = reinterpret_cast<float*>(dyn_smem());
-    all[threadIdx.x] = dskip, all[kThreads + threadIdx.x] = dbias;
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < block.count) {
+    auto& all = *reinterpret_cast<float(*)[2][kWarps][K::kChannels]>(dyn_smem());
+    LSM_UNROLL
+    for (int n = 0; n < OverRows::numbers_left(); ++n) {
+        int const i = OverRows::first_left() + n, which = i / K::kVector;
+        all[which][warp][threadIdx.x % K::kRow * K::kVector + i % K::kVector] = of_channels[n];
+    }
+    __syncthreads();
+    if (int const c = threadIdx.x; c < block.count) {
         float skip = 0.f, bias = 0.f;
-        for (int i = threadIdx.x; i < kThreads; i += K::kChannels)
-            skip += all[i], bias += all[kThreads + i];
-        store_channel_shares(skip, bias);
+        for (int w = 0; w < kWarps; ++w) skip += all[0][w][c], bias += all[1][w][c];
+        store_channel_shares(c, skip, bias);
     }
 }
 
@@ -234,16 +256,19 @@ __global__ void __launch_bounds__(128)
     store_global(sums + at, sum);
 }
 
-// [D, states], from shares [states][N][D], over sequences in order.
+// [D, states], from shares [states][records][D], over segments in order.
 template <class N>
 __global__ void __launch_bounds__(128)
-    add_sequences(i64 sequences, i64 D, i64 states, N const* shares, N* sums) {
+    add_segments(Segments const plan, i64 D, i64 states, N const* shares, N* sums) {
     i64 const index = i64(blockIdx.x) * 128 + threadIdx.x;
     i64 const s = index / D, channel = index % D;
     if (s >= states) return;
     N sum = number<N>(0.f);
-    for (i64 n = 0; n < sequences; ++n)
-        sum = add(sum, load_global(shares + (s * sequences + n) * D + channel));
+    for (i64 n = 0; n < plan.count; ++n) {
+        // Only a table has unused records.
+        if (plan.table != nullptr && plan.table[n].unused()) continue;
+        sum = add(sum, load_global(shares + (s * plan.count + n) * D + channel));
+    }
     store_global(sums + channel * states + s, sum);
 }
 

@@ -1,10 +1,10 @@
 // The selective scan on CUDA: states over lanes (docs/kernels/scan.md).
 //
-// A block owns kThreads / L neighbouring channels of one sequence; a channel's states lie in L lanes, four each. Per
-// tile of tokens the block's threads first take the roles of loaders, one token and channel each: softplus once, dt
-// and dt u to shared memory, B and C widened beside them. Then every lane walks the tile's tokens with its states in
-// registers; sums over states go through shuffles. More states than fit go in rounds, whose sums over states meet in
-// the workspace.
+// A block owns kThreads / L neighbouring channels of a segment of a sequence; a channel's states lie in L lanes, four
+// each. Per tile of tokens the block's threads first take the roles of loaders, four channels of a token each:
+// softplus once, dt and u to shared memory, B and C widened beside them. Then every lane walks the tile's tokens with
+// its states in registers; sums over states go through shuffles. More states than fit go in rounds, whose sums over
+// states meet in the workspace.
 #pragma once
 
 #include "kernels/scan/numbers.cuh"
@@ -13,9 +13,14 @@
 
 namespace lsm::selective_kernel {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMine = 4;  // states of a lane
+
+template <class T, int n>
+struct alignas(n * sizeof(T)) Piece {
+    T element[n];
+};
 
 LSM_DEVICE float real_product(float a, float b) {
     return a * b;
@@ -43,6 +48,46 @@ LSM_DEVICE Complex shuffle_xor(Complex x, int d) {
     return {shuffle_xor(x.re, d), shuffle_xor(x.im, d)};
 }
 
+// Sums of kCount numbers each over lanes that differ in the bits kFrom, kFrom / 2, ... kTo: halves of the numbers change
+// places as halves of the lanes are added, until one is left. A lane ends up with the first numbers_left() of x,
+// which are the sums from number first_left() on.
+template <int kCount, int kFrom, int kTo>
+struct Exchange {
+    static constexpr int numbers_left() {
+        int width = kCount;
+        for (int d = kFrom; d >= kTo && width > 1; d /= 2) width /= 2;
+        return width;
+    }
+    LSM_DEVICE static int first_left() {
+        int first = 0, width = kCount;
+        LSM_UNROLL
+        for (int d = kFrom; d >= kTo; d /= 2) {
+            width /= 2;
+            if (threadIdx.x & d) first += width;
+        }
+        return first;
+    }
+    template <class N>
+    LSM_DEVICE static void add_up(N (&x)[kCount]) {
+        step<kCount / 2, kFrom>(x);
+    }
+
+  private:
+    template <int kHalf, int kBit, class N>
+    LSM_DEVICE static void step(N (&x)[kCount]) {
+        if constexpr (kBit >= kTo) {
+            bool const upper = threadIdx.x & kBit;
+            LSM_UNROLL
+            for (int i = 0; i < kHalf; ++i) {
+                N const mine = upper ? x[i + kHalf] : x[i], other = upper ? x[i] : x[i + kHalf];
+                x[i] = add(mine, shuffle_xor(other, kBit));
+            }
+            if constexpr (kHalf == 0) x[0] = add(x[0], shuffle_xor(x[0], kBit));
+            step<kHalf / 2, kBit / 2>(x);
+        }
+    }
+};
+
 // Numbers N in registers of tensors of T; kChannelBC: B or C may be a channel's.
 template <class T_, class N_, int L_, bool kChannelBC_>
 struct Kind {
@@ -54,19 +99,28 @@ struct Kind {
     using TokenNumber = std::conditional_t<kIsComplex, N, T>;    // of B and C of tokens
     static constexpr int kChannels = kThreads / L;               // of a block
     static constexpr int kStates = L * kMine;                    // of a round
-    static constexpr int kTile = kIsComplex ? 16 : 32;           // tokens
-    static constexpr int kPairs = kTile * kChannels / kThreads;  // token and channel of a thread
+    static constexpr bool kRounds = L == 16;                     // one may not do
+    static constexpr int kTile = selective_tile(kIsComplex);     // tokens
+    static constexpr int kNumbers = kTile * kStates / kThreads;  // of B that a thread loads
+    static constexpr int kVector = 4;                            // channels of a loader's piece
+    static constexpr int kRow = kChannels / kVector;             // pieces of a token
+    static constexpr int kAll = kTile * kRow;                    // pieces of a tile
+    static constexpr int kPieces = (kAll + kThreads - 1) / kThreads;  // of a thread, of one place
     static constexpr int kMicro = kIsComplex ? 4 : 8;  // tokens whose states the backward keeps
-    static constexpr float kReadFactor = kIsComplex ? 2.f : 1.f;  // y = 2 Re(C h) of pairs
+    static constexpr int kBlocks = L == 4 && !kChannelBC ? 2 : 1;  // of a multiprocessor, at least
+    static constexpr float kReadFactor = kIsComplex ? 2.f : 1.f;   // y = 2 Re(C h) of pairs
+    static_assert(kTile * kStates % kThreads == 0 && kThreads % kRow == 0);
 
+    using Row = float[kTile][kChannels];
     struct Shared {
-        float dt[kTile][kChannels], du[kTile][kChannels], y[kTile][kChannels];
+        Row dt, u, y;
         N b[kTile][kStates], c[kTile][kStates];
+        float skip[kChannels], bias[kChannels];
     };
     struct SharedBackward : Shared {
-        float dy[kTile][kChannels], ddt[kTile][kChannels], ddu[kTile][kChannels];
+        Row dy, ddu;  // ddt takes the place of y
         N parked[kTile / kMicro][kThreads][kMine];
-        N db[kTile][kStates][kWarps], dc[kTile][kStates][kWarps];
+        N shares[2][kMicro][kWarps][2 * kStates];  // of dC and dB, of every other kMicro tokens
     };
 };
 
@@ -74,17 +128,14 @@ struct Kind {
 struct Scratch {
     float* y = nullptr;  // [B T][D]
     float *ddt = nullptr, *ddu = nullptr;
-    void* checkpoints = nullptr;  // [tile of a sequence][D][S], tiles numbered over all sequences
-    void* tokens = nullptr;       // [2][blocks of channels][B T][S]: shares of dB and dC
-    float* channels = nullptr;    // [2][N][D]: of dD and the bias
-    void* states = nullptr;       // [1 or 3][S][N][D]: of dA, and of channels' dB and dC
+    void* tokens = nullptr;      // [2][blocks of channels][B T][S]: shares of dB and dC
+    float* channels = nullptr;   // [2][records][D]: of dD and the bias
+    void* states = nullptr;      // [1 or 3][S][records][D]: of dA, and of channels' dB and dC
+    void* aggregates = nullptr;  // [records][D][S][2]: what a segment does; null: none is cut
+    void* starts = nullptr;      // [records][D][S]: what comes to it
+    bool pieces = false;         // whether rows lie in aligned pieces of four channels
 };
 
-template <class T>
-LSM_DEVICE float read(Rows const& r, i64 batch, i64 token, i64 channel) {
-    return static_cast<float>(
-        load_global(static_cast<T const*>(r.data) + batch * r.batch + token * r.time + channel));
-}
 template <class T>
 LSM_DEVICE void write(Rows const& r, i64 batch, i64 token, i64 channel, float x) {
     store_global(static_cast<T*>(r.data) + batch * r.batch + token * r.time + channel,
@@ -96,128 +147,235 @@ template <class K>
 struct Block {
     using T = typename K::T;
     using N = typename K::N;
+    using Elements = Piece<T, K::kVector>[K::kPieces];  // of one tensor, that a thread loads
+    using Tokens = i64[K::kPieces];                     // whose they are, or -1
+
     SelectiveParams const& p;
-    Segment segment;  // a whole sequence
-    i64 sequence, batch, begin, end;
-    i64 group, first;  // channels [first, first + count)
-    i64 part;          // of the blocks of a sequence
+    Scratch const& scratch;
+    Segment segment;
+    unsigned per_record, part;  // blocks of a segment, and which of them
+    int sequence;
+    i64 begin;  // tokens [begin, begin + length) of the segment
+    int length;
+    int tile0;         // its first tile, over all sequences; segments are whole tiles
+    int group, first;  // channels [first, first + count)
     int count, s0;     // states of this round: [s0, s0 + K::kStates)
     int lane, own;     // of the channel's lanes; the thread's channel
     N a_log2[kMine];
     N own_b[kMine], own_c[kMine];  // where they are the channel's
 
     LSM_DEVICE Block(SelectiveParams const& p, Segments const& plan, unsigned blocks_of_group,
-                     int s0)
-        : p(p), s0(s0) {
-        unsigned const per_sequence = blocks_of_group * static_cast<unsigned>(p.G);
-        segment = plan[blockIdx.x / per_sequence];
-        part = blockIdx.x % per_sequence;
-        i64 const channels = p.D / p.G, at = part % blocks_of_group * K::kChannels;
-        group = part / blocks_of_group;
+                     int s0, Scratch const& scratch)
+        : p(p), scratch(scratch), s0(K::kRounds ? s0 : 0) {
+        per_record = blocks_of_group * static_cast<unsigned>(p.G);
+        segment = plan[record()];
+        part = blockIdx.x % per_record;
+        int const channels = static_cast<int>(p.D / p.G);
+        int const at = static_cast<int>(part % blocks_of_group) * K::kChannels;
+        group = static_cast<int>(part / blocks_of_group);
         first = group * channels + at;
-        count = static_cast<int>(channels - at < K::kChannels ? channels - at : K::kChannels);
-        sequence = segment.sequence, batch = segment.batch;
-        begin = segment.t0, end = segment.t1;
+        count = channels - at < K::kChannels ? channels - at : K::kChannels;
+        sequence = segment.sequence;
+        begin = segment.t0, length = static_cast<int>(segment.t1 - segment.t0);
+        // Packed sequences have room for one tile more each.
+        i64 const start = begin - segment.index * plan.L;
+        tile0 =
+            static_cast<int>((p.cu_seqlens == nullptr ? sequence * ((p.T + K::kTile - 1) / K::kTile)
+                                                      : start / K::kTile + sequence) +
+                             segment.index * plan.L / K::kTile);
         lane = threadIdx.x % K::L, own = threadIdx.x / K::L;
-        load_constants(p.A, true, a_log2);
+        int const row = first + own;
+        load_numbers(p.A, row, a_log2);
         LSM_UNROLL
         for (int s = 0; s < kMine; ++s) a_log2[s] = scaled(a_log2[s], 1.44269504f);
         if constexpr (K::kChannelBC) {
-            load_constants(p.b.data, p.channel_B, own_b);
-            load_constants(p.c.data, p.channel_C, own_c);
+            load_numbers(p.channel_B ? p.b.data : nullptr, row, own_b);
+            load_numbers(p.channel_C ? p.c.data : nullptr, row, own_c);
         }
     }
-    LSM_DEVICE void load_constants(void const* from, bool wanted, N (&x)[kMine]) const {
-        LSM_UNROLL
-        for (int s = 0; s < kMine; ++s) {
-            x[s] = wanted && inside(s)
-                       ? load_global(static_cast<N const*>(from) + (first + own) * p.S + state(s))
-                       : number<N>(0.f);
-        }
-    }
+    LSM_DEVICE i64 record() const { return blockIdx.x / per_record; }
+    LSM_DEVICE i64 batch() const { return p.cu_seqlens == nullptr ? sequence : 0; }
+    LSM_DEVICE bool is_last() const { return !K::kRounds || s0 + K::kStates >= p.S; }
     LSM_DEVICE int column(int s) const { return lane * kMine + s; }  // of the round's states
-    LSM_DEVICE i64 state(int s) const { return s0 + column(s); }
+    LSM_DEVICE int state(int s) const { return s0 + column(s); }
     LSM_DEVICE bool inside(int s) const { return own < count && state(s) < p.S; }
-    LSM_DEVICE i64 states_at(int s) const {
-        return (sequence * p.D + first + own) * p.S + state(s);
+
+    // The thread's states of a row of a tensor [rows][S]; zeros of none. Four lie side by side.
+    static constexpr int kPer = 16 / sizeof(N);
+    LSM_DEVICE bool are_pieces(void const* at) const {
+        return inside(kMine - 1) && reinterpret_cast<std::uintptr_t>(at) % 16 == 0;
     }
-    LSM_DEVICE void load_states(void const* from, N (&h)[kMine]) const {
-        LSM_UNROLL
-        for (int s = 0; s < kMine; ++s) {
-            h[s] = from != nullptr && inside(s)
-                       ? load_global(static_cast<N const*>(from) + states_at(s))
-                       : number<N>(0.f);
+    LSM_DEVICE void load_numbers(void const* from, i64 row, N (&x)[kMine]) const {
+        N const* const at = static_cast<N const*>(from) + row * p.S + state(0);
+        if (from != nullptr && are_pieces(at)) {
+            LSM_UNROLL
+            for (int s = 0; s < kMine; s += kPer) {
+                auto const piece = load_global(reinterpret_cast<Piece<N, kPer> const*>(at + s));
+                LSM_UNROLL
+                for (int i = 0; i < kPer; ++i) x[s + i] = piece.element[i];
+            }
+            return;
         }
+        LSM_UNROLL
+        for (int s = 0; s < kMine; ++s)
+            x[s] = from != nullptr && inside(s) ? load_global(at + s) : number<N>(0.f);
     }
-    LSM_DEVICE void store_states(void* to, N const (&h)[kMine]) const {
+    LSM_DEVICE void store_numbers(void* to, i64 row, N const (&x)[kMine]) const {
         if (to == nullptr) return;
+        N* const at = static_cast<N*>(to) + row * p.S + state(0);
+        if (are_pieces(at)) {
+            LSM_UNROLL
+            for (int s = 0; s < kMine; s += kPer) {
+                Piece<N, kPer> piece;
+                LSM_UNROLL
+                for (int i = 0; i < kPer; ++i) piece.element[i] = x[s + i];
+                store_global(reinterpret_cast<Piece<N, kPer>*>(at + s), piece);
+            }
+            return;
+        }
         LSM_UNROLL
         for (int s = 0; s < kMine; ++s) {
-            if (inside(s)) store_global(static_cast<N*>(to) + states_at(s), h[s]);
+            if (inside(s)) store_global(at + s, x[s]);
         }
     }
-    LSM_DEVICE float channel(void const* data, int c) const {
-        return data != nullptr && c < count
-                   ? load_global(static_cast<float const*>(data) + first + c)
-                   : 0.f;
+    LSM_DEVICE i64 state_row() const { return sequence * p.D + first + own; }
+    LSM_DEVICE i64 record_row() const { return record() * p.D + first + own; }
+    LSM_DEVICE int tiles() const { return (length + K::kTile - 1) / K::kTile; }
+    LSM_DEVICE i64 tile_row(int tile) const { return i64(tile0 + tile) * p.D + first + own; }
+    // What comes to the segment: from `edge` [N][D][S] if no segment is before it.
+    LSM_DEVICE void load_start(void const* edge, N (&h)[kMine]) const {
+        bool const cut = scratch.starts != nullptr;
+        load_numbers(cut ? scratch.starts : edge, cut ? record_row() : state_row(), h);
     }
-    // f(token of the tile, channel of the block) for the thread's pairs, all of one channel.
+
+    // f(which of the thread's pieces, row of the tile, channel of the block)
     template <class F>
-    LSM_DEVICE void pairs(F const& f) const {
+    LSM_DEVICE static void pieces(F const& f) {
         LSM_UNROLL
-        for (int i = 0; i < K::kPairs; ++i) {
-            int const pair = threadIdx.x + i * kThreads;
-            f(pair / K::kChannels, pair % K::kChannels);
+        for (int i = 0; i < K::kPieces; ++i) {
+            int const piece = threadIdx.x + i * kThreads;
+            if (K::kAll % kThreads != 0 && piece >= K::kAll) return;
+            f(i, piece / K::kRow, piece % K::kRow * K::kVector);
         }
     }
-    // The token of a position, or -1: past the end, or of an order that is none.
-    LSM_DEVICE i64 token_at(i64 position) const {
-        if (position >= end || p.order == nullptr) return position < end ? position : -1;
-        i64 const token = load_global(p.order + position);
+    // The token of a position of the segment, or -1: past the end, or of an order that is none.
+    LSM_DEVICE i64 token_at(int position) const {
+        if (position >= length || p.order == nullptr)
+            return position < length ? begin + position : -1;
+        i64 const token = load_global(p.order + begin + position);
         return token >= 0 && token < p.T ? token : -1;
     }
-    // f(token of the row, row of the tile, channel of the block) for the thread's pairs that exist.
-    template <class F>
-    LSM_DEVICE void existing_pairs(i64 t, F const& f) const {
-        pairs([&](int i, int c) {
-            i64 const token = c < count ? token_at(t + i) : -1;
-            if (token >= 0) f(token, i, c);
+    LSM_DEVICE void find(int t, Tokens& token) const {
+        pieces([&](int i, int row, int) { token[i] = token_at(t + row); });
+    }
+    LSM_DEVICE void load(Rows const& r, Tokens const& token, Elements& x) const {
+        pieces([&](int i, int, int c) {
+            LSM_UNROLL
+            for (int e = 0; e < K::kVector; ++e) x[i].element[e] = static_cast<T>(0.f);
+            if (token[i] < 0 || r.data == nullptr) return;
+            T const* const at =
+                static_cast<T const*>(r.data) + batch() * r.batch + token[i] * r.time + first + c;
+            if (scratch.pieces && c + K::kVector <= count) {
+                x[i] = load_global(reinterpret_cast<Piece<T, K::kVector> const*>(at));
+                return;
+            }
+            LSM_UNROLL
+            for (int e = 0; e < K::kVector; ++e) {
+                if (c + e < count) x[i].element[e] = load_global(at + e);
+            }
         });
+    }
+    // f(row of the tile, channel of the block, element of the piece) of every element of a tensor.
+    template <class F>
+    LSM_DEVICE void store(Rows const& r, Tokens const& token, F const& f) const {
+        pieces([&](int i, int row, int c) {
+            Piece<T, K::kVector> x;
+            LSM_UNROLL
+            for (int e = 0; e < K::kVector; ++e) x.element[e] = static_cast<T>(f(i, row, c, e));
+            if (token[i] < 0) return;
+            T* const at =
+                static_cast<T*>(r.data) + batch() * r.batch + token[i] * r.time + first + c;
+            if (scratch.pieces && c + K::kVector <= count) {
+                store_global(reinterpret_cast<Piece<T, K::kVector>*>(at), x);
+                return;
+            }
+            LSM_UNROLL
+            for (int e = 0; e < K::kVector; ++e) {
+                if (c + e < count) store_global(at + e, x.element[e]);
+            }
+        });
+    }
+    // f(which piece, row, channel, element) to rows in shared memory, four at a time.
+    template <class F>
+    LSM_DEVICE static void share(typename K::Row& to, F const& f) {
+        pieces([&](int i, int row, int c) {
+            LSM_UNROLL
+            for (int e = 0; e < K::kVector; e += 4) {
+                float4 const x{f(i, row, c, e), f(i, row, c, e + 1), f(i, row, c, e + 2),
+                               f(i, row, c, e + 3)};
+                *reinterpret_cast<float4*>(&to[row][c + e]) = x;
+            }
+        });
+    }
+    // Element c + e of a row; what lies side by side is read at once.
+    LSM_DEVICE static float at(typename K::Row const& rows, int row, int c, int e) {
+        float4 const x = *reinterpret_cast<float4 const*>(&rows[row][c + e / 4 * 4]);
+        return e % 4 == 0 ? x.x : e % 4 == 1 ? x.y : e % 4 == 2 ? x.z : x.w;
+    }
+    LSM_DEVICE static float element(Elements const& x, int i, int e) {
+        return static_cast<float>(x[i].element[e]);
     }
     // A pair's place in the sums of rounds.
     LSM_DEVICE i64 sum_at(i64 token, int c) const {
-        return (batch * p.T + token) * p.D + first + c;
+        return (batch() * p.T + token) * p.D + first + c;
     }
 
-    // B and C, dt and dt u of a tile; tokens past the end have dt = 0, which leaves states alone.
-    LSM_DEVICE void load_tile(typename K::Shared& shared, i64 t) const {
-        for (int i = threadIdx.x; i < K::kTile * K::kStates; i += kThreads) {
-            int const row = i / K::kStates, s = i % K::kStates;
-            i64 const token = token_at(t + row);
-            bool const there = token >= 0 && s0 + s < p.S;
-            shared.b[row][s] = token_number(p.b, there && !p.channel_B, token, s);
-            shared.c[row][s] = token_number(p.c, there && !p.channel_C, token, s);
+    LSM_DEVICE void share_channels(typename K::Shared& shared) const {
+        for (int c = threadIdx.x; c < K::kChannels; c += kThreads) {
+            auto const load = [&](void const* data) {
+                return data != nullptr && c < count
+                           ? load_global(static_cast<float const*>(data) + first + c)
+                           : 0.f;
+            };
+            shared.skip[c] = load(p.skip), shared.bias[c] = load(p.dt_bias);
         }
-        pairs([&](int row, int c) {
-            i64 const token = c < count ? token_at(t + row) : -1;
-            float const dt = token >= 0 ? step_size(token, c) : 0.f;
-            float const u = token >= 0 ? read<T>(p.u, batch, token, first + c) : 0.f;
-            shared.dt[row][c] = dt, shared.du[row][c] = dt * u;
+    }
+    // Tokens past the end have dt = 0, which leaves states alone.
+    LSM_DEVICE void share_steps(typename K::Shared& shared, Tokens const& token,
+                                Elements const& dt) const {
+        share(shared.dt, [&](int i, int, int c, int e) {
+            float const x = element(dt, i, e) + shared.bias[c + e];
+            float const step = p.softplus ? fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))) : x;
+            return token[i] >= 0 && c + e < count ? step : 0.f;
         });
     }
-    LSM_DEVICE N token_number(Rows const& r, bool there, i64 token, int s) const {
-        if (!there) return number<N>(0.f);
-        auto const x = load_global(static_cast<typename K::TokenNumber const*>(r.data) +
-                                   batch * r.batch + token * r.time + group * r.head + s0 + s);
-        return static_cast<N>(x);
+
+    // B or C of a tile.
+    using Numbers = typename K::TokenNumber[K::kNumbers];
+    LSM_DEVICE void load_numbers_of_tokens(Rows const& r, bool wanted, int t, Numbers& x) const {
+        LSM_UNROLL
+        for (int j = 0; j < K::kNumbers; ++j) {
+            int const i = threadIdx.x + j * kThreads, row = i / K::kStates, s = i % K::kStates;
+            i64 const token = wanted && s0 + s < p.S ? token_at(t + row) : -1;
+            x[j] = zero(static_cast<typename K::TokenNumber*>(nullptr));
+            if (token < 0) continue;
+            x[j] = load_global(static_cast<typename K::TokenNumber const*>(r.data) +
+                               batch() * r.batch + token * r.time + group * r.head + s0 + s);
+        }
     }
-    LSM_DEVICE float raw_step(i64 token, int c) const {
-        return read<T>(p.dt, batch, token, first + c) + channel(p.dt_bias, c);
+    LSM_DEVICE static void share_numbers(N (&to)[K::kTile][K::kStates], Numbers const& x) {
+        LSM_UNROLL
+        for (int j = 0; j < K::kNumbers; ++j) {
+            int const i = threadIdx.x + j * kThreads;
+            to[i / K::kStates][i % K::kStates] = static_cast<N>(x[j]);
+        }
     }
-    LSM_DEVICE float step_size(i64 token, int c) const {
-        float const x = raw_step(token, c);
-        return p.softplus ? fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))) : x;
+    LSM_DEVICE static Complex zero(Complex*) { return {0.f, 0.f}; }
+    template <class U>
+    LSM_DEVICE static U zero(U*) {
+        return static_cast<U>(0.f);
     }
+
     // One of the two is zero: a sum is no branch in the innermost loop.
     LSM_DEVICE N b(typename K::Shared const& shared, int token, int s) const {
         N const x = shared.b[token][column(s)];
@@ -229,14 +387,14 @@ struct Block {
         if constexpr (K::kChannelBC) return add(x, own_c[s]);
         return x;
     }
+    LSM_DEVICE N decay(float dt, int s) const { return power_of_two(scaled(a_log2[s], dt)); }
     // h after a token; y, the lane's share of what C reads.
     LSM_DEVICE float walk(typename K::Shared const& shared, int token, N (&h)[kMine]) const {
-        float const dt = shared.dt[token][own], du = shared.du[token][own];
+        float const dt = shared.dt[token][own], du = dt * shared.u[token][own];
         float y = 0.f;
         LSM_UNROLL
         for (int s = 0; s < kMine; ++s) {
-            h[s] = multiply_add(power_of_two(scaled(a_log2[s], dt)), h[s],
-                                scaled(b(shared, token, s), du));
+            h[s] = multiply_add(decay(dt, s), h[s], scaled(b(shared, token, s), du));
             y += real_product(c(shared, token, s), h[s]);
         }
         return K::kReadFactor * y;
@@ -246,11 +404,6 @@ struct Block {
         for (int d = 1; d < K::L; d *= 2) x += shuffle_xor(x, d);
         return x;
     }
-    LSM_DEVICE static N over_channels(N x) {
-        LSM_UNROLL
-        for (int d = K::L; d < 32; d *= 2) x = add(x, shuffle_xor(x, d));
-        return x;
-    }
     LSM_DEVICE static void fill(N (&x)[kMine], float value) {
         LSM_UNROLL
         for (int s = 0; s < kMine; ++s) x[s] = number<N>(value);
@@ -258,8 +411,8 @@ struct Block {
     // NaN to every token of a tensor.
     LSM_DEVICE void poison_tokens(Rows const& rows) const {
         if (rows.data == nullptr) return;
-        for (i64 i = threadIdx.x; i < (end - begin) * count; i += kThreads)
-            write<T>(rows, batch, begin + i / count, first + i % count, nan_value());
+        for (i64 i = threadIdx.x; i < i64(length) * count; i += kThreads)
+            write<T>(rows, batch(), begin + i / count, first + i % count, nan_value());
     }
 };
 

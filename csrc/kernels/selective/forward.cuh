@@ -1,4 +1,5 @@
-// The selective scan, forward: one walk over the tiles.
+// The selective scan, forward: one walk over the tiles, whose tensors are asked for a tile ahead. States at the tiles'
+// beginnings are kept for a backward that wants them.
 #pragma once
 
 #include "kernels/selective/block.cuh"
@@ -6,47 +7,75 @@
 namespace lsm::selective_kernel {
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, K::kBlocks)
     forward(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
             Scratch const scratch) {
-    using T = typename K::T;
     auto& shared = *reinterpret_cast<typename K::Shared*>(dyn_smem());
-    Block<K> const block(p, plan, blocks_of_group, s0);
+    Block<K> const block(p, plan, blocks_of_group, s0, scratch);
     if (block.segment.unused()) return;
     typename K::N h[kMine];
     if (block.segment.poison) {
         block.poison_tokens(p.y);
         Block<K>::fill(h, nan_value());
-        if (block.sequence >= 0) block.store_states(p.final_state, h);
+        if (block.sequence >= 0) block.store_numbers(p.final_state, block.state_row(), h);
         return;
     }
-    bool const is_last = s0 + K::kStates >= p.S;
-    block.load_states(p.initial_state, h);
-    for (i64 t = block.begin; t < block.end; t += K::kTile) {
-        block.load_tile(shared, t);
+    bool const is_last = block.is_last();
+    typename Block<K>::Elements u, dt, z;
+    typename Block<K>::Numbers b, c;
+    auto const ask = [&](int t) {
+        typename Block<K>::Tokens token;
+        block.find(t, token);
+        block.load(p.u, token, u), block.load(p.dt, token, dt);
+        block.load_numbers_of_tokens(p.b, !p.channel_B, t, b);
+        block.load_numbers_of_tokens(p.c, !p.channel_C, t, c);
+    };
+    block.share_channels(shared);
+    block.load_start(p.initial_state, h);
+    ask(0);
+    __syncthreads();
+    LSM_UNROLL_BY(1)
+    for (int tile = 0, tiles = block.tiles(); tile < tiles; ++tile) {
+        int const t = tile * K::kTile;
+        typename Block<K>::Tokens token;
+        block.find(t, token);
+        block.share_steps(shared, token, dt);
+        Block<K>::share(shared.u,
+                        [&](int i, int, int, int e) { return Block<K>::element(u, i, e); });
+        Block<K>::share_numbers(shared.b, b), Block<K>::share_numbers(shared.c, c);
         __syncthreads();
+        if (is_last) block.load(p.z, token, z);
+        ask(t + K::kTile);
+        block.store_numbers(p.saved_states, block.tile_row(tile), h);
+        LSM_UNROLL_BY(4)
         for (int i = 0; i < K::kTile; ++i) {
             float const y = block.over_states(block.walk(shared, i, h));
             if (block.lane == 0) shared.y[i][block.own] = y;
         }
         __syncthreads();
-        block.existing_pairs(t, [&](i64 token, int row, int c) {
-            float y = shared.y[row][c];
-            if (s0 > 0) y += load_global(scratch.y + block.sum_at(token, c));
-            if (!is_last) return store_global(scratch.y + block.sum_at(token, c), y);
-            if (p.skip != nullptr) {
-                float const u = read<T>(p.u, block.batch, token, block.first + c);
-                y = fmaf(block.channel(p.skip, c), u, y);
-            }
-            if (p.z.data != nullptr) {
-                float const z = read<T>(p.z, block.batch, token, block.first + c);
-                y *= z * sigmoid(z);
-            }
-            write<T>(p.y, block.batch, token, block.first + c, y);
+        block.find(t, token);
+        auto const value = [&](int i, int row, int at, int e) {
+            float y = Block<K>::at(shared.y, row, at, e);
+            if (block.s0 > 0 && token[i] >= 0 && at + e < block.count)
+                y += load_global(scratch.y + block.sum_at(token[i], at + e));
+            return y;
+        };
+        if (!is_last) {
+            Block<K>::pieces([&](int i, int row, int at) {
+                for (int e = 0; e < K::kVector && token[i] >= 0 && at + e < block.count; ++e)
+                    store_global(scratch.y + block.sum_at(token[i], at + e), value(i, row, at, e));
+            });
+            continue;
+        }
+        block.store(p.y, token, [&](int i, int row, int at, int e) {
+            float const y =
+                fmaf(shared.skip[at + e], Block<K>::at(shared.u, row, at, e), value(i, row, at, e));
+            if (p.z.data == nullptr) return y;
+            float const gate = Block<K>::element(z, i, e);
+            return y * gate * sigmoid(gate);
         });
-        __syncthreads();
     }
-    block.store_states(p.final_state, h);
+    if (block.segment.is_last) block.store_numbers(p.final_state, block.state_row(), h);
 }
 
 }  // namespace lsm::selective_kernel

@@ -5,6 +5,7 @@
 #include "kernels/selective/backward.cuh"
 #include "kernels/selective/forward.cuh"
 #include "kernels/selective/launch.h"
+#include "kernels/selective/segment.cuh"
 
 namespace lsm::selective_kernel {
 
@@ -12,73 +13,101 @@ template <class K>
 struct Launch {
     using N = typename K::N;
     SelectiveParams const& p;
+    bool const back;
     unsigned blocks_of_group;
     Segments plan;
     Scratch scratch;
     i64 bytes;
 
     // Lays the workspace out; with a null base it only counts its bytes.
-    Launch(SelectiveParams const& p, Direction direction, void* base) : p(p) {
+    Launch(SelectiveParams const& p, Direction direction, void* base)
+        : p(p), back(direction == Direction::backward) {
         blocks_of_group = static_cast<unsigned>((p.D / p.G + K::kChannels - 1) / K::kChannels);
+        i64 const blocks = blocks_of_group * p.G;
+        // Two blocks a multiprocessor; cutting costs a second walk over the inputs of states.
+        i64 const L = segment_length(p.T, p.N * blocks, 2 * multiprocessors(), 8 * K::kTile);
         Carver carver(base);
         auto const floats = [&](i64 count) { return carver.take<float>(count); };
-        plan = plan_segments(p, p.T, carver.take<char>(segments_bytes(p, p.T)));
-        bool const rounds = p.S > K::kStates, back = direction == Direction::backward;
+        plan = plan_segments(p, L, carver.take<char>(segments_bytes(p, L)));
+        bool const rounds = p.S > K::kStates;
+        i64 const numbers = plan.count * p.D * p.S;
+        if (L < p.T) {
+            scratch.aggregates = carver.take<Aggregate<N>>(numbers);
+            scratch.starts = carver.take<N>(numbers);
+        }
         if (rounds) scratch.y = floats(p.B * p.T * p.D);
         if (rounds && back) {
             scratch.ddt = floats(p.B * p.T * p.D), scratch.ddu = floats(p.B * p.T * p.D);
         }
         if (back) {
-            i64 const tiles = p.cu_seqlens == nullptr ? p.N * ((p.T + K::kTile - 1) / K::kTile)
-                                                      : p.T / K::kTile + p.N + 1;
-            scratch.checkpoints = carver.take<N>(tiles * p.D * p.S);
-            scratch.tokens = carver.take<N>(2 * i64(blocks_of_group) * p.G * p.B * p.T * p.S);
-            scratch.channels = floats(2 * p.N * p.D);
-            scratch.states = carver.take<N>((K::kChannelBC ? 3 : 1) * p.S * p.N * p.D);
+            scratch.tokens = carver.take<N>(2 * blocks * p.B * p.T * p.S);
+            scratch.channels = floats(2 * plan.count * p.D);
+            scratch.states = carver.take<N>((K::kChannelBC ? 3 : 1) * numbers);
         }
         bytes = carver.used();
+        auto const aligned = [](Rows const& r) {
+            auto const whole = [](i64 elements) { return elements % K::kVector == 0; };
+            return reinterpret_cast<std::uintptr_t>(r.data) % 16 == 0 && whole(r.batch) &&
+                   whole(r.time);
+        };
+        scratch.pieces = p.D / p.G % K::kVector == 0 || p.G == 1;
+        for (Rows const& r : {p.u, p.dt, p.z, p.y, p.grad_y, p.du, p.ddt, p.dz})
+            scratch.pieces = scratch.pieces && aligned(r);
     }
 
+    dim3 grid() const { return dim3(static_cast<unsigned>(plan.count * p.G) * blocks_of_group); }
     template <class Kernel>
-    void rounds(Kernel kernel, std::size_t shared, void* stream) const {
-        if (plan.count == 0) return;
-        build_segments(p, plan, stream);
-        dim3 const grid(static_cast<unsigned>(plan.count * p.G) * blocks_of_group);
+    void each_round(Kernel kernel, std::size_t shared, void* stream) const {
         for (int s0 = 0; s0 < p.S; s0 += K::kStates)
-            launch(kernel, grid, dim3(kThreads), shared, stream, p, plan, blocks_of_group, s0,
+            launch(kernel, grid(), dim3(kThreads), shared, stream, p, plan, blocks_of_group, s0,
                    scratch);
     }
+    static dim3 threads(i64 count) { return dim3(static_cast<unsigned>((count + 127) / 128)); }
+
+    // What comes to each segment, where sequences are cut.
+    template <bool kForwards>
+    void find_starts(void const* edge, void* stream) const {
+        if (scratch.starts == nullptr) return;
+        each_round(fold<K, kForwards>, sizeof(typename K::Shared), stream);
+        launch(join<N, kForwards>, threads(plan.count * p.D * p.S), dim3(128), 0, stream, p, plan,
+               static_cast<N const*>(edge), scratch);
+    }
     void forward(void* stream) const {
-        rounds(selective_kernel::forward<K>, sizeof(typename K::Shared), stream);
+        if (plan.count == 0) return;
+        build_segments(p, plan, stream);
+        find_starts<true>(p.initial_state, stream);
+        each_round(selective_kernel::forward<K>, sizeof(typename K::Shared), stream);
     }
     void backward(void* stream) const {
-        rounds(selective_kernel::backward<K>, sizeof(typename K::SharedBackward), stream);
-        auto const blocks = [](i64 count) {
-            return dim3(static_cast<unsigned>((count + 127) / 128));
-        };
+        if (plan.count > 0) {
+            build_segments(p, plan, stream);
+            find_starts<false>(p.grad_final_state, stream);
+            each_round(selective_kernel::backward<K>, sizeof(typename K::SharedBackward), stream);
+        }
         auto const states = [&](int which) {
-            return static_cast<N const*>(scratch.states) + which * p.S * p.N * p.D;
+            return static_cast<N const*>(scratch.states) + which * plan.count * p.D * p.S;
         };
-        auto const sum_sequences = [&](auto const* shares, void* to, i64 count) {
+        auto const sum_segments = [&](auto const* shares, void* to, i64 count) {
             using Number = std::remove_cv_t<std::remove_pointer_t<decltype(shares)>>;
             if (to == nullptr) return;
-            launch(add_sequences<Number>, blocks(count * p.D), dim3(128), 0, stream, p.N, p.D,
+            launch(add_segments<Number>, threads(count * p.D), dim3(128), 0, stream, plan, p.D,
                    count, shares, static_cast<Number*>(to));
         };
         i64 const tokens = p.B * p.T * p.G * p.S;
-        for (int which = 0; which < 2; ++which) {
-            void* const to = which == 0 ? p.db : p.dc;
-            if (which == 0 ? p.channel_B : p.channel_C) {
-                sum_sequences(states(1 + which), to, p.S);
+        for (int which = 0; which < 2; ++which) {  // dC, then dB
+            void* const to = which == 0 ? p.dc : p.db;
+            if (which == 0 ? p.channel_C : p.channel_B) {
+                sum_segments(states(2 - which), to, p.S);
             } else if (tokens > 0) {
                 i64 const first = which * i64(blocks_of_group) * p.G * p.B * p.T * p.S;
-                launch(add_tokens<N>, blocks(tokens), dim3(128), 0, stream, p, i64(blocks_of_group),
-                       static_cast<N const*>(scratch.tokens) + first, static_cast<N*>(to));
+                launch(add_tokens<N>, threads(tokens), dim3(128), 0, stream, p,
+                       i64(blocks_of_group), static_cast<N const*>(scratch.tokens) + first,
+                       static_cast<N*>(to));
             }
         }
-        sum_sequences(states(0), p.dA, p.S);
-        sum_sequences(static_cast<float const*>(scratch.channels), p.dskip, 1);
-        sum_sequences(static_cast<float const*>(scratch.channels) + p.N * p.D, p.ddt_bias, 1);
+        sum_segments(states(0), p.dA, p.S);
+        sum_segments(static_cast<float const*>(scratch.channels), p.dskip, 1);
+        sum_segments(static_cast<float const*>(scratch.channels) + plan.count * p.D, p.ddt_bias, 1);
     }
 };
 

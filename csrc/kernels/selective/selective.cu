@@ -20,6 +20,14 @@ int64_t launch_any(SelectiveParams const& p, Direction direction, void* workspac
 
 }  // namespace
 
+// States before every tile: [tiles of all sequences][D][S].
+int64_t selective_saved_states(SelectiveParams const& p) {
+    int64_t const tile = selective_tile(p.is_complex);
+    int64_t const tiles =
+        p.cu_seqlens == nullptr ? p.N * ((p.T + tile - 1) / tile) : p.T / tile + p.N;
+    return tiles * p.D * p.S;
+}
+
 // Never none: a null workspace asks for a size.
 int64_t selective_fwd_workspace(SelectiveParams const& p) {
     return 256 + launch_any(p, Direction::forward, nullptr, nullptr);
