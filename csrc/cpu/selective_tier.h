@@ -117,6 +117,9 @@ class Selective {
     }
 
     void forward() {
+        if constexpr (K == 1) {
+            if (p.T == 1 && p.cu_seqlens == nullptr && p.S >= W) return step();
+        }
         prepare();
         for (int64_t n = task.n_begin; n < task.n_end; ++n) {
             locate(n);
@@ -133,6 +136,60 @@ class Selective {
             }
             store_states(p.final_state, state);
         }
+    }
+
+    // One token: turning its states around would take longer than its arithmetic, so here they lie in the lanes.
+    void step() {
+        for (int64_t n = task.n_begin; n < task.n_end; ++n) {
+            locate(n);
+            load_bc(0, 1);
+            channels([&](int64_t c, int64_t count, int64_t) {
+                Prologue const x(*this, 0, 1, c, count);
+                V const rate = log2_rate(Real<T>{x.dt[0]}).re, drive = x.dt[0] * x.u[0];
+                T rates[W], drives[W];
+                store(rates, rate), store(drives, drive);
+                V sums[W] = {};
+                for (int64_t j = 0; j < count; ++j) {
+                    int64_t const row = (c + j) * p.S, state = sequence * p.D * p.S + row;
+                    T const* const a = static_cast<T const*>(p.A) + row;
+                    T const* const b = p.channel_B ? static_cast<T const*>(p.b.data) + row : tile_b;
+                    T const* const read_by =
+                        p.channel_C ? static_cast<T const*>(p.c.data) + row : tile_c;
+                    T const* const before = p.initial_state == nullptr
+                                                ? nullptr
+                                                : static_cast<T const*>(p.initial_state) + state;
+                    T* const after =
+                        p.final_state == nullptr ? nullptr : static_cast<T*>(p.final_state) + state;
+                    sums[j] = step_channel(a, b, read_by, rates[j], drives[j], before, after);
+                }
+                V y = sums_of_rows<T>(sums);
+                finish(0, 1, c, count, x, &y);
+            });
+        }
+    }
+
+    // The products whose sum is what C reads.
+    LSM_INLINE V step_channel(T const* a, T const* b, T const* c, T rate, T drive, T const* before,
+                              T* after) const {
+        auto const one = [&](int64_t s, auto const& of) {
+            V h = of(b + s) * drive;
+            if (before != nullptr) h += exp2(of(a + s) * rate) * of(before + s);
+            return h;
+        };
+        V sum{};
+        int64_t s = 0;
+        for (; s + W <= p.S; s += W) {
+            V const h = one(s, [](T const* x) { return load(x); });
+            if (after != nullptr) store(after + s, h);
+            sum += load(c + s) * h;
+        }
+        if (int64_t const rest = p.S - s; rest > 0) {
+            auto const first = [&](T const* x) { return widen_first<T>(x, rest); };
+            V const h = one(s, first);
+            if (after != nullptr) narrow_first<T>(after + s, h, rest);
+            sum += first(c + s) * h;
+        }
+        return sum;
     }
 
     void backward() {

@@ -141,6 +141,18 @@ LSM_INLINE void transpose(Vector<T> (&x)[kLanes<T>]) {
     }
 }
 
+// The sum of the lanes of x[j] in lane j.
+template <class T>
+LSM_INLINE Vector<T> sums_of_rows(Vector<T> (&x)[kLanes<T>]) {
+#pragma GCC unroll 4
+    for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i)
+            x[i] = zip_low<T>(x[i], x[i + half]) + zip_high<T>(x[i], x[i + half]);
+    }
+    return x[0];
+}
+
 // x 2^n for |n| < 256 and integer, rounded once where the result is subnormal.
 LSM_INLINE Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n) {
 #if LSM_CPU_VECTOR_BYTES == 64

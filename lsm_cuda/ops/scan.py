@@ -111,6 +111,12 @@ def scan_step(
         >>> scan_step(torch.randn(2, 64), torch.rand(2, 64), state).shape
         torch.Size([2, 64])
     """
-    x, a, log = _gate(x, a, log)
-    check_no_gradient("scan_step", "scan", x, a, state)
+    if isinstance(a, tuple) or a.dtype != x.dtype or a.dim() != x.dim() or _autocasts(x):
+        x, a, log = _gate(x, a, log)  # a step has little time for it
+    if torch.is_grad_enabled():
+        check_no_gradient("scan_step", "scan", x, a, state)
     return torch.ops.lsm.scan_step(x, a, state, log)  # type: ignore[no-any-return]
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)

@@ -100,6 +100,24 @@ def test_split_is_whole_and_step_is_prefill() -> None:
     torch.testing.assert_close((torch.stack(steps, 2), state_of_steps), (y, state))
 
 
+@pytest.mark.parametrize("S", [5, 16, 40])  # less than a vector of any kind, one, and a rest
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_steps_are_the_definition(S: int, dtype: str) -> None:
+    x, softplus = draw(1, 37, S, 1, "dzbs", 2, dtype)
+    t, first = x.tensors, {n: v[:, 0] for n, v in x.tensors.items() if n in ("u", "dt", "z")}
+    state = x.initial_state.clone()
+    y = ops.selective_state_update(
+        state, first["u"], first["dt"], t["A"], t["B"][:, 0], t["C"][:, 0], t["D"], first["z"],
+        t["dt_bias"], softplus,
+    )  # fmt: skip
+    wide = {n: v.double() for n, v in t.items()}
+    want, last = reference.selective_scan(
+        **wide, dt_softplus=softplus, initial_state=x.initial_state.double()
+    )
+    torch.testing.assert_close(y.unsqueeze(1), want.to(y.dtype), rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(state, last.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_same_bits_twice_and_close_on_any_number_of_threads() -> None:
     a = [t.requires_grad_() if torch.is_tensor(t) else t for t in arguments(torch.float32)]
     tensors = [t for t in a if torch.is_tensor(t)]
