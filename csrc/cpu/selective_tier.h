@@ -172,8 +172,12 @@ class Selective {
     LSM_INLINE V step_channel(T const* a, T const* b, T const* c, T rate, T drive, T const* before,
                               T* after) const {
         auto const one = [&](int64_t s, auto const& of) {
+            __builtin_prefetch(a + s + 8 * p.S);  // a few channels on
             V h = of(b + s) * drive;
-            if (before != nullptr) h += exp2(of(a + s) * rate) * of(before + s);
+            if (before != nullptr) {
+                __builtin_prefetch(before + s + 8 * p.S);
+                h += exp2(of(a + s) * rate) * of(before + s);
+            }
             return h;
         };
         V sum{};
