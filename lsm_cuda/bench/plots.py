@@ -18,7 +18,10 @@ from .roofline import fraction
 
 __all__ = ["PLOTS", "plot_ratio", "plot_roofline", "plot_time"]
 
-COLORS = ("#d9822b", "#2da44e", "#8250df", "#bf3989", "#57606a", "#9a6700", "#0a7ea4")
+COLORS = (
+    "#d9822b", "#2da44e", "#8250df", "#bf3989", "#57606a", "#9a6700", "#0a7ea4", "#cf222e",
+    "#7fd1c7", "#b6a6ff", "#116329", "#f2b8d0",
+)  # fmt: skip
 OUR_COLOR, GRID = "#1f6feb", "#e5e9ef"
 Metadata = dict[str, str]
 
@@ -74,7 +77,7 @@ def plot_time(rows: Sequence[Row], environment: dict[str, Any], path: Path, **no
     figure = Figure(figsize=(3.6 * columns, 3.0 * lines), dpi=110, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flat
     drawn: dict[str, Any] = {}
-    for axes, panel in zip(grid, panels, strict=False):
+    for panel, axes in zip(panels, grid, strict=False):  # takes no axes more than it needs
         for name in (OURS, *names):
             curve = sorted(
                 (tokens(r), r["ms"])
@@ -91,7 +94,7 @@ def plot_time(rows: Sequence[Row], environment: dict[str, Any], path: Path, **no
         dress(axes, f"{op}, {mode}", f"T  ({rest}, {dtype})", "ms")
     for axes in [*grid]:  # what is left over
         axes.set_visible(False)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, frameon=False)
     return save(figure, path, note)
 
 
@@ -145,7 +148,7 @@ def strips(
     axes.set_ylim(len(labels) - 0.4, -0.6)
     dress(axes, title, "", "")
     if dots:
-        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure, axes
 
 
