@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arena.h"
+#include "bounded.h"
 #include "rows.h"
 
 namespace lsm::cpu {
@@ -9,17 +10,6 @@ namespace LSM_CPU_TIER {
 namespace {
 
 constexpr int64_t kMaxTaps = 128;  // checked by the operator
-
-// x between bounds; NaN passes.
-LSM_INLINE Vector<float> bounded(Vector<float> x, float low, float high) {
-#if LSM_CPU_VECTOR_BYTES == 64
-    x = Vector<float>(_mm512_maskz_max_ps(0xffff, __m512(Vector<float>{} + low), __m512(x)));
-    return Vector<float>(_mm512_maskz_min_ps(0xffff, __m512(Vector<float>{} + high), __m512(x)));
-#else
-    x = x < low ? Vector<float>{} + low : x;
-    return x > high ? Vector<float>{} + high : x;
-#endif
-}
 
 // 1 / x, of a half's precision.
 LSM_INLINE Vector<float> rough_reciprocal(Vector<float> x) {

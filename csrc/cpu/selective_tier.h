@@ -5,6 +5,7 @@
 // states and decays kept.
 #pragma once
 
+#include "bounded.h"
 #include "numbers.h"
 #include "selective_kernels.h"
 
@@ -17,8 +18,7 @@ inline constexpr int kTile = 16;  // tokens: their states and decays stay in the
 // 2^x where the decay's logarithm is to base 2: one rounding less than e^x, and no clamp from above.
 LSM_INLINE Vector<float> exp2(Vector<float> x) {
     using V = Vector<float>;
-    x = x < -160.0f ? V{} - 160.0f : x;
-    x = x > 130.0f ? V{} + 130.0f : x;
+    x = bounded(x, -160.0f, 130.0f);
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     V const n = (x + kRound) - kRound, r = x - n;
     V y = V{} + 1.535336188319500e-4f;

@@ -78,4 +78,4 @@ def hgrn_step(x: Tensor, g: Tensor, state: Tensor, theta: Tensor | None = None) 
         >>> hgrn_step(torch.randn(2, 64), -torch.rand(2, 64), state).shape
         torch.Size([2, 64])
     """
-    return scan_step(x, _gate(g, theta), state, log=True)
+    return scan_step(x, g if theta is None else (g, theta), state, True)

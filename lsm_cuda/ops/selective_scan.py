@@ -217,7 +217,8 @@ def selective_step(
 ) -> Tensor:
     """One token, ``[B, D]``; ``state [B, D, N]`` is updated in place. What
     ``selective_state_update`` does where decays differ from channel to channel."""
-    check_no_gradient("selective_state_update", "selective_scan_fn", state, x, dt, A, B, C)
+    if torch.is_grad_enabled():
+        check_no_gradient("selective_state_update", "selective_scan_fn", state, x, dt, A, B, C)
     narrow, wide = x.dtype, accumulation_dtype(x)
     is_complex = A.is_complex()
     A = in_dtype(A, _scan.state_dtype(A) if is_complex else wide)
