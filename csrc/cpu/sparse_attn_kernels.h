@@ -44,9 +44,21 @@ inline int64_t heads_of_tile(SparseAttnParams const& p) {
     return group < kQueryLanes ? group : kQueryLanes;
 }
 
+// Whether every token has a list of its own and scores are plain (sparse_attn_tokens.h); then passes have more queries.
+inline constexpr int64_t kTokenLanes = 256, kTokensOfTile = 64;
+inline bool lists_by_token(SparseAttnParams const& p) {
+    return p.lists.index != nullptr && p.lists.block_q == 1 && p.lists.bias == nullptr &&
+           p.softcap == 0 && p.alibi_slopes == nullptr && p.ramp == nullptr &&
+           p.mask.dilation == 1 && p.mask.head_left == nullptr;
+}
+
 // Tokens of a pass: a power of two, so that no row of the lists is cut but into whole passes.
 inline int64_t tokens_of_tile(SparseAttnParams const& p) {
     int64_t tokens = 1;
+    if (lists_by_token(p)) {
+        while (2 * tokens * heads_of_tile(p) <= kTokenLanes && tokens < kTokensOfTile) tokens *= 2;
+        return tokens;
+    }
     while (2 * tokens * heads_of_tile(p) <= kQueryLanes) tokens *= 2;
     return tokens;
 }

@@ -46,7 +46,8 @@ class AttnForward {
 
   private:
     void start_softmax() {
-        tile_.start_softmax(tile_.vectors() * W, most_, sum_);
+        for (int i = 0; i < tile_.vectors() * W; ++i)
+            start_row(p_, tile_.head(i), most_[i], sum_[i]);
         for (int64_t c = 0; c < tile_.V(); ++c)
             std::memset(turned_ + c * kLaneCount, 0, size_t(tile_.vectors() * W) * sizeof(T));
     }
@@ -115,8 +116,6 @@ class AttnBackward {
           task_(task),
           arena_(scratch),
           tile_(p, task),
-          packed_(tile_),
-          by_token_(PackedQueries<T>::takes(p)),
           dk_(static_cast<T*>(sums.dk)),
           dv_(static_cast<T*>(sums.dv)),
           d_bias_(static_cast<T*>(sums.block_bias)),
@@ -128,7 +127,6 @@ class AttnBackward {
         capped_ = p.softcap > 0 ? arena_.take(block) : nullptr;
         arena_.take_each(kLaneCount * tile_.V(), grad_o_, grad_o_turned_, output_);
         arena_.take_each(kLaneCount * tile_.K(), dq_, dq_turned_);
-        if (by_token_) arena_.take_each(kLaneCount * tile_.K(), queries_, turned_);
     }
     int64_t scratch_bytes() const { return arena_.used(); }
 
@@ -137,10 +135,7 @@ class AttnBackward {
         for (int64_t token = task_.begin; token < task_.end; token += step) {
             tile_.start(token);
             read_gradients();
-            while (tile_.next()) {
-                tile_.read_keys();
-                by_token_ ? packed_block() : block();
-            }
+            while (tile_.next()) block();
             write_query_gradients();
         }
     }
@@ -152,27 +147,14 @@ class AttnBackward {
         std::memset(grad_o_, 0, size_t(lanes * V) * sizeof(T));
         for (int i = 0; i < lanes; ++i) lse_[i] = 0, dot_[i] = 0, ramp_sum_[i] = 0;
         for (int i = 0; i < tile_.lanes(); ++i) {
-            T* const dy = grad_o_ + i * V;
-            tile_.access().read(dy, tile_.row(p_.grad_o, i), p_.V, T(1));
-            tile_.access().read(output_, tile_.row(p_.o, i), p_.V, T(1));
-            Vector<T> dot = {};
-            for (int64_t c = 0; c < V; c += W) dot += load(dy + c) * load(output_ + c);
-            dot_[i] = sum_lanes<T>(dot);
-            if (p_.grad_lse != nullptr)
-                dot_[i] -= static_cast<T const*>(p_.grad_lse)[tile_.scalar(i)];
-            T const lse = static_cast<T const*>(p_.lse)[tile_.scalar(i)];
-            if (lse > T(-INFINITY)) lse_[i] = lse;
-            if (d_sink_ != nullptr && lse > T(-INFINITY)) {
-                T const sink = static_cast<T const*>(p_.sink_logits)[tile_.head(i)];
-                d_sink_[i % task_.heads] -= std::exp(sink - lse) * dot_[i];
-            }
-        }
-        finite_grads_ = all_finite(grad_o_, lanes * V), finite_queries_ = tile_.finite_queries();
-        if (by_token_) {
-            std::memset(dq_, 0, size_t(lanes * tile_.K()) * sizeof(T));
-            return;
+            RowStats<T> const stats =
+                row_stats<T>(p_, tile_.access(), grad_o_ + i * V, output_, tile_.row(p_.grad_o, i),
+                             tile_.row(p_.o, i), V, tile_.scalar(i));
+            lse_[i] = stats.lse, dot_[i] = stats.dot;
+            if (d_sink_ != nullptr) d_sink_[i % task_.heads] -= stats.of_sink(p_, tile_.head(i));
         }
         turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
+        finite_grads_ = all_finite(grad_o_, lanes * V), finite_queries_ = tile_.finite_queries();
         for (int64_t c = 0; c < tile_.K(); ++c)
             std::memset(dq_turned_ + c * kLaneCount, 0, size_t(lanes) * sizeof(T));
     }
@@ -181,6 +163,7 @@ class AttnBackward {
         int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
         T* const dk = dk_ + tile_.key() * K;
         T* const dv = dv_ + tile_.key() * V;
+        tile_.read_keys();
         tile_.scores(weights_, capped_);
         bool const full = !tile_.partial(), finite_keys = full || tile_.finite_keys();
         tile_.over_runs([&](Run run) {
@@ -188,7 +171,7 @@ class AttnBackward {
             int64_t const vectors = run.end - run.begin;
             multiply<false>(grads_ + at, kLaneCount, tile_.values(), V, grad_o_turned_ + at,
                             kLaneCount, keys, vectors, p_.V, false);
-            for (int v = run.begin; v < run.end; ++v) softmax(v, lse_, dot_);
+            for (int v = run.begin; v < run.end; ++v) softmax(v);
             add_weighed<false>(full || finite_grads_, dv, V, weights_ + at, kLaneCount,
                                grad_o_ + at * V, V, keys, V / W, lanes);
             add_weighed<false>(full || finite_queries_, dk, K, grads_ + at, kLaneCount,
@@ -198,39 +181,9 @@ class AttnBackward {
         });
     }
 
-    // The same with the queries packed that have the block.
-    void packed_block() {
-        int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
-        T* const dk = dk_ + tile_.key() * K;
-        T* const dv = dv_ + tile_.key() * V;
-        T *const grad_o = output_, *const dq = dq_turned_;  // which nothing else needs here
-        packed_.choose();
-        packed_.take(queries_, turned_, tile_.queries(), K);
-        packed_.take(grad_o, grad_o_turned_, grad_o_, V);
-        T lse[kLaneCount], dot[kLaneCount];
-        packed_.take(lse, lse_), packed_.take(dot, dot_);
-        int const count = packed_.count();
-        bool const full = !packed_.partial();
-        packed_.scores(weights_, turned_, p_);
-        multiply<false>(grads_, kLaneCount, tile_.values(), V, grad_o_turned_, kLaneCount, keys,
-                        packed_.vectors(), p_.V, false);
-        for (int v = 0; v < packed_.vectors(); ++v) softmax(v, lse, dot);
-        add_weighed<false>(full || finite_grads_, dv, V, weights_, kLaneCount, grad_o, V, keys,
-                           V / W, count);
-        add_weighed<false>(full || finite_queries_, dk, K, grads_, kLaneCount, queries_, K, keys,
-                           K / W, count);
-        std::memset(dq, 0, size_t(count * K) * sizeof(T));
-        add_weighed<true, true>(full || tile_.finite_keys(), dq, K, grads_, kLaneCount,
-                                tile_.keys(), K, count, K / W, keys);
-        for (int n = 0; n < count; ++n) {
-            T* const sum = dq_ + packed_.lane(n) * K;
-            for (int64_t c = 0; c < K; c += W) store(sum + c, load(sum + c) + load(dq + n * K + c));
-        }
-    }
-
     // Scores to weights and dP to dS, of vector v; on the way what the scores' other terms take.
-    void softmax(int v, T const* lses, T const* dots) {
-        Vector<T> const lse = load(lses + v * W), dot = load(dots + v * W);
+    void softmax(int v) {
+        Vector<T> const lse = load(lse_ + v * W), dot = load(dot_ + v * W);
         Vector<T> const none = {}, hidden = splat(T(-INFINITY));
         Vector<T> sum = {}, ramp_sum = {};
         for (int64_t j = 0; j < tile_.size(); ++j) {
@@ -262,7 +215,7 @@ class AttnBackward {
 
     void write_query_gradients() {
         int64_t const K = tile_.K();
-        if (!by_token_) turn(dq_, K, dq_turned_, kLaneCount, K, tile_.vectors() * W);
+        turn(dq_, K, dq_turned_, kLaneCount, K, tile_.vectors() * W);
         for (int i = 0; i < tile_.lanes(); ++i) {
             T* const dq = dq_ + i * K;
             for (int64_t c = 0; c < K; c += W) store(dq + c, load(dq + c) * T(p_.scale));
@@ -275,12 +228,9 @@ class AttnBackward {
     SparseAttnTask const& task_;
     Arena<T> arena_;
     AttnTile<T> tile_;
-    PackedQueries<T> packed_;
-    bool by_token_;  // those that have a block are packed
     T *dk_, *dv_, *d_bias_, *d_sink_, *d_ramp_;
     T *weights_, *grads_, *capped_;
     T *grad_o_, *grad_o_turned_, *output_, *dq_, *dq_turned_;
-    T *queries_ = nullptr, *turned_ = nullptr;  // of those packed
     bool finite_grads_, finite_queries_;
     T lse_[kLaneCount], dot_[kLaneCount], ramp_sum_[kLaneCount];
 };
@@ -294,9 +244,11 @@ int64_t attn_scratch_bytes(SparseAttnParams const& p, bool backward) {
     return with_attn_type(p, [&](auto zero) {
         using T = decltype(zero);
         SparseAttnTask const task{};
-        if (backward) return AttnBackward<T>(p, task, {}, nullptr).scratch_bytes();
-        return PackedQueries<T>::takes(p) ? AttnTokensForward<T>(p, task, nullptr).scratch_bytes()
-                                          : AttnForward<T>(p, task, nullptr).scratch_bytes();
+        if (lists_by_token(p))
+            return backward ? AttnTokensBackward<T>(p, task, {}, nullptr).scratch_bytes()
+                            : AttnTokensForward<T>(p, task, nullptr).scratch_bytes();
+        return backward ? AttnBackward<T>(p, task, {}, nullptr).scratch_bytes()
+                        : AttnForward<T>(p, task, nullptr).scratch_bytes();
     });
 }
 
@@ -310,15 +262,18 @@ int64_t attn_columns(SparseAttnParams const& p, int64_t channels) {
 void attn_forward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch) {
     with_attn_type(p, [&](auto zero) {
         using T = decltype(zero);
-        if (PackedQueries<T>::takes(p)) return AttnTokensForward<T>(p, task, scratch).run();
+        if (lists_by_token(p)) return AttnTokensForward<T>(p, task, scratch).run();
         AttnForward<T>(p, task, scratch).run();
     });
 }
 
 void attn_backward(SparseAttnParams const& p, SparseAttnTask const& task,
                    SparseAttnSums const& sums, void* scratch) {
-    with_attn_type(p,
-                   [&](auto zero) { AttnBackward<decltype(zero)>(p, task, sums, scratch).run(); });
+    with_attn_type(p, [&](auto zero) {
+        using T = decltype(zero);
+        if (lists_by_token(p)) return AttnTokensBackward<T>(p, task, sums, scratch).run();
+        AttnBackward<T>(p, task, sums, scratch).run();
+    });
 }
 
 template <class T>

@@ -224,6 +224,44 @@ bool weighs(SparseAttnParams const& p, Vector<T> highest, Vector<T> most, int co
     return some;
 }
 
+// Largest score and sum of weights of a row before any key: a sink's, if there are sinks.
+template <class T>
+void start_row(SparseAttnParams const& p, int64_t head, T& most, T& sum) {
+    most = T(-INFINITY), sum = 0;
+    if (p.sink_logits == nullptr) return;
+    most = static_cast<T const*>(p.sink_logits)[head];
+    sum = most > T(-INFINITY) ? 1 : 0;
+}
+
+// What a row's gradients need beside it: its lse, 0 if it sees nothing, and D = sum dO O - dlse.
+template <class T>
+struct RowStats {
+    T lse, dot;
+    bool blind;
+
+    // What the row takes from a sink logit's gradient.
+    T of_sink(SparseAttnParams const& p, int64_t head) const {
+        T const sink = static_cast<T const*>(p.sink_logits)[head];
+        return blind ? T(0) : std::exp(sink - lse) * dot;
+    }
+};
+
+// Of one row, whose dO is read to `grad_o`; `room` for as many numbers. `scalar`: its place in a [B, Hq, Tq] tensor.
+template <class T>
+RowStats<T> row_stats(SparseAttnParams const& p, RowAccess<T> const& access, T* grad_o, T* room,
+                      void const* grad_o_row, void const* o_row, int64_t columns, int64_t scalar) {
+    constexpr int W = kLanes<T>;
+    access.read(grad_o, grad_o_row, p.V, T(1));
+    access.read(room, o_row, p.V, T(1));
+    Vector<T> sum = {};
+    for (int64_t c = 0; c < columns; c += W) sum += load(grad_o + c) * load(room + c);
+    T dot = sum_lanes<T>(sum);
+    if (p.grad_lse != nullptr) dot -= static_cast<T const*>(p.grad_lse)[scalar];
+    T const lse = static_cast<T const*>(p.lse)[scalar];
+    bool const blind = lse == T(-INFINITY);
+    return {blind ? T(0) : lse, dot, blind};
+}
+
 // ---- The tile ----
 
 // A run of lane vectors.
@@ -326,16 +364,6 @@ class AttnTile {
         return (task_.batch * p_.Hq + head(i)) * p_.Tq + task_.first_q + token_ + i / task_.heads;
     }
 
-    // Largest score and sum of weights of so many lanes before any key: a sink's, if there are sinks.
-    void start_softmax(int lanes, T* most, T* sum) const {
-        for (int i = 0; i < lanes; ++i) {
-            most[i] = T(-INFINITY), sum[i] = 0;
-            if (p_.sink_logits == nullptr) continue;
-            most[i] = static_cast<T const*>(p_.sink_logits)[head(i)];
-            sum[i] = most[i] > T(-INFINITY) ? 1 : 0;
-        }
-    }
-
     // |p - x| of the queries of vector v and key j of the block.
     Vector<T> distance(int v, int64_t j) const {
         Vector<T> const d = load(relative_ + v * W) - T((from_ + j) * p_.mask.key_stride);
@@ -347,11 +375,6 @@ class AttnTile {
         return (length + load(ramp_ + v * W) - distance(v, j)) / length;
     }
 
-    // Of the keys of the block that were read, those that query i sees by its position.
-    Seen seen(int i) const {
-        auto const relative = [&](int64_t key) { return clamped(key - first_ - from_, 0, size_); };
-        return {relative(seen_[i].sink_end), relative(seen_[i].begin), relative(seen_[i].end)};
-    }
     // Whether some query does not see some key of the block.
     bool partial() const {
         bool some = false;

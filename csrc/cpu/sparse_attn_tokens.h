@@ -1,5 +1,6 @@
-// Where every token has a list of its own and scores are plain, a block meets those queries alone that have it on their
-// lists, packed side by side. What neighbours do not share costs nothing.
+// Where every token has a list of its own and scores are plain, a tile has more queries than a product takes at a time: a
+// block meets those alone that have it on their lists, packed side by side. What neighbours do not share costs nothing, and
+// keys are read once for all of them.
 #pragma once
 
 #include "sparse_attn_tile.h"
@@ -7,70 +8,177 @@
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 
+inline constexpr int kTileLanes = int(kTokenLanes), kTileTokens = int(kTokensOfTile);
+
 template <class T>
-class PackedQueries {
+class TokensTile {
   public:
     static constexpr int W = kLanes<T>;
 
-    static bool takes(SparseAttnParams const& p) {
-        return p.lists.index != nullptr && p.lists.block_q == 1 && p.lists.bias == nullptr &&
-               p.softcap == 0 && p.alibi_slopes == nullptr && p.ramp == nullptr &&
-               p.mask.dilation == 1;
+    TokensTile(SparseAttnParams const& p, SparseAttnTask const& task)
+        : p_(p),
+          task_(task),
+          access_(p.dtype),
+          block_k_(p.lists.block_k),
+          K_(panels(p.K, W) * W),
+          V_(panels(p.V, W) * W) {}
+
+    // Places for a block of keys and values, and for the queries.
+    void take(Arena<T>& arena) {
+        queries_ = arena.take(kTileLanes * K_);
+        keys_ = arena.take(block_k_ * K_);
+        values_ = arena.take(block_k_ * V_);
     }
 
-    explicit PackedQueries(AttnTile<T> const& tile) : tile_(tile) {}
-
-    // Those that have the block and see some of it.
-    void choose() {
-        int64_t const size = tile_.size();
-        count_ = 0, partial_ = false;
-        tile_.over_entries([&](int64_t, int begin, int end) {
-            for (int i = begin; i < end; ++i) {
-                Seen const seen = tile_.seen(i);
-                if (seen.sink_end == 0 && seen.begin == seen.end) continue;
-                partial_ |= seen.sink_end < size && (seen.begin > 0 || seen.end < size);
-                seen_[count_] = seen, lane_[count_++] = i;
-            }
-        });
-        vectors_ = (count_ + W - 1) / W;
-    }
-
-    // Their rows of the tile's `from`, and these turned, in whole vectors.
-    void take(T* rows, T* turned, T const* from, int64_t columns) const {
-        for (int n = 0; n < count_; ++n)
-            std::memcpy(rows + n * columns, from + lane_[n] * columns, size_t(columns) * sizeof(T));
-        std::memset(rows + count_ * columns, 0,
-                    size_t((vectors_ * W - count_) * columns) * sizeof(T));
-        turn(turned, kLaneCount, rows, columns, vectors_ * W, columns);
-    }
-    void take(T* numbers, T const* from) const {
-        for (int n = 0; n < vectors_ * W; ++n) numbers[n] = n < count_ ? from[lane_[n]] : T(0);
-    }
-
-    // Scores [keys][queries], -inf where a query does not see a key.
-    void scores(T* S, T const* turned, SparseAttnParams const& p) const {
-        int64_t const size = tile_.size();
-        multiply<false>(S, kLaneCount, tile_.keys(), tile_.K(), turned, kLaneCount, size, vectors_,
-                        p.K, false);
-        for (int n = 0; n < count_ && partial_; ++n) {
-            Seen const& seen = seen_[n];
-            for (int64_t j = seen.sink_end; j < size; ++j)
-                if (j < seen.begin || j >= seen.end) S[j * kLaneCount + n] = T(-INFINITY);
+    // Queries of the tile at `token` of the sequence; fewer at the end of the task. Heads of a token follow each other.
+    void start(int64_t token) {
+        BlockLists const& lists = p_.lists;
+        AttnMask const& m = p_.mask;
+        token_ = token;
+        tokens_ = int(min_of(tokens_of_tile(p_), task_.end - token));
+        for (int i = 0; i < lanes(); ++i)
+            access_.read(queries_ + i * K_, row(p_.q, i), p_.K, T(p_.scale));
+        int64_t const shift = m.offset + (m.align_end ? task_.keys - task_.queries : 0);
+        int64_t const list_head = task_.head * lists.heads / p_.Hq;
+        int64_t const first =
+            (task_.batch * lists.heads + list_head) * lists.rows + task_.first_row + token;
+        for (int t = 0; t < tokens_; ++t) {
+            int64_t const list = first + t;
+            seen_[t] = keys_seen(m, token + t + shift, task_.head, task_.keys, INFINITY);
+            entry_[t] = lists.row_ptr != nullptr ? lists.row_ptr[list] : list * lists.capacity;
+            last_[t] =
+                lists.row_ptr != nullptr ? lists.row_ptr[list + 1] : entry_[t] + lists.capacity;
+            next_[t] = listed(t);
         }
     }
 
-    int count() const { return count_; }
-    int vectors() const { return vectors_; }
-    int lane(int n) const { return lane_[n]; }  // of the tile
-    // Whether some of them does not see some key.
-    bool partial() const { return partial_; }
+    // The next block that any query sees: false after the last one.
+    bool next() {
+        for (;;) {
+            int32_t least = INT32_MAX;
+            for (int t = 0; t < tokens_; ++t) least = min_of(least, next_[t]);
+            if (least == INT32_MAX) return false;
+            first_ = least * block_k_, size_ = min_of(block_k_, task_.keys - first_);
+            members_ = 0;
+            for (int t = 0; t < tokens_; ++t) {
+                if (next_[t] != least) continue;
+                ++entry_[t];
+                next_[t] = listed(t);
+                auto const relative = [&](int64_t key) { return clamped(key - first_, 0, size_); };
+                Seen const seen{relative(seen_[t].sink_end), relative(seen_[t].begin),
+                                relative(seen_[t].end)};
+                if (seen.sink_end == 0 && seen.begin == seen.end) continue;
+                here_[members_] = seen, member_[members_++] = t;
+            }
+            if (members_ > 0) return true;
+        }
+    }
+
+    void read_keys() {
+        for (int64_t j = 0; j < size_; ++j) {
+            int64_t const token = task_.first_k + first_ + j;
+            access_.read(keys_ + j * K_, access_.at(p_.k, task_.batch, token, task_.kv_head), p_.K,
+                         T(1));
+            access_.read(values_ + j * V_, access_.at(p_.v, task_.batch, token, task_.kv_head),
+                         p_.V, T(1));
+        }
+    }
+
+    // f() for as many of the queries that have the block as fit side by side, until all were there.
+    template <class F>
+    void over_packs(F const& f) {
+        int const heads = int(task_.heads), most = kLaneCount / heads;
+        for (begin_ = 0; begin_ < members_; begin_ = end_) {
+            end_ = min_of(begin_ + most, members_);
+            count_ = (end_ - begin_) * heads;
+            partial_ = false;
+            for (int n = begin_; n < end_; ++n) partial_ = partial_ || hides(here_[n]);
+            f();
+        }
+    }
+
+    // Of those that are packed: their rows of the tile's `from`, and these turned, in whole vectors.
+    void pack(T* rows, T* turned, T const* from, int64_t columns) const {
+        int64_t const size = task_.heads * columns;
+        for (int n = begin_; n < end_; ++n)
+            std::memcpy(rows + (n - begin_) * size, from + member_[n] * size,
+                        size_t(size) * sizeof(T));
+        std::memset(rows + count_ * columns, 0,
+                    size_t((vectors() * W - count_) * columns) * sizeof(T));
+        turn(turned, kLaneCount, rows, columns, vectors() * W, columns);
+    }
+    void pack(T* numbers, T const* from) const {
+        for (int n = 0; n < vectors() * W; ++n) numbers[n] = n < count_ ? from[lane(n)] : T(0);
+    }
+
+    // Scores [keys][queries], -inf where a query does not see a key.
+    void scores(T* S, T const* turned) const {
+        multiply<false>(S, kLaneCount, keys_, K_, turned, kLaneCount, size_, vectors(), p_.K,
+                        false);
+        for (int n = begin_; n < end_ && partial_; ++n) {
+            Seen const& seen = here_[n];
+            if (!hides(seen)) continue;
+            T* const s = S + (n - begin_) * task_.heads;
+            for (int64_t j = seen.sink_end; j < size_; ++j)
+                for (int64_t h = 0; h < task_.heads && (j < seen.begin || j >= seen.end); ++h)
+                    s[j * kLaneCount + h] = T(-INFINITY);
+        }
+    }
+
+    // Where row i of the tile lies, its place in a [B, Hq, Tq] tensor.
+    char* row(Rows const& rows, int i) const {
+        return access_.at(rows, task_.batch, task_.first_q + token_ + i / task_.heads, head(i));
+    }
+    int64_t head(int i) const { return task_.head + i % task_.heads; }
+    int64_t scalar(int i) const {
+        return (task_.batch * p_.Hq + head(i)) * p_.Tq + task_.first_q + token_ + i / task_.heads;
+    }
+
+    int64_t key() const { return first_; }  // of the sequence
+    int64_t size() const { return size_; }
+    int lanes() const { return int(tokens_ * task_.heads); }
+    int count() const { return count_; }  // of those packed
+    int vectors() const { return (count_ + W - 1) / W; }
+    int lane(int n) const {
+        return int(member_[begin_ + n / task_.heads] * task_.heads + n % task_.heads);
+    }
+    bool partial() const { return partial_; }  // some of them does not see some key
+    int64_t K() const { return K_; }
+    int64_t V() const { return V_; }
+    RowAccess<T> const& access() const { return access_; }
+    T const* queries() const { return queries_; }
+    T const* keys() const { return keys_; }
+    T const* values() const { return values_; }
 
   private:
-    AttnTile<T> const& tile_;
-    int count_, vectors_;
+    bool hides(Seen const& seen) const {
+        return seen.sink_end < size_ && (seen.begin > 0 || seen.end < size_);
+    }
+    int32_t listed(int t) const {
+        int32_t const block = entry_[t] < last_[t] ? p_.lists.index[entry_[t]] : -1;
+        return block < 0 ? INT32_MAX : block;
+    }
+
+    SparseAttnParams const& p_;
+    SparseAttnTask const& task_;
+    RowAccess<T> access_;
+    int64_t block_k_, K_, V_;
+    T *queries_, *keys_, *values_;
+
+    // Of the tile.
+    int64_t token_;
+    int tokens_;
+    Seen seen_[kTileTokens];
+    int64_t entry_[kTileTokens], last_[kTileTokens];
+    int32_t next_[kTileTokens];  // block of each token's list
+
+    // Of the block: tokens that have it and see some of it.
+    int64_t first_, size_;
+    int members_, member_[kTileTokens];
+    Seen here_[kTileTokens];
+    // Of those the ones that are packed.
+    int begin_, end_, count_;
     bool partial_;
-    int lane_[kLaneCount];
-    Seen seen_[kLaneCount];
 };
 
 template <class T>
@@ -79,10 +187,11 @@ class AttnTokensForward {
     static constexpr int W = kLanes<T>;
 
     AttnTokensForward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch)
-        : p_(p), task_(task), arena_(scratch), tile_(p, task), packed_(tile_) {
+        : p_(p), task_(task), arena_(scratch), tile_(p, task) {
         tile_.take(arena_);
         arena_.take_each(kLaneCount * tile_.K(), queries_, turned_);
-        arena_.take_each(kLaneCount * tile_.V(), parts_, output_);
+        parts_ = arena_.take(kLaneCount * tile_.V());
+        output_ = arena_.take(kTileLanes * tile_.V());
         scores_ = arena_.take(p.lists.block_k * kLaneCount);
     }
     int64_t scratch_bytes() const { return arena_.used(); }
@@ -94,10 +203,11 @@ class AttnTokensForward {
             start_softmax();
             while (tile_.next()) {
                 tile_.read_keys();
-                packed_.choose();
-                packed_.take(queries_, turned_, tile_.queries(), tile_.K());
-                score();
-                add_values();
+                tile_.over_packs([&] {
+                    tile_.pack(queries_, turned_, tile_.queries(), tile_.K());
+                    score();
+                    add_values();
+                });
             }
             finish();
         }
@@ -105,30 +215,30 @@ class AttnTokensForward {
 
   private:
     void start_softmax() {
-        tile_.start_softmax(tile_.lanes(), most_, sum_);
+        for (int i = 0; i < tile_.lanes(); ++i) start_row(p_, tile_.head(i), most_[i], sum_[i]);
         std::memset(output_, 0, size_t(tile_.lanes() * tile_.V()) * sizeof(T));
     }
 
     // Weights [keys][queries], and by how much what came before fades.
     void score() {
-        packed_.scores(scores_, turned_, p_);
-        int const count = packed_.count();
+        tile_.scores(scores_, turned_);
+        int const count = tile_.count();
         T most[kLaneCount], sum[kLaneCount];
-        packed_.take(most, most_), packed_.take(sum, sum_);
-        for (int v = 0; v < packed_.vectors(); ++v) {
+        tile_.pack(most, most_), tile_.pack(sum, sum_);
+        for (int v = 0; v < tile_.vectors(); ++v) {
             Vector<T> top = load(most + v * W), total = load(sum + v * W), highest;
             store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), top, total, highest));
             store(most + v * W, top), store(sum + v * W, total);
             heavy_[v] = weighs<T>(p_, highest, top, count - v * W);
         }
         for (int n = 0; n < count; ++n)
-            most_[packed_.lane(n)] = most[n], sum_[packed_.lane(n)] = sum[n];
+            most_[tile_.lane(n)] = most[n], sum_[tile_.lane(n)] = sum[n];
     }
 
     void add_values() {
         int64_t const V = tile_.V();
-        int const count = packed_.count(), vectors = packed_.vectors();
-        bool const finite = !packed_.partial() || tile_.finite_values();
+        int const count = tile_.count(), vectors = tile_.vectors();
+        bool const finite = !tile_.partial() || all_finite(tile_.values(), tile_.size() * V);
         std::memset(parts_, 0, size_t(count * V) * sizeof(T));
         for (int v = 0; v < vectors;) {
             int const begin = v;
@@ -140,7 +250,7 @@ class AttnTokensForward {
             if (v == begin) ++v;
         }
         for (int n = 0; n < count; ++n) {
-            T* const o = output_ + packed_.lane(n) * V;
+            T* const o = output_ + tile_.lane(n) * V;
             for (int64_t c = 0; c < V; c += W)
                 store(o + c, load(o + c) * fade_[n] + load(parts_ + n * V + c));
         }
@@ -161,16 +271,120 @@ class AttnTokensForward {
     SparseAttnParams const& p_;
     SparseAttnTask const& task_;
     Arena<T> arena_;
-    AttnTile<T> tile_;
-    PackedQueries<T> packed_;
+    TokensTile<T> tile_;
     T *queries_, *turned_;  // of those packed: [queries][K], [K][queries]
     T *scores_, *parts_;    // [keys][queries], [queries][V]
     T* output_;             // of the tile: [queries][V]
-    T most_[kLaneCount], sum_[kLaneCount];
-
-    // Of the block and the queries that are packed.
-    T fade_[kLaneCount];
+    T most_[kTileLanes], sum_[kTileLanes];
+    T fade_[kLaneCount];          // of those packed
     bool heavy_[kLaneCount / W];  // vectors for which the values count
+};
+
+// With the formulas of AttnBackward.
+template <class T>
+class AttnTokensBackward {
+  public:
+    static constexpr int W = kLanes<T>;
+
+    AttnTokensBackward(SparseAttnParams const& p, SparseAttnTask const& task,
+                       SparseAttnSums const& sums, void* scratch)
+        : p_(p),
+          task_(task),
+          arena_(scratch),
+          tile_(p, task),
+          dk_(static_cast<T*>(sums.dk)),
+          dv_(static_cast<T*>(sums.dv)),
+          d_sink_(static_cast<T*>(sums.sink_logits)) {
+        tile_.take(arena_);
+        arena_.take_each(p.lists.block_k * kLaneCount, weights_, grads_);
+        arena_.take_each(kTileLanes * tile_.V(), grad_o_);
+        arena_.take_each(kTileLanes * tile_.K(), dq_);
+        arena_.take_each(kLaneCount * tile_.K(), queries_, turned_, part_);
+        arena_.take_each(kLaneCount * tile_.V(), packed_grad_o_, grad_o_turned_);
+    }
+    int64_t scratch_bytes() const { return arena_.used(); }
+
+    void run() {
+        int64_t const step = tokens_of_tile(p_);
+        for (int64_t token = task_.begin; token < task_.end; token += step) {
+            tile_.start(token);
+            read_gradients();
+            while (tile_.next()) {
+                tile_.read_keys();
+                tile_.over_packs([&] { block(); });
+            }
+            for (int i = 0; i < tile_.lanes(); ++i) {
+                T* const dq = dq_ + i * tile_.K();
+                for (int64_t c = 0; c < tile_.K(); c += W)
+                    store(dq + c, load(dq + c) * T(p_.scale));
+                tile_.access().write(tile_.row(p_.dq, i), dq, p_.K);
+            }
+        }
+    }
+
+  private:
+    void read_gradients() {
+        int64_t const V = tile_.V();
+        for (int i = 0; i < tile_.lanes(); ++i) {
+            RowStats<T> const stats =
+                row_stats<T>(p_, tile_.access(), grad_o_ + i * V, packed_grad_o_,
+                             tile_.row(p_.grad_o, i), tile_.row(p_.o, i), V, tile_.scalar(i));
+            lse_[i] = stats.lse, dot_[i] = stats.dot;
+            if (d_sink_ != nullptr) d_sink_[i % task_.heads] -= stats.of_sink(p_, tile_.head(i));
+        }
+        finite_grads_ = all_finite(grad_o_, tile_.lanes() * V);
+        finite_queries_ = all_finite(tile_.queries(), tile_.lanes() * tile_.K());
+        std::memset(dq_, 0, size_t(tile_.lanes() * tile_.K()) * sizeof(T));
+    }
+
+    void block() {
+        int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
+        int const count = tile_.count();
+        bool const full = !tile_.partial();
+        T lse[kLaneCount], dot[kLaneCount];
+        tile_.pack(lse, lse_), tile_.pack(dot, dot_);
+        tile_.pack(queries_, turned_, tile_.queries(), K);
+        tile_.pack(packed_grad_o_, grad_o_turned_, grad_o_, V);
+        tile_.scores(weights_, turned_);
+        multiply<false>(grads_, kLaneCount, tile_.values(), V, grad_o_turned_, kLaneCount, keys,
+                        tile_.vectors(), p_.V, false);
+        for (int v = 0; v < tile_.vectors(); ++v) softmax(v, load(lse + v * W), load(dot + v * W));
+        add_weighed<false>(full || finite_grads_, dv_ + tile_.key() * V, V, weights_, kLaneCount,
+                           packed_grad_o_, V, keys, V / W, count);
+        add_weighed<false>(full || finite_queries_, dk_ + tile_.key() * K, K, grads_, kLaneCount,
+                           queries_, K, keys, K / W, count);
+        std::memset(part_, 0, size_t(count * K) * sizeof(T));
+        add_weighed<true, true>(full || all_finite(tile_.keys(), keys * K), part_, K, grads_,
+                                kLaneCount, tile_.keys(), K, count, K / W, keys);
+        for (int n = 0; n < count; ++n) {
+            T* const dq = dq_ + tile_.lane(n) * K;
+            for (int64_t c = 0; c < K; c += W)
+                store(dq + c, load(dq + c) + load(part_ + n * K + c));
+        }
+    }
+
+    // Scores to weights and dP to dS.
+    void softmax(int v, Vector<T> lse, Vector<T> dot) {
+        Vector<T> const none = {}, hidden = splat(T(-INFINITY));
+        for (int64_t j = 0; j < tile_.size(); ++j) {
+            int64_t const at = j * kLaneCount + v * W;
+            Vector<T> const s = load(weights_ + at);
+            Vector<T> const weight = s == hidden ? none : exp(s - lse);
+            store(weights_ + at, weight);
+            store(grads_ + at, s == hidden ? none : weight * (load(grads_ + at) - dot));
+        }
+    }
+
+    SparseAttnParams const& p_;
+    SparseAttnTask const& task_;
+    Arena<T> arena_;
+    TokensTile<T> tile_;
+    T *dk_, *dv_, *d_sink_;
+    T *grad_o_, *dq_;                                         // of the tile
+    T *queries_, *turned_, *packed_grad_o_, *grad_o_turned_;  // of those packed
+    T *weights_, *grads_, *part_;
+    bool finite_grads_, finite_queries_;
+    T lse_[kTileLanes], dot_[kTileLanes];
 };
 
 }  // namespace LSM_CPU_TIER

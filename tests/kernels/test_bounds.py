@@ -48,6 +48,38 @@ for T, D, dtype in ((9, 64, torch.bfloat16), (5, 7, torch.float32)):
     lsm.slstm_bwd(x.float(), transposed, cells, state, None, y.float(), final)
     lsm.slstm_step(x[:, 0], R, state)
     print("slstm", dtype, "done")
+
+from attention import Attn, make, run
+
+for attn in (
+    Attn(Tq=70, Tk=75, heads=(4, 2, 2), dims=(128, 72), blocks=(64, 32), dtype="bf16"),
+    Attn(Tq=37, Tk=45, heads=(4, 2, 1), extras=("bias", "ramp"), dtype="f16"),
+    Attn(Tq=30, Tk=90, heads=(4, 1, 1), blocks=(1, 16), dtype="bf16", lists="capacity"),
+    Attn(Tq=60, Tk=45, heads=(2, 1, 1), batch="int64", mask={"causal": True}, dtype="bf16"),
+    Attn(Tq=21, Tk=33, heads=(2, 1, 1), dims=(256, 200), extras=("bias", "sinks"), dtype="bf16"),
+    Attn(Tq=21, Tk=33, heads=(2, 1, 2), extras=("bias", "ramp", "softcap"), dims=(24, 8)),
+):
+    run(emu, make(attn))
+    print("attention", attn, "done")
+
+from lsm_cuda.ops import AttnMask, BlockChoice, ScoreRule, _sparse_attn, selection
+
+causal = AttnMask(causal=True)
+for dtype in (torch.bfloat16, torch.float32):
+    q, k, v = (torch.randn(s).to(dtype) for s in ((1, 2, 6, 40), (5, 16, 2, 40), (5, 16, 2, 24)))
+    table, length = (torch.tensor(n, dtype=torch.int32) for n in ([[4, 0, 2, 3, 1]], [71]))
+    given = _sparse_attn._arguments("", q, None, causal, None, 0.0, None, None, None, 0.0)
+    o, lse = lsm.sparse_attn_decode(q, k, v, length, table, *given)
+    lsm.merge_attn_states_bwd(o[None], lse[None], o, lse, o, lse)
+    lsm.kv_cache_update(k, v, k[:1, :2], v[:1, :2], length, table)
+    q, k = torch.randn(1, 20, 8, 40).to(dtype), torch.randn(1, 130, 2, 40).to(dtype)
+    rule, choice = ScoreRule.compressed(8, 4, 16), BlockChoice(top_k=3, top_p=0.9, first=1)
+    pooled = lsm.block_pool(k, None, None, None, 8, 4, 0, False)
+    given = selection._arguments(q, pooled, rule, None, None, None, None, None, 9)
+    lsm.block_select(*given, *choice._arguments(rule, 9))
+    scores = lsm.block_scores(*given)
+    lsm.block_topk(scores, None, None, None, 20, given[-1], *choice._arguments(rule, 9))
+    print("decode and selection", dtype, "done")
 """
 
 

@@ -133,6 +133,32 @@ def test_keys_of_every_query(dims):
     assert sum("join_pieces" in launch["kernel"] for launch in launches[-3:]) == 1
 
 
+# ---- Sums over blocks and over queries ----
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # more blocks than a plan has room for
+        Attn(Tq=16, Tk=4500, heads=(1, 1, 1), extras=("bias",), lists="all", dtype="bf16"),
+        # tiles of one row of the lists, whose sums are added up
+        Attn(
+            Tq=128, Tk=60, heads=(4, 1, 1), extras=("bias", "ramp"), blocks=(128, 16), dtype="f16"
+        ),
+    ],
+    ids=str,
+)
+def test_biases_and_ramps_are_on_tensor_cores(case):
+    call = make(case)
+    emulator("_emu").reset_counters()
+    truth, same = (definition(call, d) for d in (torch.float64, torch.float32))
+    results = run(Emulator("emulator", seeds=(0,), multiprocessors=1), call)
+    assert_accepted(results, truth, same, call.x)
+    names = [launch["kernel"] for launch in emulator("_emu").counters()["launches"]]
+    assert any("tensor_keys" in name for name in names)
+    assert not any("exact" in name for name in names)
+
+
 # ---- Races ----
 
 # Together they take every kernel, and the ways through a plan: none, some and many parts.

@@ -51,6 +51,12 @@ CASES = [
     Attn(Tq=60, Tk=60, heads=(4, 2, 4), extras=("bias", "softcap"), lists="capacity", dtype="bf16"),
     Attn(Tq=60, Tk=60, heads=(4, 2, 2), extras=EVERYTHING, batch="int32", mask=CAUSAL),
     Attn(Tq=30, Tk=60, heads=(6, 2, 2), extras=("ramp", "sinks"), blocks=(1, 16), dtype="f64"),
+    Attn(Tq=40, Tk=90, heads=(4, 2, 1), extras=("ramp", "sinks"), blocks=(1, 16), dtype="bf16"),
+    Attn(Tq=40, Tk=60, heads=(4, 2, 2), extras=("bias",), blocks=(1, 16), dtype="bf16"),
+    Attn(Tq=150, Tk=200, heads=(4, 2, 2), extras=("bias", "ramp"), blocks=(64, 32), dtype="f16",
+         dims=(128, 72), mask=CAUSAL),
+    Attn(Tq=140, Tk=130, heads=(2, 1, 1), extras=("bias", "softcap"), blocks=(128, 128),
+         dtype="bf16", dims=(256, 40)),
     Attn(scale=0.7, layout="transposed"),
     Attn(scale=300.0, mask=CAUSAL, dtype="bf16"),  # weights of 0 and 1
     Attn(layout="sliced", dtype="bf16", heads=(2, 2, 1)),

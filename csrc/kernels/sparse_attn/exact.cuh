@@ -309,7 +309,11 @@ struct ExactRowsKernel {
                 add_rows(finite, weights, kBackward ? keys : values, kBackward ? K : V, sums);
             }
             if constexpr (kBackward) {
-                if (work.bias_parts != nullptr) add_bias(blocks.entry);
+                if (work.bias_parts != nullptr) {
+                    __syncthreads();
+                    store_bias_sums<kExactWarps, kExactThreads>(work, s.plan, s.bias, place.token,
+                                                                key_head, first_head, blocks.entry);
+                }
             }
         }
 
@@ -338,30 +342,6 @@ struct ExactRowsKernel {
                     store_global(static_cast<float*>(p.lse) + at,
                                  denominator == 0.f ? -infinity() : most[r] + logf(denominator));
             }
-        }
-    }
-
-    // Sums over this tile's rows, block by block, to where they are added up with other tiles'.
-    LSM_DEVICE void add_bias(i64 entry) {
-        __syncthreads();
-        int const tiles = work.block_q / work.tokens;
-        int const list_heads = static_cast<int>(p.lists.heads);
-        int const head_tile = (first_head - key_head * work.group) / work.heads;
-        int const part = list_heads == p.Hq    ? 0
-                         : list_heads == p.Hkv ? head_tile
-                                               : key_head * work.head_tiles + head_tile;
-        float* const to =
-            work.bias_parts +
-            (static_cast<i64>(part) * tiles + place.token % work.block_q / work.tokens) *
-                p.lists.entries +
-            entry;
-        for (int i = threadIdx.x; i < s.plan.partial; i += kExactThreads) {
-            auto const tag = [&](int k) { return s.plan.units[kPlan - 1 - k].tag; };
-            if (i > 0 && tag(i - 1) == tag(i)) continue;
-            float sum = 0.f;
-            for (int k = i; k < s.plan.partial && tag(k) == tag(i); ++k)
-                for (int w = 0; w < kExactWarps; ++w) sum += s.bias[w][k];
-            store_global(to + tag(i), sum);
         }
     }
 };

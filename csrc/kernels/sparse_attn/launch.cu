@@ -62,14 +62,9 @@ bool half_precision(SparseAttnParams const& p) {
 }
 
 // Biases of blocks are one per token and block in a union of lists, which its tags do not tell apart.
-bool tensor_forward(SparseAttnParams const& p) {
+bool on_tensor_cores(SparseAttnParams const& p) {
     bool const unite = p.lists.index != nullptr && p.lists.block_q == 1;
     return half_precision(p) && !(unite && p.lists.bias != nullptr);
-}
-
-// Gradients that are sums over a query's or a block's scores are the exact kernels'.
-bool tensor_backward(SparseAttnParams const& p) {
-    return half_precision(p) && p.lists.bias == nullptr && p.ramp == nullptr;
 }
 
 struct Layout {
@@ -139,7 +134,7 @@ struct Layout {
         inverse.counts = carve.take<int>(owners() * inverse.chunks * inverse.sections);
         inverse.begin = carve.take<int>(owners() * (inverse.sections + 1));
         inverse.entries = carve.take<int2>(p.lists.entries);
-        if (tensor_backward(p)) carve_items(carve);
+        if (on_tensor_cores(p)) carve_items(carve);
         if (p.grad_block_bias == nullptr) return;
         int64_t const sharing = p.lists.heads == p.Hq    ? 1
                                 : p.lists.heads == p.Hkv ? work.head_tiles
@@ -166,18 +161,18 @@ struct Layout {
 };
 
 Layout plan_forward(SparseAttnParams const& p, void* workspace) {
-    return Layout(p, false, tensor_forward(p) ? Tiles{128, 64} : kExactTiles, workspace);
+    return Layout(p, false, on_tensor_cores(p) ? Tiles{128, 64} : kExactTiles, workspace);
 }
 Layout plan_backward(SparseAttnParams const& p, void* workspace) {
     Tiles const tiles = {p.K > 128 || p.V > 128 ? 64 : 128, 64};
-    return Layout(p, true, tensor_backward(p) ? tiles : kExactTiles, workspace);
+    return Layout(p, true, on_tensor_cores(p) ? tiles : kExactTiles, workspace);
 }
 
 // Where there are such kernels: always on the emulator.
 bool on_warpgroups([[maybe_unused]] Work const& work, [[maybe_unused]] void* stream) {
 #if LSM_SM90A || !defined(__CUDACC__)
     SparseAttnParams const& p = work.p;
-    if (architecture() != 90 || !tensor_forward(p) || work.unite || std::max(p.K, p.V) > 128 ||
+    if (architecture() != 90 || !on_tensor_cores(p) || work.unite || std::max(p.K, p.V) > 128 ||
         work.least_weight > 0)
         return false;
     return (p.dtype == Dtype::bf16 ? forward_bf16_sm90 : forward_f16_sm90)(work, stream);
@@ -228,7 +223,7 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void* stream) {
     Work const work = plan_forward(p, workspace).work;
     map(work, stream);
     if (on_warpgroups(work, stream)) return;
-    auto const run = !tensor_forward(p)       ? exact_forward
+    auto const run = !on_tensor_cores(p)      ? exact_forward
                      : p.dtype == Dtype::bf16 ? forward_bf16
                                               : forward_f16;
     run(work, stream);
@@ -245,7 +240,7 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream) {
                work);
     int64_t const entries = p.lists.entries, parts = layout.bias_parts * entries;
     fill(work.bias_parts, static_cast<i64>(parts), 0.f, stream);
-    auto const run = !tensor_backward(p)      ? exact_backward
+    auto const run = !on_tensor_cores(p)      ? exact_backward
                      : p.dtype == Dtype::bf16 ? backward_bf16
                                               : backward_f16;
     if (work.items != nullptr)

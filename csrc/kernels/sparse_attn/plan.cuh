@@ -84,6 +84,33 @@ LSM_DEVICE void merge_plan(Plan& plan, Blocks const& blocks, int& at, int subs, 
     if (lane == 0) plan.full = full, plan.partial = partial, plan.more = more;
 }
 
+// The sums over a tile's rows that each warp left for every unit, block by block, to where other tiles' are added to them.
+// All units of such a plan are partial ones. `entry`: of the tile's list.
+template <int Warps, int Threads>
+LSM_DEVICE void store_bias_sums(Work const& work, Plan const& plan,
+                                float const (&sums)[Warps][kPlan], int token, int key_head,
+                                int first_head, i64 entry) {
+    SparseAttnParams const& p = work.p;
+    int const tiles = work.block_q / work.tokens;
+    int const list_heads = static_cast<int>(p.lists.heads);
+    int const head_tile = (first_head - key_head * work.group) / work.heads;
+    int const part = list_heads == p.Hq    ? 0
+                     : list_heads == p.Hkv ? head_tile
+                                           : key_head * work.head_tiles + head_tile;
+    float* const to =
+        work.bias_parts +
+        (static_cast<i64>(part) * tiles + token % work.block_q / work.tokens) * p.lists.entries +
+        entry;
+    auto const tag = [&](int k) { return plan.units[kPlan - 1 - k].tag; };
+    for (int i = threadIdx.x; i < plan.partial; i += Threads) {
+        if (i > 0 && tag(i - 1) == tag(i)) continue;
+        float sum = 0.f;
+        for (int k = i; k < plan.partial && tag(k) == tag(i); ++k)
+            for (int w = 0; w < Warps; ++w) sum += sums[w][k];
+        store_global(to + tag(i), sum);
+    }
+}
+
 // A tile's steps, of `each` units: those without a masked unit come first, without the mask's arithmetic.
 template <class Kernel>
 LSM_DEVICE void go_through(Kernel& kernel, Plan const& plan, int each) {

@@ -89,10 +89,9 @@ struct QueryTile {
             T* const row = element<T>(to, s.batch, token(m), head(m));
             for (int c = 2 * lane(); c < columns; c += 64)
                 store_global(reinterpret_cast<u32*>(row + c), nans);
-            if (!kBackward && lane() == 0)
-                store_global(
-                    static_cast<float*>(p.lse) + per_head(work, s.batch, token(m), head(m)),
-                    nan_value());
+            float* const number = kBackward ? work.ramp_parts : static_cast<float*>(p.lse);
+            if (number != nullptr && lane() == 0)
+                store_global(number + per_head(work, s.batch, token(m), head(m)), nan_value());
         }
     }
 
@@ -219,7 +218,7 @@ struct QueryTile {
         return true;
     }
 
-    // f(score in units of log2 or -inf, slope) for every element.
+    // f(score in units of log2 or -inf, slope, ramp's slope) for every element.
     template <bool kBare, class F>
     LSM_DEVICE void bend(int step, Accumulators<N> (&x)[MT], F f) {
         float const by = work.scale * kLog2e;
@@ -243,13 +242,14 @@ struct QueryTile {
                     for (int i = 0; i < 4; ++i) {
                         int const position = x0 + (8 * (i / 2) + i % 2) * mask.key_stride;
                         int const n = 2 * j + i / 2, e = 2 * half_ + i % 2;
-                        float value = x[m][n][e] * by, slope = 1.f;
+                        float value = x[m][n][e] * by, slope = 1.f, ramp = 0.f;
                         if constexpr (!kBare) {
                             Score const bent =
                                 score<true>(work, s.heads[at], x[m][n][e], row.p - position, bias);
-                            value = bent.s * kLog2e, slope = bent.slope;
+                            value = bent.s * kLog2e, slope = bent.slope, ramp = bent.ramp;
                         }
-                        f(m, n, e, real && mask.sees(row, position) ? value : -infinity(), slope);
+                        f(m, n, e, real && mask.sees(row, position) ? value : -infinity(), slope,
+                          ramp);
                     }
                 }
             }
@@ -258,7 +258,9 @@ struct QueryTile {
 
     // Products to scores in units of log2, or -inf.
     LSM_DEVICE void bend_scores(int step, Accumulators<N> (&x)[MT]) {
-        auto const keep = [&](int m, int n, int e, float value, float) { x[m][n][e] = value; };
+        auto const keep = [&](int m, int n, int e, float value, float, float) {
+            x[m][n][e] = value;
+        };
         kPlain || work.plain ? bend<true>(step, x, keep) : bend<kPlain>(step, x, keep);
     }
 

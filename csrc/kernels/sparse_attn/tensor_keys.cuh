@@ -29,6 +29,7 @@ struct KeysKernel {
         alignas(1024) char grad_o[N * D * 2];
         float4 stats[N];
         Row rows[N];
+        float bias[kThreads / 32][N];  // of each warp's block, in units of log2
     };
     // What the loop over queries does not touch lies in shared memory: it has no registers to spare.
     struct SharedStorage {
@@ -41,6 +42,7 @@ struct KeysKernel {
         Head bent;
         Blocks blocks;        // of queries; with lists, how many
         int2 const* entries;  // and where
+        i64 first_row;        // of the sequence's lists for this head
     };
 
     Work const& work;
@@ -126,7 +128,21 @@ struct KeysKernel {
                            true);
             }
         }
+        if (!work.plain) load_bias(step);
         cp_async_commit();
+    }
+
+    LSM_DEVICE void load_bias(int step) {
+        static_assert(N == 32);
+        Unit const unit = steps.unit(s.plan, step, lane());
+        float bias = 0.f;
+        if (p.lists.bias != nullptr && unit.first >= 0 && has(unit.tag)) {
+            i64 const row = s.first_row + (unit.first >> (31 - __clz(work.block_q)));
+            i64 const entry = p.lists.row_ptr == nullptr ? row * p.lists.capacity
+                                                         : load_global(p.lists.row_ptr + row);
+            bias = work.bias(entry + unit.tag / 16 + __popc(unit.tag & ((1 << member()) - 1)));
+        }
+        s.stage[step % 2].bias[warp()][lane()] = bias * kLog2e;
     }
 
     LSM_DEVICE bool has(int tag) const { return (tag >> member() & 1) != 0; }
@@ -153,7 +169,8 @@ struct KeysKernel {
             LSM_UNROLL
             for (int i = 0; i < 2; ++i) {
                 int const column = 8 * n + lane() % 4 * 2 + i;
-                float2 const stats = *reinterpret_cast<float2 const*>(&tiles.stats[column]);
+                float2 stats = *reinterpret_cast<float2 const*>(&tiles.stats[column]);
+                if constexpr (!kPlain) stats.x -= tiles.bias[warp()][column];
                 Row row = {0, 0, 0, 0};
                 bool real = true;
                 if constexpr (kBent) {
@@ -245,6 +262,10 @@ struct KeysKernel {
                                 sequence.section0 + s.tile.place.token / inverse.section_k);
             i64 const count = those.count, piece = s.tile.piece, pieces = s.tile.pieces;
             i64 const begin = count * piece / pieces;
+            s.first_row =
+                (static_cast<i64>(s.tile.batch) * p.lists.heads + work.list_head(s.head)) *
+                    p.lists.rows +
+                sequence.row0;
             s.entries = those.at + begin;
             s.blocks.count = static_cast<int>(count * (piece + 1) / pieces - begin);
         } else {
@@ -262,13 +283,13 @@ struct KeysKernel {
         fill_plan(s.plan, s.blocks.count * subs, [&](int i, Unit& unit) {
             int2 const entry =
                 work.lists ? load_global(s.entries + i / subs) : int2{s.blocks[i / subs], 1};
-            unit = {entry.x * work.block_q + i % subs * steps.size(), entry.y & 15};
+            unit = {entry.x * work.block_q + i % subs * steps.size(), entry.y};
             if (unit.first >= Tq) return Kind::skip;
             int const p0 = unit.first + shift(),
                       p1 = min(unit.first + steps.size(), Tq) - 1 + shift();
             Kind const kind = mask.kind(mask.bounds(p0, p1, s.left, s.left, last()),
                                         mask.key(s.tile.place.token), last_key());
-            bool const whole = work.plain && unit.tag == everything;
+            bool const whole = work.plain && (unit.tag & 15) == everything;
             return kind == Kind::full && !whole ? Kind::partial : kind;
         });
     }

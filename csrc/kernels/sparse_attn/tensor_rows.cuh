@@ -36,10 +36,11 @@ struct RowsKernel : QueryTile<Config> {
         alignas(1024) char grad_o[kBackward ? kRows * D * 2 : 1024];
         Stage stage[2];
         typename Base::Shared tile;
+        float bias[kBackward ? Config::Warps : 1][kBackward ? kPlan : 1];  // of each unit
     };
 
     SharedStorage& shared;
-    float lse[2], delta[2];  // backward, MT = 1
+    float lse[2], delta[2], ramp[2];  // backward, MT = 1; the ramp's gradient of this lane
 
     LSM_DEVICE explicit RowsKernel(Work const& work_)
         : Base(work_, storage().tile), shared(storage()) {}
@@ -68,6 +69,7 @@ struct RowsKernel : QueryTile<Config> {
                         : float4{infinity(), 0.f, infinity(), 0.f};
                 lse[half_] = stats.x > kOddLse ? stats.x : nan_value();
                 delta[half_] = stats.y;
+                ramp[half_] = 0.f;
             }
         }
     }
@@ -121,13 +123,21 @@ struct RowsKernel : QueryTile<Config> {
         relate<T, D, N, MT>(rows_of<D>(shared.grad_o, warp() * MT * 16),
                             columns_of<D>(tiles.values), width_v(), grad);
         if constexpr (kBent) {
-            auto const gradient = [&](int m, int n, int e, float value, float slope) {
+            float all[N / 16] = {};
+            auto const gradient = [&](int m, int n, int e, float value, float slope, float bend) {
+                bool const hidden = value == -infinity();
                 float const ds =
-                    exp2_approx(value - lse[e / 2]) * (grad[m][n][e] - delta[e / 2]) * slope;
-                x[m][n][e] = value == -infinity() ? 0.f : ds;
+                    hidden ? 0.f : exp2_approx(value - lse[e / 2]) * (grad[m][n][e] - delta[e / 2]);
+                x[m][n][e] = hidden ? 0.f : ds * slope;
+                all[n / 2] += ds;
+                ramp[e / 2] += bend == 0.f ? 0.f : ds * bend;
             };
-            work.plain ? this->template bend<true>(step, x, gradient)
-                       : this->template bend<false>(step, x, gradient);
+            if (work.plain) {
+                this->template bend<true>(step, x, gradient);
+            } else {
+                this->template bend<false>(step, x, gradient);
+                if (work.bias_parts != nullptr) keep_bias(step, all);
+            }
         } else {
             float const by = work.scale * kLog2e;
             LSM_UNROLL
@@ -141,6 +151,19 @@ struct RowsKernel : QueryTile<Config> {
         Operands<N> weights[MT];
         pack_weights<T, N>(x[0], weights[0]);
         gather<T, D, N, MT>(weights, rows_of<D>(tiles.keys, 0), width_k(), sums);
+    }
+
+    // Sums over this warp's rows, of each unit of the step.
+    LSM_DEVICE void keep_bias(int step, float (&all)[N / 16]) {
+        LSM_UNROLL
+        for (int j = 0; j < N / 16; ++j) {
+            int const column = 16 * j, within = column & (steps.size() - 1);
+            float sum = warp_sum(all[j]);
+            int const unit = step * steps.each + column / steps.size();
+            if (lane() != 0 || unit >= kPlan) continue;
+            float* const to = &shared.bias[warp()][unit];
+            *to = within == 0 ? sum : *to + sum;
+        }
     }
 
     // Stage `step` is here for everybody, and the one before it is not needed any more.
@@ -167,6 +190,7 @@ struct RowsKernel : QueryTile<Config> {
             float by[2] = {work.scale, work.scale};
             if constexpr (kBackward) {
                 this->find_odd(m, lse, odd[m]);
+                if (work.ramp_parts != nullptr) store_ramp();
             } else {
                 this->find_odd(m, this->sum[m], odd[m]);
                 this->finish_softmax(m, by);
@@ -180,6 +204,21 @@ struct RowsKernel : QueryTile<Config> {
         for (int m = 0; m < MT; ++m) this->repair(m, odd[m]);
     }
 
+    LSM_DEVICE void store_ramp() const {
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            float sum = ramp[half_];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            int const row = lane_row(0, half_);
+            if (lane() % 4 == 0 && exists(row))
+                store_global(
+                    work.ramp_parts +
+                        per_head(work, s.batch, s.place.sequence.q0 + token(row), head(row)),
+                    sum);
+        }
+    }
+
     LSM_DEVICE void run() {
         if (s.place.unused) return;
         if (s.place.poison) return this->poison();
@@ -189,8 +228,19 @@ struct RowsKernel : QueryTile<Config> {
         do {
             __syncthreads();  // the last part is done with
             if (warp() == 0) this->plan_part();
+            bool const biased = kBackward && work.bias_parts != nullptr;
+            for (int i = threadIdx.x; biased && i < Config::Warps * kPlan; i += kThreads)
+                shared.bias[i / kPlan][i % kPlan] = 0.f;  // of warps that leave a step out
             __syncthreads();
             go_through(*this, s.plan, steps.each);
+            if constexpr (kBackward) {
+                if (biased) {
+                    __syncthreads();
+                    store_bias_sums<Config::Warps, kThreads>(work, s.plan, shared.bias,
+                                                             s.place.token, s.key_head,
+                                                             s.first_head, s.blocks.entry);
+                }
+            }
         } while (s.plan.more);
         cp_async_wait<0>();
         __syncthreads();  // q, if there was no step at all
