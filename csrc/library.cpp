@@ -52,6 +52,10 @@ void define(Library& m, lsm::ChunkOperator const& op) {
 #define LSM_DELTA_STEP(given, n) \
     "(Tensor q, Tensor k, Tensor v, " given ", Tensor(a!) state, float scale" n ") -> Tensor"
 
+#define LSM_DELTA_INPUTS                                                                   \
+    "Tensor? q, Tensor? k, Tensor? g, Tensor? beta, Tensor? A_log, Tensor? dt_bias, bool " \
+    "by_channel, float? lower_bound, float strength, float eps"
+
 // Sparse attention: what comes after queries, keys and values. `scores`: scale, softcap, the ramp's length, pv_threshold; `mask` and
 // `blocks`: numbers of params/sparse_attn.h, in the order of lsm_cuda/ops/_sparse_attn.py.
 #define LSM_SPARSE_ATTN                                                                     \
@@ -183,6 +187,14 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def(
         "wkv4_step(Tensor r, Tensor u, Tensor k, Tensor v, Tensor(a!) numerator, Tensor(b!) "
         "denominator, Tensor(c!) scale) -> Tensor");
+
+    // What comes before the delta rules (params/delta_inputs.h), any of it: rows of unit length of q and k, [B,T,H,K] or
+    // [B,H,K]; log decays of logits g [..,HV], or [..,HV,K] by_channel; strengths of logits beta [..]. A_log [HV] and
+    // dt_bias [HV] or [HV K] in fp32 (fp64 for fp64), like the decays and strengths. Absent results are empty tensors.
+    m.def("delta_inputs_fwd(" LSM_DELTA_INPUTS ") -> (Tensor q, Tensor k, Tensor g, Tensor beta)");
+    m.def("delta_inputs_bwd(" LSM_DELTA_INPUTS
+          ", Tensor? grad_q, Tensor? grad_k, Tensor? grad_g, Tensor? grad_beta) -> (Tensor dq, "
+          "Tensor dk, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias)");
 
     // Short convolution over time, one filter per channel: x, y [B,T,D]; weight [D,W], its last tap for the current
     // token; states [N,D,S], the last inputs of each sequence. seq_idx [B,T] int32 marks sequences by a change. *_step

@@ -26,12 +26,13 @@ LSM_INLINE void enter_slot(T* G, int64_t K, SlotRows<T> const& x, Vector<T> cons
     for (int64_t first = 0; first < K; first += kSumRows) {
         Vector<T> sum[Rule::kWrites][N] = {};
         for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
+            SlotRow<T, Rule::kWrites> const own(x, i);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                Vector<T> const g = load(G + (i * N + n) * W) + x.q[i] * grad_o[n];
+                Vector<T> const g = load(G + (i * N + n) * W) + own.q * grad_o[n];
                 store(G + (i * N + n) * W, g);
 #pragma GCC unroll 2
-                for (int w = 0; w < Rule::kWrites; ++w) sum[w][n] += x.write[w][i] * g;
+                for (int w = 0; w < Rule::kWrites; ++w) sum[w][n] += own.write[w] * g;
             }
         }
 #pragma GCC unroll 2
@@ -62,6 +63,7 @@ LSM_INLINE void retreat(T* G, T const* S, int64_t K, SlotRows<T> const& x,
     for (int64_t first = 0; first < K; first += kSumRows) {
         Vector<T> sum[Rule::kWrites][N] = {};
         for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
+            SlotRow<T, Rule::kWrites> const own(x, i), earlier(before, i);
             Vector<T> d_q{}, d_erase{}, d_decay{}, d_write[Rule::kWrites] = {};
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
@@ -72,22 +74,22 @@ LSM_INLINE void retreat(T* G, T const* S, int64_t K, SlotRows<T> const& x,
 #pragma GCC unroll 2
                 for (int w = 0; w < Rule::kWrites; ++w) d_write[w] += g * values[w][n];
                 if constexpr (Rule::kErasesDecayed) {
-                    g += x.erase[i] * dr[n];
+                    g += own.erase * dr[n];
                     if constexpr (Rule::kDecays) {
                         d_decay += s * g;
-                        g *= x.decay[i];
+                        g *= own.decay;
                     }
                 } else {
                     if constexpr (Rule::kDecays) {
                         d_decay += s * g;
-                        g *= x.decay[i];
+                        g *= own.decay;
                     }
-                    g += x.erase[i] * dr[n];
+                    g += own.erase * dr[n];
                 }
-                g += before.q[i] * grad_o_before[n];
+                g += earlier.q * grad_o_before[n];
                 store(G + (i * N + n) * W, g);
 #pragma GCC unroll 2
-                for (int w = 0; w < Rule::kWrites; ++w) sum[w][n] += before.write[w][i] * g;
+                for (int w = 0; w < Rule::kWrites; ++w) sum[w][n] += earlier.write[w] * g;
             }
             store(sums.q + i * W, d_q);
             if constexpr (Rule::kOwnErase) {
@@ -169,8 +171,8 @@ class DeltaBackward {
 
     void run() {
         clear();
-        read_state_tiles(checkpoints_, task_.state_begin, p_.V, p_.K, p_.V);
-        read_state_tiles(G_, task_.grad_end, p_.V, p_.K, p_.V);
+        read_state_tiles<kMaxPanels>(checkpoints_, task_.state_begin, p_.V, p_.K, p_.V);
+        read_state_tiles<kMaxPanels>(G_, task_.grad_end, p_.V, p_.K, p_.V);
         int64_t const blocks = tokens_.blocks();
         for (int64_t b = 0; b + 1 < blocks; ++b) keep_next_state(b);
         for (int64_t b = blocks - 1; b >= 0; --b) {
@@ -178,7 +180,7 @@ class DeltaBackward {
             for_each_tile([&](auto tile, int64_t p) { gradients<decltype(tile)::value>(b, p); });
             write(b);
         }
-        write_state_tiles(task_.grad_begin, G_, p_.V, p_.K, p_.V);
+        write_state_tiles<kMaxPanels>(task_.grad_begin, G_, p_.V, p_.K, p_.V);
     }
 
   private:
@@ -190,7 +192,7 @@ class DeltaBackward {
 
     template <class F>
     LSM_INLINE void for_each_tile(F const& f) const {
-        for_each_state_tile<T>(p_.K, panels(p_.V, W), f);
+        for_each_state_tile<T, kMaxPanels>(p_.K, panels(p_.V, W), f);
     }
 
     void clear() {
@@ -209,7 +211,7 @@ class DeltaBackward {
             T const* S = checkpoints_ + block * state_ + p * p_.K * W;
             T* const next = checkpoints_ + (block + 1) * state_ + p * p_.K * W;
             Vector<T> r[N];
-            read_erased<Rule>(next, S, p_.K, tokens_.rows(0), r);
+            read_erased<Rule>(next, S, N * W, p_.K, tokens_.rows(0), r);
             for (int64_t s = 0; s < slots; ++s) {
                 if (p == 0) tokens_.prefetch((block + 1) * tokens_.slots() + s);
                 write_slot<N>(next, next, s, p * W, r);
@@ -223,8 +225,8 @@ class DeltaBackward {
         Vector<T> none[N], values[Rule::kWrites][N];
         keep<Rule>(kept_ + at, tokens_.v + at, r);
         values_of<Rule>(values, kept_ + at, tokens_.v + at, tokens_.beta + at);
-        advance<Rule, N, false, true>(dst, src, p_.K, tokens_.rows(s), tokens_.rows(s + 1), values,
-                                      none, r);
+        advance<Rule, N, false, true, Rule::kDecays>(dst, src, N * W, p_.K, tokens_.rows(s),
+                                                     tokens_.rows(s + 1), values, none, r);
     }
 
     void read(int64_t block) {
@@ -243,8 +245,8 @@ class DeltaBackward {
         int64_t const column = panel * W, size = p_.K * N * W;
         {
             Vector<T> r[N];
-            read_erased<Rule>(slot_states_, checkpoints_ + block * state_ + panel * p_.K * W, p_.K,
-                              tokens_.rows(0), r);
+            read_erased<Rule>(slot_states_, checkpoints_ + block * state_ + panel * p_.K * W, N * W,
+                              p_.K, tokens_.rows(0), r);
             for (int64_t s = 0; s + 1 < slots_; ++s) {
                 write_slot<N>(slot_states_ + (s + 1) * size, slot_states_ + s * size, s, column, r);
             }
@@ -259,7 +261,7 @@ class DeltaBackward {
             int64_t const at = s * tokens_.value_width + column;
             if (column == 0) {
                 tokens_.prefetch((block - 1) * tokens_.slots() + s);
-                rows_grad_o_.prefetch((block - 1) * tokens_.block_tokens + s / tokens_.n);
+                rows_grad_o_.prefetch((block - 1) * tokens_.block_tokens + tokens_.token_of(s));
             }
             values_of<Rule>(values, kept_ + at, tokens_.v + at, tokens_.beta + at);
             value_gradients<N>(at, d_values, dr);

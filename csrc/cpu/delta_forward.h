@@ -27,9 +27,9 @@ LSM_INLINE void add_panels(Vector<T> (&x)[N], Vector<T> const (&y)[N]) {
     for (int n = 0; n < N; ++n) x[n] += y[n];
 }
 
-// What the first slot of a block erases: r = S^T erase. dst may be src.
+// What the first slot of a block erases: r = S^T erase. dst may be src; rows are `stride` apart in both.
 template <class Rule, int N, class T>
-LSM_INLINE void read_erased(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
+LSM_INLINE void read_erased(T* dst, T const* src, int64_t stride, int64_t K, SlotRows<T> const& x,
                             Vector<T> (&r)[N]) {
     constexpr int W = kLanes<T>;
 #pragma GCC unroll 8
@@ -37,12 +37,13 @@ LSM_INLINE void read_erased(T* dst, T const* src, int64_t K, SlotRows<T> const& 
     for (int64_t first = 0; first < K; first += kSumRows) {
         Vector<T> sum[N] = {};
         for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
+            T const erase = x.erase[i], decay = x.decay[i];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                Vector<T> s = load(src + (i * N + n) * W);
-                if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= x.decay[i];
-                sum[n] += x.erase[i] * s;
-                store(dst + (i * N + n) * W, s);
+                Vector<T> s = load(src + i * stride + n * W);
+                if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= decay;
+                sum[n] += erase * s;
+                store(dst + i * stride + n * W, s);
             }
         }
         add_panels<T>(r, sum);
@@ -50,9 +51,9 @@ LSM_INLINE void read_erased(T* dst, T const* src, int64_t K, SlotRows<T> const& 
 }
 
 // A slot writes its values and reads its output; r is what the next one erases, if there is one.
-// dst may be src.
-template <class Rule, int N, bool kOutputs, bool kGoesOn, class T>
-LSM_INLINE void advance(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
+// kDecays: by the decay row of the slot that decays here, this one or the next. dst may be src.
+template <class Rule, int N, bool kOutputs, bool kGoesOn, bool kDecays, class T>
+LSM_INLINE void advance(T* dst, T const* src, int64_t stride, int64_t K, SlotRows<T> const& x,
                         SlotRows<T> const& next, Vector<T> const (&values)[Rule::kWrites][N],
                         Vector<T> (&o)[N], Vector<T> (&r)[N]) {
     constexpr int W = kLanes<T>;
@@ -61,18 +62,19 @@ LSM_INLINE void advance(T* dst, T const* src, int64_t K, SlotRows<T> const& x,
     for (int64_t first = 0; first < K; first += kSumRows) {
         Vector<T> read[N] = {}, erased[N] = {};
         for (int64_t i = first; i < min_of(first + kSumRows, K); ++i) {
+            SlotRow<T, Rule::kWrites> const own(x, i), after(next, i);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                Vector<T> s = load(src + (i * N + n) * W);
-                if constexpr (Rule::kDecays && !Rule::kErasesDecayed) s *= x.decay[i];
+                Vector<T> s = load(src + i * stride + n * W);
+                if constexpr (kDecays && !Rule::kErasesDecayed) s *= own.decay;
 #pragma GCC unroll 2
-                for (int w = 0; w < Rule::kWrites; ++w) s += x.write[w][i] * values[w][n];
-                if constexpr (kOutputs) read[n] += x.q[i] * s;
+                for (int w = 0; w < Rule::kWrites; ++w) s += own.write[w] * values[w][n];
+                if constexpr (kOutputs) read[n] += own.q * s;
                 if constexpr (kGoesOn) {
-                    if constexpr (Rule::kDecays && Rule::kErasesDecayed) s *= next.decay[i];
-                    erased[n] += next.erase[i] * s;
+                    if constexpr (kDecays && Rule::kErasesDecayed) s *= after.decay;
+                    erased[n] += after.erase * s;
                 }
-                store(dst + (i * N + n) * W, s);
+                store(dst + i * stride + n * W, s);
             }
         }
         add_panels<T>(o, read);
@@ -109,10 +111,10 @@ class DeltaForward {
         : p_(p),
           task_(task),
           columns_(task.v_end - task.v_begin),
-          in_place_(task.state_end != nullptr && columns_ == p.V && is_one_tile<T>(p.K, p.V)),
+          in_place_(task.state_end != nullptr && columns_ == p.V && fits_as_it_lies<T>(p.K, p.V)),
           arena_(scratch),
           tokens_(p, task, arena_,
-                  is_one_tile<T>(p.K, columns_) ? kDeltaBlockOfOneTile : kDeltaBlock),
+                  fits_as_it_lies<T>(p.K, columns_) ? kDeltaBlockOfSmallState : kDeltaBlock, true),
           rows_o_(tokens_.value_rows(p.o, 1)) {
         o_ = arena_.take(tokens_.slots() * tokens_.value_width);
         arena_.take_each(tokens_.value_width, kept_, erased_);
@@ -127,8 +129,10 @@ class DeltaForward {
         tokens_.clear();
         for (int64_t b = 0; b < tokens_.blocks(); ++b) {
             int64_t const slots = tokens_.read(b, true);
-            for_each_state_tile<T>(p_.K, panels(columns_, W), [&](auto tile, int64_t p) {
-                outputs<decltype(tile)::value>(S_ + p * p_.K * W, p * W, b, slots);
+            for_each_state_tile<T, kWidest>(p_.K, panels(columns_, W), [&](auto tile, int64_t p) {
+                constexpr int N = decltype(tile)::value;
+                T* const S = S_ + p * W * (in_place_ ? 1 : p_.K);
+                outputs<N>(S, in_place_ ? p_.V : N * W, p * W, b, slots);
             });
             for (int64_t t = 0; t < slots / tokens_.n; ++t) {
                 rows_o_.write(o_ + tokens_.last_slot(t) * tokens_.value_width,
@@ -136,13 +140,15 @@ class DeltaForward {
             }
         }
         if (!in_place_) {
-            write_state_tiles(at_column(static_cast<T*>(task_.state_end)), S_, p_.V, p_.K,
-                              columns_);
+            write_state_tiles<kWidest>(at_column(static_cast<T*>(task_.state_end)), S_, p_.V, p_.K,
+                                       columns_);
         }
     }
 
   private:
     static constexpr int W = kLanes<T>;
+    // Twice the panels are no faster where stores and sums compete, and a quarter slower on Zen 4.
+    static constexpr int kWidest = 2;
 
     template <class State>
     State* at_column(State* state) const {
@@ -152,7 +158,7 @@ class DeltaForward {
     void read_state() {
         T const* const begin = static_cast<T const*>(task_.state_begin);
         if (!in_place_) {
-            read_state_tiles(S_, at_column(begin), p_.V, p_.K, columns_);
+            read_state_tiles<kWidest>(S_, at_column(begin), p_.V, p_.K, columns_);
         } else if (begin == nullptr) {
             std::memset(S_, 0, size_t(p_.K * p_.V) * sizeof(T));
         } else if (begin != S_) {
@@ -161,19 +167,31 @@ class DeltaForward {
     }
 
     template <int N>
-    void outputs(T* S, int64_t column, int64_t block, int64_t slots) {
+    void outputs(T* S, int64_t stride, int64_t column, int64_t block, int64_t slots) {
         Vector<T> o[N], r[N], values[Rule::kWrites][N];
         if (block == 0) {
-            read_erased<Rule>(S, S, p_.K, tokens_.rows(0), r);
+            read_erased<Rule>(S, S, stride, p_.K, tokens_.rows(0), r);
         } else {
             load_panels(r, erased_ + column);
         }
         auto const take_slot = [&](auto goes_on, int64_t s) {
+            constexpr bool kGoesOn = decltype(goes_on)::value;
             int64_t const at = s * tokens_.value_width + column;
             keep<Rule>(kept_, tokens_.v + at, r);
             values_of<Rule>(values, kept_, tokens_.v + at, tokens_.beta + at);
-            advance<Rule, N, true, decltype(goes_on)::value>(S, S, p_.K, tokens_.rows(s),
-                                                             tokens_.rows(s + 1), values, o, r);
+            auto const pass = [&](auto decays) {
+                advance<Rule, N, true, kGoesOn, decltype(decays)::value>(
+                    S, S, stride, p_.K, tokens_.rows(s), tokens_.rows(s + 1), values, o, r);
+            };
+            if constexpr (Rule::kDecays && (kGoesOn || !Rule::kErasesDecayed)) {
+                if (tokens_.decays_state(Rule::kErasesDecayed ? s + 1 : s)) {
+                    pass(std::true_type{});
+                } else {
+                    pass(std::false_type{});
+                }
+            } else {
+                pass(std::false_type{});
+            }
             store_panels(o_ + at, o);
         };
         bool const ends = block + 1 == tokens_.blocks();
@@ -181,7 +199,7 @@ class DeltaForward {
         for (; s + ends < slots; ++s) {
             if (column == 0) {
                 tokens_.prefetch((block + 1) * tokens_.slots() + s);
-                rows_o_.prefetch(block * tokens_.block_tokens + s / tokens_.n);
+                rows_o_.prefetch(block * tokens_.block_tokens + tokens_.token_of(s));
             }
             take_slot(std::true_type{}, s);
         }
@@ -195,7 +213,7 @@ class DeltaForward {
     DeltaParams const& p_;
     DeltaTask const& task_;
     int64_t columns_;
-    bool in_place_;  // a state of one tile lies in memory as it does here
+    bool in_place_;  // the state is worked on where it lies in memory
     Arena<T> arena_;
     DeltaTokens<T, Rule> tokens_;
     typename DeltaTokens<T, Rule>::Row rows_o_;

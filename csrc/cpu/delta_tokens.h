@@ -5,6 +5,9 @@
 // as their arithmetic.
 //
 // Slots are micro-steps: n of them make a token. The first decays, the last has an output.
+//
+// The forward decays the state itself only now and then: it keeps S / f, with f [K] the decays since then, and takes f
+// to the rows of q, erase and write instead, K numbers where the state has K V.
 #pragma once
 
 #include "arena.h"
@@ -33,9 +36,21 @@ struct SlotRows {
     T* write[2];
 };
 
-// Slots read at a time; with more per token, one token. Of a state that is one tile fewer, so that
-// their rows stay beside it in the first-level cache.
-inline constexpr int kDeltaBlock = 16, kDeltaBlockOfOneTile = 8;
+// One channel of them, read before the columns: a compiler that cannot tell rows from states would read it again after
+// every store.
+template <class T, int kWrites>
+struct SlotRow {
+    LSM_INLINE SlotRow(SlotRows<T> const& x, int64_t i)
+        : q(x.q[i]), erase(x.erase[i]), decay(x.decay[i]) {
+#pragma GCC unroll 2
+        for (int w = 0; w < kWrites; ++w) write[w] = x.write[w][i];
+    }
+    T q, erase, decay, write[kWrites];
+};
+
+// Slots read at a time; with more per token, one token. With a state that fits in the first-level cache fewer, so that
+// their rows stay beside it.
+inline constexpr int kDeltaBlock = 16, kDeltaBlockOfSmallState = 8;
 
 // A block of tokens of one value head: rows of the accumulation type, zero beyond K and V.
 template <class T, class Rule>
@@ -44,12 +59,14 @@ class DeltaTokens {
     using Row = HeadRows<T, 1>;
     static constexpr int W = kLanes<T>;
 
+    // `divided`: rows are those of S / f.
     DeltaTokens(DeltaParams const& p, DeltaTask const& task, Arena<T>& arena,
-                int64_t block_slots = kDeltaBlock)
+                int64_t block_slots = kDeltaBlock, bool divided = false)
         : n(p.n),
           block_tokens(block_length(block_slots, task.end - task.begin)),
           key_width(panels(p.K, W) * W),
           value_width(panels(task.v_end - task.v_begin, W) * W),
+          divided_(divided && Rule::kDecays),
           scale_(T(p.scale)),
           per_channel_beta_(p.beta_per_channel),
           per_channel_decay_(p.decay == Decay::key),
@@ -64,12 +81,15 @@ class DeltaTokens {
           beta_(beta_rows(p.beta)) {
         arena.take_each((slots() + 1) * key_width, q, k, erase, write, decay);  // one to end with
         arena.take_each(slots() * value_width, v, beta);
+        arena.take_each(key_width, factor_, kept_factor_);
+        decays_state_ = arena.take(slots() + 1);
     }
 
     // Rows no token fills: those of slots that do not decay or have no output.
     void clear() {
         fill(q, (slots() + 1) * key_width, T(0));
         if (Rule::kDecays) fill(decay, (slots() + 1) * key_width, T(1));
+        fill(factor_, key_width, T(1));
     }
 
     int64_t slots() const { return block_tokens * n; }
@@ -96,10 +116,19 @@ class DeltaTokens {
             if constexpr (Rule::kOwnErase) erase_.read(erase + s * key_width, i);
             if constexpr (Rule::kWrites == 2) write_.read(write + s * key_width, i);
             if constexpr (Rule::kHasBeta) read_beta(beta + s * value_width, i);
+            if (divided_) divide(s, i);
         }
         if (goes_on && block + 1 < blocks()) {
             erased.read(rows + s * key_width, i);
             if constexpr (Rule::kDecays) read_decay(decay + s * key_width, first + count);
+            if (divided_ && !Rule::kErasesDecayed) multiply_erase(s);
+            if (divided_ && Rule::kErasesDecayed) {  // f decays again with the next block
+                for (int64_t c = 0; c < key_width; c += W)
+                    store(kept_factor_ + c, load(factor_ + c));
+                decay_factor(s, i);
+                multiply_erase(s);
+                std::swap(factor_, kept_factor_);
+            }
         } else {
             fill(rows + s * key_width, key_width, T(0));
             if constexpr (Rule::kDecays) fill(decay + s * key_width, key_width, T(1));
@@ -110,7 +139,7 @@ class DeltaTokens {
     // Asks for slot i ahead of its use and between the arithmetic of others: more requests at once
     // than a core keeps open would wait for each other.
     LSM_INLINE void prefetch(int64_t i) const {
-        int64_t const token = i / n;
+        int64_t const token = token_of(i);
         if (i - token * n == n - 1) {
             q_.prefetch(token);
             if (Rule::kDecays && per_channel_decay_) g_.prefetch(token);
@@ -120,14 +149,21 @@ class DeltaTokens {
         if constexpr (Rule::kWrites == 2) write_.prefetch(i);
     }
 
+    // Whether a slot's decay row is for the state; where it is not, f has it.
+    bool decays_state(int64_t slot) const {
+        return Rule::kDecays && (!divided_ || decays_state_[slot] != 0);
+    }
     int64_t last_slot(int64_t token) const { return token * n + n - 1; }
-    bool has_output(int64_t slot) const { return slot % n == n - 1; }
+    // Without the time of a division where it is none.
+    int64_t token_of(int64_t slot) const { return n == 1 ? slot : slot / n; }
+    bool has_output(int64_t slot) const { return last_slot(token_of(slot)) == slot; }
     SlotRows<T> rows(int64_t slot) const {
         int64_t const at = slot * key_width;
         if constexpr (Rule::kWrites == 2) {
             return {q + at, erase + at, decay + at, {write + at, k + at}};
         } else {
-            return {q + at, (Rule::kOwnErase ? erase : k) + at, decay + at, {k + at, nullptr}};
+            bool const own = Rule::kOwnErase || divided_;
+            return {q + at, (own ? erase : k) + at, decay + at, {k + at, nullptr}};
         }
     }
 
@@ -174,6 +210,54 @@ class DeltaTokens {
             fill(row, key_width, exp(load(g))[0]);
         }
     }
+
+    // Slot `slot`, the i-th of its sequence, decays f; or, where f leaves its range, the state by what f was. So do the
+    // first slot and the last one that decays, before and after which the state is S.
+    void decay_factor(int64_t slot, int64_t i) {
+        int64_t const token = token_of(i);
+        T* const row = decay + slot * key_width;
+        decays_state_[slot] = T(0);
+        if (token * n != i) return;
+        bool const within = multiply_within(factor_, row, key_width);
+        if (within && i != 0 && token + 1 != task_.end - task_.begin) return;
+        for (int64_t c = 0; c < key_width; c += W) store(row + c, load(factor_ + c));
+        fill(factor_, key_width, T(1));
+        decays_state_[slot] = T(1);
+    }
+    void multiply_erase(int64_t slot) {
+        T* const own = erase + slot * key_width;
+        T const* const erased = Rule::kErasesDecayed ? k + slot * key_width : own;
+        for (int64_t c = 0; c < key_width; c += W)
+            store(own + c, load(erased + c) * load(factor_ + c));
+    }
+    void divide(int64_t slot, int64_t i) {
+        if constexpr (!Rule::kErasesDecayed) multiply_erase(slot);
+        decay_factor(slot, i);
+        int64_t const at = slot * key_width, width = key_width;
+        T const* const f = factor_;
+        T *const own_q = q + at, *const own_k = k + at, *const own_erase = erase + at;
+        T* const own_write = write + at;
+        for (int64_t c = 0; c < width; c += W) {
+            Vector<T> const x = load(f + c), key = load(own_k + c);
+            store(own_q + c, load(own_q + c) * x);
+            if constexpr (Rule::kErasesDecayed) store(own_erase + c, key * x);
+            store(own_k + c, key / x);
+            if constexpr (Rule::kWrites == 2) store(own_write + c, load(own_write + c) / x);
+        }
+    }
+    // a *= b; whether all of a is neither too small nor too large to divide by, nor NaN.
+    static bool multiply_within(T* a, T const* b, int64_t width) {
+        constexpr T kLeast = T(0x1p-32), kMost = T(0x1p32);
+        Vector<T> const zero{}, one = zero + 1;
+        Vector<T> outside{};
+        for (int64_t c = 0; c < width; c += W) {
+            Vector<T> const x = load(a + c) * load(b + c);
+            store(a + c, x);
+            outside += x >= kLeast ? (x <= kMost ? zero : one) : one;
+        }
+        return sum_lanes<T>(outside) == T(0);
+    }
+
     void read_beta(T* row, int64_t i) const {
         if (per_channel_beta_) {
             beta_.read(row, i);
@@ -184,6 +268,8 @@ class DeltaTokens {
         }
     }
 
+    T *factor_, *kept_factor_, *decays_state_;  // f, and 1 for slots that decay the state
+    bool divided_;
     T scale_;
     bool per_channel_beta_, per_channel_decay_;
     DeltaParams const& p_;
@@ -198,37 +284,35 @@ struct Panels {
     static constexpr int value = kValue;
 };
 
-// As many panels as leave half of the first-level cache free.
-inline int64_t widest_tile(int64_t K) {
+// Panels of K rows that leave half of the first-level cache free, 4 at most.
+inline int64_t panels_that_fit(int64_t K) {
     int64_t const fit = (int64_t(20) << 10) / (K * kVectorBytes);
     return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
-// f(Panels<N>, p) for tiles as wide as that.
-template <class T, class F>
+// f(Panels<N>, p) for tiles as wide as that, and no wider than kWidest.
+template <class T, int kWidest, class F>
 LSM_INLINE void for_each_state_tile(int64_t K, int64_t column_panels, F const& f) {
-    int64_t const widest = widest_tile(K);
+    int64_t const widest = panels_that_fit(K);
     int64_t p = 0;
-    if (widest >= 4) {
-        for (; p + 4 <= column_panels; p += 4) f(Panels<4>{}, p);
+    if constexpr (kWidest >= 4) {
+        for (; widest >= 4 && p + 4 <= column_panels; p += 4) f(Panels<4>{}, p);
     }
-    if (widest >= 2) {
-        for (; p + 2 <= column_panels; p += 2) f(Panels<2>{}, p);
-    }
+    for (; widest >= 2 && p + 2 <= column_panels; p += 2) f(Panels<2>{}, p);
     for (; p < column_panels; ++p) f(Panels<1>{}, p);
 }
 
-// Whether V columns are one tile, which lies in memory as it does in a state.
+// Whether a state of V columns can be worked on where it lies in memory.
 template <class T>
-bool is_one_tile(int64_t K, int64_t V) {
+bool fits_as_it_lies(int64_t K, int64_t V) {
     constexpr int W = kLanes<T>;
-    return V % W == 0 && V / W <= widest_tile(K) && V / W != 3;
+    return V % W == 0 && V / W <= panels_that_fit(K);
 }
 
-template <class T>
+template <int kWidest, class T>
 void read_state_tiles(T* dst, void const* src, int64_t stride, int64_t K, int64_t V) {
     constexpr int W = kLanes<T>;
-    for_each_state_tile<T>(K, panels(V, W), [&](auto tile, int64_t p) {
+    for_each_state_tile<T, kWidest>(K, panels(V, W), [&](auto tile, int64_t p) {
         constexpr int64_t kWidth = decltype(tile)::value * W;
         size_t const bytes = size_t(min_of(kWidth, V - p * W)) * sizeof(T);
         T* out = dst + p * K * W;
@@ -241,11 +325,11 @@ void read_state_tiles(T* dst, void const* src, int64_t stride, int64_t K, int64_
     });
 }
 
-template <class T>
+template <int kWidest, class T>
 void write_state_tiles(void* dst, T const* src, int64_t stride, int64_t K, int64_t V) {
     constexpr int W = kLanes<T>;
     if (dst == nullptr) return;
-    for_each_state_tile<T>(K, panels(V, W), [&](auto tile, int64_t p) {
+    for_each_state_tile<T, kWidest>(K, panels(V, W), [&](auto tile, int64_t p) {
         constexpr int64_t kWidth = decltype(tile)::value * W;
         size_t const bytes = size_t(min_of(kWidth, V - p * W)) * sizeof(T);
         T* row = static_cast<T*>(dst) + p * W;

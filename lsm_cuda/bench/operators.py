@@ -86,6 +86,7 @@ DRAWS: dict[str, Draw] = {
     "positive": (torch.exp, None),
     "gate": (lambda x: F.logsigmoid(x) / 16, torch.float32),  # log decays as in trained models
     "logits": (lambda x: x + 3, None),  # of gates that are mostly open
+    "shut": (lambda x: x - 3, None),  # of decays, whose softplus then is small
     "rate": (lambda x: -x.exp(), torch.float32),  # A of state space models
     "score": (lambda x: x, torch.float32),  # a log-sum-exp
     "zero": (torch.zeros_like, torch.float32),  # an initial state

@@ -93,6 +93,20 @@ def griffin(rg_lru: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
+def from_logits(kda: Callable[..., Any]) -> Callable[..., Any]:
+    """KDA as a layer calls it."""
+
+    def definition(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor, **rest: Any
+    ) -> Any:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        g = -A_log.exp().unsqueeze(-1) * F.softplus(g, threshold=50)
+        return kda(q, k, v, g, beta.sigmoid(), **rest)
+
+    return definition
+
+
+IN_KERNEL = {f"use_{what}_in_kernel": True for what in ("qk_l2norm", "gate", "beta_sigmoid")}
 POOL = {"length": WINDOW, "stride": STRIDE, "partial": False}
 
 ROWS = (
@@ -199,6 +213,22 @@ ROWS = (
         step="kda_step",
         reference="kda",
         inputs={**DELTA, "g": "B T HV K gate", **STRENGTH},
+        engine="delta",
+    ),
+    Op(
+        name="kda_logits",
+        chunk="chunk_kda",
+        step="kda_step",
+        reference="kda",
+        inputs={
+            **QKV,
+            "g": "B T HV K shut",
+            "beta": "B T HV",
+            "A_log": "HV",
+        },
+        options=IN_KERNEL,
+        step_options=IN_KERNEL,
+        adapt=from_logits,
         engine="delta",
     ),
     Op(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import FusedRMSNormGated, RMSNorm
-from ..ops.gates import l2norm
+from ..ops.gates import unit_rows
 from ._gated import add_convs, project
 from .common import split_heads
 from .recurrent import Call, RecurrentLayer, check_mode, width_of
@@ -97,7 +97,7 @@ class DeltaLayer(RecurrentLayer):
         if not self.use_short_conv:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
             if unit_length:
-                q, k = l2norm(q), l2norm(k)
+                q, k = unit_rows(q, k)
         return q, k, v
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:

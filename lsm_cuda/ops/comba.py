@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ._delta import delta, delta_step
 from .delta_rule import ones_like_heads
-from .gates import l2norm
+from .gates import l2norm, unit_rows
 
 __all__ = ["chunk_comba", "comba_step", "fused_recurrent_comba"]
 
@@ -67,7 +67,7 @@ def chunk_comba(
         torch.Size([1, 100, 2, 32])
     """
     if use_qk_l2norm_in_kernel:
-        q, k, p = l2norm(q), l2norm(k), l2norm(p)
+        (q, k), p = unit_rows(q, k), l2norm(p)
     beta = ones_like_heads(v) if beta is None else beta
     return delta(
         "comba", q, k, v, (p, g, beta), scale, initial_state, output_final_state, cu_seqlens
@@ -129,5 +129,5 @@ def comba_step(
         torch.Size([1, 2, 32])
     """
     if use_qk_l2norm_in_kernel:
-        q, k, p = l2norm(q), l2norm(k), l2norm(p)
+        (q, k), p = unit_rows(q, k), l2norm(p)
     return delta_step("comba", q, k, v, (p, g, beta), state, scale, "chunk_comba")

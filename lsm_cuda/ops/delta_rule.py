@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from ._common import accumulation_dtype
 from ._delta import delta, delta_step
-from .gates import l2norm
+from .gates import unit_rows
 
 __all__ = [
     "chunk_delta_rule",
@@ -72,7 +72,7 @@ def chunk_delta_rule(
         (torch.Size([1, 100, 2, 32]), torch.Size([1, 2, 32, 32]))
     """
     if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+        q, k = unit_rows(q, k)
     return delta(
         "delta_rule", q, k, v, (beta,), scale, initial_state, output_final_state, cu_seqlens
     )
@@ -145,7 +145,7 @@ def delta_rule_step(
         torch.Size([1, 2, 32])
     """
     if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+        q, k = unit_rows(q, k)
     return delta_step("delta_rule", q, k, v, (beta,), state, scale, "chunk_delta_rule")
 
 

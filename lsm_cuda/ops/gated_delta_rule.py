@@ -7,7 +7,7 @@ from torch import Tensor
 from ._common import accumulation_dtype, check_rank, check_shape
 from ._delta import delta, delta_step
 from .delta_rule import ones_like_heads
-from .gates import beta_sigmoid, fused_gdn_gate, l2norm
+from .gates import prepared, scalar_gate, unit_rows
 
 __all__ = [
     "chunk_gated_delta_product",
@@ -74,7 +74,7 @@ def chunk_gated_delta_rule(
         RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic. Norms, gates and
-        sigmoids are passes of their own, in fp32.
+        sigmoids are made in fp32, all of them in one pass before the operator's.
 
     Source: Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464.
 
@@ -89,10 +89,11 @@ def chunk_gated_delta_rule(
         (torch.Size([1, 100, 2, 32]), torch.Size([1, 2, 32, 32]))
     """
     op = "chunk_gated_delta_rule"
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    g = _gate(op, g, use_gate_in_kernel, A_log, dt_bias)
-    beta = beta_sigmoid(op, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    gate = scalar_gate(op, g, A_log, dt_bias) if use_gate_in_kernel else None
+    q, k, g, beta = prepared(  # type: ignore[assignment]
+        op, q, k, g, beta, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )  # fmt: skip
     return delta(
         "gated_delta_rule", q, k, v, (g, beta), scale, initial_state, output_final_state,
         cu_seqlens, state_v_first=state_v_first,
@@ -131,14 +132,13 @@ def fused_recurrent_gated_delta_rule(
     Note: gv makes every value channel a head of its own, exact but V times the work on the gates.
     """
     op = "fused_recurrent_gated_delta_rule"
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    if g is not None:
-        g = _gate(op, g, use_gate_in_kernel, A_log, dt_bias)
-    if beta is None:
-        beta = ones_like_heads(v)
-    else:
-        beta = beta_sigmoid(op, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    logits = use_gate_in_kernel and g is not None
+    gate = scalar_gate(op, g, A_log, dt_bias) if logits else None  # type: ignore[arg-type]
+    use_sigmoid = use_beta_sigmoid_in_kernel and beta is not None
+    q, k, g, beta = prepared(
+        op, q, k, g, ones_like_heads(v) if beta is None else beta, use_qk_l2norm_in_kernel, gate,
+        use_sigmoid, allow_neg_eigval and use_sigmoid,
+    )  # fmt: skip
     if gk is not None:
         check_shape(op, "gk", gk, "[B, T, HV, K]", (*v.shape[:3], q.shape[-1]))
         g = gk if g is None else gk.to(g) + g.unsqueeze(-1)
@@ -197,10 +197,11 @@ def gated_delta_rule_step(
         torch.Size([1, 2, 32])
     """
     op = "gated_delta_rule_step"
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    g = _gate(op, g, use_gate_in_kernel, A_log, dt_bias)
-    beta = beta_sigmoid(op, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    gate = scalar_gate(op, g, A_log, dt_bias) if use_gate_in_kernel else None
+    q, k, g, beta = prepared(  # type: ignore[assignment]
+        op, q, k, g, beta, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )  # fmt: skip
     return delta_step(
         "gated_delta_rule", q, k, v, (g, beta), state, scale, "chunk_gated_delta_rule"
     )
@@ -256,7 +257,7 @@ def chunk_gated_delta_product(
         torch.Size([1, 100, 2, 32])
     """
     if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+        q, k = unit_rows(q, k)
     name, own = ("delta_rule", (beta,)) if g is None else ("gated_delta_rule", (g, beta))
     return delta(
         name, q, k, v, own, scale, initial_state, output_final_state, cu_seqlens, num_householder
@@ -299,22 +300,12 @@ def gated_delta_product_step(
     """
     check_rank("gated_delta_product_step", "k", k, "[B, n, H, K]")
     if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+        q, k = unit_rows(q, k)
     name, own = ("delta_rule", (beta,)) if g is None else ("gated_delta_rule", (g, beta))
     n = k.shape[1]
     if n == 1:
         k, v, own = k[:, 0], v[:, 0], (*own[:-1], beta[:, 0])
     return delta_step(name, q, k, v, own, state, scale, "chunk_gated_delta_product", n)
-
-
-def _gate(
-    op: str, g: Tensor, use_gate: bool, A_log: Tensor | None, dt_bias: Tensor | None
-) -> Tensor:
-    if not use_gate:
-        return g
-    if A_log is None:
-        raise ValueError(f"lsm::{op}: use_gate_in_kernel=True needs A_log")
-    return fused_gdn_gate(g, A_log, dt_bias)
 
 
 def _value_gated(

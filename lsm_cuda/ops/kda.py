@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._delta import delta, delta_step
-from .gates import beta_sigmoid, fused_kda_gate, l2norm
+from .gates import channel_gate, prepared
 
 __all__ = ["chunk_kda", "fused_recurrent_kda", "kda_step"]
 
@@ -71,7 +71,7 @@ def chunk_kda(
         RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic. Norms, gates and
-        sigmoids are passes of their own, in fp32.
+        sigmoids are made in fp32, all of them in one pass before the operator's.
 
     Source: Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv:2510.26692.
 
@@ -85,11 +85,12 @@ def chunk_kda(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 32]), torch.Size([1, 2, 32, 32]))
     """
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    if use_gate_in_kernel:
-        g = fused_kda_gate(g, A_log, dt_bias, lower_bound)
-    beta = beta_sigmoid("chunk_kda", beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    op = "chunk_kda"
+    gate = channel_gate(op, g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else None
+    q, k, g, beta = prepared(  # type: ignore[assignment]
+        op, q, k, g, beta, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )  # fmt: skip
     return delta(
         "kda", q, k, v, (g, beta), scale, initial_state, output_final_state, cu_seqlens,
         state_v_first=state_v_first,
@@ -166,9 +167,10 @@ def kda_step(
         >>> kda_step(q, k, v, -g.abs(), torch.ones(1, 2), state).shape
         torch.Size([1, 2, 32])
     """
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    if use_gate_in_kernel:
-        g = fused_kda_gate(g, A_log, dt_bias, lower_bound)
-    beta = beta_sigmoid("kda_step", beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    op = "kda_step"
+    gate = channel_gate(op, g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else None
+    q, k, g, beta = prepared(  # type: ignore[assignment]
+        op, q, k, g, beta, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )  # fmt: skip
     return delta_step("kda", q, k, v, (g, beta), state, scale, "chunk_kda")

@@ -19,7 +19,7 @@ from ._common import (
     check_shape,
     no_autocast,
 )
-from .gates import l2norm
+from .gates import unit_rows
 
 __all__ = ["chunk_mesa_net", "mesa_net_decoding_one_step", "mesa_net_step"]
 
@@ -103,7 +103,7 @@ def chunk_mesa_net(
     dtype = v.dtype if dtype is None or q.dtype == torch.float64 else dtype
     q, k, v, g, beta, lamb = (x.to(wide) for x in (q, k, v, g, beta, lamb))
     if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+        q, k = unit_rows(q, k)
     with no_autocast(q):
         weight = beta.unsqueeze(-1)
         x, H = _Solve.apply(
@@ -164,7 +164,7 @@ def mesa_net_step(
     dtype, wide = v.dtype, h_kk.dtype
     q, k, v, g, beta, lamb = (x.to(wide) for x in (q, k, v, g, beta, lamb))
     if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
+        q, k = unit_rows(q, k)
     weight = beta.unsqueeze(-1)
     with no_autocast(q):
         step("simple_gla", q, k, weight * k, g, h_kk, 1.0, "chunk_mesa_net")

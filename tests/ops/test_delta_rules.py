@@ -25,16 +25,30 @@ def double(family: Family, **options) -> tuple[dict[str, Tensor], Tensor]:
     return x.tensors, x.states[0]
 
 
+def agree(a: tuple[Tensor, ...], b: tuple[Tensor, ...], *leaves: Tensor) -> None:
+    """Two pairs of an output and a final state, and what they hand back to the leaves."""
+    up = [torch.randn_like(t) for t in a]
+    for s, t in zip(
+        (*a, *torch.autograd.grad(a, leaves, up, retain_graph=True)),
+        (*b, *torch.autograd.grad(b, leaves, up, retain_graph=True)),
+        strict=True,
+    ):
+        close(s, t)
+
+
+def leaves_of(x: dict[str, Tensor], h0: Tensor) -> list[Tensor]:
+    return [t.requires_grad_() for t in (*x.values(), h0)]
+
+
 def test_one_step_per_token_is_the_delta_rule():
     x, h0 = double(GATED)
-    a = ops.chunk_gated_delta_rule(**x, initial_state=h0, output_final_state=True)
-    b = ops.chunk_gated_delta_product(
-        **x, num_householder=1, initial_state=h0, output_final_state=True
-    )
-    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    leaves, ends = leaves_of(x, h0), {"initial_state": h0, "output_final_state": True}
+    a = ops.chunk_gated_delta_rule(**x, **ends)
+    agree(a, ops.chunk_gated_delta_product(**x, num_householder=1, **ends), *leaves)
+    leaves = [t for t in leaves if t is not x["g"]]
     x.pop("g")
-    a = ops.chunk_delta_rule(**x)[0]
-    assert torch.equal(a, ops.chunk_gated_delta_product(**x, g=None, num_householder=1)[0])
+    a = ops.chunk_delta_rule(**x, **ends)
+    agree(a, ops.chunk_gated_delta_product(**x, g=None, num_householder=1, **ends), *leaves)
 
 
 def test_steps_of_a_token_are_tokens_without_decay():
@@ -55,28 +69,23 @@ def test_steps_of_a_token_are_tokens_without_decay():
 def test_without_strength_there_is_only_decay(family):
     x, h0 = double(family)
     x["beta"] = torch.zeros_like(x["beta"])
-    o, state = family.chunk(**x, initial_state=h0, output_final_state=True)
+    leaves_of(x, h0)
+    a = family.chunk(**x, initial_state=h0, output_final_state=True)
     g = x.get("g", torch.zeros(1, dtype=torch.float64))
     g = (g if g.dim() == 4 else g[..., None]).expand(*x["v"].shape[:3], x["q"].shape[-1])
     k, v = torch.zeros_like(x["k"]), x["v"]
-    p, last = ops.chunk_gla(x["q"], k, v, g, initial_state=h0, output_final_state=True)
-    close(o, p)
-    close(state, last)
+    b = ops.chunk_gla(x["q"], k, v, g, initial_state=h0, output_final_state=True)
+    agree(a, b, x["q"], h0, *(x[n] for n in ("g",) if n in x))
 
 
 def test_equal_channels_are_a_scalar_gate():
     """And the gradient of the scalar is the sum of the channels'."""
     x, h0 = double(GATED)
-    g = x["g"].requires_grad_()
-    wide = g.detach()[..., None].repeat(1, 1, 1, 12).requires_grad_()
-    o, state = GATED.chunk(**x, initial_state=h0, output_final_state=True)
-    p, last = ops.chunk_kda(**x | {"g": wide}, initial_state=h0, output_final_state=True)
-    close(o, p)
-    close(state, last)
-    up = torch.randn_like(o)
-    (dg,) = torch.autograd.grad(o, g, up)
-    (dwide,) = torch.autograd.grad(p, wide, up)
-    close(dg, dwide.sum(-1))
+    leaves = leaves_of(x, h0)
+    wide = x["g"][..., None].expand(-1, -1, -1, 12)
+    a = GATED.chunk(**x, initial_state=h0, output_final_state=True)
+    b = ops.chunk_kda(**x | {"g": wide}, initial_state=h0, output_final_state=True)
+    agree(a, b, *leaves)
 
 
 def test_no_gate_is_a_gate_of_one():
@@ -89,14 +98,17 @@ def test_no_gate_is_a_gate_of_one():
 def test_low_rank_form_of_the_delta_rule():
     """It reads before the decay what the delta rule reads after it."""
     x, h0 = double(KDA, HV=2)
+    leaves, ends = leaves_of(x, h0), {"initial_state": h0, "output_final_state": True}
     q, k, v, beta, g = (x[n] for n in ("q", "k", "v", "beta", "g"))
-    o = KDA.chunk(**x, initial_state=h0)[0]
-    beta = beta[..., None]
-    p = ops.chunk_dplr_delta_rule(q, beta * k, v, -g.exp() * k, beta * k, g, initial_state=h0)[0]
-    close(o, p)
+    strength = beta[..., None]
+    rows = (q, strength * k, v)
+    a = KDA.chunk(**x, **ends)
+    agree(a, ops.chunk_dplr_delta_rule(*rows, -g.exp() * k, strength * k, g, **ends), *leaves)
+    a = ops.chunk_delta_rule(q, k, v, beta, **ends)
+    leaves = [t for t in leaves if t is not g]
+    agree(a, ops.chunk_iplr_delta_rule(*rows, -k, strength * k, **ends), *leaves)
     zero = torch.zeros_like(g)
-    a = ops.chunk_dplr_delta_rule(q, k, v, -k, beta * k, zero, initial_state=h0)[0]
-    close(a, ops.chunk_iplr_delta_rule(q, k, v, -k, beta * k, initial_state=h0)[0])
+    agree(a, ops.chunk_dplr_delta_rule(*rows, -k, strength * k, zero, **ends), *leaves)
 
 
 def test_comba_with_a_decayed_key_is_the_gated_delta_rule():

@@ -14,7 +14,7 @@ from families import FAMILIES, Call, assert_rule, definition, draw, gradients
 from peers import fla_module
 from torch import Tensor
 
-from lsm_cuda import ops
+from lsm_cuda import modules, ops
 
 BY_NAME = {str(family): family for family in FAMILIES}
 
@@ -117,6 +117,14 @@ def seq_first(naive: Callable[..., Any], **options: Any) -> Call:
     return call
 
 
+def fast_weights(q, k, v, beta, initial_state, cu_seqlens=None):  # type: ignore[no-untyped-def]
+    """FLA's map (tests/modules/test_feature_map.py) and its recurrence, which scales by K^-1/2."""
+    features = modules.DPFPFeatureMap(q.shape[-1], nu=2)
+    q, k = (y / y.sum(-1, keepdim=True).clamp(min=1e-6) for y in (features(q), features(k)))
+    recurrence = head_first(naive(DELTA, "delta_rule_recurrence"), "q", "k", "v", "beta")
+    return recurrence(q=q * q.shape[-1] ** 0.5, k=k, v=v, beta=beta, initial_state=initial_state)
+
+
 def kda_peer(cu_seqlens: None = None, **x: Any) -> Any:
     return fla_module("ops/kda/naive.py").naive_recurrent_kda(**x, output_final_state=True)
 
@@ -128,11 +136,14 @@ def householder(cu_seqlens: None = None, **x: Any) -> Any:
     return naive(**x, scale=12**-0.5, output_final_state=True, num_householder=2)
 
 
-def low_rank(r, w, k, v, kk, a, initial_state, cu_seqlens=None):  # type: ignore[no-untyped-def]
-    naive = fla_module("ops/generalized_delta_rule/dplr/naive.py").dplr_recurrence
-    tokens = (r * r.shape[-1] ** 0.5, k, v, -kk, kk * a, w)  # which it scales by K^-1/2
-    o, state = naive(*(x.transpose(1, 2) for x in tokens), initial_state)
-    return o.transpose(1, 2), state
+def low_rank(name: str, **options: int) -> Call:
+    def call(r, w, k, v, kk, a, initial_state, cu_seqlens=None):  # type: ignore[no-untyped-def]
+        function = getattr(fla_module("ops/generalized_delta_rule/dplr/naive.py"), name)
+        tokens = (r * r.shape[-1] ** 0.5, k, v, -kk, kk * a, w)  # which it scales by K^-1/2
+        o, state = function(*(x.transpose(1, 2) for x in tokens), initial_state, **options)
+        return o.transpose(1, 2), state
+
+    return call
 
 
 def least_squares(q, k, v, g, beta, lamb):  # type: ignore[no-untyped-def]
@@ -155,6 +166,7 @@ def transformers(model: str, name: str) -> Call:
     return call
 
 
+DELTA = "ops/delta_rule/naive.py"
 GDN = "ops/gated_delta_rule/naive.py"
 BASED, REBASED = "ops/based/naive.py", "ops/rebased/naive.py"
 ABC = "ops/abc/naive.py"
@@ -194,11 +206,19 @@ PEERS: dict[str, tuple[str, Call, dict[str, Any]]] = {
     "delta_rule": (
         "delta_rule",
         head_first(
-            seq_first(naive("ops/delta_rule/naive.py", "delta_rule_recurrence")),
+            seq_first(naive(DELTA, "delta_rule_recurrence")),
             *("q", "k", "v", "beta"),
         ),
         {"HV": 2},
     ),
+    "delta_rule in chunks": (
+        "delta_rule",
+        head_first(
+            partial(naive(DELTA, "delta_rule_chunkwise"), chunk_size=16), "q", "k", "v", "beta"
+        ),
+        {"HV": 2, "T": 48, "states": False},
+    ),
+    "fwp": ("fwp", fast_weights, {"HV": 2}),
     "gated_delta_rule": (
         "gated_delta_rule",
         seq_first(naive(GDN, "naive_recurrent_gated_delta_rule")),
@@ -224,7 +244,23 @@ PEERS: dict[str, tuple[str, Call, dict[str, Any]]] = {
         transformers("olmo_hybrid", "torch_recurrent_gated_delta_rule"),
         {},
     ),
+    # gates drawn mildly: sums of strong ones lose digits
+    "gated_delta_rule of OLMo hybrid in chunks": (
+        "gated_delta_rule",
+        transformers("olmo_hybrid", "torch_chunk_gated_delta_rule"),
+        {},
+    ),
     "kda": ("kda", kda_peer, {}),
+    "kda in chunks": (
+        "kda",
+        seq_first(naive("ops/kda/naive.py", "naive_chunk_kda"), chunk_size=16),
+        {"T": 48},
+    ),
+    "kda of Kimi Linear in chunks": (
+        "kda",
+        transformers("kimi_linear", "chunk_kimi_delta_attention"),
+        {"HV": 2},
+    ),
     "kda of Kimi Linear": (
         "kda",
         transformers("kimi_linear", "recurrent_kimi_delta_attention"),
@@ -233,7 +269,8 @@ PEERS: dict[str, tuple[str, Call, dict[str, Any]]] = {
     "gated_delta_product": ("gated_delta_product", householder, {"HV": 2}),
     # its recurrence decays before it erases, which its kernels and this do not
     "comba": ("comba", seq_first(naive("ops/comba/naive.py", "naive_chunk_comba")), {"HV": 2}),
-    "rwkv7": ("rwkv7", low_rank, {}),
+    "rwkv7": ("rwkv7", low_rank("dplr_recurrence"), {}),
+    "rwkv7 in chunks": ("rwkv7", low_rank("dplr_chunkwise", chunk_size=16), {"T": 48}),
     "mesa_net": ("mesa_net", least_squares, {"states": False, "V": 12}),
     "rebased as pairs": ("rebased", pairs(torch.square), {"states": False}),
 }
@@ -262,3 +299,36 @@ def test_definition_is_theirs(name: str) -> None:
         family = dataclasses.replace(family, definition=outputs(family.definition))
         call = outputs(call)
     assert_rule(gradients(call, family, x), definition(family, x), x)
+
+
+def test_iplr_is_theirs() -> None:
+    """Which has no decay."""
+    theirs = fla_module("ops/generalized_delta_rule/iplr/naive.py").iplr_recurrence
+    x = draw(BY_NAME["rwkv7"])
+    q, k, v, kk, a = (x.tensors[n] for n in ("r", "k", "v", "kk", "a"))
+    (h0,) = x.states
+    tokens = (q, k, v, -kk, kk * a)
+    o, state = ops.chunk_iplr_delta_rule(*tokens, initial_state=h0, output_final_state=True)
+    p, last = theirs(*(y.transpose(1, 2) for y in tokens), h0)
+    torch.testing.assert_close(o, p.transpose(1, 2))
+    torch.testing.assert_close(state, last)
+
+
+def test_mesa_net_solves_as_theirs() -> None:
+    """In chunks and in a decode step; their divisions by ``· + 1e-5`` are near, not the same."""
+    theirs = fla_module("ops/mesa_net/naive.py")
+    x = draw(BY_NAME["mesa_net"], T=48, V=12)
+    q, k, v, g, beta, lamb = (x.tensors[n] for n in ("q", "k", "v", "g", "beta", "lamb"))
+    kk, kv = x.states
+    near = partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)
+    o, *last = ops.chunk_mesa_net(q, k, v, g, beta, lamb, kk, kv, True)
+    p, *states = theirs.naive_mesa_net_CG(q, k, v, g, lamb, beta, 16, 30, kk, kv)
+    near(o, p)
+    for a, b in zip(last, states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    token = [y[:, 0] for y in (q, k, v, g)]
+    o, *last = ops.mesa_net_decoding_one_step(*token, lamb, beta[:, 0], kk, kv, 30)
+    p, *states = theirs.naive_mesa_net_decoding_one_step(*token, lamb, beta[:, 0], kk, kv, 30)
+    near(o, p)
+    for a, b in zip(last, states, strict=True):
+        torch.testing.assert_close(a, b)
