@@ -90,6 +90,17 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!) n, "
         "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");
 
+    // simple_gla of values that w [B,T,HV] weighs: S_t = exp(g_t) S_{t-1} + w_t k_t v_t^T; w and g in the dtype of states.
+    // For CPU tensors; on CUDA it is composed.
+    m.def(
+        "weighted_gla_fwd(Tensor q, Tensor k, Tensor v, Tensor w, Tensor g, Tensor? initial_state, "
+        "Tensor? cu_seqlens, float scale, bool output_final_state) -> (Tensor o, Tensor "
+        "final_state)");
+    m.def(
+        "weighted_gla_bwd(Tensor q, Tensor k, Tensor v, Tensor w, Tensor g, Tensor? initial_state, "
+        "Tensor? cu_seqlens, float scale, Tensor grad_o, Tensor? grad_final_state, bool "
+        "need_dg=True) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor dg, Tensor dh0)");
+
     // A step of simple_gla as Mamba-2 has it: x [B,H,P]; dt [B,H], softplus(dt + dt_bias) if dt_softplus, weighs what is
     // written; exp(dt A) decays; B, C [B,G,N]; y + D x, gated by silu(z). state [B,H,P,N], or a tensor of [B,H,N,P] with
     // the last two transposed.

@@ -53,11 +53,11 @@ int64_t matrix_bytes(ChunkParams const& p) {
 
 // Of the states at boundaries, which have their normaliser behind them if there is one.
 int64_t state_bytes(ChunkParams const& p) {
-    return matrix_bytes(p) + (p.normaliser.on ? p.K * accumulator_bytes(p) : 0);
+    return matrix_bytes(p) + (p.normaliser.sums() ? p.K * accumulator_bytes(p) : 0);
 }
 
 void* normaliser_of(ChunkParams const& p, void* state) {
-    return p.normaliser.on ? static_cast<char*>(state) + matrix_bytes(p) : nullptr;
+    return p.normaliser.sums() ? static_cast<char*>(state) + matrix_bytes(p) : nullptr;
 }
 
 Plan make_plan(ChunkParams const& p, bool backward) {
@@ -324,6 +324,7 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void*) {
 void chunk_bwd(ChunkParams const& p, void* workspace, void*) {
     Plan const plan = make_plan(p, true);
     Workspace const w(p, plan, workspace);
+    if (p.normaliser.weights_only) gates(p, plan, w);
     if (plan.segmented()) {
         boundary_states(p, plan, w);
         boundary_grads(p, plan, w);

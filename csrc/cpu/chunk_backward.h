@@ -24,7 +24,7 @@ class BackwardStretch : Stretch<T, Decay> {
 
   public:
     BackwardStretch(ChunkParams const& p, ChunkTask const& task, void* scratch)
-        : Base(p, task, scratch, p.normaliser.on ? 1 : 0),
+        : Base(p, task, scratch, p.normaliser.sums() ? 1 : 0),
           grad_o_(Base::value_rows(p.grad_o, Base::readers_)),
           dq_(key_gradient(p.dq, Base::readers_)),
           dk_(key_gradient(p.dk, Base::writers_)),

@@ -43,8 +43,15 @@ void normaliser_gates(ChunkParams const& p, ChunkTask const& task) {
         T i[C], fall[C], decay[C], weight[C], least[C];
         i_gates.read(i, block);
         f_gates.read(fall, block);
-        for (int c = 0; c < C; c += W) store(fall + c, log_sigmoid(load(fall + c)));
         int64_t const count = min_of(C, task.end - t);
+        auto const keep = [&](T* row, T const* from) {
+            std::memcpy(row + t, from, size_t(count) * sizeof(T));
+        };
+        if (own.weights_only) {
+            keep(rows.log_decay, fall), keep(rows.weight, i);
+            continue;
+        }
+        for (int c = 0; c < C; c += W) store(fall + c, log_sigmoid(load(fall + c)));
         if (own.exponential) {
             for (int64_t c = 0; c < count; ++c) {
                 double const next = next_stabiliser(i[c], fall[c], m);
@@ -63,9 +70,6 @@ void normaliser_gates(ChunkParams const& p, ChunkTask const& task) {
                 store(least + c, splat(T(1)));
             }
         }
-        auto const keep = [&](T* row, T const* from) {
-            std::memcpy(row + t, from, size_t(count) * sizeof(T));
-        };
         keep(rows.log_decay, decay), keep(rows.weight, weight), keep(rows.least, least);
     }
     if (own.m != nullptr) static_cast<T*>(own.m)[chain] = T(m);
@@ -123,19 +127,20 @@ class StretchNormaliser {
         : own_(p.normaliser), task_(task), keys_(p.K), panels_(key_panels) {
         if (!on()) return;
         rows_ = GateRows<T>(p, task.batch, task.head);
-        n_ = arena.take(panels_ * W);
         arena.take_each(C, weight_, inverse_);
+        if (own_.sums()) n_ = arena.take(panels_ * W);
     }
 
     bool on() const { return own_.on; }
 
     void begin() const {
-        if (!on()) return;
+        if (!own_.sums()) return;
         std::memset(n_, 0, size_t(panels_ * W) * sizeof(T));
         if (task_.n_begin != nullptr) std::memcpy(n_, task_.n_begin, size_t(keys_) * sizeof(T));
     }
     void end() const {
-        if (on() && task_.n_end != nullptr) std::memcpy(task_.n_end, n_, size_t(keys_) * sizeof(T));
+        if (own_.sums() && task_.n_end != nullptr)
+            std::memcpy(task_.n_end, n_, size_t(keys_) * sizeof(T));
     }
 
     // What a block writes, weighted.
@@ -180,7 +185,7 @@ class StretchNormaliser {
 
     // n past a block, from k as the state takes it.
     void advance(T const* end, T const* decay) const {
-        if (!on()) return;
+        if (!own_.sums()) return;
         for (int64_t p = 0; p < panels_; ++p) {
             Vector<T> n = load(n_ + p * W) * *decay;
             for (int j = 0; j < C; ++j) n += load(end + (p * C + j) * W) * weight_[j];
@@ -199,7 +204,7 @@ class StretchNormaliser {
 };
 
 // The backward's: with outputs h = above / divisor, above and n·q are both outputs of the engine,
-// and its values are those of v with a 1 behind them, weighted.
+// and its values are those of v with a 1 behind them, weighted; or v alone, where nothing is summed.
 template <class T, int C>
 class NormaliserColumn {
   public:
@@ -208,8 +213,9 @@ class NormaliserColumn {
         : own_(p.normaliser),
           task_(task),
           panels_(value.panels),
-          V_(value.channels - 1),
-          h_(p.o, p.dtype, task.batch, task.head, {task.begin, task.end}, V_),
+          V_(value.channels - (p.normaliser.sums() ? 1 : 0)),
+          h_(p.normaliser.sums() ? p.o : p.v, p.dtype, task.batch, task.head,
+             {task.begin, task.end}, V_),
           dweight_(p.normaliser.dweight, p.state_dtype, task.batch, task.head,
                    {task.begin, task.end}) {
         if (!on()) return;
@@ -224,13 +230,13 @@ class NormaliserColumn {
         if (!on()) return;
         read_gate_row<C>(weight_, rows_.weight, task_, block);
         scale_rows<C>(values, panels(V_, W), weight_);
-        append(values, weight_);
+        if (own_.sums()) append(values, weight_);
     }
 
     // Gradients of outputs to those of what was divided, and of n·q. The divisor has a gradient
     // where n·q, of either sign, is what it was made of.
     void divide(T* grad, int64_t block) const {
-        if (!on()) return;
+        if (!own_.sums()) return;
         T below[C] = {};
         if (own_.divides) {
             T size[C], least[C], inverse[C];
@@ -251,10 +257,15 @@ class NormaliserColumn {
         append(grad, below);
     }
 
-    // Of the weights, by way of what a block wrote, and of v.
+    // Of the weights' logarithms, by way of what a block wrote, or of weights as they are, which may
+    // be 0, by way of v; and of v.
     void gradients(T* d_values, T const* values, int64_t block) const {
         if (!on() || !own_.gated) return;
         T dweight[C];
+        if (own_.weights_only) {
+            h_.read(outputs_, block);
+            values = outputs_;
+        }
         for (int t = 0; t < C; t += W) {
             Vector<T> dots[W];
             for (int i = 0; i < W; ++i) dots[i] = dot(d_values, values, panels_, t + i);
@@ -308,7 +319,7 @@ class NormaliserColumn {
     Normaliser const& own_;
     ChunkTask const& task_;
     int64_t panels_, V_;  // V_: of v, and the place of the column
-    HeadRows<T, C> h_;
+    HeadRows<T, C> h_;    // without sums: v
     HeadScalars<T, C> dweight_;
     GateRows<T> rows_;
     T *outputs_ = nullptr, *weight_ = nullptr;

@@ -66,15 +66,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_forward(Checks const& c,
     OptionalTensor const n0 = contiguous_or_none(n);
     Tensor o = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
     Tensor state = output_final_state ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
-    Tensor n_last = output_final_state ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
+    bool const keep_n = output_final_state && !p.normaliser.weights_only;
+    Tensor n_last = keep_n ? empty({p.N, p.HV, p.K}, wide, q) : empty({0}, wide, q);
     Tensor tokens = empty({kGateRows, p.B, p.HV, p.T}, wide, q);
     p.o = rows(o);
     point_at_tokens(p, tokens.mutable_data_ptr());
     p.normaliser.n0 = data_or_null(n0);
-    if (output_final_state) {
-        p.final_state = state.mutable_data_ptr();
-        p.normaliser.n = n_last.mutable_data_ptr();
-    }
+    if (output_final_state) p.final_state = state.mutable_data_ptr();
+    if (keep_n) p.normaliser.n = n_last.mutable_data_ptr();
     Tensor scratch = workspace(chunk_fwd_workspace(p), q);
     chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
     return {o, state, n_last, tokens};
@@ -199,6 +198,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> polynomial_attn_bwd(
         normalised_backward(c, kPolynomialNames, in, q, z, o, tokens, grad_o, grad_S, grad_z);
     return {d.q, d.k, d.v, d.state, d.n};
 }
+// simple_gla of weighted values; its names are its own arguments'.
+constexpr NormalisedNames kWeightedNames{"o", "grad_o", "n", "grad_n", "grad_final_state"};
+
+Inputs weighted(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& w,
+                Tensor const& g, OptionalTensor const& initial_state,
+                OptionalTensor const& cu_seqlens, double scale) {
+    static constexpr ChunkOperator op{"weighted_gla", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, initial_state, cu_seqlens, scale);
+    check_sums(c, w, "w", "[B, T, HV]", {in.p.B, in.p.T, in.p.HV}, q);
+    check_sums(c, g, "g", "[B, T, HV]", {in.p.B, in.p.T, in.p.HV}, q);
+    in.p.normaliser = input_gates(w, g, false, false, 0);
+    in.p.normaliser.weights_only = true;
+    return in;
+}
+
+std::tuple<Tensor, Tensor> weighted_gla_fwd(Tensor const& q, Tensor const& k, Tensor const& v,
+                                            Tensor const& w, Tensor const& g,
+                                            OptionalTensor const& initial_state,
+                                            OptionalTensor const& cu_seqlens, double scale,
+                                            bool output_final_state) {
+    Checks const c("weighted_gla_fwd");
+    Inputs in = weighted(c, q, k, v, w, g, initial_state, cu_seqlens, scale);
+    auto [o, state, n, tokens] =
+        normalised_forward(c, kWeightedNames, in, q, {}, output_final_state);
+    return {o, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_gla_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& w, Tensor const& g,
+    OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
+    Tensor const& grad_o, OptionalTensor const& grad_final_state, bool need_dg) {
+    Checks const c("weighted_gla_bwd");
+    Inputs in = weighted(c, q, k, v, w, g, initial_state, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    ScalarType const wide = state_type(q);
+    Tensor dw = empty({p.B, p.T, p.HV}, wide, q);
+    Tensor dg = need_dg ? empty({p.B, p.T, p.HV}, wide, q) : empty({0}, wide, q);
+    Tensor const tokens = empty({kGateRows, p.B, p.HV, p.T}, wide, q);
+    if (need_dg) p.dg = scalar_rows(dg);
+    p.normaliser.dweight = scalar_rows(dw);
+    auto const d = normalised_backward(c, kWeightedNames, in, q, {}, grad_o, tokens, grad_o,
+                                       grad_final_state, {});
+    return {d.q, d.k, d.v, dw, dg, d.state};
+}
 #endif
 
 // A step of one decay per head with an input gate and a normaliser beside the state.
@@ -295,6 +338,8 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
 #if defined(LSM_BACKEND_CPU)
     m.impl("mlstm_fwd", TORCH_BOX(&lsm::mlstm_fwd));
     m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
+    m.impl("weighted_gla_fwd", TORCH_BOX(&lsm::weighted_gla_fwd));
+    m.impl("weighted_gla_bwd", TORCH_BOX(&lsm::weighted_gla_bwd));
     m.impl("polynomial_attn_fwd", TORCH_BOX(&lsm::polynomial_attn_fwd));
     m.impl("polynomial_attn_bwd", TORCH_BOX(&lsm::polynomial_attn_bwd));
     m.impl("polynomial_attn_step", TORCH_BOX(&lsm::polynomial_attn_step));

@@ -45,10 +45,12 @@ inline int64_t gates_per_token(Decay decay, int64_t K, int64_t V) {
 // Sums n of what is written of keys, of which outputs are divided by max(|scale · q·n|, least) + eps.
 // mLSTM: gates before their activation, of which log sigmoid(f) decays a head's state and exp(i) or sigmoid(i) weighs
 // what is written to it; least is exp(-m). States are kept scaled down by exp(m) (policy/input_gate.h).
-// Without gates nothing decays, every weight is 1 and least is 0.
+// Without gates nothing decays, every weight is 1 and least is 0. With weights_only i and f are weights and log decays as
+// they are, in state_dtype, and there are no sums.
 struct Normaliser {
     bool on = false;  // else nothing else here means anything
-    bool gated = false;
+    bool gated = false, weights_only = false;
+    bool sums() const { return on && !weights_only; }
     Rows i, f;                                // [B, T, HV], T = 1 in a step
     Dtype dtype;                              // theirs: that of q, or f32
     void const *n0 = nullptr, *m0 = nullptr;  // [N, HV, K] and [N, HV] contiguous, nullable (zeros)
@@ -60,8 +62,9 @@ struct Normaliser {
     void* tokens =
         nullptr;  // whole sequences: [kGateRows, B, HV, T] in state_dtype, to be filled; else null
 
-    // Backward, which has the tokens' rows and the outputs (o) but no gates. Gradients are those of n, of n0 (nullable
-    // both), and of the logarithm of each token's weight, [B, T, HV] in state_dtype, nullable.
+    // Backward, which has the tokens' rows and the outputs (o) but no gates; with weights_only it has those alone, and
+    // fills the rows again. Gradients are those of n, of n0 (nullable both), and of the logarithm of each token's weight,
+    // or of weights_only of the weight, [B, T, HV] in state_dtype, nullable.
     void const* grad_n = nullptr;
     void* grad_n0 = nullptr;
     Rows dweight;

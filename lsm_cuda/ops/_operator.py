@@ -18,15 +18,15 @@ from ._common import (
 )
 
 GATES = ("g", "gv")  # their gradients are only made if asked for
-KEEP_FLOAT32 = (*GATES, "beta")  # where everything else follows autocast
+KEEP_FLOAT32 = (*GATES, "beta", "w")  # where everything else follows autocast
 
-# Devices whose kernels divide whole sequences by sums of their own; elsewhere that is composed.
+# Devices whose kernels weigh values and divide outputs themselves; elsewhere that is composed.
 FUSED = {"cpu"}
 
 
-def register(name: str, takes: tuple[str, ...]) -> None:
+def register(name: str, takes: tuple[str, ...], step: bool = True) -> None:
     """Fake kernels and autograd of one operator, with the arguments ``takes`` between v and
-    initial_state; ``own`` below holds them."""
+    initial_state; ``own`` below holds them. ``step``: whether it has one."""
     namespace = torch.ops.lsm
     tensors = 3 + len(takes)
     gates = [3 + i for i, x in enumerate(takes) if x in GATES]
@@ -90,7 +90,8 @@ def register(name: str, takes: tuple[str, ...]) -> None:
 
     torch.library.register_fake(f"lsm::{name}_fwd")(fwd_fake)
     torch.library.register_fake(f"lsm::{name}_bwd")(bwd_fake)
-    torch.library.register_fake(f"lsm::{name}_step")(step_fake)
+    if step:
+        torch.library.register_fake(f"lsm::{name}_step")(step_fake)
     torch.library.register_autograd(f"lsm::{name}_fwd", backward, setup_context=setup_context)
     torch.library.register_autograd(f"lsm::{name}_bwd", refuse_double_backward)
 

@@ -16,8 +16,11 @@ from ._common import (
     check_shape,
     in_dtype,
 )
+from ._operator import FUSED, register, sequences
 from .conv import convolve
 from .selective_scan import selective_step
+
+register("weighted_gla", ("w", "g"), step=False)
 
 __all__ = [
     "mamba_chunk_scan_combined",
@@ -80,7 +83,8 @@ def mamba_chunk_scan_combined(
         RuntimeError: a shape, dtype or device that does not fit, or N or P over 256 on CUDA.
 
     Note: differentiable once in every floating tensor. Around the engine x is read and written
-        once for dt, once for D, and twice for z; dt enters that product in the dtype of x.
+        once for D and twice for z; on CUDA once more for dt, which enters that product in the dtype
+        of x.
 
     Source: Transformers are SSMs, arXiv:2405.21060.
 
@@ -103,10 +107,13 @@ def mamba_chunk_scan_combined(
         check_shape(op, "seq_idx", seq_idx, "[B, T]", x.shape[:2])
         changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         g = g.masked_fill(changes[..., None], -torch.inf)
-    y, states = _chunk.chunk(
-        "simple_gla", C, B, x * dt[..., None].to(x.dtype), g, 1.0, initial_states,
-        return_final_states or return_varlen_states, cu_seqlens, state_v_first=True,
-    )  # fmt: skip
+    rest = 1.0, initial_states, return_final_states or return_varlen_states, cu_seqlens
+    if x.device.type in FUSED:
+        own = {"w": dt, "g": g}
+        y, states = sequences("weighted_gla", C, B, x, own, *rest, state_v_first=True)
+    else:
+        v = x * dt[..., None].to(x.dtype)
+        y, states = _chunk.chunk("simple_gla", C, B, v, g, *rest, state_v_first=True)
     y = _finish(op, y, x, D, z)
     results = [y]
     if return_final_states and states is not None:

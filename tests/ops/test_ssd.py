@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from cases import GLA
 from families import FAMILIES, SSD, assert_rule, definition, draw, gradients, operator, row, ssd
-from impls import Impl
+from impls import Impl, threads
 from peers import mamba_ssm_module
 from torch import Tensor
 
 from lsm_cuda import ops, reference
+from lsm_cuda.ops import ssd as ssd_module
 
 STATES = "return_final_states return_varlen_states"
 SIGNATURES = {
@@ -248,6 +249,89 @@ VARIANTS = {
     "no state": {"initial_states": None},
     "segments": {"seq_idx": torch.tensor([SEGMENTS, SEGMENTS[::-1]])},
 }
+
+
+CASES = {
+    "plain": {},
+    "bf16": {"dtype": torch.bfloat16, "T": 70},
+    "fp16": {"dtype": torch.float16},
+    "packed": {"T": 40, "cu_seqlens": [0, 0, 9, 9, 27, 40]},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_composed_as_on_cuda(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """What takes the place of one pass where kernels do not weigh values."""
+    monkeypatch.setattr(ssd_module, "FUSED", set())
+    x = draw(FAMILY, **CASES[case])
+    assert_rule(gradients(operator(FAMILY), FAMILY, x), definition(FAMILY, x), x)
+
+
+@pytest.mark.parametrize("V", [16, 64])
+def test_work_that_is_cut_for_threads(V: int) -> None:
+    """Into segments of time, or columns. Of A and dt_bias one number each is left, the sum of what
+    dt's gradient has, with whatever cancels there."""
+    x = draw(FAMILY, T=600, B=1, H=1, HV=1, K=256, V=V)
+    with threads(2):
+        results = gradients(operator(FAMILY), FAMILY, x)
+    del results["dA"], results["ddt_bias"]
+    assert_rule(results, definition(FAMILY, x), x)
+
+
+def test_step_sizes_of_zero() -> None:
+    """Nothing is written nor decays, and dt has the gradient of what would be."""
+    x = draw(FAMILY)
+    x.tensors["dt"].fill_(-1), x.tensors["dt_bias"].fill_(1)
+    x.tensors["dt"][:, ::3] += 0.5
+    scan, definition_ = (
+        partial(f, dt_softplus=False, dt_limit=(-1.0, 1.0))
+        for f in (FAMILY.chunk, FAMILY.definition)
+    )
+    family = dataclasses.replace(FAMILY, chunk=scan, definition=definition_)
+    results = gradients(operator(family), family, x)
+    assert results["ddt"][:, 1::3].any()
+    assert_rule(results, definition(family, x), x)
+
+
+def weighted_arguments(**replaced: Any) -> list[Any]:
+    """Of torch.ops.lsm.weighted_gla_fwd."""
+    torch.manual_seed(0)
+    named: dict[str, Any] = {n: torch.randn(2, 19, 2, 5).double() for n in "qk"}
+    named |= {"v": torch.randn(2, 19, 4, 6).double(), "w": torch.randn(2, 19, 4).double()}
+    named |= {"g": -torch.rand(2, 19, 4).double(), "S": torch.randn(2, 4, 5, 6).double()}
+    named["cu_seqlens"] = None
+    return [*(named | replaced).values(), 0.3, True]
+
+
+def test_whole_sequences_are_a_sound_operator() -> None:
+    op = torch.ops.lsm.weighted_gla_fwd.default
+    given = weighted_arguments()
+    leaves = [t.requires_grad_() if isinstance(t, Tensor) else t for t in given]
+    torch.library.opcheck(op, leaves)
+    torch.library.opcheck(op, weighted_arguments(S=None))
+    assert torch.autograd.gradcheck(lambda *x: op(*x, *given[6:]), leaves[:6], fast_mode=True)
+    back = torch.ops.lsm.weighted_gla_bwd.default
+    q, k, v, w, g, S, cu_seqlens, *_ = weighted_arguments()
+    arguments = [q, k, v, w, g, S, cu_seqlens, 0.3, torch.randn_like(v), torch.randn_like(S)]
+    torch.library.opcheck(back, arguments)
+    torch.library.opcheck(back, [*arguments[:5], None, None, 0.3, torch.randn_like(v), None, False])
+    arguments[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(back(*arguments)[0].sum(), arguments[0])
+
+
+BAD_WEIGHTS = {
+    "w": (torch.zeros(2, 19, 2), "w must have shape [B, T, HV] = [2, 19, 4], got [2, 19, 2]"),
+    "g": (torch.zeros(2, 19, 4), "g must have dtype float64, got float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_whole_sequences_refuse(name: str) -> None:
+    bad, text = BAD_WEIGHTS[name]
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.lsm.weighted_gla_fwd(*weighted_arguments(**{name: bad}))
+    assert str(error.value).splitlines()[0] == f"lsm::weighted_gla_fwd: {text}"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
