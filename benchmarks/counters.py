@@ -110,6 +110,7 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from selection_calls()
     yield from mlstm_calls()
     yield from ssd_calls()
+    yield from delta_inputs_calls()
 
 
 def mlstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
@@ -129,6 +130,21 @@ def ssd_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     A, D, bias = (torch.randn(2, generator=draw) for _ in range(3))
     given = (x, dt, -A.exp(), B, C, state, D, z, bias, True)
     yield "ssd step bfloat16", 1, partial(torch.ops.lsm_emu.ssd_step, *given)
+
+
+def delta_inputs_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """KDA's: unit rows, decays of channels and strengths."""
+    ops = torch.ops.lsm_emu
+    for dtype in (torch.bfloat16, torch.float32):
+        draw = torch.Generator().manual_seed(0)
+        q, k, g = (torch.randn(2, 40, 2, 64, generator=draw).to(dtype) for _ in range(3))
+        beta = torch.randn(2, 40, 2, generator=draw).to(dtype)
+        A_log, bias = torch.randn(2, generator=draw), torch.randn(128, generator=draw)
+        common = (q, k, g, beta, A_log, bias, True, None, 1.0, 1e-6)
+        forward = partial(ops.delta_inputs_fwd, *common)
+        name = f"delta_inputs {str(dtype)[6:]}"
+        yield f"{name} forward", 1, forward
+        yield f"{name} backward", 1, partial(ops.delta_inputs_bwd, *common, *forward())
 
 
 def decode_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
