@@ -122,11 +122,14 @@ def check_state(op: str, state: Sequence[Tensor | None] | None, *names: str) -> 
 
 def check_no_gradient(op: str, chunk_name: str, *tensors: Tensor) -> None:
     """Of a decode step; ``chunk_name`` is what to use where gradients are needed."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise RuntimeError(
-            f"lsm::{op}: updates the state in place and has no backward, got an argument "
-            f"that requires grad; use {chunk_name}, or torch.no_grad()"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for x in tensors:  # a step has no time for a generator
+        if x.requires_grad:
+            raise RuntimeError(
+                f"lsm::{op}: updates the state in place and has no backward, got an argument "
+                f"that requires grad; use {chunk_name}, or torch.no_grad()"
+            )
 
 
 def check_in_place(
