@@ -89,6 +89,14 @@ for dtype in (torch.bfloat16, torch.float32):
     scores = lsm.block_scores(*given)
     lsm.block_topk(scores, None, None, None, 20, given[-1], *choice._arguments(rule, 9))
     print("decode and selection", dtype, "done")
+
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for K in (33, 64):
+        q, k, g = (torch.randn(2, 11, 3, K).to(dtype) for _ in range(3))
+        beta, A_log, bias = torch.randn(2, 11, 3).to(dtype), torch.randn(3), torch.randn(3 * K)
+        given = (q, k, g, beta, A_log, bias, True, None, 1.0, 1e-6)
+        lsm.delta_inputs_bwd(*given, *lsm.delta_inputs_fwd(*given))
+        print("inputs of delta rules", dtype, K, "done")
 """
 
 
