@@ -50,7 +50,9 @@ from .gated import gateloop, glru, min_gru, min_lstm
 from .gated_delta_rule import (
     chunk_gated_delta_product,
     chunk_gated_delta_rule,
+    chunk_gdn,
     fused_recurrent_gated_delta_rule,
+    fused_recurrent_gdn,
     gated_delta_product_step,
     gated_delta_rule_step,
 )
@@ -214,6 +216,7 @@ __all__ = [
     "chunk_fwp",
     "chunk_gated_delta_product",
     "chunk_gated_delta_rule",
+    "chunk_gdn",
     "chunk_gla",
     "chunk_gsa",
     "chunk_hgrn",
@@ -269,6 +272,7 @@ __all__ = [
     "fused_recurrent_delta_rule",
     "fused_recurrent_dplr_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
     "fused_recurrent_gla",
     "fused_recurrent_gsa",
     "fused_recurrent_hgrn",

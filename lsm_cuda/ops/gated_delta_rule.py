@@ -12,7 +12,9 @@ from .gates import prepared, scalar_gate, unit_rows
 __all__ = [
     "chunk_gated_delta_product",
     "chunk_gated_delta_rule",
+    "chunk_gdn",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
     "gated_delta_product_step",
     "gated_delta_rule_step",
 ]
@@ -153,6 +155,11 @@ def fused_recurrent_gated_delta_rule(
         name, q, k, v, own, scale, initial_state, output_final_state, cu_seqlens,
         state_v_first=state_v_first,
     )  # fmt: skip
+
+
+# FLA's short names.
+chunk_gdn = chunk_gated_delta_rule
+fused_recurrent_gdn = fused_recurrent_gated_delta_rule
 
 
 def gated_delta_rule_step(
