@@ -2,6 +2,7 @@
 // many with the gradients of all the keys they see.
 #pragma once
 
+#include "sparse_attn_tile.h"
 #include "sparse_attn_tokens.h"
 
 namespace lsm::cpu {
@@ -86,11 +87,7 @@ class AttnForward {
                 store(o + c * kLaneCount, load(o + c * kLaneCount) * share);
         }
         turn(output_, tile_.V(), turned_, kLaneCount, tile_.V(), tile_.vectors() * W);
-        for (int i = 0; i < tile_.lanes(); ++i) {
-            tile_.access().write(tile_.row(p_.o, i), output_ + i * tile_.V(), p_.V);
-            static_cast<T*>(p_.lse)[tile_.scalar(i)] =
-                sum_[i] == 0 ? T(-INFINITY) : most_[i] + std::log(sum_[i]);
-        }
+        tile_.write_outputs(output_, most_, sum_);
     }
 
     SparseAttnParams const& p_;
@@ -146,13 +143,7 @@ class AttnBackward {
         int64_t const V = tile_.V();
         std::memset(grad_o_, 0, size_t(lanes * V) * sizeof(T));
         for (int i = 0; i < lanes; ++i) lse_[i] = 0, dot_[i] = 0, ramp_sum_[i] = 0;
-        for (int i = 0; i < tile_.lanes(); ++i) {
-            RowStats<T> const stats =
-                row_stats<T>(p_, tile_.access(), grad_o_ + i * V, output_, tile_.row(p_.grad_o, i),
-                             tile_.row(p_.o, i), V, tile_.scalar(i));
-            lse_[i] = stats.lse, dot_[i] = stats.dot;
-            if (d_sink_ != nullptr) d_sink_[i % task_.heads] -= stats.of_sink(p_, tile_.head(i));
-        }
+        tile_.read_gradients(grad_o_, lse_, dot_, d_sink_, output_);
         turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
         finite_grads_ = all_finite(grad_o_, lanes * V), finite_queries_ = tile_.finite_queries();
         for (int64_t c = 0; c < tile_.K(); ++c)
@@ -214,14 +205,10 @@ class AttnBackward {
     }
 
     void write_query_gradients() {
-        int64_t const K = tile_.K();
-        turn(dq_, K, dq_turned_, kLaneCount, K, tile_.vectors() * W);
-        for (int i = 0; i < tile_.lanes(); ++i) {
-            T* const dq = dq_ + i * K;
-            for (int64_t c = 0; c < K; c += W) store(dq + c, load(dq + c) * T(p_.scale));
-            tile_.access().write(tile_.row(p_.dq, i), dq, p_.K);
-            if (d_ramp_ != nullptr) d_ramp_[i % task_.heads] += ramp_sum_[i];
-        }
+        turn(dq_, tile_.K(), dq_turned_, kLaneCount, tile_.K(), tile_.vectors() * W);
+        tile_.write_gradients(dq_);
+        for (int i = 0; d_ramp_ != nullptr && i < tile_.lanes(); ++i)
+            d_ramp_[i % task_.heads] += ramp_sum_[i];
     }
 
     SparseAttnParams const& p_;

@@ -3,7 +3,7 @@
 // keys are read once for all of them.
 #pragma once
 
-#include "sparse_attn_tile.h"
+#include "sparse_attn_room.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -11,43 +11,23 @@ namespace LSM_CPU_TIER {
 inline constexpr int kTileLanes = int(kTokenLanes), kTileTokens = int(kTokensOfTile);
 
 template <class T>
-class TokensTile {
+class TokensTile : public TileRoom<T> {
+    using Room = TileRoom<T>;
+    using Room::p_, Room::task_, Room::block_k_, Room::keys_, Room::tokens_;
+
   public:
-    static constexpr int W = kLanes<T>;
+    using Room::W, Room::Room;
 
-    TokensTile(SparseAttnParams const& p, SparseAttnTask const& task)
-        : p_(p),
-          task_(task),
-          access_(p.dtype),
-          block_k_(p.lists.block_k),
-          K_(panels(p.K, W) * W),
-          V_(panels(p.V, W) * W) {}
+    void take(Arena<T>& arena) { Room::take(arena, kTileLanes); }
 
-    // Places for a block of keys and values, and for the queries.
-    void take(Arena<T>& arena) {
-        queries_ = arena.take(kTileLanes * K_);
-        keys_ = arena.take(block_k_ * K_);
-        values_ = arena.take(block_k_ * V_);
-    }
-
-    // Queries of the tile at `token` of the sequence; fewer at the end of the task. Heads of a token follow each other.
     void start(int64_t token) {
-        BlockLists const& lists = p_.lists;
-        AttnMask const& m = p_.mask;
-        token_ = token;
-        tokens_ = int(min_of(tokens_of_tile(p_), task_.end - token));
-        for (int i = 0; i < lanes(); ++i)
-            access_.read(queries_ + i * K_, row(p_.q, i), p_.K, T(p_.scale));
-        int64_t const shift = m.offset + (m.align_end ? task_.keys - task_.queries : 0);
-        int64_t const list_head = task_.head * lists.heads / p_.Hq;
-        int64_t const first =
-            (task_.batch * lists.heads + list_head) * lists.rows + task_.first_row + token;
+        this->place(token);
+        this->read_queries();
         for (int t = 0; t < tokens_; ++t) {
-            int64_t const list = first + t;
-            seen_[t] = keys_seen(m, token + t + shift, task_.head, task_.keys, INFINITY);
-            entry_[t] = lists.row_ptr != nullptr ? lists.row_ptr[list] : list * lists.capacity;
-            last_[t] =
-                lists.row_ptr != nullptr ? lists.row_ptr[list + 1] : entry_[t] + lists.capacity;
+            seen_[t] =
+                keys_seen(p_.mask, token + t + this->shift(), task_.head, task_.keys, INFINITY);
+            auto const list = this->list_of(token + t);
+            entry_[t] = list.begin, last_[t] = list.end;
             next_[t] = listed(t);
         }
     }
@@ -74,15 +54,7 @@ class TokensTile {
         }
     }
 
-    void read_keys() {
-        for (int64_t j = 0; j < size_; ++j) {
-            int64_t const token = task_.first_k + first_ + j;
-            access_.read(keys_ + j * K_, access_.at(p_.k, task_.batch, token, task_.kv_head), p_.K,
-                         T(1));
-            access_.read(values_ + j * V_, access_.at(p_.v, task_.batch, token, task_.kv_head),
-                         p_.V, T(1));
-        }
-    }
+    void read_keys() { Room::read_keys(first_, size_); }
 
     // f() for as many of the queries that have the block as fit side by side, until all were there.
     template <class F>
@@ -113,7 +85,7 @@ class TokensTile {
 
     // Scores [keys][queries], -inf where a query does not see a key.
     void scores(T* S, T const* turned) const {
-        multiply<false>(S, kLaneCount, keys_, K_, turned, kLaneCount, size_, vectors(), p_.K,
+        multiply<false>(S, kLaneCount, keys_, this->K(), turned, kLaneCount, size_, vectors(), p_.K,
                         false);
         for (int n = begin_; n < end_ && partial_; ++n) {
             Seen const& seen = here_[n];
@@ -125,30 +97,14 @@ class TokensTile {
         }
     }
 
-    // Where row i of the tile lies, its place in a [B, Hq, Tq] tensor.
-    char* row(Rows const& rows, int i) const {
-        return access_.at(rows, task_.batch, task_.first_q + token_ + i / task_.heads, head(i));
-    }
-    int64_t head(int i) const { return task_.head + i % task_.heads; }
-    int64_t scalar(int i) const {
-        return (task_.batch * p_.Hq + head(i)) * p_.Tq + task_.first_q + token_ + i / task_.heads;
-    }
-
     int64_t key() const { return first_; }  // of the sequence
     int64_t size() const { return size_; }
-    int lanes() const { return int(tokens_ * task_.heads); }
     int count() const { return count_; }  // of those packed
     int vectors() const { return (count_ + W - 1) / W; }
     int lane(int n) const {
         return int(member_[begin_ + n / task_.heads] * task_.heads + n % task_.heads);
     }
     bool partial() const { return partial_; }  // some of them does not see some key
-    int64_t K() const { return K_; }
-    int64_t V() const { return V_; }
-    RowAccess<T> const& access() const { return access_; }
-    T const* queries() const { return queries_; }
-    T const* keys() const { return keys_; }
-    T const* values() const { return values_; }
 
   private:
     bool hides(Seen const& seen) const {
@@ -159,15 +115,7 @@ class TokensTile {
         return block < 0 ? INT32_MAX : block;
     }
 
-    SparseAttnParams const& p_;
-    SparseAttnTask const& task_;
-    RowAccess<T> access_;
-    int64_t block_k_, K_, V_;
-    T *queries_, *keys_, *values_;
-
     // Of the tile.
-    int64_t token_;
-    int tokens_;
     Seen seen_[kTileTokens];
     int64_t entry_[kTileTokens], last_[kTileTokens];
     int32_t next_[kTileTokens];  // block of each token's list
@@ -262,10 +210,8 @@ class AttnTokensForward {
             T* const o = output_ + i * V;
             T const share = sum_[i] == 0 ? T(0) : T(1) / sum_[i];
             for (int64_t c = 0; c < V; c += W) store(o + c, load(o + c) * share);
-            tile_.access().write(tile_.row(p_.o, i), o, p_.V);
-            static_cast<T*>(p_.lse)[tile_.scalar(i)] =
-                sum_[i] == 0 ? T(-INFINITY) : most_[i] + std::log(sum_[i]);
         }
+        tile_.write_outputs(output_, most_, sum_);
     }
 
     SparseAttnParams const& p_;
@@ -313,26 +259,14 @@ class AttnTokensBackward {
                 tile_.read_keys();
                 tile_.over_packs([&] { block(); });
             }
-            for (int i = 0; i < tile_.lanes(); ++i) {
-                T* const dq = dq_ + i * tile_.K();
-                for (int64_t c = 0; c < tile_.K(); c += W)
-                    store(dq + c, load(dq + c) * T(p_.scale));
-                tile_.access().write(tile_.row(p_.dq, i), dq, p_.K);
-            }
+            tile_.write_gradients(dq_);
         }
     }
 
   private:
     void read_gradients() {
-        int64_t const V = tile_.V();
-        for (int i = 0; i < tile_.lanes(); ++i) {
-            RowStats<T> const stats =
-                row_stats<T>(p_, tile_.access(), grad_o_ + i * V, packed_grad_o_,
-                             tile_.row(p_.grad_o, i), tile_.row(p_.o, i), V, tile_.scalar(i));
-            lse_[i] = stats.lse, dot_[i] = stats.dot;
-            if (d_sink_ != nullptr) d_sink_[i % task_.heads] -= stats.of_sink(p_, tile_.head(i));
-        }
-        finite_grads_ = all_finite(grad_o_, tile_.lanes() * V);
+        tile_.read_gradients(grad_o_, lse_, dot_, d_sink_, packed_grad_o_);
+        finite_grads_ = all_finite(grad_o_, tile_.lanes() * tile_.V());
         finite_queries_ = all_finite(tile_.queries(), tile_.lanes() * tile_.K());
         std::memset(dq_, 0, size_t(tile_.lanes() * tile_.K()) * sizeof(T));
     }
