@@ -46,15 +46,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize([n for n in ("impl", "op", "case") if n in names], rows)
 
 
+def is_fp64(value: object) -> bool:
+    """A type's name, or a case of that type."""
+    dtype = value.get("dtype") if isinstance(value, dict) else getattr(value, "dtype", value)
+    return isinstance(dtype, str) and dtype == "f64"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An absent implementation is one skip per test, not one per parameter."""
+    """An absent implementation is one skip per test, not one per parameter; cases in fp64 are not
+    for CUDA kernels."""
     seen: set[tuple] = set()
     kept, dropped = [], []
     for item in items:
         spec = getattr(item, "callspec", None)
-        impl = spec.params.get("impl") if spec else None
+        values = list(spec.params.values()) if spec else []
+        impl = next((v for v in values if isinstance(v, Impl)), None)
         first = item.nodeid.partition("[")[0], str(impl)
-        if isinstance(impl, Impl) and impl.absent() and first in seen:
+        never = impl is not None and impl.tensor_cores and any(map(is_fp64, values))
+        if never or (impl is not None and impl.absent() and first in seen):
             dropped.append(item)
         else:
             seen.add(first)

@@ -54,8 +54,6 @@ CASES = [
 @pytest.mark.parametrize("kwargs", CASES, ids=lambda kw: str(Case(SQUARE, **kw)))
 @pytest.mark.parametrize("kernels", IMPLS, ids=str)
 def test_accepted(kernels: Emulator, kwargs: dict) -> None:
-    if kwargs.get("dtype") == "f64" and kernels.tensor_cores:
-        pytest.skip("fp64 is for CPU kernels only")
     x, truth, same = expected(Case(SQUARE, **kwargs))
     assert_accepted(kernels.run(SQUARE, x), truth, same, x)
 

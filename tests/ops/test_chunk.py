@@ -53,8 +53,6 @@ STEP_CASES = [
 def test_step(
     impl: Impl, op: Op, dtype: str, gate: str, dims: tuple, heads: tuple, batch: int, layout: str
 ) -> None:
-    if dtype == "f64" and impl.tensor_cores:
-        pytest.skip("fp64 is for CPU kernels only")
     case = Case(
         op, T=1, dtype=dtype, gate=gate, dims=dims, heads=heads, batch=batch, layout=layout,
         state="both",
@@ -80,8 +78,6 @@ def test_step_of_a_transposed_state(
     """A state that lies as [B, HV, V, K], which the chunk engine takes, is updated where it is."""
     if op.name not in _chunk.OPERATORS:
         pytest.skip("an operator of another engine")
-    if dtype == "f64" and impl.tensor_cores:
-        pytest.skip("fp64 is for CPU kernels only")
     case = Case(op, T=1, dtype=dtype, gate=gate, dims=dims, heads=heads, batch=2, state="both")
     x, truth, same = expected(case)
     memory = x.initial_state.mT.contiguous().to(impl.device)

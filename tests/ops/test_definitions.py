@@ -44,8 +44,6 @@ def test_quadratic_form_is_the_recurrence(op: Op, kwargs: dict) -> None:
 @pytest.mark.parametrize("kwargs", CASES, ids=lambda kw: str(Case(OPS[0], **kw)))
 def test_implementation_is_the_quadratic_form(impl: Impl, op: Op, kwargs: dict, dtype: str) -> None:
     """As test_quadratic_form_is_the_recurrence, without a recurrence anywhere."""
-    if dtype == "f64" and impl.tensor_cores:
-        pytest.skip("fp64 is for CPU kernels only")
     x = make_inputs(Case(op, dtype=dtype, **kwargs))
 
     def quadratic(y: Inputs) -> tuple[Tensor, Tensor | None]:

@@ -143,8 +143,6 @@ def raw(impl: Emulator, case: Case, x: Inputs) -> Tensors:
 @pytest.mark.parametrize("of", CASES, ids=str)
 def test_formulas(impl: Impl, of: Case, dtype: str) -> None:
     """Results and the gradients of everything, A_log and dt_bias among them."""
-    if dtype == "f64" and impl.tensor_cores:
-        pytest.skip("fp64 is for CPU kernels only")
     x = of.make(dtype)
     expected = [by_autograd(lambda **t: formulas(**t, **of.options), x, d) for d in
                 (torch.float64, torch.float32)]  # fmt: skip

@@ -158,8 +158,6 @@ def library(impl: Impl):
 
 @pytest.mark.parametrize("decode", CASES, ids=str)
 def test_decode(impl, decode):
-    if impl.tensor_cores and decode.dtype == "f64":
-        pytest.skip("no fp64 there")
     x, rest = make(decode)
     truth, same = (definition(x, rest, d) for d in (torch.float64, torch.float32))
     assert_accepted(run(impl, x, rest), truth, same, x)
@@ -252,8 +250,6 @@ def merge_inputs(parts: int, dtype: torch.dtype, V: int) -> Tensors:
     [(3, "f32", 40), (1, "bf16", 64), (7, "f16", 300), (40, "bf16", 9), (2, "f64", 33)],
 )
 def test_merge(impl, parts, dtype, V):
-    if impl.tensor_cores and dtype == "f64":
-        pytest.skip("no fp64 there")
     t = merge_inputs(parts, DTYPES[dtype], V)
     t["grad_lse"] = t["grad_lse"].to(t["lse_parts"].dtype)
 

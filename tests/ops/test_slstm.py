@@ -153,8 +153,6 @@ def emulated(impl: Emulator):
 
 @pytest.mark.parametrize("cell", CASES, ids=str)
 def test_results_and_gradients(impl, cell):
-    if impl.tensor_cores and cell.dtype == "f64":
-        pytest.skip("no fp64 there")
     x, grad_state = make(cell)
     truth, same = (definition(x, grad_state, d) for d in (torch.float64, torch.float32))
     assert_accepted(run(impl, x, grad_state), truth, same, x)
