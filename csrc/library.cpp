@@ -289,6 +289,9 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def(
         "block_pool(Tensor x, Tensor? cu_seqlens, Tensor? cu_blocks, Tensor? lengths, int length, "
         "int stride, int pool, bool partial) -> Tensor");
+    m.def(
+        "block_pool_bwd(Tensor x, Tensor? cu_seqlens, Tensor? cu_blocks, Tensor? lengths, int "
+        "length, int stride, int pool, bool partial, Tensor y, Tensor grad_y) -> Tensor");
     m.def("block_scores(" LSM_BLOCK_SCORES ") -> Tensor");
     m.def("block_select(" LSM_BLOCK_SCORES ", int[] choice, float[] cuts) -> Tensor");
     m.def(

@@ -49,6 +49,17 @@ int64_t scratch_bytes(ScoreParams const& p) {
            cpu::round_up(rows * p.blocks * width(p), cpu::kAlign);
 }
 
+// f(first, last) over [0, count), of so many multiply-adds each.
+template <class F>
+void deal_out(int64_t count, int64_t each, F const& f) {
+    int64_t const grain = std::max<int64_t>(1, kThreadGrain / std::max<int64_t>(1, each));
+    if (count <= grain) {
+        f(0, count);
+    } else {
+        torch::stable::parallel_for(0, count, grain, f);
+    }
+}
+
 char* row_scores(ScoreParams const& p, BlockRow const& row, int64_t head) {
     int64_t const at = (row.batch * p.heads + head) * p.rows + row.row;
     return static_cast<char*>(p.scores) + at * p.blocks * width(p);
@@ -120,7 +131,11 @@ void fill_rest(ScoreParams const& p, T* of, int64_t each, T value) {
 
 }  // namespace
 
-void block_pool(PoolParams const& p, void*) {
+namespace {
+
+// f(batch row, first token, tokens, row of y) of every row of y; no tokens where there is no window.
+template <class F>
+void for_windows(PoolParams const& p, F const& f) {
     bool const packed = p.cu_seqlens != nullptr;
     auto const pool_rows = [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
@@ -135,18 +150,54 @@ void block_pool(PoolParams const& p, void*) {
             int64_t const start = window * p.stride;
             int64_t const least = p.partial ? 1 : p.length;
             int64_t const count = std::min(p.length, tokens - start);
-            kernels(p.dtype).pool(p, packed ? 0 : n, begin + start, count < least ? 0 : count,
-                                  packed ? i : window);
+            f(packed ? 0 : n, begin + start, count < least ? 0 : count, packed ? i : window);
         }
     };
     int64_t const rows = packed ? p.blocks : p.N * p.blocks;
-    int64_t const each = std::max<int64_t>(1, p.length * p.H * p.K);
-    int64_t const grain = std::max<int64_t>(1, kThreadGrain / each);
-    if (rows <= grain) {
-        pool_rows(0, rows);
-    } else {
-        torch::stable::parallel_for(0, rows, grain, pool_rows);
-    }
+    deal_out(rows, p.length * p.H * p.K, pool_rows);
+}
+
+// f(batch row, token, first, last): rows [first, last) of y are the windows that hold the token.
+template <class F>
+void for_tokens(PoolParams const& p, F const& f) {
+    bool const packed = p.cu_seqlens != nullptr;
+    int64_t const together = (p.length + p.stride - 1) / p.stride;  // windows of a token
+    deal_out(p.B * p.T, together * p.H * p.K, [&](int64_t first, int64_t last) {
+        int64_t n = 0;
+        for (int64_t i = first; i < last; ++i) {
+            int64_t const batch = i / p.T, time = i % p.T;
+            int64_t begin = 0, row = 0, tokens = p.lengths != nullptr ? p.lengths[batch] : p.T;
+            if (packed) {
+                while (time >= cpu::boundary(p, n + 1)) ++n;
+                begin = cpu::boundary(p, n), row = p.cu_blocks[n];
+                tokens = cpu::boundary(p, n + 1) - begin;
+            }
+            WindowRange const windows = windows_of(p, time - begin, tokens);
+            f(batch, time, row + windows.first, row + windows.last);
+        }
+    });
+}
+
+}  // namespace
+
+void block_pool(PoolParams const& p, void*) {
+    for_windows(p, [&](int64_t batch, int64_t first, int64_t count, int64_t row) {
+        kernels(p.dtype).pool(p, batch, first, count, row);
+    });
+}
+
+int64_t block_pool_bwd_workspace(PoolParams const& p) {
+    int64_t const columns = p.pool == Pool::bounds ? 2 * p.K : p.K;
+    return p.B * p.blocks * p.H * columns * (p.dtype == Dtype::f64 ? 8 : 4);
+}
+
+void block_pool_bwd(PoolParams const& p, void* workspace, void*) {
+    for_windows(p, [&](int64_t batch, int64_t first, int64_t count, int64_t row) {
+        kernels(p.dtype).share(p, workspace, batch, first, count, row);
+    });
+    for_tokens(p, [&](int64_t batch, int64_t time, int64_t first, int64_t last) {
+        kernels(p.dtype).collect(p, workspace, batch, time, first, last);
+    });
 }
 
 int64_t block_scores_workspace(ScoreParams const& p) {

@@ -16,6 +16,12 @@ struct BlockTask {
 struct BlockSelectKernels {
     // Tokens [first, first + count) of a batch row to row `row` of y, for all heads.
     void (*pool)(PoolParams const& p, int64_t batch, int64_t first, int64_t count, int64_t row);
+    // Of such a window's gradient what one token gets, to row `row` of `shares` [B, blocks, H, columns of y] in fp32 or
+    // fp64; and a token's gradient from the windows that hold it, rows [first, last) of y.
+    void (*share)(PoolParams const& p, void* shares, int64_t batch, int64_t first, int64_t count,
+                  int64_t row);
+    void (*collect)(PoolParams const& p, void const* shares, int64_t batch, int64_t time,
+                    int64_t first, int64_t last);
     int64_t (*scratch_bytes)(ScoreParams const& p);
     // Scores [rows][blocks] of a task, in acc_dtype.
     void (*scores)(ScoreParams const& p, BlockTask const& task, void* scores, void* scratch);

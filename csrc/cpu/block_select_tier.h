@@ -112,6 +112,103 @@ void pool(PoolParams const& p, int64_t batch, int64_t first, int64_t count, int6
     });
 }
 
+// Whole vectors as they are, the last one of a row in part.
+template <class T, class Element>
+LSM_INLINE Vector<T> widen_some(Element const* from, int64_t count) {
+    return count >= kLanes<T> ? widen(from) : widen_first<T>(from, count);
+}
+
+template <class T, class Element>
+void share_window(PoolParams const& p, T* shares, int64_t batch, int64_t first, int64_t count,
+                  int64_t row) {
+    constexpr int W = kLanes<T>;
+    int64_t const parts = p.pool == Pool::bounds ? 2 : 1;
+    Vector<T> const zero = {}, one = splat<T>(1);
+    for (int64_t i = 0; i < p.H * parts; ++i) {
+        int64_t const h = i / parts, column = i % parts * p.K;
+        Element const* const x = static_cast<Element const*>(p.x.data) + batch * p.x.batch +
+                                 first * p.x.time + h * p.x.head;
+        auto const row_of = [&](Rows const& rows) {
+            return static_cast<Element const*>(rows.data) + batch * rows.batch + row * rows.time +
+                   h * rows.head + column;
+        };
+        Element const *const y = row_of(p.y), *const grad = row_of(p.grad_y);
+        T* const to = shares + (((batch * p.blocks + row) * p.H + h) * parts) * p.K + column;
+        for (int64_t c = 0; c < p.K; c += W) {
+            int64_t const width = p.K - c;
+            Vector<T> among = splat<T>(T(count > 0 ? count : 1));
+            if (p.pool != Pool::mean) {
+                Vector<T> const best = widen_some<T>(y + c, width);
+                Vector<T> ties = zero;
+                for (int64_t t = 0; t < count; ++t)
+                    ties += widen_some<T>(x + t * p.x.time + c, width) == best ? one : zero;
+                among = max_of(ties, one);
+            }
+            Vector<T> const share = widen_some<T>(grad + c, width) / among;
+            if (width >= W) {
+                store(to + c, share);
+            } else {
+                narrow_first<T>(to + c, share, width);
+            }
+        }
+    }
+}
+
+template <class T, bool kMean, class Element>
+void collect_token(PoolParams const& p, T const* shares, int64_t batch, int64_t time, int64_t first,
+                   int64_t last) {
+    constexpr int W = kLanes<T>;
+    int64_t const parts = p.pool == Pool::bounds ? 2 : 1, columns = parts * p.K;
+    for (int64_t h = 0; h < p.H; ++h) {
+        auto const row_of = [&](Rows const& rows, int64_t at) {
+            return static_cast<Element*>(rows.data) + batch * rows.batch + at * rows.time +
+                   h * rows.head;
+        };
+        Element const* const x = row_of(p.x, time);
+        Element* const to = row_of(p.dx, time);
+        for (int64_t c = 0; c < p.K; c += W) {
+            int64_t const width = p.K - c;
+            Vector<T> const zero = {}, own = kMean ? zero : widen_some<T>(x + c, width);
+            Vector<T> sum = zero;
+            for (int64_t row = first; row < last; ++row) {
+                T const* const share = shares + ((batch * p.blocks + row) * p.H + h) * columns + c;
+                Element const* const y = row_of(p.y, row) + c;
+                for (int64_t n = 0; n < columns; n += p.K) {
+                    Vector<T> const some = widen_some<T>(share + n, width);
+                    if constexpr (kMean) {
+                        sum += some;
+                    } else {
+                        sum += widen_some<T>(y + n, width) == own ? some : zero;
+                    }
+                }
+            }
+            if (width >= W) {
+                narrow(to + c, sum);
+            } else {
+                narrow_first<T>(to + c, sum, width);
+            }
+        }
+    }
+}
+
+void share(PoolParams const& p, void* shares, int64_t batch, int64_t first, int64_t count,
+           int64_t row) {
+    with_types(p.dtype, [&](auto zero, auto element) {
+        using T = decltype(zero);
+        share_window<T, decltype(element)>(p, static_cast<T*>(shares), batch, first, count, row);
+    });
+}
+
+void collect(PoolParams const& p, void const* shares, int64_t batch, int64_t time, int64_t first,
+             int64_t last) {
+    with_types(p.dtype, [&](auto zero, auto element) {
+        using T = decltype(zero);
+        auto const run = p.pool == Pool::mean ? collect_token<T, true, decltype(element)>
+                                              : collect_token<T, false, decltype(element)>;
+        run(p, static_cast<T const*>(shares), batch, time, first, last);
+    });
+}
+
 // ---- Scores ----
 
 template <class T>
@@ -303,7 +400,8 @@ void scores(ScoreParams const& p, BlockTask const& task, void* out, void* scratc
 
 }  // namespace
 
-constinit BlockSelectKernels const block_select_kernels{pool, score_scratch_bytes, scores};
+constinit BlockSelectKernels const block_select_kernels{pool, share, collect, score_scratch_bytes,
+                                                        scores};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

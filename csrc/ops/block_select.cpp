@@ -237,10 +237,9 @@ Tensor run_topk(Tensor const& map, OptionalTensor const& cu_q, OptionalTensor co
     return index;
 }
 
-Tensor run_pool(Tensor const& x, OptionalTensor const& cu, OptionalTensor const& cu_blocks,
-                OptionalTensor const& lengths, int64_t length, int64_t stride, int64_t kind,
-                bool partial) {
-    Checks const c("block_pool");
+PoolParams read_pool(Checks const& c, Call& call, Tensor const& x, OptionalTensor const& cu,
+                     OptionalTensor const& cu_blocks, OptionalTensor const& lengths, int64_t length,
+                     int64_t stride, int64_t kind, bool partial) {
     c.rank(x, "x", "[B, T, H, K]", 4);
     check_floating(c, x, "x");
     c.require(length >= 1 && stride >= 1, "length and stride must be at least 1, got ", length,
@@ -258,7 +257,6 @@ Tensor run_pool(Tensor const& x, OptionalTensor const& cu, OptionalTensor const&
         if (partial) return (tokens + stride - 1) / stride;
         return tokens < length ? 0 : (tokens - length) / stride + 1;
     };
-    Call call;
     check_tensor(c, lengths, "lengths", "[B]", {p.B}, ScalarType::Int, x, "x");
     p.lengths = static_cast<int32_t const*>(call.keep(lengths));
     for (int64_t b = 0; kReadsValues && lengths && b < p.B; ++b)
@@ -275,13 +273,45 @@ Tensor run_pool(Tensor const& x, OptionalTensor const& cu, OptionalTensor const&
         if (kReadsValues && !kTensorCores)
             check_rows(c, p, p.cu_seqlens, p.cu_blocks, "cu_blocks", windows);
     }
+    return p;
+}
+
+int64_t pooled_columns(PoolParams const& p) {
+    return p.pool == Pool::bounds ? 2 * p.K : p.K;
+}
+
+Tensor run_pool(Tensor const& x, OptionalTensor const& cu, OptionalTensor const& cu_blocks,
+                OptionalTensor const& lengths, int64_t length, int64_t stride, int64_t kind,
+                bool partial) {
+    Checks const c("block_pool");
+    Call call;
+    PoolParams p = read_pool(c, call, x, cu, cu_blocks, lengths, length, stride, kind, partial);
     DeviceScope const scope(x);
     Tensor const tokens = last_contiguous(x);
-    Tensor y =
-        empty({p.B, p.blocks, p.H, p.pool == Pool::bounds ? 2 * p.K : p.K}, x.scalar_type(), x);
+    Tensor y = empty({p.B, p.blocks, p.H, pooled_columns(p)}, x.scalar_type(), x);
     p.x = rows(tokens), p.y = rows(y);
     if (y.numel() != 0) block_pool(p, scope.stream());
     return y;
+}
+
+Tensor run_pool_backward(Tensor const& x, OptionalTensor const& cu, OptionalTensor const& cu_blocks,
+                         OptionalTensor const& lengths, int64_t length, int64_t stride,
+                         int64_t kind, bool partial, Tensor const& y, Tensor const& grad_y) {
+    Checks const c("block_pool_bwd");
+    Call call;
+    PoolParams p = read_pool(c, call, x, cu, cu_blocks, lengths, length, stride, kind, partial);
+    std::initializer_list<int64_t> const shape = {p.B, p.blocks, p.H, pooled_columns(p)};
+    check_tensor(c, y, "y", "[B, blocks, H, columns]", shape, x.scalar_type(), x, "x");
+    check_tensor(c, grad_y, "grad_y", "[B, blocks, H, columns]", shape, x.scalar_type(), x, "x");
+    DeviceScope const scope(x);
+    Tensor const tokens = last_contiguous(x), pooled = last_contiguous(y),
+                 grads = last_contiguous(grad_y);
+    Tensor dx = empty(x.sizes(), x.scalar_type(), x);
+    p.x = rows(tokens), p.y = rows(pooled), p.grad_y = rows(grads), p.dx = rows(dx);
+    if (dx.numel() == 0) return dx;
+    Tensor scratch = workspace(block_pool_bwd_workspace(p), x);
+    block_pool_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return dx;
 }
 
 }  // namespace
@@ -290,6 +320,7 @@ Tensor run_pool(Tensor const& x, OptionalTensor const& cu, OptionalTensor const&
 STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     using namespace lsm;
     m.impl("block_pool", TORCH_BOX(&run_pool));
+    m.impl("block_pool_bwd", TORCH_BOX(&run_pool_backward));
     m.impl("block_scores", TORCH_BOX(&run_scores));
     m.impl("block_select", TORCH_BOX(&run_select));
     m.impl("block_topk", TORCH_BOX(&run_topk));

@@ -27,6 +27,11 @@ struct PoolParams {
     int32_t const* cu_blocks = nullptr;  // [N + 1], with cu_seqlens: first row of each sequence
     Rows x;                              // [B, T, H, K]
     Rows y;                              // [B, blocks, H, K or 2 K]
+
+    // Backward; x and y are inputs. A mean's gradient is shared among the window's tokens, an extremum's among those that
+    // reach it.
+    Rows grad_y;  // like y
+    Rows dx;      // like x
 };
 
 // A map of scores [B, heads, rows, blocks]. Row r of a sequence stands for its queries [r block_q, (r + 1) block_q), and
@@ -76,6 +81,8 @@ struct BlockChoice {
 
 // What a backend (cpu/, kernels/) provides to ops/block_select.cpp. Workspaces are uninitialised bytes, 256-byte aligned.
 void block_pool(PoolParams const& p, void* stream);
+int64_t block_pool_bwd_workspace(PoolParams const& p);
+void block_pool_bwd(PoolParams const& p, void* workspace, void* stream);
 int64_t block_scores_workspace(ScoreParams const& p);
 // Keys and blocks that select_blocks takes in one row.
 int64_t most_scores();

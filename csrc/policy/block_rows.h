@@ -6,6 +6,20 @@
 
 namespace lsm {
 
+// The windows [first, last) that hold a token.
+struct WindowRange {
+    int64_t first, last;
+};
+
+// Of token `local` of a sequence of so many.
+LSM_POLICY WindowRange windows_of(PoolParams const& p, int64_t local, int64_t tokens) {
+    if (local >= tokens) return {0, 0};
+    int64_t const whole = tokens < p.length ? 0 : (tokens - p.length) / p.stride + 1;
+    int64_t const begun = local / p.stride + 1, last = p.partial || begun < whole ? begun : whole;
+    int64_t const first = local < p.length ? 0 : (local - p.length) / p.stride + 1;
+    return {first < last ? first : last, last};
+}
+
 // One row of one sequence.
 struct BlockRow {
     int64_t batch, sequence, row;    // of the map; `row` in the whole batch row

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype, check_device_like, check_no_forward_ad, check_rank
+from ._common import check_device_like, check_no_forward_ad, check_rank, no_double_backward
 
 __all__ = ["block_pool", "row_boundaries"]
 
@@ -61,57 +59,24 @@ def _pool_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _pool_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """Token by token over the windows that hold it: a mean's share, or a share of the extremum's
-    gradient where the token is one of those that reach it."""
-    x, cu_seqlens, cu_blocks, lengths, y = ctx.saved_tensors
-    length, stride, pool, partial = ctx.rule
-    B, T, H, K = x.shape
-    wide, numbers = accumulation_dtype(x), torch.arange(T, device=x.device)
-    local, tokens = numbers.expand(B, T), torch.full((B, 1), T, device=x.device)
-    first = torch.zeros_like(local)
-    if cu_seqlens is not None:
-        n = torch.searchsorted(cu_seqlens[1:].long(), numbers, right=True)[None]
-        local = numbers - cu_seqlens.long()[n]
-        tokens, first = cu_seqlens.diff().long()[n], cu_blocks.long()[n]
-    elif lengths is not None:
-        tokens = lengths.long()[:, None]
+    x, *boundaries, y = ctx.saved_tensors
+    dx = torch.ops.lsm.block_pool_bwd(x, *boundaries, *ctx.rule, y, grad)
+    return dx, *(None,) * 7
 
-    def windows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows of y of every token's windows, which of them exist, and their tokens."""
-        for j in range(ceil_div(length, stride)):
-            w = local // stride - j
-            start = w * stride
-            there = (w >= 0) & (local - start < length) & (local < tokens)
-            if not partial:
-                there = there & (start + length <= tokens)
-            at = (first + w).clamp(min=0, max=y.shape[1] - 1)
-            yield at, there, (tokens - start).clamp(max=length, min=1)
 
-    def rows(t: Tensor, at: Tensor) -> Tensor:
-        return t.gather(1, at[..., None, None].expand(B, T, H, K))
+@torch.library.register_fake("lsm::block_pool_bwd")
+def _pool_bwd_fake(x, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
 
-    total = torch.zeros(x.shape, dtype=wide, device=x.device)
-    if y.shape[1] == 0:
-        return total.to(x.dtype), *(None,) * 7
-    for part in range(2 if pool == 3 else 1):
-        g, best = (t[..., part * K : (part + 1) * K] for t in (grad.to(wide), y))
-        if pool != 0:
-            ties = torch.zeros_like(g)
-            for at, there, _ in windows():
-                same = ((rows(best, at) == x) & there[..., None, None]).to(wide)
-                ties.scatter_add_(1, at[..., None, None].expand(B, T, H, K), same)
-        for at, there, count in windows():
-            if pool == 0:
-                share = rows(g, at) / count[..., None, None]
-            else:
-                share = (rows(best, at) == x) * rows(g, at) / rows(ties, at).clamp(min=1)
-            total = total + torch.where(there[..., None, None], share, 0.0)
-    return total.to(x.dtype), *(None,) * 7
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("block_pool_bwd"))
 
 
 torch.library.register_autograd(
     "lsm::block_pool", _pool_backward, setup_context=_pool_setup_context
 )
+torch.library.register_autograd("lsm::block_pool_bwd", _refuse_double_backward)
 
 
 def block_pool(

@@ -85,13 +85,13 @@ def make_windows(case: Windows) -> tuple[Inputs, dict]:
         B, rest["cu_seqlens"] = 1, boundaries(case.T, getattr(torch, case.batch))
     x = torch.randn(B, case.T, 3, case.K, generator=rng, dtype=torch.float64)
     x = (4 * x).round() / 4  # with ties
-    return Inputs({"x": x.to(DTYPES[case.dtype])}, x), rest
+    x = x.to(DTYPES[case.dtype])
+    y = reference.block_pool(x, case.length, case.stride, case.pool, case.partial, **rest)
+    return Inputs({"x": x}, torch.randn(y.shape, generator=rng).to(x)), rest
 
 
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 def test_pool(impl, windows):
-    if impl.tensor_cores and windows.dtype == "f64":
-        pytest.skip("no fp64 there")
     x, rest = make_windows(windows)
     rule = (windows.length, windows.stride, windows.pool, windows.partial)
     cu = rest["cu_seqlens"]
@@ -99,27 +99,29 @@ def test_pool(impl, windows):
 
     def call(lib, move) -> Tensors:
         given = [move(t) for t in (x.tensors["x"], cu, starts, rest["lengths"])]
-        kind = pooling._POOLS.index(windows.pool)
-        return {"o": lib.block_pool(*given, *rule[:2], kind, rule[3])}
+        given += [*rule[:2], pooling._POOLS.index(windows.pool), rule[3]]
+        y = lib.block_pool(*given)
+        return {"o": y, "dx": lib.block_pool_bwd(*given, y, move(x.grad_o))}
 
-    truth, same = (
-        {"o": reference.block_pool(x.tensors["x"].to(d), *rule, **rest)}
-        for d in (torch.float64, torch.float32)
-    )
+    def definition(dtype) -> Tensors:
+        leaf = x.tensors["x"].to(dtype).requires_grad_()
+        y = reference.block_pool(leaf, *rule, **rest)
+        if not y.requires_grad:  # no window
+            y = y + 0 * leaf.sum()
+        (dx,) = torch.autograd.grad(y, leaf, x.grad_o.to(dtype))
+        return {"o": y.detach(), "dx": dx}
+
+    truth, same = (definition(d) for d in (torch.float64, torch.float32))
     assert_accepted(run(impl, call), truth, same, x)
 
 
-@pytest.mark.parametrize("windows", [w for w in WINDOWS if w.T > 3 and w.dtype != "f16"], ids=str)
-def test_pool_gradients(windows):
-    """A maximum's gradient is shared among ties, as in torch.amax."""
-    x, rest = make_windows(replace(windows, dtype="f64"))
-    rule = (windows.length, windows.stride, windows.pool, windows.partial)
-    leaf = x.tensors["x"].requires_grad_()
-    y = ops.block_pool(leaf, *rule, **rest)
-    upstream = torch.randn_like(y)
-    (got,) = torch.autograd.grad(y, leaf, upstream)
-    (want,) = torch.autograd.grad(reference.block_pool(leaf, *rule, **rest), leaf, upstream)
-    torch.testing.assert_close(got, want)
+def test_pool_has_a_gradient():
+    """Ties share it, as in torch.amax; and none of its own."""
+    x = torch.tensor([3.0, 1.0, 3.0, 2.0]).view(1, 4, 1, 1).requires_grad_()
+    (dx,) = torch.autograd.grad(ops.block_pool(x, 4, pool="max").sum(), x, create_graph=True)
+    assert dx.flatten().tolist() == [0.5, 0.0, 0.5, 0.0]
+    with pytest.raises(RuntimeError, match="block_pool_bwd: the backward pass is itself not"):
+        dx.sum().backward()
 
 
 # ---- Scores ----
@@ -195,8 +197,6 @@ def score_arguments(x: Inputs, case: Scored, lse: Tensor | None, lengths: Tensor
 
 @pytest.mark.parametrize("scored", SCORED, ids=str)
 def test_scores(impl, scored):
-    if impl.tensor_cores and scored.dtype == "f64":
-        pytest.skip("no fp64 there")
     x, lse, lengths = make_scored(scored)
 
     def call(lib, move) -> Tensors:
@@ -229,8 +229,6 @@ CHOICES = [
 @pytest.mark.parametrize("scored", [s for s in SCORED if s.tokens > 3 and s.Tq], ids=str)
 def test_selection_is_the_choice_among_the_scores(impl, scored, choice):
     """Fused or through memory: the same blocks; and what they lose against the best ones."""
-    if impl.tensor_cores and scored.dtype == "f64":
-        pytest.skip("no fp64 there")
     if impl.tensor_cores and choice is not CHOICES[zlib.crc32(str(scored).encode()) % 5]:
         pytest.skip("one choice for each score")
     if choice.top_p and not scored.rule.softmax:
@@ -413,7 +411,10 @@ def test_opcheck():
     x = torch.randn(1, 30, 2, 8, requires_grad=True)
     cu = torch.tensor([0, 13, 30], dtype=torch.int32)
     starts = ops.row_boundaries(cu, 8)
-    torch.library.opcheck(torch.ops.lsm.block_pool.default, (x, cu, starts, None, 8, 8, 1, True))
+    pool = (x, cu, starts, None, 8, 8, 1, True)
+    torch.library.opcheck(torch.ops.lsm.block_pool.default, pool)
+    y = ops.block_pool(x.detach(), 8, pool="max", cu_seqlens=cu)
+    torch.library.opcheck(torch.ops.lsm.block_pool_bwd.default, (x.detach(), *pool[1:], y, y))
     given = module._arguments(
         torch.randn(1, 30, 2, 8), torch.randn(1, 4, 2, 8), MOBA, None, None, None, None, None, 2
     )

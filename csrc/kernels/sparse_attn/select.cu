@@ -104,20 +104,44 @@ void choose_blocks(ScoreParams const& p, BlockChoice const& choice, void* stream
            dim3(at::kThreads), 0, stream, p, choice);
 }
 
+namespace {
+
+// f(a number of the type).
+template <class F>
+void with_type(Dtype dtype, F const& f) {
+    if (dtype == Dtype::bf16) return f(bf16{});
+    if (dtype == Dtype::f16) return f(half{});
+    f(float{});
+}
+
+}  // namespace
+
 void block_pool(PoolParams const& p, void* stream) {
     i64 const count = p.B * p.blocks * p.H;
     if (count == 0) return;
-    auto const run = [&](auto kernel) {
-        launch(kernel, dim3(static_cast<unsigned>(count)), dim3(at::kThreads), 0, stream, p);
-    };
-    switch (p.dtype) {
-        case Dtype::bf16:
-            return run(at::pool_kernel<bf16>);
-        case Dtype::f16:
-            return run(at::pool_kernel<half>);
-        default:
-            return run(at::pool_kernel<float>);
-    }
+    with_type(p.dtype, [&](auto zero) {
+        launch(at::pool_kernel<decltype(zero)>, dim3(static_cast<unsigned>(count)),
+               dim3(at::kThreads), 0, stream, p);
+    });
+}
+
+int64_t block_pool_bwd_workspace(PoolParams const& p) {
+    return p.B * p.blocks * p.H * (p.pool == Pool::bounds ? 2 : 1) * p.K * sizeof(float);
+}
+
+void block_pool_bwd(PoolParams const& p, void* workspace, void* stream) {
+    i64 const windows = p.B * p.blocks * p.H, numbers = p.B * p.T * p.H * p.K;
+    float* const shares = static_cast<float*>(workspace);
+    with_type(p.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        if (windows > 0)
+            launch(at::share_kernel<T>, dim3(static_cast<unsigned>(windows)), dim3(at::kThreads), 0,
+                   stream, p, shares);
+        if (numbers > 0)
+            launch(at::collect_kernel<T>,
+                   dim3(static_cast<unsigned>((numbers + at::kThreads - 1) / at::kThreads)),
+                   dim3(at::kThreads), 0, stream, p, static_cast<float const*>(shares));
+    });
 }
 
 }  // namespace lsm

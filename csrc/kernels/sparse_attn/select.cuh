@@ -456,30 +456,42 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Pooling: a block for each window and head ----
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) pool_kernel(PoolParams const p) {
-    i64 id = blockIdx.x;
-    i64 const h = id % p.H, row = id / p.H % p.blocks, batch = id / p.H / p.blocks;
+LSM_DEVICE i64 pool_boundary(PoolParams const& p, i64 i) {
+    i64 const at = p.cu_seqlens_is_64bit
+                       ? load_global(static_cast<int64_t const*>(p.cu_seqlens) + i)
+                       : load_global(static_cast<int32_t const*>(p.cu_seqlens) + i);
+    return clamped(at, 0, p.T);
+}
+
+// The first of [0, N) that begins(n + 1) says is past `at`; N if none.
+template <class Begins>
+LSM_DEVICE i64 sequence_of(i64 N, i64 at, Begins const& begins) {
+    i64 low = 0, high = N;
+    while (low < high) {
+        i64 const middle = (low + high) / 2;
+        if (begins(middle + 1) <= at) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+// Tokens [first, first + count) of a batch row; none where there is no window.
+struct Window {
+    i64 first, count;
+};
+
+// Of a row of y.
+LSM_DEVICE Window window_of(PoolParams const& p, i64 batch, i64 row) {
     i64 begin = 0, tokens = p.T, window = row;
     if (p.cu_seqlens != nullptr) {
-        i64 low = 0, high = p.N;
-        while (low < high) {
-            i64 const middle = (low + high) / 2;
-            if (load_global(p.cu_blocks + middle + 1) <= row) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        auto const boundary = [&](i64 i) {
-            i64 const at = p.cu_seqlens_is_64bit
-                               ? load_global(static_cast<int64_t const*>(p.cu_seqlens) + i)
-                               : load_global(static_cast<int32_t const*>(p.cu_seqlens) + i);
-            return clamped(at, 0, p.T);
-        };
-        if (low < p.N) {
-            begin = boundary(low), tokens = boundary(low + 1) - begin;
-            window = row - load_global(p.cu_blocks + low);
+        i64 const n =
+            sequence_of(p.N, row, [&](i64 i) -> i64 { return load_global(p.cu_blocks + i); });
+        if (n < p.N) {
+            begin = pool_boundary(p, n), tokens = pool_boundary(p, n + 1) - begin;
+            window = row - load_global(p.cu_blocks + n);
         } else {
             tokens = 0;
         }
@@ -488,23 +500,94 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(PoolParams const p) {
     }
     i64 const start = window * p.stride;
     bool const there = p.partial ? start < tokens : start + p.length <= tokens;
-    i64 const count = there ? clamped(p.length, 0, tokens - start) : 0;
-    T const* const x = static_cast<T const*>(p.x.data) + batch * p.x.batch +
-                       (begin + start) * p.x.time + h * p.x.head;
-    T* const y = static_cast<T*>(p.y.data) + batch * p.y.batch + row * p.y.time + h * p.y.head;
+    return {begin + start, there ? clamped(p.length, 0, tokens - start) : 0};
+}
+
+template <class T>
+LSM_DEVICE T* pooled(Rows const& rows, i64 batch, i64 row, i64 head) {
+    return static_cast<T*>(rows.data) + batch * rows.batch + row * rows.time + head * rows.head;
+}
+
+// A block per row of y and head.
+template <class T>
+__global__ void __launch_bounds__(kThreads) pool_kernel(PoolParams const p) {
+    i64 const id = blockIdx.x, h = id % p.H, row = id / p.H % p.blocks, batch = id / p.H / p.blocks;
+    Window const window = window_of(p, batch, row);
+    T const* const x = pooled<T>(p.x, batch, window.first, h);
+    T* const y = pooled<T>(p.y, batch, row, h);
     for (int c = threadIdx.x; c < p.K; c += kThreads) {
         float sum = 0.f, high = 0.f, low = 0.f;
-        for (i64 i = 0; i < count; ++i) {
+        for (i64 i = 0; i < window.count; ++i) {
             float const v = static_cast<float>(load_global(x + i * p.x.time + c));
             sum += v;
             high = i == 0 ? v : fmaxf(high, v), low = i == 0 ? v : fminf(low, v);
         }
-        float const mean = count > 0 ? sum / static_cast<float>(count) : 0.f;
+        float const mean = window.count > 0 ? sum / static_cast<float>(window.count) : 0.f;
         store_global(y + c, static_cast<T>(p.pool == Pool::mean  ? mean
                                            : p.pool == Pool::min ? low
                                                                  : high));
         if (p.pool == Pool::bounds) store_global(y + p.K + c, static_cast<T>(low));
     }
+}
+
+// Of a window's gradient what one token gets, [B, blocks, H, columns of y]. A block per row of y and head.
+template <class T>
+__global__ void __launch_bounds__(kThreads) share_kernel(PoolParams const p, float* shares) {
+    i64 const id = blockIdx.x, h = id % p.H, row = id / p.H % p.blocks, batch = id / p.H / p.blocks;
+    Window const window = window_of(p, batch, row);
+    int const K = static_cast<int>(p.K), columns = p.pool == Pool::bounds ? 2 * K : K;
+    T const* const x = pooled<T>(p.x, batch, window.first, h);
+    T const* const y = pooled<T>(p.y, batch, row, h);
+    T const* const grad = pooled<T>(p.grad_y, batch, row, h);
+    for (int c = threadIdx.x; c < columns; c += kThreads) {
+        float among = static_cast<float>(window.count);
+        if (p.pool != Pool::mean) {
+            float const best = static_cast<float>(load_global(y + c));
+            among = 0.f;
+            for (i64 i = 0; i < window.count; ++i)
+                among += static_cast<float>(load_global(x + i * p.x.time + c % K)) == best;
+        }
+        store_global(shares + id * columns + c,
+                     static_cast<float>(load_global(grad + c)) / fmaxf(among, 1.f));
+    }
+}
+
+// dx: of every token what the windows that hold it give it, in their order. A thread per number.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    collect_kernel(PoolParams const p, float const* shares) {
+    i64 const id = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
+    if (id >= p.B * p.T * p.H * p.K) return;
+    i64 const c = id % p.K, h = id / p.K % p.H, time = id / p.K / p.H % p.T,
+              batch = id / p.K / p.H / p.T;
+    i64 begin = 0, tokens = p.T, row = 0;
+    if (p.cu_seqlens != nullptr) {
+        i64 const n = sequence_of(p.N, time, [&](i64 i) { return pool_boundary(p, i); });
+        tokens = 0;
+        if (n < p.N) {
+            begin = pool_boundary(p, n), tokens = pool_boundary(p, n + 1) - begin;
+            row = load_global(p.cu_blocks + n);
+        }
+    } else if (p.lengths != nullptr) {
+        tokens = clamped(load_global(p.lengths + batch), 0, p.T);
+    }
+    WindowRange const range = windows_of(p, time - begin, tokens);
+    int const parts = p.pool == Pool::bounds ? 2 : 1;
+    bool const mean = p.pool == Pool::mean;
+    float const own =
+        mean ? 0.f : static_cast<float>(load_global(pooled<T>(p.x, batch, time, h) + c));
+    float sum = 0.f;
+    for (i64 w = range.first; w < range.last; ++w) {
+        i64 const at = row + w;
+        if (at < 0 || at >= p.blocks) continue;  // cu_blocks are not checked on a GPU
+        float const* const share = shares + ((batch * p.blocks + at) * p.H + h) * parts * p.K + c;
+        T const* const y = pooled<T>(p.y, batch, at, h) + c;
+        for (int part = 0; part < parts; ++part) {
+            float const some = load_global(share + part * p.K);
+            if (mean || static_cast<float>(load_global(y + part * p.K)) == own) sum += some;
+        }
+    }
+    store_global(pooled<T>(p.dx, batch, time, h) + c, static_cast<T>(sum));
 }
 
 }  // namespace lsm::block_select
