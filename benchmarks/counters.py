@@ -180,6 +180,8 @@ def selection_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         name = str(dtype)[6:]
         pool = partial(ops.block_pool, k, None, None, None, 8, 4, 3, False)
         yield f"block_pool {name}", 1, pool
+        back = partial(ops.block_pool_bwd, k, None, None, None, 8, 4, 3, False, y := pool(), y)
+        yield f"block_pool {name} backward", 1, back
         given = selection._arguments(q, pool()[..., :64], rule, None, None, None, None, None, 9)
         yield f"block_select {name}", 1, partial(ops.block_select, *given, *chosen)
         score = partial(ops.block_scores, *given)
@@ -206,13 +208,15 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         ("rows", 64, 64, 64, AttnMask()),
         ("wide rows", 128, 32, 16, AttnMask(causal=True)),
         ("widest rows", 256, 128, 128, AttnMask()),
+        ("latent heads", 576, 64, 64, AttnMask()),
         ("tokens", 64, 1, 32, AttnMask()),
         ("window", 64, 64, 64, AttnMask(causal=True, left=63)),
     ):
         draw = torch.Generator().manual_seed(0)
         T, Hq, Hkv = 200, 4, 2
-        q, grad = (torch.randn(1, T, Hq, D, generator=draw).bfloat16() for _ in range(2))
-        k, v = (torch.randn(1, T, Hkv, D, generator=draw).bfloat16() for _ in range(2))
+        K, V = D, min(D, 512)
+        q, grad = (torch.randn(1, T, Hq, n, generator=draw).bfloat16() for n in (K, V))
+        k, v = (torch.randn(1, T, Hkv, n, generator=draw).bfloat16() for n in (K, V))
         bitmap = torch.rand(1, Hkv, -(-T // block_q), -(-T // block_k), generator=draw) < 0.5
         lists = BlockLists.from_bitmap(bitmap, T, T, block_q, block_k)
         listed = (None, None) if kind == "window" else (lists.index, lists.row_ptr)

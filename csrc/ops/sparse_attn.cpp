@@ -14,7 +14,7 @@ namespace {
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
-constexpr int64_t kMaxCachedK = 576, kMaxCachedV = 512;  // of a decode on a GPU: latent heads
+constexpr int64_t kMaxK = 576, kMaxV = 512;  // on a GPU: latent heads
 
 // What the three attention operators share, as they were called.
 struct Arguments {
@@ -53,7 +53,7 @@ void check_tensor(Checks const& c, OptionalTensor const& t, char const* arg, cha
 
 // Queries against keys and values, or the pages of a cache.
 void check_attention(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
-                     bool decode, bool paged) {
+                     bool paged) {
     char const* const k_dims = paged ? "[pages, page_size, Hkv, K]" : "[B, Tk, Hkv, K]";
     char const* const v_dims = paged ? "[pages, page_size, Hkv, V]" : "[B, Tk, Hkv, V]";
     c.rank(q, "q", "[B, Tq, Hq, K]", 4);
@@ -76,10 +76,9 @@ void check_attention(Checks const& c, Tensor const& q, Tensor const& k, Tensor c
     c.device(k, "k", q, "q");
     c.device(v, "v", q, "q");
     if (!kTensorCores) return;
-    int64_t const max_K = decode ? kMaxCachedK : kMaxDim, max_V = decode ? kMaxCachedV : kMaxDim;
-    c.require(K <= max_K, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", max_K,
+    c.require(K <= kMaxK, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", kMaxK,
               "); it runs on CPU tensors, or split the heads");
-    c.require(V <= max_V, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", max_V,
+    c.require(V <= kMaxV, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxV,
               "); it runs on CPU tensors, or split the heads");
 }
 
@@ -309,7 +308,7 @@ Inputs prepare(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& 
 Inputs prepare_sequences(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
                          OptionalTensor const& cu_q, OptionalTensor const& cu_k,
                          Arguments const& a) {
-    check_attention(c, q, k, v, false, false);
+    check_attention(c, q, k, v, false);
     c.require(cu_q.has_value() == cu_k.has_value(),
               "cu_seqlens_q and cu_seqlens_k come together or not at all");
     check_cu_seqlens(c, cu_q, q, "q", "cu_seqlens_q");
@@ -346,7 +345,7 @@ Inputs prepare_sequences(Checks const& c, Tensor const& q, Tensor const& k, Tens
 Inputs prepare_cache(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
                      OptionalTensor const& cache_seqlens, OptionalTensor const& block_table,
                      Arguments const& a) {
-    check_attention(c, q, k, v, true, block_table.has_value());
+    check_attention(c, q, k, v, block_table.has_value());
     Inputs in = prepare(c, q, k, v, a);
     SparseAttnParams& p = in.p;
     check_tensor(c, cache_seqlens, "cache_seqlens", "[B]", {p.B}, ScalarType::Int, q);

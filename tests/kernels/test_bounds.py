@@ -67,6 +67,8 @@ for attn in (
     Attn(Tq=60, Tk=45, heads=(2, 1, 1), batch="int64", mask={"causal": True}, dtype="bf16"),
     Attn(Tq=21, Tk=33, heads=(2, 1, 1), dims=(256, 200), extras=("bias", "sinks"), dtype="bf16"),
     Attn(Tq=21, Tk=33, heads=(2, 1, 2), extras=("bias", "ramp", "softcap"), dims=(24, 8)),
+    Attn(Tq=21, Tk=33, heads=(2, 1, 1), dims=(576, 512), extras=("bias", "ramp"), dtype="bf16"),
+    Attn(Tq=21, Tk=33, heads=(2, 1, 1), dims=(300, 512), extras=("bias", "ramp")),
 ):
     run(emu, make(attn))
     print("attention", attn, "done")
@@ -84,6 +86,9 @@ for dtype in (torch.bfloat16, torch.float32):
     q, k = torch.randn(1, 20, 8, 40).to(dtype), torch.randn(1, 130, 2, 40).to(dtype)
     rule, choice = ScoreRule.compressed(8, 4, 16), BlockChoice(top_k=3, top_p=0.9, first=1)
     pooled = lsm.block_pool(k, None, None, None, 8, 4, 0, False)
+    for kind in (0, 3):
+        pool = (k, None, None, None, 8, 4, kind, True)
+        lsm.block_pool_bwd(*pool, y := lsm.block_pool(*pool), y)
     given = selection._arguments(q, pooled, rule, None, None, None, None, None, 9)
     lsm.block_select(*given, *choice._arguments(rule, 9))
     scores = lsm.block_scores(*given)

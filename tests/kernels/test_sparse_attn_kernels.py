@@ -23,13 +23,14 @@ def listed(bitmap: torch.Tensor, Tq: int, Tk: int, block_q: int, block_k: int) -
 
 # ---- Traffic ----
 
-# Tq, Tk, Hq, Hkv, D, block_q, block_k; the tokens that go through a list together.
+# Tq, Tk, Hq, Hkv, K and V, block_q, block_k; the tokens that go through a list together.
 SHAPES = {
     "rows of 64": (256, 512, 2, 1, 128, 64, 64),
     "rows of 128": (256, 512, 1, 1, 64, 128, 128),
     "rows of 16 of a group": (64, 256, 4, 1, 128, 16, 16),
     "tokens": (16, 512, 16, 1, 64, 1, 64),
     "wide": (64, 256, 1, 1, 256, 64, 64),
+    "latent": (64, 256, 2, 1, (576, 512), 32, 64),
 }
 
 
@@ -37,9 +38,10 @@ def counted(name: str) -> dict:
     """Launches of a forward and of a backward over lists of half of the blocks, and what they must
     move: keys and values of a list's blocks for every tile, queries for every section of keys."""
     Tq, Tk, Hq, Hkv, D, block_q, block_k = SHAPES[name]
+    K, V = D if isinstance(D, tuple) else (D, D)
     draw = torch.Generator().manual_seed(0)
-    q, grad_o = (torch.randn(1, Tq, Hq, D, generator=draw).bfloat16() for _ in range(2))
-    k, v = torch.randn(2, 1, Tk, Hkv, D, generator=draw).bfloat16()
+    q, grad_o = (torch.randn(1, Tq, Hq, n, generator=draw).bfloat16() for n in (K, V))
+    k, v = (torch.randn(1, Tk, Hkv, n, generator=draw).bfloat16() for n in (K, V))
     rows, blocks = -(-Tq // block_q), Tk // block_k
     bitmap = torch.rand(rows, blocks, generator=draw) < 0.5
     lists = listed(bitmap, Tq, Tk, block_q, block_k)
@@ -56,16 +58,21 @@ def counted(name: str) -> dict:
     entries = int(sections.sum())  # rows that have some of 64 keys
     if block_q == 1:  # eight tokens read the union of their lists
         bitmap = bitmap.unflatten(0, (-1, 8)).any(1)
-    heads = -(-Hq // (128 // block_q)) if block_q > 1 else Hkv  # that a list is read for
-    read = int(bitmap.sum()) * heads * block_k * 2 * D * 2
-    queries, keys, numbers = q.numel() * 2, 2 * k.numel() * 2, lse.numel() * 4
-    passes = 1 if D <= 128 else 2  # dk and dv apart
+    latent, passes = K > 256, 1 if K <= 128 else 2  # dk and dv apart
+    each = int(bitmap.sum()) * block_k * (K + V) * 2
+    # How often a list is read, by tiles of 128 rows; of latent heads 64, and 32 for dq and keys.
+    tiles, dq_tiles = (
+        -(-Hq // (rows // block_q)) if block_q > 1 else Hkv
+        for rows in ((64, 32) if latent else (128, 128))
+    )
+    x, y, numbers = q.numel() * 2, grad_o.numel() * 2, lse.numel() * 4
+    keys, queries = Tk * Hkv * (K + V) * 2, entries * Hq * block_q * ((K + V) * 2 + 16)
     return {
         "launches": emu.counters()["launches"],
-        "forward": read + 2 * queries + numbers,
-        "row_stats": 2 * queries + numbers + 4 * numbers,
-        "tensor_rows": read + 3 * queries + 4 * numbers,
-        "tensor_keys": entries * Hq * block_q * (2 * D * 2 + 16) + keys + keys // passes,
+        "forward": each * tiles + x + y + numbers,
+        "row_stats": 2 * y + numbers + 4 * numbers,
+        "tensor_rows": each * dq_tiles + 2 * x + y + 4 * numbers,
+        "tensor_keys": queries * (2 if latent else 1) + keys + keys // passes,
     }
 
 
@@ -123,7 +130,7 @@ def popular(case: Attn, density: float = 0.05) -> Call:
     return replace(call, lists=replace(BlockLists.from_bitmap(bitmap, *sizes), **cu))
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (136, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (136, 256), (576, 512)], ids=str)
 def test_keys_of_every_query(dims):
     call = popular(Attn(Tq=280, Tk=200, heads=(2, 1, 1), blocks=(1, 32), dtype="bf16", dims=dims))
     impl = Emulator("emulator", seeds=(1, 2), multiprocessors=1)
@@ -172,6 +179,9 @@ RACES = [
          extras=("softcap", "alibi", "sinks"), batch="int32"),
     Attn(Tq=60, Tk=60, heads=(4, 2, 1), extras=("bias", "ramp"), mask=CAUSAL, dtype="bf16"),
     Attn(Tq=60, Tk=45, heads=(2, 1, 1), blocks=(1, 16), batch="int64", mask=CAUSAL),
+    Attn(Tq=40, Tk=40, heads=(2, 1, 1), blocks=(32, 32), dims=(576, 512), mask=CAUSAL,
+         extras=("bias",), dtype="bf16"),
+    Attn(Tq=20, Tk=40, heads=(2, 1, 1), dims=(264, 300), extras=("bias", "ramp")),
 ]  # fmt: skip
 
 

@@ -45,6 +45,13 @@ CASES = [
     Attn(Tq=200, Tk=200, heads=(2, 1, 1), blocks=(64, 64), dims=(128, 64)),
     Attn(Tq=40, Tk=64, heads=(1, 1, 1), blocks=(128, 16), dims=(256, 256)),
     Attn(Tq=40, Tk=64, heads=(2, 2, 1), blocks=(64, 16), dims=(192, 128), dtype="bf16"),
+    # latent heads: beyond 256 columns
+    Attn(Tq=40, Tk=50, heads=(4, 1, 1), dims=(576, 512), lists="none", mask=CAUSAL, dtype="bf16"),
+    Attn(Tq=21, Tk=40, heads=(2, 1, 1), dims=(576, 512), lists="none", mask=CAUSAL),
+    Attn(Tq=70, Tk=130, heads=(2, 1, 2), dims=(264, 300), blocks=(64, 32), dtype="f16",
+         extras=EVERYTHING, batch="int32"),
+    Attn(Tq=24, Tk=70, heads=(2, 1, 1), dims=(320, 24), blocks=(1, 16), dtype="bf16"),
+    Attn(Tq=24, Tk=40, heads=(2, 1, 1), dims=(40, 260), blocks=(1, 16), extras=EVERYTHING),
     Attn(Tq=60, Tk=60, batch="int32", heads=(4, 2, 2), mask={"causal": True, "left": 20}),
     Attn(Tq=60, Tk=45, batch="int64", lists="capacity", dtype="bf16", blocks=(1, 16)),
     Attn(Tq=60, Tk=60, heads=(4, 2, 1), extras=("bias",), mask=CAUSAL),
@@ -66,8 +73,6 @@ CASES = [
 
 @pytest.mark.parametrize("attn", CASES, ids=str)
 def test_results_and_gradients(impl, attn):
-    if impl.tensor_cores and attn.dtype == "f64":
-        pytest.skip("no fp64 there")
     call = make(attn)
     truth, same = (definition(call, d) for d in (torch.float64, torch.float32))
     assert_accepted(run(impl, call), truth, same, call.x)

@@ -30,6 +30,8 @@ CASES = [
     Attn(Tq=40, Tk=96, blocks=(1, 16), heads=(4, 2, 2)),
     Attn(Tq=90, Tk=90, lists="none", batch="int32", dims=(256, 200), dtype="bf16", mask=WINDOW),
     Attn(Tq=90, Tk=90, lists="none", batch="int64", mask={"causal": True}, dims=(72, 128)),
+    Attn(Tq=40, Tk=40, lists="none", mask=WINDOW, dims=(576, 512), dtype="bf16"),
+    Attn(Tq=40, Tk=40, lists="none", mask=WINDOW, dims=(300, 40)),
 ]
 
 

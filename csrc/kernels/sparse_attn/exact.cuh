@@ -1,5 +1,6 @@
 // Attention on CUDA cores in fp32, for every type, size, mask and gradient: what the tensor-core kernels do not take. A
-// warp owns four rows; lanes are keys while scores are made, and columns while rows are added up.
+// warp owns four rows; lanes are keys while scores are made, and columns while rows are added up. Beyond 256 columns
+// there is room for half as many keys: two lanes have one, and half of its columns each.
 #pragma once
 
 #include "kernels/sparse_attn/numbers.cuh"
@@ -11,7 +12,14 @@ namespace lsm::sparse_attn {
 constexpr int kExactWarps = 4, kExactThreads = 32 * kExactWarps;
 constexpr int kExactEach = 4;                         // rows of a warp
 constexpr int kExactRows = kExactWarps * kExactEach;  // of a block
-constexpr int kExactStep = 32;                        // tokens gone through at once, a lane each
+
+// Up to D columns.
+template <int D>
+struct Exact {
+    static constexpr int kStep = D > 256 ? 16 : 32;  // tokens gone through at once
+    static constexpr int kLaneColumns = lane_columns(D);
+    using Sums = float[kExactEach][kLaneColumns];
+};
 
 // Rows in shared memory: 16 bytes apart beyond their length, so that eight lanes reading a row each meet all banks.
 LSM_DEVICE int exact_pitch(i64 columns) {
@@ -43,12 +51,14 @@ LSM_DEVICE bool load_exact_rows(Rows const& x, Dtype type, int columns, int rows
     return odd == 0.f;
 }
 
-// dots[r] = this lane's row . row r of four.
-LSM_DEVICE void dot_four(float const* mine, float const* four, int columns,
+// dots[r] = this lane's row, of kStep, . row r of four.
+template <int kStep>
+LSM_DEVICE void dot_four(float const* rows, float const* four, int columns,
                          float (&dots)[kExactEach]) {
-    int const pitch = exact_pitch(columns);
+    int const pitch = exact_pitch(columns), lane = threadIdx.x % 32;
+    float const* const mine = rows + lane % kStep * pitch;
     LSM_UNROLL_BY(2)
-    for (int c = 0; c < columns; c += 4) {
+    for (int c = lane / kStep * 4; c < columns; c += 128 / kStep) {
         float4 const a = float4_at(mine + c);
         LSM_UNROLL
         for (int r = 0; r < kExactEach; ++r) {
@@ -56,17 +66,21 @@ LSM_DEVICE void dot_four(float const* mine, float const* four, int columns,
             dots[r] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
         }
     }
+    if constexpr (kStep < 32) {
+        LSM_UNROLL
+        for (int r = 0; r < kExactEach; ++r)
+            dots[r] += __shfl_xor_sync(0xffffffffu, dots[r], kStep);
+    }
 }
-
-using ExactSums = float[kExactEach][kLaneColumns];
 
 // sums[r][columns of this lane] += sum over the step's tokens of weight[token][r] row(token). kOdd: rows may hold inf or
 // NaN, and 0 times that is 0.
-template <bool kOdd>
-LSM_DEVICE void add_rows(float const* weights, float const* rows, int columns, ExactSums& sums) {
+template <int kStep, bool kOdd, int kLaneColumns>
+LSM_DEVICE void add_rows(float const* weights, float const* rows, int columns,
+                         float (&sums)[kExactEach][kLaneColumns]) {
     int const lane = threadIdx.x % 32, pitch = exact_pitch(columns);
     LSM_UNROLL_BY(2)
-    for (int j = 0; j < kExactStep; ++j) {
+    for (int j = 0; j < kStep; ++j) {
         float4 const w = float4_at(weights + kExactEach * j);
         float const by[kExactEach] = {w.x, w.y, w.z, w.w};
         LSM_UNROLL
@@ -84,29 +98,30 @@ LSM_DEVICE void add_rows(float const* weights, float const* rows, int columns, E
     }
 }
 
+template <int kStep, int kLaneColumns>
 LSM_DEVICE void add_rows(bool finite, float const* weights, float const* rows, int columns,
-                         ExactSums& sums) {
-    finite ? add_rows<false>(weights, rows, columns, sums)
-           : add_rows<true>(weights, rows, columns, sums);
+                         float (&sums)[kExactEach][kLaneColumns]) {
+    finite ? add_rows<kStep, false>(weights, rows, columns, sums)
+           : add_rows<kStep, true>(weights, rows, columns, sums);
 }
 
 // Forward: o and lse. Backward: dq, and what sums over a query's keys: gradients of biases and the ramp.
 // Grid: (tile of queries, head tile, key head, batch row), tiles fastest.
-template <bool kBackward>
+template <int D, bool kBackward>
 struct ExactRowsKernel {
+    static constexpr int kStep = Exact<D>::kStep;
     struct SharedStorage {
         Plan plan;
         Row rows[kExactRows];
-        float weights[kExactWarps][kExactStep * kExactEach];
+        float weights[kExactWarps][kStep * kExactEach];
         float bias[kBackward ? kExactWarps : 1][kPlan];
         float arrays[4];  // q, dO, keys, values
     };
 
     static std::size_t bytes(SparseAttnParams const& p) {
         auto const pitch = [](i64 columns) { return (columns + 3) / 4 * 4 + 4; };
-        return sizeof(SharedStorage) +
-               4 * ((kExactRows + kExactStep) * pitch(p.K) +
-                    (kExactStep + (kBackward ? kExactRows : 0)) * pitch(p.V));
+        return sizeof(SharedStorage) + 4 * ((kExactRows + kStep) * pitch(p.K) +
+                                            (kStep + (kBackward ? kExactRows : 0)) * pitch(p.V));
     }
 
     Work const& work;
@@ -136,7 +151,7 @@ struct ExactRowsKernel {
         q = s.arrays;
         grad_o = q + kExactRows * exact_pitch(K);
         keys = grad_o + (kBackward ? kExactRows * exact_pitch(V) : 0);
-        values = keys + kExactStep * exact_pitch(K);
+        values = keys + kStep * exact_pitch(K);
     }
 
     LSM_DEVICE int token(int m) const { return place.token + work.token_of(m); }
@@ -152,8 +167,8 @@ struct ExactRowsKernel {
     LSM_DEVICE void poison() {
         int const columns = kBackward ? K : V;
         Rows const& to = kBackward ? p.dq : p.o;
-        float const nans[kLaneColumns] = {nan_value(), nan_value(), nan_value(), nan_value(),
-                                          nan_value(), nan_value(), nan_value(), nan_value()};
+        float nans[Exact<D>::kLaneColumns];
+        for (float& x : nans) x = nan_value();
         for (int r = 0; r < kExactEach; ++r) {
             int const m = warp * kExactEach + r;
             if (!work.row_exists(m) || token(m) >= p.Tq || head(m) >= (key_head + 1) * work.group)
@@ -167,10 +182,10 @@ struct ExactRowsKernel {
     }
 
     // Units of the step at i: this lane's key.
-    LSM_DEVICE int unit_size() const { return min(work.block_k, kExactStep); }
+    LSM_DEVICE int unit_size() const { return min(work.block_k, kStep); }
     LSM_DEVICE int key_of(int step, int j, int& tag) const {
         int const size = unit_size();
-        Unit const unit = s.plan.at((step * kExactStep + j) / size);
+        Unit const unit = s.plan.at((step * kStep + j) / size);
         tag = unit.tag;
         int const key = unit.first + j % size;
         return key < 0 || key >= place.sequence.Tk ? -1 : key;
@@ -212,7 +227,7 @@ struct ExactRowsKernel {
         Head heads[kExactEach];
         float most[kExactEach], sum[kExactEach], lse[kExactEach], delta[kExactEach],
             ramp[kExactEach];
-        ExactSums sums = {};
+        typename Exact<D>::Sums sums = {};
         for (int r = 0; r < kExactEach; ++r) {
             int const m = warp * kExactEach + r;
             bool const real = exists(m);
@@ -241,29 +256,28 @@ struct ExactRowsKernel {
                 });
             __syncthreads();
             more = s.plan.more;
-            for (int step = 0; step < s.plan.steps(kExactStep / size); ++step) {
+            for (int step = 0; step < s.plan.steps(kStep / size); ++step) {
                 auto const at = [&](Rows const& x, int j) -> i64 {
                     int tag;
                     int const key = key_of(step, j, tag);
                     return key < 0 ? -1 : row_offset(x, batch, sequence.k0 + key, key_head);
                 };
                 if (step > 0) __syncthreads();
-                bool const keys_finite = load_exact_rows(p.k, p.dtype, K, kExactStep, keys,
+                bool const keys_finite = load_exact_rows(p.k, p.dtype, K, kStep, keys,
                                                          [&](int j) { return at(p.k, j); });
-                bool const values_finite = load_exact_rows(p.v, p.dtype, V, kExactStep, values,
+                bool const values_finite = load_exact_rows(p.v, p.dtype, V, kStep, values,
                                                            [&](int j) { return at(p.v, j); });
                 bool const finite = __syncthreads_and(kBackward ? keys_finite : values_finite) != 0;
 
                 int tag;
-                int const key = key_of(step, lane, tag), x = key < 0 ? kFar : mask.key(key);
+                int const key = key_of(step, lane % kStep, tag), x = key < 0 ? kFar : mask.key(key);
                 float const bias =
                     p.lists.bias != nullptr && key >= 0 ? work.bias(blocks.entry + tag) : 0.f;
                 float dots[kExactEach] = {}, grads[kExactEach] = {};
-                dot_four(keys + lane * exact_pitch(K), q + warp * kExactEach * exact_pitch(K), K,
-                         dots);
+                dot_four<kStep>(keys, q + warp * kExactEach * exact_pitch(K), K, dots);
                 if constexpr (kBackward)
-                    dot_four(values + lane * exact_pitch(V),
-                             grad_o + warp * kExactEach * exact_pitch(V), V, grads);
+                    dot_four<kStep>(values, grad_o + warp * kExactEach * exact_pitch(V), V, grads);
+                bool const first = lane < kStep;  // of the lanes of a key
                 float weight[kExactEach];
                 float all = 0.f;
                 LSM_UNROLL
@@ -272,7 +286,7 @@ struct ExactRowsKernel {
                     Score const what = score(work, heads[r], dots[r], row.p - x, bias);
                     float const value = mask.sees(row, x) ? what.s : -infinity();
                     if constexpr (kBackward) {
-                        float const ds = value == -infinity()
+                        float const ds = value == -infinity() || !first
                                              ? 0.f
                                              : expf(value - lse[r]) * (grads[r] - delta[r]);
                         all += ds;
@@ -282,18 +296,18 @@ struct ExactRowsKernel {
                         float const highest = fmaxf(most[r], warp_max(value));
                         float const fade = expf(most[r] - highest);
                         most[r] = highest;
-                        weight[r] = expf(value - highest);
+                        weight[r] = first ? expf(value - highest) : 0.f;
                         sum[r] = sum[r] * fade + weight[r];  // of this lane
                         LSM_UNROLL
-                        for (int i = 0; i < kLaneColumns; ++i) sums[r][i] *= fade;
+                        for (float& x : sums[r]) x *= fade;
                     }
                 }
                 if constexpr (kBackward) {
                     if (work.bias_parts != nullptr) {
                         for (int d = size / 2; d > 0; d /= 2)
                             all += __shfl_xor_sync(0xffffffffu, all, d);
-                        int const unit = step * (kExactStep / size) + lane / size;
-                        if (lane % size == 0 && unit < kPlan) s.bias[warp][unit] = all;
+                        int const unit = step * (kStep / size) + lane / size;
+                        if (first && lane % size == 0 && unit < kPlan) s.bias[warp][unit] = all;
                     }
                 }
                 if (!kBackward && work.least_weight > 0.f) {
@@ -303,10 +317,12 @@ struct ExactRowsKernel {
                 }
                 float* const weights = s.weights[warp];
                 __syncwarp();
-                float4_at(weights + kExactEach * lane) = {weight[0], weight[1], weight[2],
-                                                          weight[3]};
+                if (first)
+                    float4_at(weights + kExactEach * lane) = {weight[0], weight[1], weight[2],
+                                                              weight[3]};
                 __syncwarp();
-                add_rows(finite, weights, kBackward ? keys : values, kBackward ? K : V, sums);
+                add_rows<kStep>(finite, weights, kBackward ? keys : values, kBackward ? K : V,
+                                sums);
             }
             if constexpr (kBackward) {
                 if (work.bias_parts != nullptr) {
@@ -346,23 +362,27 @@ struct ExactRowsKernel {
     }
 };
 
-template <bool kBackward>
+template <int D, bool kBackward>
 __global__ void __launch_bounds__(kExactThreads, 2) exact_rows(Work work) {
-    ExactRowsKernel<kBackward>(work).run();
+    ExactRowsKernel<D, kBackward>(work).run();
 }
 
 // dk and dv: the same the other way round, keys as rows. Grid: (tile of kExactRows keys, key head, batch row).
+template <int D, Want Wants>
 struct ExactKeysKernel {
+    static constexpr int kStep = Exact<D>::kStep;
+    static constexpr bool kKeys = Wants != Want::values, kValues = Wants != Want::keys;
+    using Sums = typename Exact<D>::Sums;
     struct SharedStorage {
         Plan plan;
-        float weights[kExactWarps][kExactStep * kExactEach];
-        float slopes[kExactWarps][kExactStep * kExactEach];
+        float weights[kExactWarps][kStep * kExactEach];
+        float slopes[kExactWarps][kStep * kExactEach];
         float arrays[4];  // keys, values, q, dO
     };
 
     static std::size_t bytes(SparseAttnParams const& p) {
         auto const pitch = [](i64 columns) { return (columns + 3) / 4 * 4 + 4; };
-        return sizeof(SharedStorage) + 4 * (kExactRows + kExactStep) * (pitch(p.K) + pitch(p.V));
+        return sizeof(SharedStorage) + 4 * (kExactRows + kStep) * (pitch(p.K) + pitch(p.V));
     }
 
     Work const& work;
@@ -384,22 +404,23 @@ struct ExactKeysKernel {
         batch = tile.batch, key_head = tile.key_head, place = tile.place;
     }
 
-    LSM_DEVICE void store(i64 first, i64 end, ExactSums const& dk, ExactSums const& dv, float by) {
+    LSM_DEVICE void store(i64 first, i64 end, Sums const& dk, Sums const& dv, float by) {
         for (int r = 0; r < kExactEach; ++r) {
             i64 const key = first + warp * kExactEach + r;
             if (key >= end) continue;
-            store_row(p.dk, row_offset(p.dk, batch, key, key_head), p.dtype, K, dk[r], by);
-            store_row(p.dv, row_offset(p.dv, batch, key, key_head), p.dtype, V, dv[r], 1.f);
+            if constexpr (kKeys)
+                store_row(p.dk, row_offset(p.dk, batch, key, key_head), p.dtype, K, dk[r], by);
+            if constexpr (kValues)
+                store_row(p.dv, row_offset(p.dv, batch, key, key_head), p.dtype, V, dv[r], 1.f);
         }
     }
 
     LSM_DEVICE void run() {
         if (place.unused) return;
-        ExactSums dk = {}, dv = {};
+        Sums dk = {}, dv = {};
         if (place.poison) {
-            for (int i = 0; i < kExactEach * kLaneColumns; ++i)
-                dk[i / kLaneColumns][i % kLaneColumns] = dv[i / kLaneColumns][i % kLaneColumns] =
-                    nan_value();
+            for (int r = 0; r < kExactEach; ++r)
+                for (int i = 0; i < Exact<D>::kLaneColumns; ++i) dk[r][i] = dv[r][i] = nan_value();
             return store(place.token, p.Tk, dk, dv, 1.f);
         }
         Sequence const& sequence = place.sequence;
@@ -408,7 +429,7 @@ struct ExactKeysKernel {
         float* const keys = s.arrays;
         float* const values = keys + kExactRows * exact_pitch(K);
         float* const q = values + kExactRows * exact_pitch(V);
-        float* const grad_o = q + kExactStep * exact_pitch(K);
+        float* const grad_o = q + kStep * exact_pitch(K);
         auto const key_at = [&](Rows const& x, int r) -> i64 {
             int const key = place.token + r;
             return key < sequence.Tk ? row_offset(x, batch, sequence.k0 + key, key_head) : -1;
@@ -418,8 +439,8 @@ struct ExactKeysKernel {
         int const shift = mask.shift(sequence.Tq, sequence.Tk), last = mask.key(sequence.Tk - 1);
         int const x0 = mask.key(place.token);
         int const x1 = mask.key(min(place.token + kExactRows, sequence.Tk) - 1);
-        int const size = min(work.block_q, kExactStep), subs = work.block_q / size;
-        int const each = kExactStep / size;
+        int const size = min(work.block_q, kStep), subs = work.block_q / size;
+        int const each = kStep / size;
         int const per = inverse.section_k / work.block_k;
         int const member = work.lists ? place.token / work.block_k % per : 0;
 
@@ -456,7 +477,7 @@ struct ExactKeysKernel {
                 more = s.plan.more;
                 for (int step = 0; step < s.plan.steps(each); ++step) {
                     auto const token_of = [&](int j) {
-                        int const t = s.plan.at((step * kExactStep + j) / size).first + j % size;
+                        int const t = s.plan.at((step * kStep + j) / size).first + j % size;
                         return t < 0 || t >= sequence.Tq ? -1 : t;
                     };
                     auto const at = [&](Rows const& x, int j) -> i64 {
@@ -464,14 +485,14 @@ struct ExactKeysKernel {
                         return t < 0 ? -1 : row_offset(x, batch, sequence.q0 + t, head);
                     };
                     if (step > 0) __syncthreads();
-                    bool const q_finite = load_exact_rows(p.q, p.dtype, K, kExactStep, q,
+                    bool const q_finite = load_exact_rows(p.q, p.dtype, K, kStep, q,
                                                           [&](int j) { return at(p.q, j); });
                     bool const grads_finite =
-                        load_exact_rows(p.grad_o, p.dtype, V, kExactStep, grad_o,
+                        load_exact_rows(p.grad_o, p.dtype, V, kStep, grad_o,
                                         [&](int j) { return at(p.grad_o, j); });
                     bool const finite = __syncthreads_and(q_finite && grads_finite) != 0;
 
-                    int const t = token_of(lane);
+                    int const t = token_of(lane % kStep);
                     Row const row = t < 0 ? Row{0, -kFar, 0, 0} : mask.row(t + shift, left, last);
                     float4 const stats =
                         t < 0 ? float4{infinity(), 0.f, infinity(), 0.f}
@@ -480,12 +501,12 @@ struct ExactKeysKernel {
                     float bias = 0.f;
                     if (p.lists.bias != nullptr && t >= 0)
                         bias = work.bias(list_blocks(work, sequence, head, t / work.block_q).entry +
-                                         s.plan.at((step * kExactStep + lane) / size).tag);
+                                         s.plan.at((step * kStep + lane % kStep) / size).tag);
                     float dots[kExactEach] = {}, grads[kExactEach] = {};
-                    dot_four(q + lane * exact_pitch(K), keys + warp * kExactEach * exact_pitch(K),
-                             K, dots);
-                    dot_four(grad_o + lane * exact_pitch(V),
-                             values + warp * kExactEach * exact_pitch(V), V, grads);
+                    dot_four<kStep>(q, keys + warp * kExactEach * exact_pitch(K), K, dots);
+                    if constexpr (kKeys)
+                        dot_four<kStep>(grad_o, values + warp * kExactEach * exact_pitch(V), V,
+                                        grads);
                     float weight[kExactEach], slope[kExactEach];
                     LSM_UNROLL
                     for (int r = 0; r < kExactEach; ++r) {
@@ -498,13 +519,15 @@ struct ExactKeysKernel {
                     }
                     float *const weights = s.weights[warp], *const slopes = s.slopes[warp];
                     __syncwarp();
-                    float4_at(weights + kExactEach * lane) = {weight[0], weight[1], weight[2],
-                                                              weight[3]};
-                    float4_at(slopes + kExactEach * lane) = {slope[0], slope[1], slope[2],
-                                                             slope[3]};
+                    if (lane < kStep) {
+                        float4_at(weights + kExactEach * lane) = {weight[0], weight[1], weight[2],
+                                                                  weight[3]};
+                        float4_at(slopes + kExactEach * lane) = {slope[0], slope[1], slope[2],
+                                                                 slope[3]};
+                    }
                     __syncwarp();
-                    add_rows(finite, weights, grad_o, V, dv);
-                    add_rows(finite, slopes, q, K, dk);
+                    if constexpr (kValues) add_rows<kStep>(finite, weights, grad_o, V, dv);
+                    if constexpr (kKeys) add_rows<kStep>(finite, slopes, q, K, dk);
                 }
             }
         }
@@ -512,8 +535,9 @@ struct ExactKeysKernel {
     }
 };
 
+template <int D, Want Wants>
 __global__ void __launch_bounds__(kExactThreads, 2) exact_keys(Work work) {
-    ExactKeysKernel(work).run();
+    ExactKeysKernel<D, Wants>(work).run();
 }
 
 }  // namespace lsm::sparse_attn

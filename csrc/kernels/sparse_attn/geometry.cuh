@@ -38,6 +38,9 @@ struct Bounds {
 
 enum class Kind { skip, full, partial };
 
+// Of dk and dv.
+enum class Want { both, keys, values };
+
 // AttnMask in 32 bits.
 struct Mask {
     int causal_block;  // 0: not causal

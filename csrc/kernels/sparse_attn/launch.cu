@@ -161,10 +161,14 @@ struct Layout {
 };
 
 Layout plan_forward(SparseAttnParams const& p, void* workspace) {
-    return Layout(p, false, on_tensor_cores(p) ? Tiles{128, 64} : kExactTiles, workspace);
+    Tiles const tiles = {std::max(p.K, p.V) > 256 ? 64 : 128, 64};
+    return Layout(p, false, on_tensor_cores(p) ? tiles : kExactTiles, workspace);
 }
 Layout plan_backward(SparseAttnParams const& p, void* workspace) {
-    Tiles const tiles = {p.K > 128 || p.V > 128 ? 64 : 128, 64};
+    int64_t const columns = std::max(p.K, p.V);
+    Tiles const tiles = columns > 256   ? Tiles{32, 32}
+                        : columns > 128 ? Tiles{64, 64}
+                                        : Tiles{128, 64};
     return Layout(p, true, on_tensor_cores(p) ? tiles : kExactTiles, workspace);
 }
 
@@ -247,7 +251,8 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream) {
         launch(list_items, dim3(1), dim3(kPrepareThreads), kSmallSmem, stream, work);
     run(work, stream);
     if (dim3 const grid = key_grid(work); work.items != nullptr && grid.x > 0)
-        launch(join_pieces, grid, dim3(kPrepareThreads), 0, stream, work, 64);
+        launch(join_pieces, grid, dim3(kPrepareThreads), 0, stream, work,
+               work.inverse.section_k / work.section_tiles);
     if (parts > 0)
         launch(sum_parts, blocks_for(entries, kPrepareThreads), dim3(kPrepareThreads), 0, stream,
                static_cast<float const*>(work.bias_parts), layout.bias_parts,

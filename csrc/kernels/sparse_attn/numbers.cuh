@@ -40,23 +40,26 @@ LSM_DEVICE void store4(void* data, i64 at, Dtype type, float4 x) {
     store_global(reinterpret_cast<uint2*>(to), raw);
 }
 
-// A warp's row of up to 256 columns: of a lane 4 lane + {0..3}, and 128 on.
-constexpr int kLaneColumns = 8;
+// A warp's row of up to 32 n columns: of a lane 4 lane + {0..3}, and 128 on.
+constexpr int lane_columns(int columns) {
+    return columns > 256 ? 20 : 8;
+}
 
-LSM_DEVICE void load_row(Rows const& x, i64 at, Dtype type, int columns,
-                         float (&row)[kLaneColumns]) {
+template <int kCount>
+LSM_DEVICE void load_row(Rows const& x, i64 at, Dtype type, int columns, float (&row)[kCount]) {
     LSM_UNROLL
-    for (int i = 0; i < kLaneColumns; i += 4) {
+    for (int i = 0; i < kCount; i += 4) {
         int const c = 4 * static_cast<int>(threadIdx.x % 32) + 32 * i;
         float4 const four = c < columns ? load4(x.data, at + c, type) : float4{0.f, 0.f, 0.f, 0.f};
         row[i] = four.x, row[i + 1] = four.y, row[i + 2] = four.z, row[i + 3] = four.w;
     }
 }
 
+template <int kCount>
 LSM_DEVICE void store_row(Rows const& x, i64 at, Dtype type, int columns,
-                          float const (&sums)[kLaneColumns], float by) {
+                          float const (&sums)[kCount], float by) {
     LSM_UNROLL
-    for (int i = 0; i < kLaneColumns; i += 4) {
+    for (int i = 0; i < kCount; i += 4) {
         int const c = 4 * static_cast<int>(threadIdx.x % 32) + 32 * i;
         if (c < columns)
             store4(x.data, at + c, type,

@@ -7,13 +7,15 @@
 
 namespace lsm::sparse_attn {
 
-// Warps have MT x 16 rows each, and every `Together` of them, a group, take a step or leave it together. Of a block's
-// threads the first have rows.
+// Warps have MT x 16 rows each, a strip, and every `Together` of them, a group, take a step or leave it together. Of a
+// block's threads the first have rows. With `Split` that many warps have the same strip: each makes all of its scores, and
+// adds up `Sums` of the columns of its results.
 template <class Config>
 struct QueryTile {
     using T = typename Config::T;
     static constexpr int D = Config::D, MT = Config::MT, N = Config::N, Warps = Config::Warps;
-    static constexpr int kThreads = 32 * Warps, kRows = 16 * MT * Warps;
+    static constexpr int Split = Config::Split, Sums = Config::Sums;
+    static constexpr int kThreads = 32 * Warps, kRows = 16 * MT * Warps / Split;
     static constexpr int kGroups = Warps / Config::Together;
     static constexpr bool kBackward = Config::Backward, kPlain = Config::Plain;
 
@@ -30,6 +32,7 @@ struct QueryTile {
         Blocks blocks;               // of the tile, or with `unite` of each token
         Blocks lists[32];
         int merged[32];
+        u32 odd[Split > 1 ? Warps : 1][2];
     };
 
     Work const& work;
@@ -38,7 +41,7 @@ struct QueryTile {
     Mask const& mask;
     Steps const steps;
     float most[MT][2], sum[MT][2];  // running maximum in units of log2, sum of this lane
-    float sums[MT][D / 8][4];
+    float sums[MT][Sums / 8][4];
 
     LSM_DEVICE QueryTile(Work const& work_, Shared& shared)
         : work(work_), p(work_.p), s(shared), mask(work_.mask), steps(work_.block_k, N) {
@@ -63,6 +66,8 @@ struct QueryTile {
     LSM_DEVICE static int lane() { return threadIdx.x % 32; }
     LSM_DEVICE static int warp() { return threadIdx.x / 32; }
     LSM_DEVICE static int group() { return warp() / Config::Together; }
+    LSM_DEVICE static int strip() { return warp() / Split; }
+    LSM_DEVICE static int first_column() { return warp() % Split * Sums; }  // of its results
     LSM_DEVICE int width_k() const { return static_cast<int>(p.K); }
     LSM_DEVICE int width_v() const { return static_cast<int>(p.V); }
     LSM_DEVICE int token(int m) const { return s.place.token + work.token_of(m); }
@@ -77,7 +82,7 @@ struct QueryTile {
     }
     // Row of this lane in its accumulators.
     LSM_DEVICE int lane_row(int m, int half_) const {
-        return (warp() * MT + m) * 16 + lane() / 4 + 8 * half_;
+        return (strip() * MT + m) * 16 + lane() / 4 + 8 * half_;
     }
 
     LSM_DEVICE void poison() {
@@ -108,7 +113,7 @@ struct QueryTile {
         LSM_UNROLL
         for (int m = 0; m < MT; ++m) {
             LSM_UNROLL
-            for (int i = 0; i < D / 2; ++i) sums[m][i / 4][i % 4] = 0.f;
+            for (int i = 0; i < Sums / 2; ++i) sums[m][i / 4][i % 4] = 0.f;
             LSM_UNROLL
             for (int half_ = 0; half_ < 2; ++half_) {
                 // beside the maximum of a row that does not exist no key weighs anything
@@ -307,7 +312,7 @@ struct QueryTile {
 
     LSM_DEVICE void fade_sums(int m, float const (&fade)[2]) {
         LSM_UNROLL
-        for (int n = 0; n < D / 8; ++n) {
+        for (int n = 0; n < Sums / 8; ++n) {
             sums[m][n][0] *= fade[0], sums[m][n][1] *= fade[0];
             sums[m][n][2] *= fade[1], sums[m][n][3] *= fade[1];
         }
@@ -319,7 +324,7 @@ struct QueryTile {
     LSM_DEVICE void find_odd(int m, float const (&softmax)[2], u32 (&odd)[2]) const {
         float zero[2] = {0.f, 0.f};
         LSM_UNROLL
-        for (int n = 0; n < D / 8; ++n) {
+        for (int n = 0; n < Sums / 8; ++n) {
             LSM_UNROLL
             for (int e = 0; e < 4; ++e) zero[e / 2] += sums[m][n][e] * 0.f;
         }
@@ -331,16 +336,28 @@ struct QueryTile {
         }
     }
 
+    // Of warps that share a strip the first repairs what any of them found, after all have stored.
+    LSM_DEVICE void share_odd(u32 (&odd)[2]) {
+        if (lane() == 0) s.odd[warp()][0] = odd[0], s.odd[warp()][1] = odd[1];
+        __syncthreads();
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            odd[half_] = 0;
+            for (int w = 0; w < Split && first_column() == 0; ++w)
+                odd[half_] |= s.odd[warp() + w][half_];
+        }
+    }
+
     // These rows, four lanes each, after they were stored.
     LSM_DEVICE void repair(int m, u32 const (&odd)[2]) const {
         if ((odd[0] | odd[1]) == 0) return;
         __syncwarp();
         LSM_UNROLL_BY(1)
         for (int r = 0; r < 16; ++r) {
-            int const row = (warp() * MT + m) * 16 + r;
+            int const row = (strip() * MT + m) * 16 + r;
             if (((r < 8 ? odd[0] : odd[1]) >> 4 * (r % 8) & 15) != 0)
-                repair_row<kBackward>(work, s.place.sequence, s.batch, s.key_head, head(row),
-                                      token(row));
+                repair_row<kBackward, lane_columns(D)>(work, s.place.sequence, s.batch, s.key_head,
+                                                       head(row), token(row));
         }
     }
 
@@ -365,7 +382,7 @@ struct QueryTile {
                 highest = now;
             }
             by[half_] = total == 0.f ? 0.f : fade / total;
-            if (lane() % 4 == 0 && real)
+            if (lane() % 4 == 0 && real && first_column() == 0)
                 store_global(static_cast<float*>(p.lse) +
                                  per_head(work, s.batch, s.place.sequence.q0 + token(at), head(at)),
                              total == 0.f ? -infinity() : (highest + log2f(total)) / kLog2e);

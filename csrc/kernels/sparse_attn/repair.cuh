@@ -8,15 +8,16 @@
 
 namespace lsm::sparse_attn {
 
-LSM_DEVICE float row_product(float const (&a)[kLaneColumns], float const (&b)[kLaneColumns]) {
+template <int kCount>
+LSM_DEVICE float row_product(float const (&a)[kCount], float const (&b)[kCount]) {
     float sum = 0.f;
     LSM_UNROLL
-    for (int i = 0; i < kLaneColumns; ++i) sum += a[i] * b[i];
+    for (int i = 0; i < kCount; ++i) sum += a[i] * b[i];
     return warp_sum(sum);
 }
 
-// The row has been stored, and its lse.
-template <bool kBackward>
+// The row has been stored, and its lse. kLaneColumns: of lane_columns.
+template <bool kBackward, int kLaneColumns>
 LSM_DEVICE_RARE void repair_row(Work const& work, Sequence const& sequence, int batch, int key_head,
                                 int head, int token) {
     SparseAttnParams const& p = work.p;

@@ -23,35 +23,54 @@ using Accumulators = float[N / 8][4];  // [16, N] of a warp
 template <int N>
 using Operands = u32[N / 16][4];
 
-// A tile begins on a multiple of its row, so the place of columns 16 c on is that of column 0 with 32 c flipped.
-template <int D>
+// [Rows, D] in shared memory, in one piece, or beyond 256 columns in slabs of 64. A piece begins on a multiple of its row,
+// so the place of its columns 16 c on is that of its first with 32 c flipped.
+template <int Rows, int D_>
+struct Matrix {
+    static constexpr int D = D_, kColumns = D > 256 ? 64 : D, kSlabs = D / kColumns;
+    using Piece = Tile<kColumns>;
+    static constexpr int kRowBytes = Piece::kRowBytes, kSlabBytes = Rows * kRowBytes;
+    static constexpr int kBytes = kSlabs * kSlabBytes;
+
+    LSM_DEVICE static u32 offset(int row, int column) {
+        if constexpr (kSlabs == 1) return Piece::offset(row, column);
+        return column / kColumns * kSlabBytes + Piece::offset(row, column % kColumns);
+    }
+    // From the place of a slab's first columns to 16 c columns on.
+    LSM_DEVICE static u32 along(u32 first, int c) {
+        constexpr int kSteps = kColumns / 16;
+        return (first ^ (32 * (c % kSteps))) + c / kSteps * kSlabBytes;
+    }
+};
+
+template <class M>
 LSM_DEVICE u32 rows_of(char const* tile, int row) {
-    return smem_u32(tile) + Tile<D>::rows_first(row, 0, threadIdx.x % 32);
+    return smem_u32(tile) + M::Piece::rows_first(row, 0, threadIdx.x % 32);
 }
-template <int D>
+template <class M>
 LSM_DEVICE u32 columns_of(char const* tile) {
-    return smem_u32(tile) + Tile<D>::columns_first(0, 0, threadIdx.x % 32);
+    return smem_u32(tile) + M::Piece::columns_first(0, 0, threadIdx.x % 32);
 }
 
-// s = rows . tokens, over `columns` rounded up to 64; a: rows_of, b: columns_of.
-template <class T, int D, int N, int MT>
-LSM_DEVICE void relate(u32 a, u32 b, int columns, Accumulators<N> (&s)[MT]) {
+// s = rows . tokens, of Matrices A and B, over `columns` rounded up to 64; a: rows_of, b: columns_of.
+template <class T, class A, class B, int Tiles, int MT>
+LSM_DEVICE void relate(u32 a, u32 b, int columns, float (&s)[MT][Tiles][4]) {
+    constexpr int N = 8 * Tiles;
     LSM_UNROLL
     for (int m = 0; m < MT; ++m) {
         LSM_UNROLL
         for (int i = 0; i < N / 2; ++i) s[m][i / 4][i % 4] = 0.f;
     }
     LSM_UNROLL
-    for (int c = 0; c < D / 16; ++c) {
+    for (int c = 0; c < A::D / 16; ++c) {
         if (c % 4 == 0 && 16 * c >= columns) break;
         u32 left[MT][4];
         LSM_UNROLL
-        for (int m = 0; m < MT; ++m)
-            ldmatrix_x4(left[m], (a ^ (32 * c)) + 16 * m * Tile<D>::kRowBytes);
+        for (int m = 0; m < MT; ++m) ldmatrix_x4(left[m], A::along(a, c) + 16 * m * A::kRowBytes);
         LSM_UNROLL
         for (int j = 0; j < N / 16; ++j) {
             u32 right[4];
-            ldmatrix_x4(right, (b ^ (32 * c)) + 16 * j * Tile<D>::kRowBytes);
+            ldmatrix_x4(right, B::along(b, c) + 16 * j * B::kRowBytes);
             LSM_UNROLL
             for (int m = 0; m < MT; ++m) {
                 multiply_add<T>(s[m][2 * j], left[m], right[0], right[1]);
@@ -61,8 +80,8 @@ LSM_DEVICE void relate(u32 a, u32 b, int columns, Accumulators<N> (&s)[MT]) {
     }
 }
 
-// sums += weights x tokens; b: rows_of(tile, 0).
-template <class T, int D, int N, int MT>
+// sums += weights x tokens of Matrix B; b: rows_of(tile, 0), of the slab where these columns begin.
+template <class T, class B, int D, int N, int MT>
 LSM_DEVICE void gather(Operands<N> const (&weights)[MT], u32 b, int columns,
                        Accumulators<D> (&sums)[MT]) {
     LSM_UNROLL
@@ -71,7 +90,7 @@ LSM_DEVICE void gather(Operands<N> const (&weights)[MT], u32 b, int columns,
         LSM_UNROLL
         for (int j = 0; j < N / 16; ++j) {
             u32 right[4];
-            ldmatrix_x4_trans(right, (b ^ (32 * c)) + 16 * j * Tile<D>::kRowBytes);
+            ldmatrix_x4_trans(right, B::along(b, c) + 16 * j * B::kRowBytes);
             LSM_UNROLL
             for (int m = 0; m < MT; ++m) {
                 multiply_add<T>(sums[m][2 * c], weights[m][j], right[0], right[1]);
@@ -93,28 +112,34 @@ LSM_DEVICE void pack_weights(Accumulators<N> const& x, Operands<N>& packed) {
 
 // Rows of a tensor into a tile: at(row) is the row's first element, or null for zeros. Zeros too up to a multiple of 64
 // columns, `least` at least.
-template <class T, int D, int Count, int Threads, class Layout = Tile<D>, class At>
+template <class T, int D, int Count, int Threads, class Layout = Matrix<Count, D>, class At>
 LSM_DEVICE void load_tile_rows(Rows const& x, char* tile, int columns, At at, int least = 0) {
-    constexpr int kPieces = D / 8;
-    int const column = threadIdx.x % kPieces * 8;
-    if (column >= max((columns + 63) / 64 * 64, least)) return;
+    constexpr int kPieces = (D > 256 ? 64 : D) / 8;
+    int const end = max((columns + 63) / 64 * 64, least);
     u32 const to = smem_u32(tile);
-    LSM_UNROLL_BY(4)
-    for (int row = threadIdx.x / kPieces; row < Count; row += Threads / kPieces) {
-        T const* const from = at(row);
-        bool const valid = from != nullptr && column < columns;
-        cp_async16(to + Layout::offset(row, column), valid ? from + column : x.data, valid);
+    LSM_UNROLL_BY(1)
+    for (int slab = 0; slab < D; slab += 8 * kPieces) {
+        int const column = slab + threadIdx.x % kPieces * 8;
+        if (column >= end) return;
+        LSM_UNROLL_BY(4)
+        for (int row = threadIdx.x / kPieces; row < Count; row += Threads / kPieces) {
+            T const* const from = at(row);
+            bool const valid = from != nullptr && column < columns;
+            cp_async16(to + Layout::offset(row, column), valid ? from + column : x.data, valid);
+        }
     }
 }
 
-// A warp's [16, D] accumulators through its own rows of a tile to rows of a tensor; as above.
-template <class T, int D, class Layout = Tile<D>, class At>
-LSM_DEVICE void store_tile_rows(char* tile, int first, int columns, Accumulators<D> const& x,
-                                float upper, float lower, At at) {
+// A warp's [16, D] accumulators, columns `from` on, through its own rows of a tile to rows of a tensor; as above.
+template <class T, class Layout, int Tiles, class At>
+LSM_DEVICE void store_tile_rows(char* tile, int first, int columns, float const (&x)[Tiles][4],
+                                float upper, float lower, At at, int from = 0) {
+    constexpr int D = 8 * Tiles;
     int const lane = threadIdx.x % 32;
     LSM_UNROLL
     for (int n = 0; n < D / 8; ++n) {
-        int const c = 8 * n + lane % 4 * 2;
+        if (n % 8 == 0 && from + 8 * n >= columns) break;
+        int const c = from + 8 * n + lane % 4 * 2;
         *reinterpret_cast<u32*>(tile + Layout::offset(first + lane / 4, c)) =
             pack_as<T>(x[n][0] * upper, x[n][1] * upper);
         *reinterpret_cast<u32*>(tile + Layout::offset(first + lane / 4 + 8, c)) =
@@ -123,7 +148,7 @@ LSM_DEVICE void store_tile_rows(char* tile, int first, int columns, Accumulators
     __syncwarp();
     LSM_UNROLL_BY(4)
     for (int i = lane; i < 16 * (D / 8); i += 32) {
-        int const row = first + i / (D / 8), c = i % (D / 8) * 8;
+        int const row = first + i / (D / 8), c = from + i % (D / 8) * 8;
         T* const to = at(row);
         if (to != nullptr && c < columns)
             store_global(reinterpret_cast<uint4*>(to + c),

@@ -22,9 +22,13 @@ void run_keys(Work const& work, void* stream) {
                sizeof(typename KeysKernel<Config>::SharedStorage), stream, work);
 }
 
+// Of values, whose widest are narrower than the widest keys.
+template <int D>
+constexpr int kValueColumns = D > 256 ? 512 : D;
+
 template <class F>
 void dispatch_width(Work const& work, F const& f) {
-    dispatch(Buckets<64, 128, 256>{}, work.p.K > work.p.V ? work.p.K : work.p.V, f);
+    dispatch(Buckets<64, 128, 256, 576>{}, work.p.K > work.p.V ? work.p.K : work.p.V, f);
 }
 
 template <class T>
@@ -34,17 +38,19 @@ void forward_with(Work const& work, void* stream) {
             if (work.plain && !work.unite && work.least_weight == 0.f)
                 return run_rows<RowsConfig<T, D, 4, 2, 64, false>>(work, stream);
         }
-        run_rows < RowsConfig<T, D, 8, 1, D<256 ? 64 : 32, false>>(work, stream);
+        constexpr int N = D < 256 ? 64 : D == 256 ? 32 : 16;
+        run_rows<RowsConfig<T, D, 8, 1, N, false, kValueColumns<D>>>(work, stream);
     });
 }
 
 template <class T>
 void backward_with(Work const& work, void* stream) {
     dispatch_width(work, [&](auto D) {
-        if constexpr (D == 256) {
-            run_rows<RowsConfig<T, D, 4, 1, 32, true>>(work, stream);
-            run_keys<KeysConfig<T, D, 32, Want::values>>(work, stream);
-            run_keys<KeysConfig<T, D, 32, Want::keys>>(work, stream);
+        if constexpr (D >= 256) {
+            constexpr int N = D == 256 ? 32 : 16, DV = kValueColumns<D>;
+            run_rows<RowsConfig<T, D, 4, 1, N, true, DV>>(work, stream);
+            run_keys<KeysConfig<T, D, N, Want::values, DV>>(work, stream);
+            run_keys<KeysConfig<T, D, N, Want::keys, DV>>(work, stream);
         } else {
             run_rows<RowsConfig<T, D, 8, 1, 64, true>>(work, stream);
             run_keys<KeysConfig<T, D, 32, Want::both>>(work, stream);

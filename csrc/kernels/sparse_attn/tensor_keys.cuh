@@ -2,39 +2,44 @@
 // the queries that have them on their lists, head by head, so a group's query heads are added up in registers.
 #pragma once
 
-#include "kernels/sparse_attn/tensor.cuh"
+#include "kernels/sparse_attn/tensor_rows.cuh"
 
 namespace lsm::sparse_attn {
 
-enum class Want { both, keys, values };
-
-template <class T_, int D_, int N_, Want Wants_>
+// Of rows and columns as RowsConfig.
+template <class T_, int D_, int N_, Want Wants_, int DV_ = D_>
 struct KeysConfig {
     using T = T_;
-    static constexpr int D = D_, N = N_;
+    static constexpr int D = D_, DV = DV_, N = N_, Split = D > 256 ? 2 : 1;
     static constexpr Want Wants = Wants_;
-    static constexpr int Warps = 4, kThreads = 32 * Warps, kRows = 16 * Warps;
+    static constexpr int Warps = 4, kThreads = 32 * Warps, kRows = 16 * Warps / Split;
 };
 
 template <class Config>
 struct KeysKernel {
     using T = typename Config::T;
-    static constexpr int D = Config::D, N = Config::N, kRows = Config::kRows;
-    static constexpr int kThreads = Config::kThreads;
+    static constexpr int D = Config::D, DV = Config::DV, N = Config::N, kRows = Config::kRows;
+    static constexpr int kThreads = Config::kThreads, Split = Config::Split;
+    static constexpr int KSums = columns_each(D, Split), VSums = columns_each(DV, Split);
     static constexpr bool kKeys = Config::Wants != Want::values,
                           kValues = Config::Wants != Want::keys;
 
+    using Keys = Matrix<kRows, D>;
+    using Values = Matrix<kRows, DV>;
+    using Queries = Matrix<N, D>;
+    using Grads = Matrix<N, DV>;
+
     struct Stage {
-        alignas(1024) char q[N * D * 2];
-        alignas(1024) char grad_o[N * D * 2];
+        alignas(1024) char q[Queries::kBytes];
+        alignas(1024) char grad_o[Grads::kBytes];
         float4 stats[N];
         Row rows[N];
         float bias[kThreads / 32][N];  // of each warp's block, in units of log2
     };
     // What the loop over queries does not touch lies in shared memory: it has no registers to spare.
     struct SharedStorage {
-        alignas(1024) char keys[kRows * D * 2];  // in the end dk
-        alignas(1024) char values[kRows * D * 2];
+        alignas(1024) char keys[Keys::kBytes];  // in the end dk
+        alignas(1024) char values[Values::kBytes];
         Stage stage[2];
         Plan plan;
         KeyTile tile;
@@ -50,8 +55,8 @@ struct KeysKernel {
     SharedStorage& s;
     Mask const& mask;
     Steps const steps;
-    float dk[1][kKeys ? D / 8 : 1][4];
-    float dv[1][kValues ? D / 8 : 1][4];
+    float dk[1][kKeys ? KSums / 8 : 1][4];
+    float dv[1][kValues ? VSums / 8 : 1][4];
 
     LSM_DEVICE explicit KeysKernel(Work const& work_)
         : work(work_),
@@ -66,11 +71,17 @@ struct KeysKernel {
 
     LSM_DEVICE static int lane() { return threadIdx.x % 32; }
     LSM_DEVICE static int warp() { return threadIdx.x / 32; }
+    LSM_DEVICE static int strip() { return warp() / Split; }
+    LSM_DEVICE static int part() { return warp() % Split; }  // of the strip's columns
     LSM_DEVICE int width_k() const { return static_cast<int>(p.K); }
     LSM_DEVICE int width_v() const { return static_cast<int>(p.V); }
     // Of this warp: which of a section's blocks it is in, where its first key is.
-    LSM_DEVICE int member() const { return work.lists ? 16 * warp() / work.block_k : 0; }
-    LSM_DEVICE int position() const { return mask.key(s.tile.place.token + 16 * warp()); }
+    LSM_DEVICE int member() const {
+        int first = 16 * strip();  // in its section
+        if constexpr (kRows < 64) first += s.tile.place.token & (work.inverse.section_k - 1);
+        return work.lists ? first / work.block_k : 0;
+    }
+    LSM_DEVICE int position() const { return mask.key(s.tile.place.token + 16 * strip()); }
     LSM_DEVICE T* row_of(Rows const& x, int r) const {
         int const key = s.tile.place.token + r;
         return key < s.tile.place.sequence.Tk
@@ -115,7 +126,7 @@ struct KeysKernel {
             };
         };
         load_tile_rows<T, D, N, kThreads>(p.q, to.q, width_k(), at(p.q));
-        load_tile_rows<T, D, N, kThreads>(p.grad_o, to.grad_o, width_v(), at(p.grad_o));
+        load_tile_rows<T, DV, N, kThreads>(p.grad_o, to.grad_o, width_v(), at(p.grad_o));
         if (threadIdx.x < N) {
             int const t = token(threadIdx.x);
             to.rows[threadIdx.x] =
@@ -133,7 +144,8 @@ struct KeysKernel {
     }
 
     LSM_DEVICE void load_bias(int step) {
-        static_assert(N == 32);
+        static_assert(N <= 32);
+        if (lane() >= N) return;
         Unit const unit = steps.unit(s.plan, step, lane());
         float bias = 0.f;
         if (p.lists.bias != nullptr && unit.first >= 0 && has(unit.tag)) {
@@ -201,14 +213,15 @@ struct KeysKernel {
 
     template <bool kBent>
     LSM_DEVICE void attend(int step) {
-        if (s.tile.place.token + 16 * warp() >= s.tile.place.sequence.Tk || (kBent && skips(step)))
+        if (s.tile.place.token + 16 * strip() >= s.tile.place.sequence.Tk || (kBent && skips(step)))
             return;
         Stage const& tiles = s.stage[step % 2];
         Accumulators<N> x[1], grad[1];
-        relate<T, D, N, 1>(rows_of<D>(s.keys, 16 * warp()), columns_of<D>(tiles.q), width_k(), x);
+        relate<T, Keys, Queries>(rows_of<Keys>(s.keys, 16 * strip()), columns_of<Queries>(tiles.q),
+                                 width_k(), x);
         if constexpr (kKeys)
-            relate<T, D, N, 1>(rows_of<D>(s.values, 16 * warp()), columns_of<D>(tiles.grad_o),
-                               width_v(), grad);
+            relate<T, Values, Grads>(rows_of<Values>(s.values, 16 * strip()),
+                                     columns_of<Grads>(tiles.grad_o), width_v(), grad);
         if constexpr (kBent) {
             work.plain ? weigh<true, true>(step, x[0], grad[0])
                        : weigh<true, false>(step, x[0], grad[0]);
@@ -218,11 +231,15 @@ struct KeysKernel {
         Operands<N> weights[1];
         if constexpr (kValues) {
             pack_weights<T, N>(x[0], weights[0]);
-            gather<T, D, N, 1>(weights, rows_of<D>(tiles.grad_o, 0), width_v(), dv);
+            gather<T, Grads, VSums, N>(
+                weights, rows_of<Grads>(tiles.grad_o, 0) + Grads::offset(0, part() * VSums),
+                width_v() - part() * VSums, dv);
         }
         if constexpr (kKeys) {
             pack_weights<T, N>(grad[0], weights[0]);
-            gather<T, D, N, 1>(weights, rows_of<D>(tiles.q, 0), width_k(), dk);
+            gather<T, Queries, KSums, N>(
+                weights, rows_of<Queries>(tiles.q, 0) + Queries::offset(0, part() * KSums),
+                width_k() - part() * KSums, dk);
         }
     }
 
@@ -234,9 +251,10 @@ struct KeysKernel {
         for (int i = threadIdx.x; i < N * (D / 8); i += kThreads) {
             int const row = i / (D / 8);
             if (!is_odd(tiles.stats[row])) continue;
-            u32 const at = Tile<D>::offset(row, i % (D / 8) * 8);
-            *reinterpret_cast<uint4*>(tiles.q + at) = {0, 0, 0, 0};
-            *reinterpret_cast<uint4*>(tiles.grad_o + at) = {0, 0, 0, 0};
+            int const c = i % (D / 8) * 8;
+            *reinterpret_cast<uint4*>(tiles.q + Queries::offset(row, c)) = {0, 0, 0, 0};
+            if (c < DV)
+                *reinterpret_cast<uint4*>(tiles.grad_o + Grads::offset(row, c)) = {0, 0, 0, 0};
         }
         __syncthreads();
     }
@@ -299,16 +317,16 @@ struct KeysKernel {
         if (s.tile.place.poison) return poison();
         load_tile_rows<T, D, kRows, kThreads>(p.k, s.keys, width_k(),
                                               [&](int r) { return row_of(p.k, r); });
-        load_tile_rows<T, D, kRows, kThreads>(p.v, s.values, width_v(),
-                                              [&](int r) { return row_of(p.v, r); });
+        load_tile_rows<T, DV, kRows, kThreads>(p.v, s.values, width_v(),
+                                               [&](int r) { return row_of(p.v, r); });
         cp_async_commit();
         if constexpr (kKeys) {
             LSM_UNROLL
-            for (int i = 0; i < D / 2; ++i) dk[0][i / 4][i % 4] = 0.f;
+            for (int i = 0; i < KSums / 2; ++i) dk[0][i / 4][i % 4] = 0.f;
         }
         if constexpr (kValues) {
             LSM_UNROLL
-            for (int i = 0; i < D / 2; ++i) dv[0][i / 4][i % 4] = 0.f;
+            for (int i = 0; i < VSums / 2; ++i) dv[0][i / 4][i % 4] = 0.f;
         }
         LSM_UNROLL_BY(1)
         for (int h = 0; h < work.group; ++h) {
@@ -327,11 +345,13 @@ struct KeysKernel {
         __syncthreads();
         if (s.tile.pieces > 1) return leave();
         if constexpr (kKeys)
-            store_tile_rows<T, D>(s.keys, 16 * warp(), width_k(), dk[0], work.scale, work.scale,
-                                  [&](int r) { return row_of(p.dk, r); });
+            store_tile_rows<T, Keys>(
+                s.keys, 16 * strip(), width_k(), dk[0], work.scale, work.scale,
+                [&](int r) { return row_of(p.dk, r); }, part() * KSums);
         if constexpr (kValues)
-            store_tile_rows<T, D>(s.values, 16 * warp(), width_v(), dv[0], 1.f, 1.f,
-                                  [&](int r) { return row_of(p.dv, r); });
+            store_tile_rows<T, Values>(
+                s.values, 16 * strip(), width_v(), dv[0], 1.f, 1.f,
+                [&](int r) { return row_of(p.dv, r); }, part() * VSums);
     }
 
     // One of several pieces: its sums in fp32.
@@ -340,14 +360,15 @@ struct KeysKernel {
         float* const to =
             work.slots +
             (s.tile.slot + static_cast<i64>(s.tile.piece) * work.section_tiles) * kRows * width;
-        auto const store = [&](Accumulators<D> const& x, int first, int columns, float by) {
+        auto const store = [&]<int Count>(float const(&x)[Count][4], int first, int columns,
+                                          float by) {
             LSM_UNROLL
-            for (int n = 0; n < D / 8; ++n) {
-                int const c = 8 * n + lane() % 4 * 2;
+            for (int n = 0; n < Count; ++n) {
+                int const c = 8 * (part() * Count + n) + lane() % 4 * 2;
                 if (c >= columns) continue;
                 LSM_UNROLL
                 for (int half_ = 0; half_ < 2; ++half_) {
-                    float* const row = to + (16 * warp() + lane() / 4 + 8 * half_) * width + first;
+                    float* const row = to + (16 * strip() + lane() / 4 + 8 * half_) * width + first;
                     store_global(reinterpret_cast<float2*>(row + c),
                                  {x[n][2 * half_] * by, x[n][2 * half_ + 1] * by});
                 }

@@ -7,11 +7,19 @@
 
 namespace lsm::sparse_attn {
 
+// Columns of a result that each of the warps that share it adds up.
+constexpr int columns_each(int columns, int warps) {
+    return (columns + 64 * warps - 1) / (64 * warps) * 64;
+}
+
 // With two tiles of 16 rows a warp, scores are plain and no token has a list of its own: there are no registers for more.
-template <class T_, int D_, int Warps_, int MT_, int N_, bool Backward_>
+// K up to D, V up to DV. Beyond 256 columns two warps share a strip of rows, as one has no registers for its results.
+template <class T_, int D_, int Warps_, int MT_, int N_, bool Backward_, int DV_ = D_>
 struct RowsConfig {
     using T = T_;
-    static constexpr int D = D_, Warps = Warps_, MT = MT_, N = N_, Together = 1;
+    static constexpr int D = D_, DV = DV_, Warps = Warps_, MT = MT_, N = N_;
+    static constexpr int Split = D > 256 ? 2 : 1, Together = Split;
+    static constexpr int Sums = columns_each(Backward_ ? D : DV, Split);
     static constexpr bool Backward = Backward_, Plain = MT > 1, Unites = MT == 1;
     static constexpr int kThreads = 32 * Warps;
     static constexpr int kBlocks = kThreads <= 128 ? 2 : 1;  // per multiprocessor, at least
@@ -20,20 +28,27 @@ struct RowsConfig {
 template <class Config>
 struct RowsKernel : QueryTile<Config> {
     using Base = QueryTile<Config>;
-    using Base::D, Base::MT, Base::N, Base::kRows, Base::kThreads, Base::kBackward, Base::kPlain;
-    using Base::row_of, Base::lane_row, Base::exists, Base::head, Base::token;
+    using Base::D, Base::MT, Base::N, Base::Split, Base::Sums, Base::kRows, Base::kThreads,
+        Base::kBackward, Base::kPlain;
+    using Base::row_of, Base::lane_row, Base::exists, Base::head, Base::token, Base::strip,
+        Base::first_column;
     using Base::width_k, Base::width_v;
     using Base::work, Base::p, Base::s, Base::steps, Base::sums, Base::lane, Base::warp,
         Base::group;
     using typename Base::T;
+    static constexpr int DV = Config::DV;
+    using Queries = Matrix<kRows, D>;
+    using Grads = Matrix<kRows, DV>;
+    using Keys = Matrix<N, D>;
+    using Values = Matrix<N, DV>;
 
     struct Stage {
-        alignas(1024) char keys[N * D * 2];
-        alignas(1024) char values[N * D * 2];
+        alignas(1024) char keys[Keys::kBytes];
+        alignas(1024) char values[Values::kBytes];
     };
     struct SharedStorage {
-        alignas(1024) char q[kRows * D * 2];  // in the end o, or dq
-        alignas(1024) char grad_o[kBackward ? kRows * D * 2 : 1024];
+        alignas(1024) char q[Queries::kBytes];  // in the end o, or dq
+        alignas(1024) char grad_o[kBackward ? Grads::kBytes : 1024];
         Stage stage[2];
         typename Base::Shared tile;
         float bias[kBackward ? Config::Warps : 1][kBackward ? kPlan : 1];  // of each unit
@@ -54,8 +69,8 @@ struct RowsKernel : QueryTile<Config> {
         load_tile_rows<T, D, kRows, kThreads>(p.q, shared.q, width_k(),
                                               [&](int m) { return row_of(p.q, m); });
         if constexpr (kBackward)
-            load_tile_rows<T, D, kRows, kThreads>(p.grad_o, shared.grad_o, width_v(),
-                                                  [&](int m) { return row_of(p.grad_o, m); });
+            load_tile_rows<T, DV, kRows, kThreads>(p.grad_o, shared.grad_o, width_v(),
+                                                   [&](int m) { return row_of(p.grad_o, m); });
         cp_async_commit();
         this->start_rows();
         if constexpr (kBackward) {
@@ -85,7 +100,7 @@ struct RowsKernel : QueryTile<Config> {
             };
         };
         load_tile_rows<T, D, N, kThreads>(p.k, to.keys, width_k(), at(p.k));
-        load_tile_rows<T, D, N, kThreads>(p.v, to.values, width_v(), at(p.v));
+        load_tile_rows<T, DV, N, kThreads>(p.v, to.values, width_v(), at(p.v));
         cp_async_commit();
     }
 
@@ -93,8 +108,8 @@ struct RowsKernel : QueryTile<Config> {
     LSM_DEVICE void step_forward(int step) {
         Stage const& tiles = shared.stage[step % 2];
         Accumulators<N> x[MT];
-        relate<T, D, N, MT>(rows_of<D>(shared.q, warp() * MT * 16), columns_of<D>(tiles.keys),
-                            width_k(), x);
+        relate<T, Queries, Keys>(rows_of<Queries>(shared.q, strip() * MT * 16),
+                                 columns_of<Keys>(tiles.keys), width_k(), x);
         float by = work.scale * kLog2e;
         if constexpr (kBent) {
             this->bend_scores(step, x);
@@ -111,17 +126,19 @@ struct RowsKernel : QueryTile<Config> {
             pack_weights<T, N>(x[m], weights[m]);
             if (__any_sync(0xffffffffu, moved)) this->fade_sums(m, fade);
         }
-        gather<T, D, N, MT>(weights, rows_of<D>(tiles.values, 0), width_v(), sums);
+        gather<T, Values, Sums, N>(
+            weights, rows_of<Values>(tiles.values, 0) + Values::offset(0, first_column()),
+            width_v() - first_column(), sums);
     }
 
     template <bool kBent>
     LSM_DEVICE void step_backward(int step) {
         Stage const& tiles = shared.stage[step % 2];
         Accumulators<N> x[MT], grad[MT];
-        relate<T, D, N, MT>(rows_of<D>(shared.q, warp() * MT * 16), columns_of<D>(tiles.keys),
-                            width_k(), x);
-        relate<T, D, N, MT>(rows_of<D>(shared.grad_o, warp() * MT * 16),
-                            columns_of<D>(tiles.values), width_v(), grad);
+        relate<T, Queries, Keys>(rows_of<Queries>(shared.q, strip() * MT * 16),
+                                 columns_of<Keys>(tiles.keys), width_k(), x);
+        relate<T, Grads, Values>(rows_of<Grads>(shared.grad_o, strip() * MT * 16),
+                                 columns_of<Values>(tiles.values), width_v(), grad);
         if constexpr (kBent) {
             float all[N / 16] = {};
             auto const gradient = [&](int m, int n, int e, float value, float slope, float bend) {
@@ -136,7 +153,7 @@ struct RowsKernel : QueryTile<Config> {
                 this->template bend<true>(step, x, gradient);
             } else {
                 this->template bend<false>(step, x, gradient);
-                if (work.bias_parts != nullptr) keep_bias(step, all);
+                if (work.bias_parts != nullptr && first_column() == 0) keep_bias(step, all);
             }
         } else {
             float const by = work.scale * kLog2e;
@@ -150,7 +167,9 @@ struct RowsKernel : QueryTile<Config> {
         }
         Operands<N> weights[MT];
         pack_weights<T, N>(x[0], weights[0]);
-        gather<T, D, N, MT>(weights, rows_of<D>(tiles.keys, 0), width_k(), sums);
+        gather<T, Keys, Sums, N>(weights,
+                                 rows_of<Keys>(tiles.keys, 0) + Keys::offset(0, first_column()),
+                                 width_k() - first_column(), sums);
     }
 
     // Sums over this warp's rows, of each unit of the step.
@@ -196,9 +215,11 @@ struct RowsKernel : QueryTile<Config> {
                 this->finish_softmax(m, by);
             }
             __syncwarp();
-            store_tile_rows<T, D>(shared.q, (warp() * MT + m) * 16,
-                                  kBackward ? width_k() : width_v(), sums[m], by[0], by[1],
-                                  [&](int row) { return row_of(kBackward ? p.dq : p.o, row); });
+            store_tile_rows<T, Queries>(
+                shared.q, (strip() * MT + m) * 16, kBackward ? width_k() : width_v(), sums[m],
+                by[0], by[1], [&](int row) { return row_of(kBackward ? p.dq : p.o, row); },
+                first_column());
+            if constexpr (Split > 1) this->share_odd(odd[m]);
         }
         LSM_UNROLL
         for (int m = 0; m < MT; ++m) this->repair(m, odd[m]);
@@ -211,7 +232,7 @@ struct RowsKernel : QueryTile<Config> {
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             int const row = lane_row(0, half_);
-            if (lane() % 4 == 0 && exists(row))
+            if (lane() % 4 == 0 && exists(row) && first_column() == 0)
                 store_global(
                     work.ramp_parts +
                         per_head(work, s.batch, s.place.sequence.q0 + token(row), head(row)),

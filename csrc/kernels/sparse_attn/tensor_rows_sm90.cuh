@@ -15,7 +15,7 @@ namespace lsm::sparse_attn {
 template <class T_, int D_>
 struct WarpgroupConfig {
     using T = T_;
-    static constexpr int D = D_, Warps = 8, MT = 1, N = 128, Together = 4;
+    static constexpr int D = D_, Warps = 8, MT = 1, N = 128, Together = 4, Split = 1, Sums = D;
     static constexpr bool Backward = false, Plain = false, Unites = false;
     static constexpr int kStages = D == 64 ? 4 : 2;
     static constexpr int kBlockThreads = 32 * Warps + 128;
@@ -250,8 +250,8 @@ struct WarpgroupKernel : QueryTile<Config> {
         float by[2];
         this->finish_softmax(0, by);
         __syncwarp();
-        store_tile_rows<T, D, Queries>(shared.q, 16 * warp(), width_v(), sums[0], by[0], by[1],
-                                       [&](int row) { return row_of(p.o, row); });
+        store_tile_rows<T, Queries>(shared.q, 16 * warp(), width_v(), sums[0], by[0], by[1],
+                                    [&](int row) { return row_of(p.o, row); });
         this->repair(0, odd);
     }
 
