@@ -11,11 +11,14 @@ from torch import Tensor
 from ._common import check_rank, check_shape
 from .attn_mask import AttnMask
 from .block_lists import BlockLists
+from .kv_cache import sparse_attn_decode
 from .pooling import block_pool, row_boundaries
 from .selection import BlockChoice, ScoreRule, block_select
 from .sparse_attn import block_sparse_attn
 
 __all__ = ["nsa_compression", "nsa_topk", "parallel_nsa"]
+
+_FEW = 8  # queries of a step
 
 
 def nsa_compression(
@@ -59,10 +62,28 @@ def nsa_compression(
     past = AttnMask(
         causal=True, align_end=False, offset=offset, key_stride=stride, key_length=block_size
     )
-    o, lse = block_sparse_attn(
-        q, k_cmp, v_cmp, None, past, scale,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_cmp, return_lse=True,
-    )  # fmt: skip
+    return _attend(q, k_cmp, v_cmp, None, past, scale, cu_seqlens, cu_seqlens_cmp)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists | None,
+    mask: AttnMask,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp; a few queries behind their keys are a decoding step's."""
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[1] <= _FEW and cu_seqlens is None and not trained:
+        o, lse = sparse_attn_decode(q, k, v, None, None, lists, mask, scale, return_lse=True)
+    else:
+        o, lse = block_sparse_attn(
+            q, k, v, lists, mask, scale,
+            cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, return_lse=True,
+        )  # fmt: skip
     return o, lse
 
 
@@ -260,14 +281,14 @@ def parallel_nsa(
         indices = block_indices.transpose(1, 2)
         lists = BlockLists.from_indices(indices, Tq, Tk, 1, block_size, cu_seqlens, cu_seqlens)
     causal = AttnMask(causal=True)
-    o = block_sparse_attn(q, k, v, lists, causal, scale, cu_seqlens=cu_seqlens)
+    o, _ = _attend(q, k, v, lists, causal, scale, cu_seqlens)
     if g_slc is not None:
         o = gated(o, g_slc)
     if o_cmp is not None:
         o = o + gated(o_cmp, g_cmp)
     if window_size > 0:
         recent = AttnMask(causal=True, left=window_size - 1)
-        o_swa = block_sparse_attn(q, k, v, None, recent, scale, cu_seqlens=cu_seqlens)
+        o_swa, _ = _attend(q, k, v, None, recent, scale, cu_seqlens)
         o = o + (o_swa if g_swa is None else gated(o_swa, g_swa))
     return o
 
