@@ -110,6 +110,7 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from selection_calls()
     yield from mlstm_calls()
     yield from ssd_calls()
+    yield from polynomial_calls()
     yield from delta_inputs_calls()
 
 
@@ -130,6 +131,30 @@ def ssd_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     A, D, bias = (torch.randn(2, generator=draw) for _ in range(3))
     given = (x, dt, -A.exp(), B, C, state, D, z, bias, True)
     yield "ssd step bfloat16", 1, partial(torch.ops.lsm_emu.ssd_step, *given)
+
+
+def polynomial_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """Based's: its features in one block, whole and cut; then with shares of slices and columns."""
+    ops = torch.ops.lsm_emu
+    for kind, multiprocessors, T, K, V, dtype in (
+        ("whole", 1, 64, 16, 64, torch.bfloat16),
+        ("cut", 64, 160, 16, 64, torch.float32),
+        ("small", 1, 24, 8, 64, torch.float32),
+        ("shared", 1, 24, 24, 96, torch.float32),
+    ):
+        draw = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, T, 1, K, generator=draw).to(dtype) for _ in range(2))
+        v, grad = (torch.randn(1, T, 1, V, generator=draw).to(dtype) for _ in range(2))
+        common = (q, k, v, None, None, None, K**-0.5, 1e-6, True, True)
+        forward = partial(ops.polynomial_attn_fwd, *common)
+        yield f"polynomial_attn {kind} forward", multiprocessors, partial(forward, True)
+        o, S, z, tokens = forward(True)
+        given = (o, tokens, grad, S, z)
+        backward = partial(ops.polynomial_attn_bwd, *common, *given)
+        yield f"polynomial_attn {kind} backward", multiprocessors, backward
+        token = (*(x[:, 0] for x in (q, k, v)), S, z, K**-0.5, 1e-6, True, True)
+        step = partial(ops.polynomial_attn_step, *token)
+        yield f"polynomial_attn {kind} step", multiprocessors, step
 
 
 def delta_inputs_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -110,7 +110,7 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
 
     // linear_attn of products of two channels of q and of two of k, so that weights are 1 + s + s^2 / 2 of s = scale q·k
     // if taylor, else s^2; divided by their sums plus eps. States S [N,HV,F,V] and z [N,HV,F], F from policy/features.h,
-    // which are always computed. tokens as above. For CPU tensors; on CUDA it is composed.
+    // which are always computed. tokens as above.
     m.def(
         "polynomial_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? "
         "cu_seqlens, float scale, float eps, bool taylor, bool normalize, bool output_final_state) "

@@ -94,7 +94,7 @@ function(lsm_emulated_operators name flavour namespace)
 endfunction()
 
 # The example of a policy from outside the tree (docs/adding_a_policy.md), on CPU kernels and on the emulator: the chunk
-# engine once more, but for its sweeps, which know of no policy.
+# engine once more, but for its sweeps and its polynomials, which know of no policy.
 function(lsm_example_policy header)
   set(policies "LSM_MORE_POLICIES=\"${CMAKE_SOURCE_DIR}/${header}\"")
   add_library(_C_example SHARED EXCLUDE_FROM_ALL
@@ -108,7 +108,7 @@ function(lsm_example_policy header)
   list(FILTER sources INCLUDE REGEX "kernels/(chunk|recurrence|step)/")
   list(FILTER sources EXCLUDE REGEX "kernels/chunk/sweep_")
   lsm_emulated_operators(_emu_example plain lsm_emu_example ${sources})
-  target_sources(_emu_example PRIVATE $<FILTER:$<TARGET_OBJECTS:_emu_kernels>,INCLUDE,kernels/chunk/sweep_>)
+  target_sources(_emu_example PRIVATE $<FILTER:$<TARGET_OBJECTS:_emu_kernels>,INCLUDE,kernels/chunk/sweep_|kernels/polynomial/>)
   foreach(target _emu_example _emu_example_kernels)
     target_compile_definitions(${target} PRIVATE ${policies})
   endforeach()

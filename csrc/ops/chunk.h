@@ -40,7 +40,8 @@ inline void check_gate(Checks const& c, Decay decay, char const* arg, Tensor con
 }
 
 inline void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor const& k,
-                         Tensor const& v, Gates const& gates, bool one_token) {
+                         Tensor const& v, Gates const& gates, bool one_token,
+                         bool any_size = false) {
     char const* const q_dims = one_token ? "[B, H, K]" : "[B, T, H, K]";
     char const* const v_dims = one_token ? "[B, HV, V]" : "[B, T, HV, V]";
     int64_t const rank = one_token ? 3 : 4;
@@ -59,7 +60,7 @@ inline void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor c
               show(v.sizes()));
     int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1),
                   V = v.size(rank - 1);
-    check_dims(c, H, HV, K, V);
+    check_dims(c, H, HV, K, V, any_size);
     gates.map(decay, [&](Decay of, Tensor const& g) {
         char const* const arg = gates.gv && of == Decay::value ? "gv" : "g";
         check_gate(c, of, arg, g, q, v, one_token);
@@ -102,11 +103,31 @@ inline ScalarType gate_type(Gates const& gates, Tensor const& q) {
     return gates.g ? gates.g->scalar_type() : q.scalar_type();
 }
 
+// What ChunkParams and StepParams have in common, from tensors in the layout of the kernels; of q and k, [B, T, H, channels]
+// or [B, H, channels], features make K rows of a state.
+template <class Params>
+void fill_common(Params& p, ChunkOperator const& op, Tensor const& q, Tensor const& k,
+                 Tensor const& v, Gates const& gates, double scale, Features features) {
+    int64_t const rank = q.dim();
+    p.decay = op.decay;
+    p.exclusive = op.exclusive;
+    p.gate = op.gate;
+    p.dtype = to_dtype(q.scalar_type());
+    p.gate_dtype = to_dtype(gate_type(gates, q));
+    p.state_dtype = to_dtype(state_type(q));
+    p.B = q.size(0), p.H = q.size(rank - 2), p.HV = v.size(rank - 2), p.V = v.size(rank - 1);
+    p.features = features, p.channels = q.size(rank - 1);
+    p.K = features_of(features, p.channels);
+    p.scale = scale;
+    p.q = rows(q), p.k = rows(k), p.v = rows(v);
+    point_at(op.decay, gates, p.g, p.gv);
+}
+
 inline Inputs prepare(Checks const& c, ChunkOperator const& op, Tensor const& q, Tensor const& k,
                       Tensor const& v, Gates const& gates, OptionalTensor const& initial_state,
                       OptionalTensor const& cu_seqlens, double scale,
                       Features features = Features::none) {
-    check_inputs(c, op.decay, q, k, v, gates, false);
+    check_inputs(c, op.decay, q, k, v, gates, false, features != Features::none);
     check_cu_seqlens(c, cu_seqlens, q);
     int64_t const N = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
     int64_t const K = features_of(features, q.size(3));
@@ -122,18 +143,8 @@ inline Inputs prepare(Checks const& c, ChunkOperator const& op, Tensor const& q,
     if (initial_state) in.initial_state = as_contiguous(*initial_state);
     if (cu_seqlens) in.cu_seqlens = as_contiguous(*cu_seqlens);
     ChunkParams& p = in.p;
-    p.decay = op.decay;
-    p.exclusive = op.exclusive;
-    p.gate = op.gate;
-    p.dtype = to_dtype(q.scalar_type());
-    p.gate_dtype = to_dtype(gate_type(gates, q));
-    p.state_dtype = to_dtype(state_type(q));
-    p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.K = K;
-    p.features = features, p.channels = q.size(3);
-    p.HV = v.size(2), p.V = v.size(3), p.N = N;
-    p.scale = scale;
-    p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v);
-    point_at(op.decay, in.gates, p.g, p.gv);
+    fill_common(p, op, in.q, in.k, in.v, in.gates, scale, features);
+    p.T = q.size(1), p.N = N;
     if (in.initial_state) p.initial_state = in.initial_state->const_data_ptr();
     if (in.cu_seqlens) {
         p.cu_seqlens = in.cu_seqlens->const_data_ptr();
@@ -178,24 +189,14 @@ inline StepInputs prepare_step(Checks const& c, ChunkOperator const& op, Tensor 
                                Tensor const& k, Tensor const& v, Gates const& gates,
                                Tensor const& state, char const* state_arg, double scale,
                                Features features = Features::none, bool turned = false) {
-    int64_t const B = q.size(0), H = q.size(1), HV = v.size(1), V = v.size(2);
-    int64_t const K = features_of(features, q.size(2));
+    int64_t const HV = v.size(1), V = v.size(2), K = features_of(features, q.size(2));
     bool const values_first = values_lie_first(c, state, state_arg, q, HV, K, V, turned);
     DeviceScope const scope(q);
     StepInputs in{last_contiguous(q), last_contiguous(k), last_contiguous(v),
-                  empty({B, HV, V}, q.scalar_type(), q), gates.map(op.decay, gate_layout)};
+                  empty({q.size(0), HV, V}, q.scalar_type(), q), gates.map(op.decay, gate_layout)};
     StepParams& p = in.p;
-    p.decay = op.decay;
-    p.exclusive = op.exclusive;
-    p.gate = op.gate;
-    p.dtype = to_dtype(q.scalar_type());
-    p.gate_dtype = to_dtype(gate_type(gates, q));
-    p.state_dtype = to_dtype(state_type(q));
-    p.B = B, p.H = H, p.HV = HV, p.K = K, p.V = V;
-    p.features = features, p.channels = q.size(2);
-    p.scale = scale;
-    p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v), p.o = rows(in.o);
-    point_at(op.decay, in.gates, p.g, p.gv);
+    fill_common(p, op, in.q, in.k, in.v, in.gates, scale, features);
+    p.o = rows(in.o);
     p.values_first = values_first;
     p.state = const_cast<void*>(state.const_data_ptr());
     return in;

@@ -27,12 +27,10 @@ Normaliser input_gates(Tensor const& i, Tensor const& f, bool exponential, bool 
     return own;
 }
 
-#if defined(LSM_BACKEND_CPU)
 // What operators with a normaliser call their tensors.
 struct NormalisedNames {
     char const *o, *grad_o, *n, *grad_n, *grad_state;
 };
-constexpr NormalisedNames kMlstmNames{"h", "grad_h", "n", "grad_n", "grad_C"};
 constexpr NormalisedNames kPolynomialNames{"o", "grad_o", "z", "grad_z", "grad_S"};
 
 void check_sums(Checks const& c, OptionalTensor const& t, char const* arg, char const* dims,
@@ -77,28 +75,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_forward(Checks const& c,
     Tensor scratch = workspace(chunk_fwd_workspace(p), q);
     chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
     return {o, state, n_last, tokens};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
-    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i, Tensor const& f,
-    OptionalTensor const& C, OptionalTensor const& n, OptionalTensor const& m,
-    OptionalTensor const& cu_seqlens, double scale, double eps, bool exponential, bool normalize,
-    bool output_final_state) {
-    Checks const c("mlstm_fwd");
-    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
-    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
-    ChunkParams& p = in.p;
-    check_input_gates(c, i, f, q, v, false);
-    check_sums(c, m, "m", "[N, HV]", {p.N, p.HV}, q);
-    OptionalTensor const m0 = contiguous_or_none(m);
-    Tensor m_last =
-        output_final_state ? empty({p.N, p.HV}, state_type(q), q) : empty({0}, state_type(q), q);
-    p.normaliser = input_gates(i, f, exponential, normalize, eps);
-    p.normaliser.m0 = data_or_null(m0);
-    if (output_final_state) p.normaliser.m = m_last.mutable_data_ptr();
-    auto [h, C_last, n_last, tokens] =
-        normalised_forward(c, kMlstmNames, in, q, n, output_final_state);
-    return {h, C_last, n_last, m_last, tokens};
 }
 
 // linear_attn of features (policy/features.h), divided by the sum of its weights.
@@ -166,6 +142,44 @@ NormalisedGradients normalised_backward(Checks const& c, NormalisedNames const& 
     return {sum_groups(dq, p.H, type), sum_groups(dk, p.H, type), dv, d_state, dn};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> polynomial_attn_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& S,
+    OptionalTensor const& z, OptionalTensor const& cu_seqlens, double scale, double eps,
+    bool taylor, bool normalize, Tensor const& o, Tensor const& tokens, Tensor const& grad_o,
+    OptionalTensor const& grad_S, OptionalTensor const& grad_z) {
+    Checks const c("polynomial_attn_bwd");
+    Inputs in = prepare(c, kPolynomial, q, k, v, {}, S, cu_seqlens, scale, polynomial(taylor));
+    in.p.normaliser.divides = normalize, in.p.normaliser.eps = eps;
+    auto const d =
+        normalised_backward(c, kPolynomialNames, in, q, z, o, tokens, grad_o, grad_S, grad_z);
+    return {d.q, d.k, d.v, d.state, d.n};
+}
+
+#if defined(LSM_BACKEND_CPU)
+constexpr NormalisedNames kMlstmNames{"h", "grad_h", "n", "grad_n", "grad_C"};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i, Tensor const& f,
+    OptionalTensor const& C, OptionalTensor const& n, OptionalTensor const& m,
+    OptionalTensor const& cu_seqlens, double scale, double eps, bool exponential, bool normalize,
+    bool output_final_state) {
+    Checks const c("mlstm_fwd");
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    ChunkParams& p = in.p;
+    check_input_gates(c, i, f, q, v, false);
+    check_sums(c, m, "m", "[N, HV]", {p.N, p.HV}, q);
+    OptionalTensor const m0 = contiguous_or_none(m);
+    Tensor m_last =
+        output_final_state ? empty({p.N, p.HV}, state_type(q), q) : empty({0}, state_type(q), q);
+    p.normaliser = input_gates(i, f, exponential, normalize, eps);
+    p.normaliser.m0 = data_or_null(m0);
+    if (output_final_state) p.normaliser.m = m_last.mutable_data_ptr();
+    auto [h, C_last, n_last, tokens] =
+        normalised_forward(c, kMlstmNames, in, q, n, output_final_state);
+    return {h, C_last, n_last, m_last, tokens};
+}
+
 // Gradients of the gates are left as those of log decay and log weight, [B, T, HV].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
     Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& C,
@@ -186,18 +200,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
     return {d.q, d.k, d.v, dlog_decay, dlog_weight, d.state, d.n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> polynomial_attn_bwd(
-    Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& S,
-    OptionalTensor const& z, OptionalTensor const& cu_seqlens, double scale, double eps,
-    bool taylor, bool normalize, Tensor const& o, Tensor const& tokens, Tensor const& grad_o,
-    OptionalTensor const& grad_S, OptionalTensor const& grad_z) {
-    Checks const c("polynomial_attn_bwd");
-    Inputs in = prepare(c, kPolynomial, q, k, v, {}, S, cu_seqlens, scale, polynomial(taylor));
-    in.p.normaliser.divides = normalize, in.p.normaliser.eps = eps;
-    auto const d =
-        normalised_backward(c, kPolynomialNames, in, q, z, o, tokens, grad_o, grad_S, grad_z);
-    return {d.q, d.k, d.v, d.state, d.n};
-}
 // simple_gla of weighted values; its names are its own arguments'.
 constexpr NormalisedNames kWeightedNames{"o", "grad_o", "n", "grad_n", "grad_final_state"};
 
@@ -263,12 +265,11 @@ Tensor mlstm_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor cons
     return in.run();
 }
 
-#if defined(LSM_BACKEND_CPU)
 Tensor polynomial_attn_step(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& S,
                             Tensor const& z, double scale, double eps, bool taylor,
                             bool normalize) {
     Checks const c("polynomial_attn_step");
-    check_inputs(c, Decay::none, q, k, v, {}, true);
+    check_inputs(c, Decay::none, q, k, v, {}, true, true);
     StepInputs in = prepare_step(c, kPolynomial, q, k, v, {}, S, "S", scale, polynomial(taylor));
     check_in_place(c, z, "z", "[B, HV, K]", {in.p.B, in.p.HV, in.p.K}, q);
     Normaliser& own = in.p.normaliser;
@@ -276,7 +277,6 @@ Tensor polynomial_attn_step(Tensor const& q, Tensor const& k, Tensor const& v, T
     own.n0 = own.n = const_cast<void*>(z.const_data_ptr());
     return in.run();
 }
-#endif
 
 void check_ssd_step(Checks const& c, Tensor const& x, Tensor const& dt, Tensor const& A,
                     Tensor const& B, Tensor const& C, OptionalTensor const& D,
@@ -340,10 +340,10 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
     m.impl("weighted_gla_fwd", TORCH_BOX(&lsm::weighted_gla_fwd));
     m.impl("weighted_gla_bwd", TORCH_BOX(&lsm::weighted_gla_bwd));
+#endif
     m.impl("polynomial_attn_fwd", TORCH_BOX(&lsm::polynomial_attn_fwd));
     m.impl("polynomial_attn_bwd", TORCH_BOX(&lsm::polynomial_attn_bwd));
     m.impl("polynomial_attn_step", TORCH_BOX(&lsm::polynomial_attn_step));
-#endif
     m.impl("mlstm_step", TORCH_BOX(&lsm::mlstm_step));
     m.impl("ssd_step", TORCH_BOX(&lsm::ssd_step));
 }

@@ -24,11 +24,12 @@ inline void check_floating(Checks const& c, Tensor const& q, char const* arg = "
               "float32); it runs on CPU tensors");
 }
 
-inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_t V) {
+inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_t V,
+                       bool any_size = false) {
     c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H,
               " heads of q and k, got HV = ", HV);
     c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
-    if (!kTensorCores) return;
+    if (!kTensorCores || any_size) return;
     c.require(K <= kMaxDim, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", kMaxDim,
               "); it runs on CPU tensors, or split the heads");
     c.require(V <= kMaxDim, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxDim,

@@ -83,7 +83,7 @@ struct ChunkParams {
     Dtype state_dtype;  // f64 when dtype is f64 (CPU only), else f32
     int64_t B, T, H, HV, K, V;
     int64_t N;                           // sequences: B, or the length of cu_seqlens minus one
-    Features features = Features::none;  // of q and k, on the CPU, with a normaliser
+    Features features = Features::none;  // of q and k, with a normaliser
     int64_t channels;                    // of q and k, of which features make K; else K
     void const* cu_seqlens = nullptr;    // [N + 1], nullable; then B == 1
     bool cu_seqlens_is_64bit = false;
@@ -93,7 +93,7 @@ struct ChunkParams {
     Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
-    Normaliser normaliser;                // on the CPU: g is then the first of its rows of tokens
+    Normaliser normaliser;  // g is then the first of its rows of tokens; on CUDA of features alone
 
     // Forward; the backward of a normaliser reads o.
     Rows o;                       // [B, T, HV, V]

@@ -3,21 +3,15 @@
 A weight of degree two in ``q · k`` is a product of features that are products of two channels each,
 ``φ_m(x) = w_m x_i x_j`` with i ≤ j: half of all pairs suffice, the others are equal.
 
-On the CPU the engine makes them of a block of tokens at a time, only for the state; between the
-tokens of a block it computes the polynomial. On CUDA it is composed: at most 256 features are
-computed at a time, forward and again in backward, and handed to the engine of linear attention; the
-sum of the weights is one more column of v that is 1.
+Kernels make them of a few tokens at a time, where the state needs them, so that none are ever in
+memory. On the CPU the weights between the tokens of a block are computed from ``q · k`` instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _chunk
 from ._common import (
     accumulation_dtype,
     autocast,
@@ -31,8 +25,6 @@ from ._common import (
     in_dtype,
     no_double_backward,
 )
-from ._operator import FUSED
-from ._sums import quotient
 
 __all__ = [
     "based_step",
@@ -47,7 +39,7 @@ __all__ = [
 State = tuple[Tensor, Tensor]
 
 _EPS = 1e-6  # of Based
-_WIDEST = 256  # features or value columns in one call of the engine
+_WIDEST = 256  # features in a part of the state
 
 
 def cut_features(K: int, taylor: bool) -> tuple[int, int, int]:
@@ -58,117 +50,10 @@ def cut_features(K: int, taylor: bool) -> tuple[int, int, int]:
     return pairs, parts, 8 * -(-pairs // (8 * parts))
 
 
-class Features:
-    """All products of two of K channels; with ``taylor`` of (1, x), so that ``φ(q) · φ(k) =
-    1 + q·k + (q·k)²/2``, else ``φ(q) · φ(k) = (q·k)²``.
-
-    Cut into equal slices of a multiple of 8, as kernels like them; what is left over has weight 0.
-    Channels are picked by products with matrices of 0 and 1, whose gradients sum in a fixed order.
-    """
-
-    def __init__(self, K: int, taylor: bool, like: Tensor) -> None:
-        self.taylor = taylor
-        channels = K + 1 if taylor else K
-        left, right = torch.triu_indices(channels, channels, device=like.device)
-        weight = torch.ones(len(left), dtype=torch.float64, device=like.device)
-        weight = torch.where(left == right, weight * 0.5**0.5, weight)
-        # the constant's weight is 1 too; without the polynomial's half all others are twice as much
-        weight = torch.where(right == 0, 1.0, weight) if taylor else weight * 2**0.5
-        _, parts, self.width = cut_features(K, taylor)
-        self.count = parts * self.width
-        one = torch.arange(channels, device=like.device).unsqueeze(-1)
-        pad, dtype = (0, self.count - len(left)), accumulation_dtype(like)
-        self.left = torch.nn.functional.pad((one == left).to(dtype), pad)  # [channels, F]
-        self.right = torch.nn.functional.pad((weight * (one == right)).to(dtype), pad)
-
-    def slices(self) -> Iterator[slice]:
-        for start in range(0, self.count, self.width):
-            yield slice(start, start + self.width)
-
-    def extend(self, x: Tensor, scale: float) -> Tensor:
-        """``scale · x``, behind a channel of 1 if Taylor, in what sums are kept in."""
-        x = scale * x.to(self.left.dtype)
-        return torch.nn.functional.pad(x, (1, 0), value=1.0) if self.taylor else x
-
-    def __call__(self, x: Tensor, part: slice) -> Tensor:
-        """Of an extended x."""
-        with torch.autocast(x.device.type, enabled=False):
-            return (x @ self.left[:, part]).mul_(x @ self.right[:, part])
-
-    def gradient(self, x: Tensor, part: slice, grad: Tensor) -> Tensor:
-        """Of an extended x."""
-        left, right, grad = self.left[:, part], self.right[:, part], grad.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return (grad * (x @ right)) @ left.mT + (grad * (x @ left)) @ right.mT
-
-    def shrink(self, grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """The gradient of x from that of an extended x."""
-        return (scale * (grad[..., 1:] if self.taylor else grad)).to(dtype)
-
-
-class _Polynomial(torch.autograd.Function):
-    """``o_t = Σ_{s≤t} (φ(q_t) · φ(k_s)) v_s``, features never all in memory nor kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        taylor: bool,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, v, state, cu_seqlens)
-        ctx.scale, ctx.taylor, ctx.output_final_state = scale, taylor, output_final_state
-        ctx.set_materialize_grads(False)
-        f = Features(q.shape[-1], taylor, q)
-        xq, xk = f.extend(q, scale), f.extend(k, 1.0)
-        o, finals = None, []
-        for part in f.slices():
-            h0 = None if state is None else state[:, :, part]
-            fq, fk = f(xq, part).to(q.dtype), f(xk, part).to(k.dtype)
-            summand, final = torch.ops.lsm.linear_attn_fwd(
-                fq, fk, v, h0, cu_seqlens, 1.0, output_final_state
-            )
-            finals.append(final)
-            o = summand if o is None else o.to(xq.dtype) + summand
-        assert o is not None
-        o = in_dtype(o, v.dtype)
-        return o, torch.cat(finals, 2) if output_final_state else finals[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, state, cu_seqlens = ctx.saved_tensors
-        grad_o, grad_final = grads
-        grad_o = torch.zeros_like(v) if grad_o is None else grad_o
-        grad_final = grad_final if ctx.output_final_state else None  # traced, it is never None
-        f = Features(q.shape[-1], ctx.taylor, q)
-        xq, xk = f.extend(q, ctx.scale), f.extend(k, 1.0)
-        dq, dk, dv, dstate = torch.zeros_like(xq), torch.zeros_like(xk), None, []
-        for part in f.slices():
-            fq, fk = f(xq, part).to(q.dtype), f(xk, part).to(k.dtype)
-            dfq, dfk, summand, dh0 = torch.ops.lsm.linear_attn_bwd(
-                fq, fk, v, None if state is None else state[:, :, part], cu_seqlens, 1.0,
-                grad_o, None if grad_final is None else grad_final[:, :, part],
-            )  # fmt: skip
-            dq += f.gradient(xq, part, dfq)
-            dk += f.gradient(xk, part, dfk)
-            dv = summand if dv is None else dv.to(xq.dtype) + summand
-            dstate.append(dh0)
-        assert dv is not None
-        return (
-            f.shrink(dq, ctx.scale, q.dtype), f.shrink(dk, 1.0, k.dtype), dv.to(v.dtype),
-            None if state is None else torch.cat(dstate, 2), None, None, None, None,
-        )  # fmt: skip
-
-
-def _working(taylor: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """In fp32: fp16, whose range the sums leave, and half precision without the Taylor polynomial's
-    constant, where a sum of weights close to 0 may divide."""
-    half = (torch.float16,) if taylor else (torch.float16, torch.bfloat16)
+def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Half precision in fp32: without the Taylor polynomial's constant, a sum of weights close to 0
+    may divide outputs that would be rounded."""
+    half = (torch.float16, torch.bfloat16)
     return tuple(x.float() for x in tensors) if tensors[0].dtype in half else tensors
 
 
@@ -202,13 +87,8 @@ def _average(
     """The weighted sum over the sum of the weights plus eps, or undivided if that is None."""
     _check(op, q, k, v, taylor, initial_state)
     dtype = v.dtype
-    if q.device.type not in FUSED:
-        o, total, state = _sums(
-            q, k, v, scale, taylor, eps is not None, initial_state, output_final_state, cu_seqlens
-        )
-        return _divide(o, total, eps, dtype), state
     if not taylor:
-        q, k, v = _working(taylor, q, k, v)
+        q, k, v = _widened(q, k, v)
     S, z = (None, None) if initial_state is None else initial_state
     S, z = (None if s is None else s.to(accumulation_dtype(q)) for s in (S, z))
     o, S, z, _ = torch.ops.lsm.polynomial_attn_fwd(
@@ -280,52 +160,6 @@ torch.library.register_autograd("lsm::polynomial_attn_fwd", _backward, setup_con
 torch.library.register_autograd("lsm::polynomial_attn_bwd", _refuse_double_backward)
 
 
-def _sums(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    taylor: bool,
-    with_total: bool,
-    initial_state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None, State | None]:
-    """The weighted sum, the sum of the weights ``[B, T, HV, 1]`` if asked for, the final state;
-    by linear_attn, of features."""
-    q, k, v = _working(taylor, q, k, v)
-    V = v.shape[-1]
-    state = None
-    if initial_state is not None:
-        S, z = (x.to(accumulation_dtype(q)) for x in initial_state)
-        state = torch.cat([S, z.unsqueeze(-1)], -1)
-    with_total = with_total or output_final_state
-    values = torch.cat([v, torch.ones_like(v[..., :1])], -1) if with_total else v
-    state = state if with_total or state is None else state[..., :V]
-    outputs, finals = [], []
-    for start in range(0, values.shape[-1], _WIDEST):
-        columns = slice(start, start + _WIDEST)
-        o, final = _Polynomial.apply(  # type: ignore[no-untyped-call]
-            q, k, values[..., columns], None if state is None else state[..., columns],
-            cu_seqlens, scale, taylor, output_final_state,
-        )  # fmt: skip
-        outputs.append(o)
-        finals.append(final)
-    o, final_state = torch.cat(outputs, -1), None
-    if output_final_state:
-        final = torch.cat(finals, -1)
-        final_state = (final[..., :V].contiguous(), final[..., V].contiguous())
-    return (o[..., :V], o[..., V:], final_state) if with_total else (o, None, final_state)
-
-
-def _divide(o: Tensor, total: Tensor | None, eps: float | None, dtype: torch.dtype) -> Tensor:
-    """``o / (total + eps)``, or o where there is no eps."""
-    if eps is None or total is None:
-        return o.to(dtype)
-    wide = accumulation_dtype(o)
-    return quotient(o.to(wide), total.to(wide) + eps).to(dtype)
-
-
 def _polynomial_step(
     op: str,
     chunk_name: str,
@@ -337,9 +171,7 @@ def _polynomial_step(
     taylor: bool,
     eps: float | None,
 ) -> Tensor:
-    """Composed, slices of features are heads of the engine's step."""
     S, z = state
-    dtype = v.dtype
     check_no_gradient(op, chunk_name, q, k, v, S, z)
     check_rank(op, "q", q, "[B, H, K]")
     check_shape(op, "k", k, "[B, H, K]", q.shape)
@@ -348,23 +180,9 @@ def _polynomial_step(
     _, parts, width = cut_features(q.shape[-1], taylor)
     check_in_place(op, "S", S, "[B, HV, F, V]", (B, HV, parts * width, V), q)
     check_in_place(op, "z", z, "[B, HV, F]", (B, HV, parts * width), q)
-    if q.device.type in FUSED:
-        return torch.ops.lsm.polynomial_attn_step(  # type: ignore[no-any-return]
-            q, k, v, S, z, scale, eps or 0.0, taylor, eps is not None
-        )
-    q, k, v = _working(taylor, q, k, v)
-    f = Features(q.shape[-1], taylor, q)
-    every = slice(0, f.count)
-    xq, xk = f.extend(q, scale), f.extend(k, 1.0)
-    fq, fk = (f(x, every).to(q.dtype).repeat_interleave(HV // q.shape[1], 1) for x in (xq, xk))
-    sq, sk = (x.view(B, HV * parts, width) for x in (fq, fk))
-    o = _chunk.step(
-        "linear_attn", sq, sk, v.repeat_interleave(parts, 1), None,
-        S.view(B, HV * parts, width, V), 1.0, chunk_name,
-    )  # fmt: skip
-    z += fk
-    total = (fq * z).sum(-1, keepdim=True)
-    return _divide(o.view(B, HV, parts, V).sum(2, dtype=S.dtype), total, eps, dtype)
+    return torch.ops.lsm.polynomial_attn_step(  # type: ignore[no-any-return]
+        q, k, v, S, z, scale, eps or 0.0, taylor, eps is not None
+    )
 
 
 def chunk_based(
@@ -401,11 +219,9 @@ def chunk_based(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit.
 
-    Note: differentiable once in q, k, v and the state; deterministic. On the CPU forward and
-        backward are a pass of the engine each, which makes the F features of q and k where it needs
-        them and keeps sums in fp32. On CUDA they are written and read at most 256 at a time, in
-        forward and again in backward, never all of them unless K ≤ 21, and never kept; v is copied
-        once, to add the column that counts weights, and fp16 runs in fp32.
+    Note: differentiable once in q, k, v and the state; deterministic. Forward and backward are a
+        pass of the engine each, which makes the F features of q and k where it needs them and keeps
+        sums in fp32 (fp64).
 
     Source: Simple linear attention language models balance the recall-throughput tradeoff,
     arXiv:2402.18668.
@@ -468,8 +284,7 @@ def based_step(
         ``o [B, HV, V]`` in the dtype of v.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, V over 256 on CUDA, or an argument
-            that requires grad.
+        RuntimeError: a shape, dtype or device that does not fit, or an argument that requires grad.
 
     Note: inference only. Use :func:`chunk_based` where gradients are needed.
 
@@ -552,15 +367,10 @@ def parallel_rebased(
     q, k, v = autocast(q, k, v)
     dtype = v.dtype
     _check("parallel_rebased", q, k, v, False, None)
-    if q.device.type in FUSED:
-        q, k, v = _working(False, q, k, v)
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        o, _ = _average("parallel_rebased", q, k, v, scale, False, None, None, False, None)
-        o, total = o[..., :-1], o[..., -1:]
-    else:
-        o, weights, _ = _sums(q, k, v, scale, False, True, None, False, None)
-        assert weights is not None
-        total = weights
+    q, k, v = _widened(q, k, v)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    o, _ = _average("parallel_rebased", q, k, v, scale, False, None, None, False, None)
+    o, total = o[..., :-1], o[..., -1:]
     return o.to(dtype).transpose(1, 2), total.squeeze(-1).transpose(1, 2)
 
 

@@ -1,27 +1,31 @@
-"""Based and ReBased: features in slices, values in pieces, and what is kept for backward."""
+"""Based and ReBased: features that nobody writes, whatever kernels make them, and what is kept for
+backward."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from families import (
     FAMILIES,
+    Call_,
     Family,
     assert_rule,
     definition,
     draw,
     gradients,
     operator,
+    upstream,
 )
-from impls import threads
+from impls import IMPLS, Emulator, threads
+from inputs import Tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsm_cuda import ops
-from lsm_cuda.ops import based
 
 BY_NAME = {str(family): family for family in FAMILIES}
 POLYNOMIAL = [BY_NAME["based"], BY_NAME["rebased"]]
@@ -128,32 +132,94 @@ def test_errors() -> None:
         ops.based_step(**token, state=(torch.zeros(2, 2, 91, 10), torch.zeros(2, 2, 91)))
 
 
-COMPOSED = {
+EMULATED: dict[str, dict[str, Any]] = {
     "plain": {},
-    "bf16": {"dtype": torch.bfloat16, "T": 70},
+    "bf16": {"dtype": torch.bfloat16, "T": 21, "K": 16, "V": 64},
+    "fp16": {"dtype": torch.float16, "T": 21, "K": 16, "V": 64},
     "packed": {"cu_seqlens": [0, 0, 9, 9, 27, 37]},
-    "more than one slice": {"T": 12, "K": 30, "V": 5, "B": 1, "H": 1, "HV": 2},
-    "more than one piece": {"T": 12, "K": 3, "V": 300, "B": 1, "H": 1, "HV": 1},
+    "packed and cut": {"cu_seqlens": [0, 3, 140], "T": 140, "K": 5, "H": 1, "HV": 1},
+    "more than one part": {"T": 12, "K": 30, "V": 5, "B": 1, "H": 1, "HV": 2},
+    "parts and columns": {"T": 9, "K": 24, "V": 70, "B": 1, "H": 1, "HV": 1},
+    "more than one block of columns": {"T": 12, "K": 3, "V": 300, "B": 1, "H": 1, "HV": 1},
+    "no tokens": {"T": 0},
 }
 
 
-@pytest.mark.parametrize("case", COMPOSED)
-@pytest.mark.parametrize("family", POLYNOMIAL, ids=str)
-def test_composed_as_on_cuda(monkeypatch: pytest.MonkeyPatch, family: Family, case: str) -> None:
-    """What takes the place of one pass where kernels do not know features; both have one state."""
-    x = draw(family, **COMPOSED[case])
-    o, state = family.chunk(**x.tensors, cu_seqlens=x.cu_seqlens, output_final_state=True)
-    monkeypatch.setattr(based, "FUSED", set())
-    assert_rule(gradients(operator(family), family, x), definition(family, x), x)
-    p, same = family.chunk(**x.tensors, cu_seqlens=x.cu_seqlens, output_final_state=True)
-    loose = {"rtol": 0.05, "atol": 0.05} if o.dtype == torch.bfloat16 else {}
-    torch.testing.assert_close((o, state), (p, same), **loose)
-    if x.cu_seqlens is None:
-        token = {n: t[:, 0] for n, t in x.tensors.items()}
-        mine, theirs = (tuple(s.clone() for s in state) for _ in range(2))
-        o = family.step(**token, state=mine)
-        monkeypatch.undo()
-        torch.testing.assert_close((o, mine), (family.step(**token, state=theirs), theirs), **loose)
+def started(x: Call_, taylor: bool) -> Call_:
+    """With states to start from: of other tokens, since sums of squares are not negative."""
+    B, _, H, K = x.tensors["q"].shape
+    HV, V = x.tensors["v"].shape[2:]
+    N = B if x.cu_seqlens is None else len(x.cu_seqlens) - 1
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(N, 20, H, K, generator=rng) for _ in range(2))
+    v = torch.randn(N, 20, HV, V, generator=rng)
+    options = None, None, None, 0.3, 0.0, taylor, False, True
+    _, *states, _ = torch.ops.lsm.polynomial_attn_fwd(q, k, v, *options)
+    return replace(x, states=tuple(states))
+
+
+def whole(lsm: Any, x: Call_, taylor: bool, normalize: bool) -> Tensors:
+    """Forward and backward of one call, by hand: the emulator has no autograd."""
+    states = (None, None) if x.states is None else x.states
+    inputs = (*x.tensors.values(), *states, x.cu_seqlens, 0.3, 1e-2, taylor, normalize)
+    o, S, z, tokens = lsm.polynomial_attn_fwd(*inputs, True)
+    results = {"o": o, "final_state 0": S, "final_state 1": z}
+    up = [upstream(name, t) for name, t in results.items()]
+    gradients = lsm.polynomial_attn_bwd(*inputs, o, tokens, *up)
+    names = ("dq", "dk", "dv", "dinitial_state 0", "dinitial_state 1")
+    found = dict(zip(names, gradients, strict=True))
+    return results | {n: t for n, t in found.items() if x.states is not None or "state" not in n}
+
+
+def typed(x: Call_, dtype: torch.dtype) -> Call_:
+    states = None if x.states is None else tuple(s.to(dtype) for s in x.states)
+    return replace(x, tensors={n: t.to(dtype) for n, t in x.tensors.items()}, states=states)
+
+
+@pytest.mark.parametrize("case", EMULATED)
+@pytest.mark.parametrize("taylor", [True, False], ids=["taylor", "squares"])
+def test_cuda_kernels_are_the_cpus(taylor: bool, case: str) -> None:
+    """On the emulator, against the same operator in fp64, which test_families.py holds to the
+    definition and differences to its gradients."""
+    emulator = cast(Emulator, IMPLS["emulator"])
+    if why := emulator.absent():
+        pytest.skip(why)
+    given = dict(EMULATED[case])
+    if not taylor and given.get("dtype"):
+        given["dtype"] = torch.float32  # in half precision they come in fp32
+    normalize = case != "packed"
+    x = draw(POLYNOMIAL[0], **({"HV": 2} | given))
+    if case != "parts and columns":
+        x = started(x, taylor)
+    lsm = torch.ops.lsm_emu
+    results = emulator.under_every_seed(lambda: whole(lsm, x, taylor, normalize))
+    truth, same = (
+        whole(torch.ops.lsm, typed(x, t), taylor, normalize) for t in (torch.float64, torch.float32)
+    )
+    assert_rule(results, (truth, same), x)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dims", [(16, 64), (30, 5), (5, 12)])
+@pytest.mark.parametrize("taylor", [True, False], ids=["taylor", "squares"])
+def test_cuda_step_is_the_cpus(taylor: bool, dims: tuple[int, int], transposed: bool) -> None:
+    emulator = cast(Emulator, IMPLS["emulator"])
+    if why := emulator.absent():
+        pytest.skip(why)
+    K, V = dims
+    x = started(draw(POLYNOMIAL[0], T=1, K=K, V=V), taylor)
+    assert x.states is not None
+    token = [t[:, 0] for t in x.tensors.values()]
+
+    def step(lsm: Any, dtype: torch.dtype) -> Tensors:
+        S, z = (s.to(dtype, copy=True) for s in x.states or ())
+        S = S.mT.contiguous().mT if transposed else S
+        o = lsm.polynomial_attn_step(*(t.to(dtype) for t in token), S, z, 0.3, 1e-2, taylor, True)
+        return {"o": o, "S": S, "z": z}
+
+    results = emulator.under_every_seed(lambda: step(torch.ops.lsm_emu, torch.float32))
+    truth, same = (step(torch.ops.lsm, t) for t in (torch.float64, torch.float32))
+    assert_rule(results, (truth, same), x)
 
 
 @pytest.mark.parametrize("family", POLYNOMIAL, ids=str)

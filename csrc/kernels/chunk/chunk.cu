@@ -5,6 +5,7 @@
 #include "kernels/chunk/head_gate_gradient.cuh"
 #include "kernels/chunk/join.cuh"
 #include "kernels/chunk/launch.h"
+#include "kernels/polynomial/launch.h"
 #include "kernels/recurrence/launch.h"
 #include "policy/gate.h"
 
@@ -274,14 +275,17 @@ bool on_tensor_cores(ChunkParams const& p) {
 }  // namespace
 
 int64_t chunk_fwd_workspace(ChunkParams const& p) {
+    if (p.features != Features::none) return polynomial_fwd_workspace(p);
     return on_tensor_cores(p) ? Plan(p, false, nullptr).bytes : recurrence_fwd_workspace(p);
 }
 
 int64_t chunk_bwd_workspace(ChunkParams const& p) {
+    if (p.features != Features::none) return polynomial_bwd_workspace(p);
     return on_tensor_cores(p) ? Plan(p, true, nullptr).bytes : recurrence_bwd_workspace(p);
 }
 
 void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
+    if (p.features != Features::none) return polynomial_fwd(p, workspace, stream);
     if (!on_tensor_cores(p)) return recurrence_fwd(p, workspace, stream);
     Plan const plan(p, false, workspace);
     build_segments(p, plan.segments, stream);
@@ -296,6 +300,7 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
 }
 
 void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
+    if (p.features != Features::none) return polynomial_bwd(p, workspace, stream);
     if (!on_tensor_cores(p)) return recurrence_bwd(p, workspace, stream);
     Plan const plan(p, true, workspace);
     build_segments(p, plan.segments, stream);

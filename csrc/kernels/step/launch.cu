@@ -1,5 +1,6 @@
 // The decode step's instances: dtype, key channels, value channels of a block, how the state lies.
 #include "kernels/dispatch.h"
+#include "kernels/polynomial/launch.h"
 #include "kernels/step/step.cuh"
 
 namespace lsm {
@@ -25,11 +26,12 @@ void step_typed(StepParams const& p, void* workspace, void* stream) {
 }  // namespace
 
 int64_t step_workspace(StepParams const& p) {
-    return step_kernel::workspace_bytes(p);
+    return p.features != Features::none ? 0 : step_kernel::workspace_bytes(p);
 }
 
 void step(StepParams const& p, void* workspace, void* stream) {
     if (p.B == 0) return;
+    if (p.features != Features::none) return polynomial_step(p, stream);
     switch (p.dtype) {
         case Dtype::bf16:
             return step_typed<bf16>(p, workspace, stream);
