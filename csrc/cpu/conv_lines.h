@@ -24,15 +24,23 @@ class Lines : public Tile<Number, Elem, kTaps> {
     void forward(ConvSegment const& s) {
         int64_t const tokens = s.t1 - s.t0;
         for (int64_t c = 0; c < channels_; ++c) {
-            read_line(s, c, tokens);
+            if (kInPlace) {
+                read_ends(s, c, tokens);
+            } else {
+                read_line(s, c, tokens);
+            }
             Filter const filter(*this, c);
             T const bias = bias_[c];
+            Element const* const x = line(p_.x, s, c);
             Element const* const next = line(p_.x, s, c + 1);  // the walk along it is memory's time
             Element* const y = line(p_.y, s, c);
             each_vector<T>(tokens, [&](int64_t i, auto lanes) {
                 __builtin_prefetch(next + i);
+                T const* inputs = x_ + i;
+                if constexpr (kInPlace && std::is_same_v<decltype(lanes), All>)
+                    inputs = i >= kLanes<T> ? x + i - this->past() : inputs;
                 Vector<T> value, slope;
-                this->activate(filter.apply(x_ + i, 1, bias), value, slope);
+                this->activate(filter.apply(inputs, 1, bias), value, slope);
                 write<T>(y + i, value, lanes);
             });
         }
@@ -74,6 +82,11 @@ class Lines : public Tile<Number, Elem, kTaps> {
     using Base::bias_, Base::channels_, Base::p_, Base::past, Base::pitch_, Base::sums_, Base::taps,
         Base::weight_;
 
+    // Whether the forward finds a line's inputs where they are, but for those of its first vector and of what is left
+    // for its last.
+    static constexpr bool kInPlace =
+        std::is_same_v<T, Element> && kTaps > 0 && kTaps - 1 <= Base::W;
+
     // A channel's taps in all lanes.
     struct Filter {
         Filter(Lines const& lines, int64_t c) : lines_(lines), c_(c) {
@@ -114,6 +127,14 @@ class Lines : public Tile<Number, Elem, kTaps> {
         }
         each_vector<T>(
             tokens, [&](int64_t i, auto lanes) { store(x_ + past() + i, read<T>(x + i, lanes)); });
+    }
+
+    void read_ends(ConvSegment const& s, int64_t c, int64_t tokens) {
+        read_line(s, c, min_of(tokens, W));
+        Element const* const x = line(p_.x, s, c);
+        int64_t const last = tokens / W * W;
+        if (last == 0) return;
+        for (int64_t i = last - past(); i < tokens; ++i) x_[past() + i] = number(x + i);
     }
 
     // In vectors of tokens, and those at the end.

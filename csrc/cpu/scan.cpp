@@ -16,9 +16,10 @@ using cpu::ScanKernels;
 using cpu::ScanTask;
 
 constexpr int64_t kBlock =
-    1024;                      // channels of a task at most: their states stay in the first cache
-constexpr int64_t kUnit = 64;  // blocks are multiples of it
-constexpr int64_t kMinSegment = 256;                // positions
+    1024;  // channels of a task at most: their states stay in the first cache
+constexpr int64_t kStepBlock = 256;   // likewise of a single token, whose states lie on the stack
+constexpr int64_t kUnit = 64;         // blocks are multiples of it
+constexpr int64_t kMinSegment = 256;  // positions
 constexpr int64_t kThreadGrain = int64_t(1) << 15;  // elements worth waking a thread for
 
 ScanKernels const& kernels(Dtype dtype) {
@@ -124,10 +125,10 @@ std::vector<ScanTask> make_tasks(ScanParams const& p, Plan const& plan, F const&
 }
 
 template <class State>
-State* state_of(State* states, ScanParams const& p, Chain const& chain) {
+State* state_of(State* states, ScanParams const& p, int64_t sequence) {
     if (states == nullptr) return nullptr;
     using Byte = std::conditional_t<std::is_const_v<State>, char const, char>;
-    return reinterpret_cast<Byte*>(states) + chain.sequence * p.D * number_bytes(p);
+    return reinterpret_cast<Byte*>(states) + sequence * p.D * number_bytes(p);
 }
 
 template <class F>
@@ -158,7 +159,7 @@ void boundary_states(ScanParams const& p, Plan const& plan, Workspace const& w) 
     });
     run_all(tasks, plan, w, p, kernels(p.dtype).end_state);
     for (Chain const& chain : plan.chains) {
-        void const* before = state_of(p.initial_state, p, chain);
+        void const* before = state_of(p.initial_state, p, chain.sequence);
         for (int64_t s = 0; s + 1 < chain.segments; ++s) {
             void* const state = w.row(Workspace::kState, chain.first_row + s);
             join(p, w.row(Workspace::kDecay, chain.first_row + s), before, state);
@@ -176,7 +177,7 @@ void boundary_grads(ScanParams const& p, Plan const& plan, Workspace const& w) {
     });
     run_all(tasks, plan, w, p, kernels(p.dtype).begin_grad);
     for (Chain const& chain : plan.chains) {
-        void const* after = state_of(p.grad_final_state, p, chain);
+        void const* after = state_of(p.grad_final_state, p, chain.sequence);
         for (int64_t s = chain.segments - 1; s > 0; --s) {
             void* const grad = w.row(Workspace::kGrad, chain.first_row + s);
             join(p, w.row(Workspace::kDecay, chain.first_row + s), after, grad);
@@ -198,9 +199,31 @@ void sum_channel_grads(ScanParams const& p, Plan const& plan, Workspace const& w
     });
 }
 
+// A token that one thread has done before a plan is made.
+bool is_small_step(ScanParams const& p) {
+    return p.T == 1 && p.cu_seqlens == nullptr && p.N * p.D < 2 * kThreadGrain;
+}
+
+void small_step(ScanParams const& p) {
+    constexpr int64_t kNumber = 16;  // bytes, at most
+    alignas(64) char scratch[3 * kStepBlock * kNumber];
+    ScanKernels const& run = kernels(p.dtype);
+    for (int64_t n = 0; n < p.N; ++n) {
+        for (int64_t c = 0; c < p.D; c += kStepBlock) {
+            ScanTask task{};
+            task.batch = n, task.first = true, task.end = 1;
+            task.c_begin = c, task.c_end = std::min(c + kStepBlock, p.D);
+            task.state_begin = state_of(p.initial_state, p, n);
+            task.state_end = state_of(p.final_state, p, n);
+            run.forward(p, task, scratch);
+        }
+    }
+}
+
 }  // namespace
 
 int64_t scan_fwd_workspace(ScanParams const& p) {
+    if (is_small_step(p)) return 0;
     return Workspace(p, make_plan(p), nullptr).bytes();
 }
 
@@ -209,13 +232,14 @@ int64_t scan_bwd_workspace(ScanParams const& p) {
 }
 
 void scan_fwd(ScanParams const& p, void* workspace, void*) {
+    if (is_small_step(p)) return small_step(p);
     Plan const plan = make_plan(p);
     Workspace const w(p, plan, workspace);
     if (plan.segmented) boundary_states(p, plan, w);
     auto const tasks = make_tasks(p, plan, [&](ScanTask& task, Chain const& chain, int64_t s) {
-        task.state_begin = s == 0 ? state_of(p.initial_state, p, chain)
+        task.state_begin = s == 0 ? state_of(p.initial_state, p, chain.sequence)
                                   : w.row(Workspace::kState, chain.first_row + s - 1);
-        if (s + 1 == chain.segments) task.state_end = state_of(p.final_state, p, chain);
+        if (s + 1 == chain.segments) task.state_end = state_of(p.final_state, p, chain.sequence);
         return true;
     });
     run_all(tasks, plan, w, p, kernels(p.dtype).forward);
@@ -227,10 +251,10 @@ void scan_bwd(ScanParams const& p, void* workspace, void*) {
     if (plan.segmented) boundary_grads(p, plan, w);
     auto const tasks = make_tasks(p, plan, [&](ScanTask& task, Chain const& chain, int64_t s) {
         if (s == 0) {
-            task.state_begin = state_of(p.initial_state, p, chain);
-            task.grad_begin = state_of(p.grad_initial_state, p, chain);
+            task.state_begin = state_of(p.initial_state, p, chain.sequence);
+            task.grad_begin = state_of(p.grad_initial_state, p, chain.sequence);
         }
-        task.grad_end = s + 1 == chain.segments ? state_of(p.grad_final_state, p, chain)
+        task.grad_end = s + 1 == chain.segments ? state_of(p.grad_final_state, p, chain.sequence)
                                                 : w.row(Workspace::kGrad, chain.first_row + s + 1);
         if (p.channel_grad != nullptr)
             task.channel_grad = w.row(Workspace::kChannelGrad, chain.first_row + s);

@@ -2,6 +2,7 @@
 // states lie in the first cache. What a token does to a channel is a policy: Gate, ConstantGate, RgLru.
 #pragma once
 
+#include "logistic.h"
 #include "numbers.h"
 #include "scan_kernels.h"
 
@@ -126,12 +127,26 @@ struct ConstantGate {
     bool needs_before(Token const&) const { return b.task.channel_grad != nullptr; }
 };
 
+// 1 / sqrt(x) for x > 0, to about 1 ulp.
+LSM_INLINE Vector<float> reciprocal_sqrt(Vector<float> x) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    Vector<float> const y = Vector<float>(_mm512_maskz_rsqrt14_ps(0xffff, __m512(x)));
+    return y * (1.5f - 0.5f * x * y * y);
+#else
+    return 1.0f / sqrt(x);
+#endif
+}
+LSM_INLINE Vector<double> reciprocal_sqrt(Vector<double> x) {
+    return 1.0 / sqrt(x);
+}
+
 // log a = c σ(r), x scaled by m σ(i), m = sqrt(1 - a²), or 1 at a first token.
 template <class B>
 struct RgLru {
     using N = typename B::N;
     using In = typename B::In;
-    using V = Vector<typename B::T>;
+    using T = typename B::T;
+    using V = Vector<T>;
     struct Token {
         In const *x, *i, *r;
         In *dx, *di, *dr;
@@ -158,8 +173,18 @@ struct RgLru {
         }
         return t;
     }
+    // m = sqrt(1 - a²), and 1 / m; that ends at 2000, as in the paper's code the root's slope at 1000.
+    struct Root {
+        LSM_INLINE Root(V log_a, V a) {
+            V const square = one_minus_square(log_a, a);
+            V const inverse = reciprocal_sqrt(max_of(square, V{} + T(1e-30)));
+            m = square * inverse;
+            slope = inverse < T(2000) ? inverse : V{} + T(2000);
+        }
+        V m, slope;
+    };
     LSM_INLINE V log_gate(Token const& t, int64_t c, int64_t count, N const* channel) const {
-        return channel->re * sigmoid(read<N>(t.r + c, count).re);
+        return channel->re * logistic<T>(read<N>(t.r + c, count).re);
     }
     LSM_INLINE N gate(Token const& t, int64_t c, int64_t count, N const* channel) const {
         return {exp(log_gate(t, c, count, channel))};
@@ -167,19 +192,18 @@ struct RgLru {
     LSM_INLINE Affine<N> load(Token const& t, int64_t c, int64_t count, N const* channel) const {
         V const log_a = log_gate(t, c, count, channel);
         V const x = read<N>(t.x + c, count).re, i = read<N>(t.i + c, count).re;
-        V const a = exp(log_a), m = t.first ? V{} + 1 : sqrt(one_minus_square(log_a, a));
-        return {{a}, {m * sigmoid(i) * x}};
+        V const a = exp(log_a), m = t.first ? V{} + 1 : Root(log_a, a).m;
+        return {{a}, {m * logistic<T>(i) * x}};
     }
     LSM_INLINE void gradients(Token const& t, int64_t c, int64_t count, N const* channel, N a, N dh,
                               N before, N& sum) const {
-        V const x = read<N>(t.x + c, count).re, i = sigmoid(read<N>(t.i + c, count).re);
-        V const r = sigmoid(read<N>(t.r + c, count).re);
-        V const m = t.first ? V{} + 1 : sqrt(one_minus_square(channel->re * r, a.re));
+        V const x = read<N>(t.x + c, count).re, i = logistic<T>(read<N>(t.i + c, count).re);
+        V const r = logistic<T>(read<N>(t.r + c, count).re);
+        Root const root(channel->re * r, a.re);
+        V const m = t.first ? V{} + 1 : root.m;
         write(t.dx + c, N{dh.re * m * i}, count);
         write(t.di + c, N{dh.re * m * x * i * (1 - i)}, count);
-        // The root's slope ends at 1000, as in the paper's code.
-        V const slope = a.re * a.re / max_of(m, V{} + typename B::T(0.0005));
-        V const through_m = t.first ? V{} : dh.re * i * x * slope;
+        V const through_m = t.first ? V{} : dh.re * i * x * (a.re * a.re * root.slope);
         V const d = a.re * dh.re * before.re - through_m;  // of log a
         write(t.dr + c, N{d * channel->re * r * (1 - r)}, count);
         sum.re += d * r;

@@ -14,17 +14,18 @@ using cpu::SelectiveTask;
 constexpr int64_t kBlock = 512;  // channels of a task at most
 constexpr int64_t kApart = 64;   // likewise where channels lie apart, each in pages of its own
 constexpr int64_t kUnit = 16;    // blocks are multiples of it
-constexpr int64_t kThreadGrain = int64_t(1) << 16;  // states of tokens worth waking a thread for
+constexpr int64_t kThreadGrain = int64_t(1) << 13;  // states of tokens worth waking a thread for
 
 cpu::SelectiveKernels const& kernels(Dtype dtype) {
     return cpu::best_selective_kernels(dtype);
 }
 
 struct Plan {
-    int64_t threads, block, blocks,
-        runs;             // channels of a block; blocks of a group; runs of sequences
-    int64_t longest = 0;  // sequence
-    int64_t scratch = 0;  // bytes per thread
+    int64_t threads;
+    int64_t block, blocks;  // channels of a block, blocks of a group
+    int64_t runs;           // of sequences
+    int64_t longest = 0;    // sequence
+    int64_t scratch = 0;    // bytes per thread
 };
 
 Plan make_plan(SelectiveParams const& p, bool backward) {
@@ -81,6 +82,7 @@ class Workspace {
 std::vector<SelectiveTask> make_tasks(SelectiveParams const& p, Plan const& plan,
                                       Workspace const& w, bool backward) {
     std::vector<SelectiveTask> tasks;
+    tasks.reserve(size_t(plan.runs * p.G * plan.blocks));
     int64_t const channels = p.D / p.G, per_run = ceil_div(p.N, plan.runs);
     for (int64_t run = 0; run < plan.runs; ++run) {
         for (int64_t g = 0; g < p.G; ++g) {

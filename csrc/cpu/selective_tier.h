@@ -5,34 +5,15 @@
 // states and decays kept.
 #pragma once
 
-#include "bounded.h"
 #include "numbers.h"
 #include "selective_kernels.h"
+#include "selective_step.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 namespace {
 
 inline constexpr int kTile = 16;  // tokens: their states and decays stay in the first cache
-
-// 2^x where the decay's logarithm is to base 2: one rounding less than e^x, and no clamp from above.
-LSM_INLINE Vector<float> exp2(Vector<float> x) {
-    using V = Vector<float>;
-    x = bounded(x, -160.0f, 130.0f);
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    V const n = (x + kRound) - kRound, r = x - n;
-    V y = V{} + 1.535336188319500e-4f;
-    y = y * r + 1.339887440266574e-3f;
-    y = y * r + 9.618437357674640e-3f;
-    y = y * r + 5.550332471162809e-2f;
-    y = y * r + 2.402264791363012e-1f;
-    y = y * r + 6.931472028550421e-1f;
-    y = y * r + 1.0f;
-    return scale_by_power_of_two(y, n);
-}
-LSM_INLINE Vector<double> exp2(Vector<double> x) {
-    return each_lane<double>(x, [](double v) { return std::exp2(v); });
-}
 
 template <class T>
 LSM_INLINE Real<T> scaled(Real<T> a, Vector<T> s) {
@@ -66,11 +47,11 @@ LSM_INLINE Complex<T> decay(Complex<T> a, Vector<T> dt) {
 }
 template <class T>
 LSM_INLINE Real<T> log2_rate(Real<T> a) {
-    return {a.re * T(1.44269504088896340736)};
+    return {a.re * T(kLog2e)};
 }
 template <class T>
 LSM_INLINE Complex<T> log2_rate(Complex<T> a) {  // the phase stays natural
-    return {a.re * T(1.44269504088896340736), a.im};
+    return {a.re * T(kLog2e), a.im};
 }
 
 // A number of every lane from one in memory.
@@ -117,9 +98,6 @@ class Selective {
     }
 
     void forward() {
-        if constexpr (K == 1) {
-            if (p.T == 1 && p.cu_seqlens == nullptr && p.S >= W) return step();
-        }
         prepare();
         for (int64_t n = task.n_begin; n < task.n_end; ++n) {
             locate(n);
@@ -136,64 +114,6 @@ class Selective {
             }
             store_states(p.final_state, state);
         }
-    }
-
-    // One token: turning its states around would take longer than its arithmetic, so here they lie in the lanes.
-    void step() {
-        for (int64_t n = task.n_begin; n < task.n_end; ++n) {
-            locate(n);
-            load_bc(0, 1);
-            channels([&](int64_t c, int64_t count, int64_t) {
-                Prologue const x(*this, 0, 1, c, count);
-                V const rate = log2_rate(Real<T>{x.dt[0]}).re, drive = x.dt[0] * x.u[0];
-                T rates[W], drives[W];
-                store(rates, rate), store(drives, drive);
-                V sums[W] = {};
-                for (int64_t j = 0; j < count; ++j) {
-                    int64_t const row = (c + j) * p.S, state = sequence * p.D * p.S + row;
-                    T const* const a = static_cast<T const*>(p.A) + row;
-                    T const* const b = p.channel_B ? static_cast<T const*>(p.b.data) + row : tile_b;
-                    T const* const read_by =
-                        p.channel_C ? static_cast<T const*>(p.c.data) + row : tile_c;
-                    T const* const before = p.initial_state == nullptr
-                                                ? nullptr
-                                                : static_cast<T const*>(p.initial_state) + state;
-                    T* const after =
-                        p.final_state == nullptr ? nullptr : static_cast<T*>(p.final_state) + state;
-                    sums[j] = step_channel(a, b, read_by, rates[j], drives[j], before, after);
-                }
-                V y = sums_of_rows<T>(sums);
-                finish(0, 1, c, count, x, &y);
-            });
-        }
-    }
-
-    // The products whose sum is what C reads.
-    LSM_INLINE V step_channel(T const* a, T const* b, T const* c, T rate, T drive, T const* before,
-                              T* after) const {
-        auto const one = [&](int64_t s, auto const& of) {
-            __builtin_prefetch(a + s + 8 * p.S);  // a few channels on
-            V h = of(b + s) * drive;
-            if (before != nullptr) {
-                __builtin_prefetch(before + s + 8 * p.S);
-                h += exp2(of(a + s) * rate) * of(before + s);
-            }
-            return h;
-        };
-        V sum{};
-        int64_t s = 0;
-        for (; s + W <= p.S; s += W) {
-            V const h = one(s, [](T const* x) { return load(x); });
-            if (after != nullptr) store(after + s, h);
-            sum += load(c + s) * h;
-        }
-        if (int64_t const rest = p.S - s; rest > 0) {
-            auto const first = [&](T const* x) { return widen_first<T>(x, rest); };
-            V const h = one(s, first);
-            if (after != nullptr) narrow_first<T>(after + s, h, rest);
-            sum += first(c + s) * h;
-        }
-        return sum;
     }
 
     void backward() {
@@ -621,11 +541,17 @@ auto with_selective(SelectiveParams const& p, F const& f) {
 }
 
 int64_t selective_scratch(SelectiveParams const& p, int64_t tokens, bool backward) {
+    if (!backward && is_selective_step(p)) return 0;
     return with_selective(
         p, [&](auto type) { return decltype(type)::type::bytes(p, tokens, backward); });
 }
 
 void selective_forward(SelectiveParams const& p, SelectiveTask const& task, void* scratch) {
+    if (is_selective_step(p)) {
+        return with_types(p.dtype, [&](auto zero, auto element) {
+            selective_step<decltype(zero), decltype(element)>(p, task);
+        });
+    }
     with_selective(p, [&](auto type) {
         typename decltype(type)::type(p, task, scratch).forward();
         return 0;

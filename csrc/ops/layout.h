@@ -184,6 +184,18 @@ inline Tensor workspace(int64_t bytes, Tensor const& like) {
     return empty({bytes}, ScalarType::Byte, like);
 }
 
+// What a kernel works in; nothing is allocated where it asks for nothing, as a step does.
+class Scratch {
+  public:
+    Scratch(int64_t bytes, Tensor const& like) {
+        if (bytes > 0) memory_ = workspace(bytes, like);
+    }
+    void* data() const { return memory_ ? memory_->mutable_data_ptr() : nullptr; }
+
+  private:
+    OptionalTensor memory_;
+};
+
 // Odd sizes on tensor cores: zero-filled up to whole 16-byte rows (zero keys, queries, values and gates change
 // nothing), then cut back. Rare enough to pay with a copy what would cost every kernel a second loader.
 inline int64_t padding(Tensor const& t) {

@@ -88,9 +88,8 @@ void check_state(Checks const& c, OptionalTensor const& state, char const* arg, 
     c.device(*state, arg, x, "x");
 }
 
-// Checks what is the same for whole sequences and one token, and puts every argument into the layout of the kernels.
-ScanParams prepare(Checks const& c, Arguments& in, bool one_token) {
-    check_inputs(c, in, one_token);
+// Puts every argument, checked, into the layout of the kernels.
+ScanParams prepare(Arguments& in, bool one_token) {
     in.x = kernel_layout(in.x), in.i = kernel_layout(in.i), in.a = kernel_layout(in.a);
     in.channel = contiguous_or_none(in.channel);
     in.initial_state = contiguous_or_none(in.initial_state);
@@ -147,15 +146,15 @@ std::tuple<Tensor, Tensor> forward(char const* op, Arguments in, bool output_fin
         return {cut_channels(h, D), cut_channels(state, D)};
     }
     check_sequences(c, in);
-    ScanParams p = prepare(c, in, false);
+    ScanParams p = prepare(in, false);
     DeviceScope const scope(in.x);
     Tensor h = empty({p.B, p.T, p.D}, in.x.scalar_type(), in.x);
     Tensor final_state = output_final_state ? empty({p.N, p.D}, number_type(in.x), in.x)
                                             : empty({0}, number_type(in.x), in.x);
     p.h = token_rows(h);
     if (output_final_state) p.final_state = final_state.mutable_data_ptr();
-    Tensor scratch = workspace(scan_fwd_workspace(p), in.x);
-    scan_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    Scratch const scratch(scan_fwd_workspace(p), in.x);
+    scan_fwd(p, scratch.data(), scope.stream());
     return {h, final_state};
 }
 
@@ -180,7 +179,7 @@ Gradients backward(char const* op, Arguments in, Tensor const& h, Tensor const& 
         return {cut_channels(dx, D), cut_channels(di, D), cut_channels(da, D),
                 cut_channels(dchannel, D), cut_channels(dh0, D)};
     }
-    ScanParams p = prepare(c, in, false);
+    ScanParams p = prepare(in, false);
     DeviceScope const scope(in.x);
     Tensor const h_rows = kernel_layout(h), grad_rows = kernel_layout(grad_h);
     OptionalTensor const grad_final = contiguous_or_none(grad_final_state);
@@ -200,8 +199,8 @@ Gradients backward(char const* op, Arguments in, Tensor const& h, Tensor const& 
     if (in.a && need_da) p.da = token_rows(da);
     if (in.channel && need_da) p.channel_grad = dchannel.mutable_data_ptr();
     if (in.initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
-    Tensor scratch = workspace(scan_bwd_workspace(p), in.x);
-    scan_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    Scratch const scratch(scan_bwd_workspace(p), in.x);
+    scan_bwd(p, scratch.data(), scope.stream());
     return {dx, di, da, dchannel, dh0};
 }
 
@@ -221,14 +220,14 @@ Tensor one_step(char const* op, Arguments in, Tensor const& state) {
         torch::stable::copy_(original, cut_channels(wide, D));
         return cut_channels(h, D);
     }
-    ScanParams p = prepare(c, in, true);
+    ScanParams p = prepare(in, true);
     DeviceScope const scope(in.x);
     Tensor h = empty({p.B, p.D}, in.x.scalar_type(), in.x);
     p.h = token_rows(h);
     p.initial_state = state.const_data_ptr();
     p.final_state = const_cast<void*>(state.const_data_ptr());
-    Tensor scratch = workspace(scan_fwd_workspace(p), in.x);
-    scan_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    Scratch const scratch(scan_fwd_workspace(p), in.x);
+    scan_fwd(p, scratch.data(), scope.stream());
     return h;
 }
 

@@ -52,16 +52,20 @@ void check_channels(Checks const& c, OptionalTensor const& t, char const* arg,
     c.device(*t, arg, in.u, "u");
 }
 
-bool by_channel(Tensor const& t) {
-    return t.dim() == 2;
+// Where u is a single token, B and C are too, [B, G, S] or [B, S].
+bool by_channel(Tensor const& t, Tensor const& u) {
+    return t.dim() == 2 && u.dim() == 3;
 }
 
 // B or C.
 void check_projection(Checks const& c, Tensor const& t, char const* arg, Arguments const& in) {
     int64_t const last = in.u.dim() - 1, D = in.u.size(last), S = in.A.size(1);
-    if (by_channel(t)) {
+    if (by_channel(t, in.u)) {
         c.shape(t, arg, "[D, S]", {D, S}, " like A");
         c.dtype(t, arg, number_type(in));
+    } else if (t.dim() == 2) {
+        c.shape(t, arg, "[B, S]", {in.u.size(0), S});
+        c.dtype(t, arg, token_number_type(in), is_complex(in.A) ? " for complex A" : " like u");
     } else {
         char const* const dims = last == 1 ? "[B, G, S]" : "[B, T, G, S]";
         c.rank(t, arg, dims, last + 2);
@@ -76,6 +80,11 @@ void check_projection(Checks const& c, Tensor const& t, char const* arg, Argumen
         c.dtype(t, arg, token_number_type(in), is_complex(in.A) ? " for complex A" : " like u");
     }
     c.device(t, arg, in.u, "u");
+}
+
+// Of B or C of tokens, whose states are last: groups are before them, or there is one.
+int64_t groups(Tensor const& t) {
+    return t.dim() == 2 ? 1 : t.size(t.dim() - 2);
 }
 
 void check_inputs(Checks const& c, Arguments const& in, bool one_token) {
@@ -97,8 +106,7 @@ void check_inputs(Checks const& c, Arguments const& in, bool one_token) {
               "u must be float32 or float64 for complex A, got ", name(type));
     check_projection(c, in.B, "B", in);
     check_projection(c, in.C, "C", in);
-    c.require(by_channel(in.B) || by_channel(in.C) ||
-                  in.B.size(in.u.dim() - 1) == in.C.size(in.u.dim() - 1),
+    c.require(by_channel(in.B, in.u) || by_channel(in.C, in.u) || groups(in.B) == groups(in.C),
               "B and C must have the same groups, got ", show(in.B.sizes()), " and ",
               show(in.C.sizes()));
     check_channels(c, in.skip, "skip", in);
@@ -139,16 +147,16 @@ Tensor empty_like_tokens(Tensor const& t) {
                                     2);
 }
 
-// [B, T, G, S], [B, G, S] or [D, S].
-Rows projection_rows(Tensor const& t) {
-    if (by_channel(t)) return {const_cast<void*>(t.const_data_ptr()), 0, 0, 0};
-    return rows(t);
+// [B, T, G, S], [B, G, S], [B, S] or [D, S].
+Rows projection_rows(Tensor const& t, Tensor const& u) {
+    if (t.dim() > 2) return rows(t);
+    return {const_cast<void*>(t.const_data_ptr()), by_channel(t, u) ? 0 : t.stride(0), 0, 0};
 }
 
 // Puts every argument into the layout of the kernels; the tensors live in `in`.
 SelectiveParams prepare(Arguments& in, bool one_token) {
-    auto const lay_out = [](Tensor const& t) {
-        return by_channel(t) ? as_contiguous(t) : kernel_layout(t);
+    auto const lay_out = [&](Tensor const& t) {
+        return by_channel(t, in.u) ? as_contiguous(t) : kernel_layout(t);
     };
     in.B = lay_out(in.B), in.C = lay_out(in.C);
     in.u = token_layout(in.u, in.order), in.dt = token_layout(in.dt, in.order);
@@ -159,13 +167,12 @@ SelectiveParams prepare(Arguments& in, bool one_token) {
     in.cu_seqlens = contiguous_or_none(in.cu_seqlens);
     SelectiveParams p{};
     p.is_complex = is_complex(in.A), p.softplus = in.softplus;
-    p.channel_B = by_channel(in.B), p.channel_C = by_channel(in.C);
+    p.channel_B = by_channel(in.B, in.u), p.channel_C = by_channel(in.C, in.u);
     p.dtype = to_dtype(in.u.scalar_type());
     p.state_dtype = to_dtype(state_type(in.u));
     p.B = in.u.size(0), p.T = one_token ? 1 : in.u.size(1);
     p.D = in.A.size(0), p.S = in.A.size(1);
-    int64_t const group_at = one_token ? 1 : 2;
-    p.G = !p.channel_B ? in.B.size(group_at) : !p.channel_C ? in.C.size(group_at) : 1;
+    p.G = !p.channel_B ? groups(in.B) : !p.channel_C ? groups(in.C) : 1;
     p.N = sequences(in);
     if (in.cu_seqlens) {
         p.cu_seqlens = in.cu_seqlens->const_data_ptr();
@@ -174,7 +181,7 @@ SelectiveParams prepare(Arguments& in, bool one_token) {
     p.order = static_cast<int32_t const*>(data_or_null(in.order));
     p.u = channel_rows(in.u), p.dt = channel_rows(in.dt);
     if (in.z) p.z = channel_rows(*in.z);
-    p.b = projection_rows(in.B), p.c = projection_rows(in.C);
+    p.b = projection_rows(in.B, in.u), p.c = projection_rows(in.C, in.u);
     p.A = in.A.const_data_ptr();
     p.skip = data_or_null(in.skip), p.dt_bias = data_or_null(in.dt_bias);
     p.initial_state = data_or_null(in.initial_state);
@@ -182,8 +189,8 @@ SelectiveParams prepare(Arguments& in, bool one_token) {
 }
 
 void run_forward(SelectiveParams const& p, Tensor const& like, void* stream) {
-    Tensor scratch = workspace(selective_fwd_workspace(p), like);
-    selective_fwd(p, scratch.mutable_data_ptr(), stream);
+    Scratch const scratch(selective_fwd_workspace(p), like);
+    selective_fwd(p, scratch.data(), stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_op(
@@ -253,8 +260,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (skip) p.dskip = dskip.mutable_data_ptr();
     if (dt_bias) p.ddt_bias = dbias.mutable_data_ptr();
     if (initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
-    Tensor scratch = workspace(selective_bwd_workspace(p), u);
-    selective_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    Scratch const scratch(selective_bwd_workspace(p), u);
+    selective_bwd(p, scratch.data(), scope.stream());
     auto const rounded = [&](Tensor const& t, bool of_channel) {
         return of_channel || is_complex(A) || type == wide ? t : torch::stable::to(t, type);
     };

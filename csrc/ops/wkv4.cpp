@@ -108,8 +108,8 @@ Wkv4Params prepare(Arguments& in, bool one_token) {
 }
 
 void run_forward(Wkv4Params const& p, Tensor const& like, void* stream) {
-    Tensor scratch = workspace(wkv4_fwd_workspace(p), like);
-    wkv4_fwd(p, scratch.mutable_data_ptr(), stream);
+    Scratch const scratch(wkv4_fwd_workspace(p), like);
+    wkv4_fwd(p, scratch.data(), stream);
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -201,8 +201,8 @@ Backward backward(Checks const& c, Arguments in, Tensor const& states, Tensor co
         p.grad_initial_state = numerator.mutable_data_ptr();
         p.grad_initial_denominator = denominator.mutable_data_ptr();
     }
-    Tensor scratch = workspace(wkv4_bwd_workspace(p), in.k);
-    wkv4_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    Scratch const scratch(wkv4_bwd_workspace(p), in.k);
+    wkv4_bwd(p, scratch.data(), scope.stream());
     return {channels, dk, dv, numerator, denominator};
 }
 

@@ -115,8 +115,11 @@ def scan_step(
         x, a, log = _gate(x, a, log)  # a step has little time for it
     if torch.is_grad_enabled():
         check_no_gradient("scan_step", "scan", x, a, state)
-    return torch.ops.lsm.scan_step(x, a, state, log)  # type: ignore[no-any-return]
+    return _STEP(x, a, state, log)  # type: ignore[no-any-return]
+
+
+_STEP = torch.ops.lsm.scan_step.default  # looked up once: that is a part of a step's time
 
 
 def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    return torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")

@@ -203,6 +203,9 @@ def selective_scan_fn(
     return (y, state) if return_last_state else y
 
 
+_STEP = torch.ops.lsm.selective_scan_step.default
+
+
 def selective_step(
     state: Tensor,
     x: Tensor,
@@ -222,10 +225,9 @@ def selective_step(
     narrow, wide = x.dtype, accumulation_dtype(x)
     is_complex = A.is_complex()
     A = in_dtype(A, _scan.state_dtype(A) if is_complex else wide)
-    B, C = (t if t.dim() == 3 else t.unsqueeze(1) for t in (B, C))
     if not is_complex:
         B, C = in_dtype(B, narrow), in_dtype(C, narrow)
-    return torch.ops.lsm.selective_scan_step(  # type: ignore[no-any-return]
+    return _STEP(  # type: ignore[no-any-return]
         x, in_dtype(dt, narrow), A, B, C, None if D is None else in_dtype(D, wide),
         None if z is None else in_dtype(z, narrow),
         None if dt_bias is None else in_dtype(dt_bias, wide), state, dt_softplus,
