@@ -143,8 +143,36 @@ def section(result: Result) -> str:
         rows = [row for row in result.rows if row["mode"] == mode]
         if any("ms" in row for row in rows):
             lines += [f"### {title}\n", *mode_table(rows, env), ""]
+    lines += allocator_table(result)
     lines += [f"![{name}]({folder}/{name}.png)\n" for name in ("time", "ratio", "roofline")]
     return "\n".join(lines)
+
+
+def allocator_table(result: Result) -> Iterator[str]:
+    """Cells that were timed under glibc's own allocator too, beside what this page has of them."""
+    file = result.file.with_name("default_allocator.json")
+    if not file.is_file():
+        return
+    other = Result(file)
+    env = other.environment
+    keys = ("op", "shape", "dtype", "mode", "implementation")
+    kept = {tuple(row[k] for k in keys): row for row in result.rows if "ms" in row}
+    yield "### glibc's own allocator\n"
+    yield f"""Above, freed memory is kept. As glibc comes, a large tensor has fresh pages in every
+call, which costs whoever makes many of them more than the arithmetic: a ratio then says how much
+memory each side asks for. {env["date"]}, commit {env["commit"]} (`{file.relative_to(HERE)}`)
+"""
+    yield "| op | shape | dtype | mode | implementation | kept, ms | ratio | glibc, ms | ratio |"
+    yield "| --- " * 9 + "|"
+    for row in other.rows:
+        cell = tuple(row.get(k) for k in keys)
+        if "ms" not in row or cell not in kept:
+            continue
+        cells = [*cell[:3], TITLES[row["mode"]], row["implementation"]]
+        for r in (kept[cell], row):
+            cells += [f"{r['ms']:.3g}", f"{r['ratio']:.3g}×" if "ratio" in r else "–"]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+    yield ""
 
 
 def checks_table(items: list[Row]) -> list[str]:

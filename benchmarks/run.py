@@ -5,9 +5,10 @@
 
 The first shape of every operator comes first, then the second ones, and so on; --minutes ends the
 run there. Ratios compare medians of one run only. Results are json under OUT/<device>/, written
-after every shape; report.py turns those in benchmarks/results into docs. --compare builds another
-commit beside this tree, takes turns between the two, and fails where this tree is more than a tenth
-slower.
+after every shape; report.py turns those in benchmarks/results into docs. --default-allocator runs
+without what glibc is otherwise told, to keep freed memory, and leaves a file of its own. --compare
+builds another commit beside this tree, takes turns between the two, and fails where this tree is
+more than a tenth slower.
 """
 
 from __future__ import annotations
@@ -45,11 +46,16 @@ def main() -> int:
         "--patience", type=float, default=5.0, help="seconds a peer's call may take"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="what ends the run")
+    parser.add_argument(
+        "--default-allocator", action="store_true",
+        help="glibc as it is: fresh pages for large tensors; into default_allocator.json",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     parser.add_argument("--compare", metavar="REV", help="compare this tree with a commit")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a tree; used by --compare
     options = parser.parse_args()
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    tuned = "GLIBC_TUNABLES" in os.environ or options.default_allocator
+    if sys.platform == "linux" and not tuned:
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.argv])
     import_from(options.serve or ROOT)
@@ -135,7 +141,9 @@ def run(options: argparse.Namespace) -> int:
         ):
             record["rows"].append(row)
             print(show(row), flush=True)
-        path = save(record, options.out)
+        path = save(
+            record, options.out, "default_allocator" if options.default_allocator else "ops"
+        )
     print(f"written: {path}")
     return 0
 
