@@ -28,6 +28,17 @@ for op in OPS:
 import torch
 
 lsm = torch.ops.lsm_emu_asan
+for T, K, V, dtype in (
+    (75, 5, 7, torch.float32), (9, 16, 64, torch.bfloat16), (9, 24, 70, torch.float16)
+):
+    q, k, v = (torch.randn(1, T, 2, D).to(dtype) for D in (K, K, V))
+    cu_seqlens = torch.tensor([0, 2, 2, T])
+    options = 0.3, 1e-6, True, True
+    o, S, z, tokens = lsm.polynomial_attn_fwd(q, k, v, None, None, cu_seqlens, *options, True)
+    given = (q, k, v, S, z, cu_seqlens, *options, o, tokens, v, S, z)
+    lsm.polynomial_attn_bwd(*given)
+    lsm.polynomial_attn_step(q[:, 0], k[:, 0], v[:, 0], S[:1].clone(), z[:1].clone(), *options)
+    print("polynomial_attn", dtype, "done")
 for T, D, W, dtype, norm in (
     (75, 64, 4, torch.bfloat16, 32), (37, 7, 3, torch.float16, 0), (9, 24, 8, torch.float32, 4)
 ):

@@ -4,11 +4,13 @@ backward."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from emulators import emulator
 from families import (
     FAMILIES,
     Call_,
@@ -20,7 +22,7 @@ from families import (
     operator,
     upstream,
 )
-from impls import IMPLS, Emulator, threads
+from impls import Emulator, Impl, threads
 from inputs import Tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,7 +134,7 @@ def test_errors() -> None:
         ops.based_step(**token, state=(torch.zeros(2, 2, 91, 10), torch.zeros(2, 2, 91)))
 
 
-EMULATED: dict[str, dict[str, Any]] = {
+SIZES_ON_CUDA: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"dtype": torch.bfloat16, "T": 21, "K": 16, "V": 64},
     "fp16": {"dtype": torch.float16, "T": 21, "K": 16, "V": 64},
@@ -176,49 +178,67 @@ def typed(x: Call_, dtype: torch.dtype) -> Call_:
     return replace(x, tensors={n: t.to(dtype) for n, t in x.tensors.items()}, states=states)
 
 
-@pytest.mark.parametrize("case", EMULATED)
+def moved(x: Call_, device: str) -> Call_:
+    given = {n: t.to(device) for n, t in x.tensors.items()}
+    states = None if x.states is None else tuple(s.to(device) for s in x.states)
+    cuts = None if x.cu_seqlens is None else x.cu_seqlens.to(device)
+    return Call_(given, states, cuts)
+
+
+def of_cuda(test: Any) -> Any:
+    test.only_impls = ("emulator", "cuda")
+    return test
+
+
+def on(impl: Impl, call: Callable[[Any], Tensors]) -> Tensors:
+    """What CUDA's kernels make of it, here or on the emulator under every schedule."""
+    if isinstance(impl, Emulator):
+        emulator(impl.flavour)
+        return impl.under_every_seed(lambda: call(torch.ops.lsm_emu))
+    return {name: t.cpu() for name, t in call(torch.ops.lsm).items()}
+
+
+@of_cuda
+@pytest.mark.parametrize("kind", SIZES_ON_CUDA)
 @pytest.mark.parametrize("taylor", [True, False], ids=["taylor", "squares"])
-def test_cuda_kernels_are_the_cpus(taylor: bool, case: str) -> None:
-    """On the emulator, against the same operator in fp64, which test_families.py holds to the
-    definition and differences to its gradients."""
-    emulator = cast(Emulator, IMPLS["emulator"])
-    if why := emulator.absent():
-        pytest.skip(why)
-    given = dict(EMULATED[case])
+def test_cuda_kernels_are_the_cpus(impl: Impl, taylor: bool, kind: str) -> None:
+    """Against the same operator in fp64, which test_families.py holds to the definition and
+    differences to its gradients."""
+    given = dict(SIZES_ON_CUDA[kind])
     if not taylor and given.get("dtype"):
         given["dtype"] = torch.float32  # in half precision they come in fp32
-    normalize = case != "packed"
+    normalize = kind != "packed"
     x = draw(POLYNOMIAL[0], **({"HV": 2} | given))
-    if case != "parts and columns":
+    if kind != "parts and columns":
         x = started(x, taylor)
-    lsm = torch.ops.lsm_emu
-    results = emulator.under_every_seed(lambda: whole(lsm, x, taylor, normalize))
+    there = moved(x, impl.device)
+    results = on(impl, lambda lsm: whole(lsm, there, taylor, normalize))
     truth, same = (
         whole(torch.ops.lsm, typed(x, t), taylor, normalize) for t in (torch.float64, torch.float32)
     )
     assert_rule(results, (truth, same), x)
 
 
+@of_cuda
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dims", [(16, 64), (30, 5), (5, 12)])
 @pytest.mark.parametrize("taylor", [True, False], ids=["taylor", "squares"])
-def test_cuda_step_is_the_cpus(taylor: bool, dims: tuple[int, int], transposed: bool) -> None:
-    emulator = cast(Emulator, IMPLS["emulator"])
-    if why := emulator.absent():
-        pytest.skip(why)
+def test_cuda_step_is_the_cpus(
+    impl: Impl, taylor: bool, dims: tuple[int, int], transposed: bool
+) -> None:
     K, V = dims
     x = started(draw(POLYNOMIAL[0], T=1, K=K, V=V), taylor)
-    assert x.states is not None
-    token = [t[:, 0] for t in x.tensors.values()]
 
-    def step(lsm: Any, dtype: torch.dtype) -> Tensors:
-        S, z = (s.to(dtype, copy=True) for s in x.states or ())
+    def step(lsm: Any, x: Call_) -> Tensors:
+        S, z = (s.clone() for s in x.states or ())
         S = S.mT.contiguous().mT if transposed else S
-        o = lsm.polynomial_attn_step(*(t.to(dtype) for t in token), S, z, 0.3, 1e-2, taylor, True)
+        token = (t[:, 0] for t in x.tensors.values())
+        o = lsm.polynomial_attn_step(*token, S, z, 0.3, 1e-2, taylor, True)
         return {"o": o, "S": S, "z": z}
 
-    results = emulator.under_every_seed(lambda: step(torch.ops.lsm_emu, torch.float32))
-    truth, same = (step(torch.ops.lsm, t) for t in (torch.float64, torch.float32))
+    there = moved(x, impl.device)
+    results = on(impl, lambda lsm: step(lsm, there))
+    truth, same = (step(torch.ops.lsm, typed(x, t)) for t in (torch.float64, torch.float32))
     assert_rule(results, (truth, same), x)
 
 
