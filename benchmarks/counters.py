@@ -100,6 +100,7 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
                     token = [t[:, 0] if n in timed else t for n, t in x.tensors.items()]
                     run = partial(step, *token, x.initial_state.clone(), 1.0)
                     yield f"{name} step", multiprocessors, run
+    yield from wide_delta_calls()
     yield from scan_calls()
     yield from conv_calls()
     yield from slstm_calls()
@@ -112,6 +113,18 @@ def calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     yield from ssd_calls()
     yield from polynomial_calls()
     yield from delta_inputs_calls()
+
+
+def wide_delta_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """Of keys whose state two warps share."""
+    for op in (op for op in OPS if op.name in ("gated_delta_rule", "comba")):
+        sizes = {"T": 64, "heads": (1, 1), "dims": (256, 64)}
+        x = make_inputs(Case(op, dtype="bf16+f32", state="both", **sizes))
+        common = (*x.tensors.values(), x.initial_state, x.cu_seqlens, 1.0)
+        yield f"{op} wide bf16+f32 forward", 1, partial(op.raw("fwd", "lsm_emu"), *common, True)
+        gradients = (x.grad_o, x.grad_final_state)
+        backward = partial(op.raw("bwd", "lsm_emu"), *common, *gradients)
+        yield f"{op} wide bf16+f32 backward", 1, backward
 
 
 def mlstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -147,7 +147,7 @@ class DeltaForward {
 
   private:
     static constexpr int W = kLanes<T>;
-    // Twice the panels are no faster where stores and sums compete, and a quarter slower on Zen 4.
+    // Of four panels, the stores of a channel and its sums over K compete.
     static constexpr int kWidest = 2;
 
     template <class State>

@@ -103,29 +103,29 @@ class DeltaTokens {
     int64_t read(int64_t block, bool goes_on = false) {
         int64_t const first = block * block_tokens;
         int64_t const count = min_of(block_tokens, task_.end - task_.begin - first);
-        for (int64_t t = 0; t < count; ++t) {
-            q_.read(q + last_slot(t) * key_width, first + t, scale_);
-            if constexpr (Rule::kDecays) read_decay(decay + t * n * key_width, first + t);
+        int64_t const s = count * n, i = first * n;
+        q_.read_rows(q + (n - 1) * key_width, n * key_width, first, count, scale_);
+        k_.read_rows(k, key_width, i, s);
+        v_.read_rows(v, value_width, i, s);
+        if constexpr (Rule::kOwnErase) erase_.read_rows(erase, key_width, i, s);
+        if constexpr (Rule::kWrites == 2) write_.read_rows(write, key_width, i, s);
+        if constexpr (Rule::kHasBeta) read_betas(i, s);
+        if constexpr (Rule::kDecays) {
+            read_gates(0, first, count);
+            for (int64_t t = 0; !divided_ && t < count; ++t) exp_gates(decay + t * n * key_width);
         }
+        for (int64_t j = 0; divided_ && j < s; ++j) divide(j, i + j);
         Row const& erased = Rule::kOwnErase ? erase_ : k_;
         T* const rows = Rule::kOwnErase ? erase : k;
-        int64_t s = 0, i = first * n;
-        for (; s < count * n; ++s, ++i) {
-            k_.read(k + s * key_width, i);
-            v_.read(v + s * value_width, i);
-            if constexpr (Rule::kOwnErase) erase_.read(erase + s * key_width, i);
-            if constexpr (Rule::kWrites == 2) write_.read(write + s * key_width, i);
-            if constexpr (Rule::kHasBeta) read_beta(beta + s * value_width, i);
-            if (divided_) divide(s, i);
-        }
         if (goes_on && block + 1 < blocks()) {
-            erased.read(rows + s * key_width, i);
-            if constexpr (Rule::kDecays) read_decay(decay + s * key_width, first + count);
+            int64_t const next = i + s;
+            erased.read_rows(rows + s * key_width, key_width, next, 1);
+            if constexpr (Rule::kDecays) read_gates(s, first + count, 1);
             if (divided_ && !Rule::kErasesDecayed) multiply_erase(s);
             if (divided_ && Rule::kErasesDecayed) {  // f decays again with the next block
                 for (int64_t c = 0; c < key_width; c += W)
                     store(kept_factor_ + c, load(factor_ + c));
-                decay_factor(s, i);
+                decay_factor(s, next);
                 multiply_erase(s);
                 std::swap(factor_, kept_factor_);
             }
@@ -200,15 +200,24 @@ class DeltaTokens {
     }
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-    void read_decay(T* row, int64_t i) const {
+    // Of tokens [i, i + count), whose first slot is `slot`: log decays, one or one per channel.
+    void read_gates(int64_t slot, int64_t i, int64_t count) const {
+        T* row = decay + slot * key_width;
+        if (per_channel_decay_) return g_.read_rows(row, n * key_width, i, count);
+        for (int64_t t = 0; t < count; ++t, row += n * key_width) row[0] = g_.first_of(i + t);
+    }
+    // f(c, decays of channels [c, c + W)), from such a row.
+    template <class F>
+    LSM_INLINE void for_each_decay(T const* row, F const& f) const {
         if (per_channel_decay_) {
-            g_.read(row, i);
-            for (int64_t c = 0; c < key_width; c += W) store(row + c, exp(load(row + c)));
+            for (int64_t c = 0; c < key_width; c += W) f(c, exp(load(row + c)));
         } else {
-            T g[W];
-            g_.read(g, i);
-            fill(row, key_width, exp(load(g))[0]);
+            Vector<T> const a = exp(Vector<T>{} + row[0]);
+            for (int64_t c = 0; c < key_width; c += W) f(c, a);
         }
+    }
+    void exp_gates(T* row) const {
+        for_each_decay(row, [&](int64_t c, Vector<T> a) { store(row + c, a); });
     }
 
     // Slot `slot`, the i-th of its sequence, decays f; or, where f leaves its range, the state by what f was. So do the
@@ -218,7 +227,7 @@ class DeltaTokens {
         T* const row = decay + slot * key_width;
         decays_state_[slot] = T(0);
         if (token * n != i) return;
-        bool const within = multiply_within(factor_, row, key_width);
+        bool const within = decay_within(row);
         if (within && i != 0 && token + 1 != task_.end - task_.begin) return;
         for (int64_t c = 0; c < key_width; c += W) store(row + c, load(factor_ + c));
         fill(factor_, key_width, T(1));
@@ -245,27 +254,23 @@ class DeltaTokens {
             if constexpr (Rule::kWrites == 2) store(own_write + c, load(own_write + c) / x);
         }
     }
-    // a *= b; whether all of a is neither too small nor too large to divide by, nor NaN.
-    static bool multiply_within(T* a, T const* b, int64_t width) {
+    // Whether f, decayed by a row of gates, is neither too small nor too large to divide by, nor NaN.
+    bool decay_within(T const* row) {
         constexpr T kLeast = T(0x1p-32), kMost = T(0x1p32);
         Vector<T> const zero{}, one = zero + 1;
         Vector<T> outside{};
-        for (int64_t c = 0; c < width; c += W) {
-            Vector<T> const x = load(a + c) * load(b + c);
-            store(a + c, x);
+        for_each_decay(row, [&](int64_t c, Vector<T> a) {
+            Vector<T> const x = load(factor_ + c) * a;
+            store(factor_ + c, x);
             outside += x >= kLeast ? (x <= kMost ? zero : one) : one;
-        }
+        });
         return sum_lanes<T>(outside) == T(0);
     }
 
-    void read_beta(T* row, int64_t i) const {
-        if (per_channel_beta_) {
-            beta_.read(row, i);
-        } else {
-            T one[W];
-            beta_.read(one, i);
-            fill(row, value_width, one[0]);
-        }
+    void read_betas(int64_t i, int64_t count) const {
+        if (per_channel_beta_) return beta_.read_rows(beta, value_width, i, count);
+        for (int64_t s = 0; s < count; ++s)
+            fill(beta + s * value_width, value_width, beta_.first_of(i + s));
     }
 
     T *factor_, *kept_factor_, *decays_state_;  // f, and 1 for slots that decay the state

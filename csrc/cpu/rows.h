@@ -114,6 +114,21 @@ void pack(T* dst, void const* src, int64_t stride, int64_t first, int64_t count,
     }
 }
 
+// The same of whole rows, dst's `width` apart.
+template <class T, class In>
+void pack_rows(T* dst, int64_t width, void const* src, int64_t stride, int64_t count,
+               int64_t columns, T scale) {
+    for (int64_t t = 0; t < count; ++t)
+        pack<T, In, 1>(dst + t * width, static_cast<In const*>(src) + t * stride, 0, 0, 1, columns,
+                       scale);
+}
+
+template <class T, class In>
+T first_element(void const* src) {
+    if constexpr (std::is_same_v<T, In>) return *static_cast<T const*>(src);
+    return widen_first<T>(static_cast<In const*>(src), 1)[0];
+}
+
 template <class T, class Out, int C>
 void unpack(void* dst, T const* src, int64_t stride, int64_t first, int64_t count, int64_t columns,
             T scale) {
@@ -218,7 +233,9 @@ class HeadRows : Head {
         : Head(rows, dtype, batch, head, span), columns_(columns) {
         data_ += column * bytes_;
         with_element<T>(dtype, [&](auto zero) {
-            pack_ = pack<T, decltype(zero), C>, unpack_ = unpack<T, decltype(zero), C>;
+            using Element = decltype(zero);
+            pack_ = pack<T, Element, C>, unpack_ = unpack<T, Element, C>;
+            pack_rows_ = pack_rows<T, Element>, first_of_ = first_element<T, Element>;
         });
     }
 
@@ -231,6 +248,12 @@ class HeadRows : Head {
         Slots<C> const s(span_, block);
         unpack_(at(s.token), src, stride_, s.first, s.count, columns_, scale);
     }
+
+    // Of single tokens: `count` rows from the i-th on, dst's `width` apart; and what a row begins with.
+    void read_rows(T* dst, int64_t width, int64_t i, int64_t count, T scale = 1) const {
+        pack_rows_(dst, width, at(span_.begin + i), stride_, count, columns_, scale);
+    }
+    T first_of(int64_t i) const { return first_of_(at(span_.begin + i)); }
 
     // Asks for a block ahead of its use: a head's rows lie H rows apart, too far for the hardware.
     // Always inline: a function that does nothing else is taken for one without effect.
@@ -247,6 +270,8 @@ class HeadRows : Head {
     int64_t columns_;
     void (*pack_)(T*, void const*, int64_t, int64_t, int64_t, int64_t, T);
     void (*unpack_)(void*, T const*, int64_t, int64_t, int64_t, int64_t, T);
+    void (*pack_rows_)(T*, int64_t, void const*, int64_t, int64_t, int64_t, T);
+    T (*first_of_)(void const*);
 };
 
 // The scalars of a [B, T, H] tensor.

@@ -22,18 +22,20 @@ BF16 = {"dtype": "bf16+f32", "state": "both", "dims": (64, 64)}
 PIECES = (64, BF16 | {"T": 900})
 WINDOWS = (1, BF16 | {"T": 1100, "heads": (1, 2)})
 BOTH = (4, BF16 | {"T": 1100, "dims": (128, 40)})
+WIDE = (1, BF16 | {"T": 1060, "heads": (1, 1), "dims": (256, 40)})  # in windows, never in pieces
 CALLS = [
     ("delta_rule", *PIECES),
     ("gated_delta_rule", 64, BF16 | {"T": 900, "batch": "int64", "gate": "resets"}),
     ("gated_delta_rule", *WINDOWS),
     ("gated_delta_rule", BOTH[0], BOTH[1] | {"batch": "int32"}),
+    ("gated_delta_rule", *WIDE),
     ("kda", 64, BF16 | {"T": 800, "batch": 2, "dims": (40, 72)}),
     ("kda", *BOTH),
     ("comba", *BOTH),
     ("dplr", *PIECES),
     ("dplr", 1, WINDOWS[1] | {"batch": "int64"}),
 ]
-IDS = [f"{name}-{count}-T{call['T']}" for name, count, call in CALLS]
+IDS = [f"{name}-{count}-T{call['T']}-K{call['dims'][0]}" for name, count, call in CALLS]
 
 
 def peak(profile: torch.profiler.profile) -> int:
@@ -81,6 +83,8 @@ def test_what_is_launched() -> None:
     assert of(*PIECES) == (whole[0] + pieces, whole[1] + joins)
     assert of(*WINDOWS) == (whole[0], 2 * whole[1] + 2)
     assert of(*BOTH) == (whole[0] + pieces, 2 * (whole[1] + joins) + 3)
+    assert of(*WIDE) == (whole[0], 2 * whole[1] + 2)
+    assert of(64, WIDE[1]) == whole
 
 
 @pytest.mark.parametrize(

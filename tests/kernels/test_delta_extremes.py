@@ -47,8 +47,8 @@ EXTREMES: dict[str, Changes] = {
 }
 
 
-def changed(op: Op, changes: Changes, T: int = T) -> Inputs:
-    x = make_inputs(Case(op, T=T, dims=(64, 64), dtype="bf16+f32", state="both"))
+def changed(op: Op, changes: Changes, T: int = T, K: int = 64) -> Inputs:
+    x = make_inputs(Case(op, T=T, dims=(K, 64), dtype="bf16+f32", state="both"))
     tensors = {name: changes.get(name, lambda t: t)(t) for name, t in x.tensors.items()}
     if "p" in tensors:  # else Comba's transitions need not contract
         tensors["p"] = tensors["k"]
@@ -64,12 +64,19 @@ def changed(op: Op, changes: Changes, T: int = T) -> Inputs:
         if c.keys() <= op.tensors.keys()
     ],
 )
-def test_no_blow_up(name: str, extreme: str) -> None:
+def test_no_blow_up(name: str, extreme: str, K: int = 64) -> None:
     op = DELTA[name]
-    x = changed(op, EXTREMES[extreme])
+    x = changed(op, EXTREMES[extreme], K=K)
     results = Emulator("emulator", seeds=(0,)).run(op, x)
     assert all(t.isfinite().all() for t in results.values())
     assert_accepted(results, *definition(op, x), x)
+
+
+@pytest.mark.parametrize("extreme", ["one key, beta 1, no decay", "beta 2", "g -80 at times"])
+@pytest.mark.parametrize("name", ["gated_delta_rule", "comba"])
+def test_no_blow_up_of_wide_keys(name: str, extreme: str) -> None:
+    """Of which two warps have a half of the state each."""
+    test_no_blow_up(name, extreme, K=192)
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)

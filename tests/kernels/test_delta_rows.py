@@ -87,6 +87,8 @@ CALLS = [
     Call("delta_rule", 2, 45, {"dtype": "bf16", "dims": (64, 72)}),
     Call("gated_delta_rule", 3, 30, BF16 | {"heads": (1, 2), "gate": "-8"}),
     Call("gated_delta_rule", 2, 60, BF16 | {"batch": "int64"}),
+    Call("delta_rule", 3, 30, {"dtype": "bf16", "dims": (200, 72), "batch": "int32"}),
+    Call("gated_delta_rule", 2, 40, {"dtype": "bf16+f32", "dims": (256, 40), "gate": "resets"}),
     Call("kda", 2, 45, BF16 | {"gate": "resets"}),
     Call("kda", 3, 20, {"dtype": "f32", "dims": (24, 16), "batch": "int32"}),
     Call("gated_delta_rule", 4, 12, {"dtype": "f16", "dims": (16, 24), "gate": "-80"}),

@@ -523,7 +523,7 @@ LSM_DEVICE void run_chunk(DeltaWork const& work) {
 }
 
 template <int K, bool OwnErase>
-__global__ void __launch_bounds__(256, 2) gradients(DeltaWork const work) {
+__global__ void __launch_bounds__(256, K > 128 ? 1 : 2) gradients(DeltaWork const work) {
     run_chunk<Gradients<K, OwnErase>>(work);
 }
 

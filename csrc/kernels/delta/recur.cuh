@@ -5,7 +5,8 @@
 // A block owns kV value columns of a head's state and walks a piece of time; a warp has 16 of them.
 // The state is kept transposed, [16 values, K], in accumulators, whose layout is that of an A
 // operand: S and E reach the tensor cores without touching shared memory and warps share nothing
-// but the tiles they read. Grid: (record, head, tile).
+// but the tiles they read. Of more than 128 key channels a warp has half: two warps read the same
+// values, and what they read from the state is added up in shared memory. Grid: (record, head, tile).
 #pragma once
 
 #include "kernels/delta/chunks.cuh"
@@ -22,11 +23,16 @@ LSM_DEVICE void poison_rows(Rows const& x, i64 batch, i64 t0, i64 t1, int head, 
         store_global(to + t * x.time, bf16(nan_value()));
 }
 
-// The transposed state of one warp: S[v][k], v = value0 + lane / 4 + {0, 8}, in accumulators.
+// The transposed state of one warp: S[v][k], v = value0 + lane / 4 + {0, 8}, in accumulators; of K
+// channels all or, of more than 128, half of them.
 template <int K>
 struct WarpState {
-    static constexpr int kTiles = K / 8;
+    static constexpr int kHalves = K > 128 ? 2 : 1, kShare = K / kHalves, kTiles = kShare / 8;
+    static constexpr int kWarps = kV / 16;  // of each half
     float S[kTiles][4];
+
+    LSM_DEVICE static int half() { return kHalves == 1 ? 0 : threadIdx.x / (32 * kWarps); }
+    LSM_DEVICE static int first() { return half() * kShare; }
 
     // f(element, offset in a [rows, columns] matrix) for those that exist.
     template <class Visit>
@@ -36,7 +42,8 @@ struct WarpState {
         for (int n = 0; n < kTiles; ++n) {
             LSM_UNROLL
             for (int e = 0; e < 4; ++e) {
-                int const k = 8 * n + lane % 4 * 2 + e % 2, v = value0 + lane / 4 + e / 2 * 8;
+                int const k = first() + 8 * n + lane % 4 * 2 + e % 2,
+                          v = value0 + lane / 4 + e / 2 * 8;
                 if (k < rows && v < columns) f(S[n][e], k * static_cast<int>(columns) + v);
             }
         }
@@ -74,15 +81,15 @@ struct WarpState {
         int const lane = threadIdx.x % 32;
         LSM_UNROLL
         for (int n = 0; n < kTiles; ++n) {
-            float2 const f = pair_at(by, 8 * n + lane % 4 * 2);
+            float2 const f = pair_at(by, first() + 8 * n + lane % 4 * 2);
             S[n][0] *= f.x, S[n][1] *= f.y, S[n][2] *= f.x, S[n][3] *= f.y;
         }
     }
 
     // As A operand of products over K.
-    LSM_DEVICE void operand(u32 (&a)[K / 16][4]) const {
+    LSM_DEVICE void operand(u32 (&a)[kShare / 16][4]) const {
         LSM_UNROLL
-        for (int kk = 0; kk < K / 16; ++kk) {
+        for (int kk = 0; kk < kShare / 16; ++kk) {
             float const(&left)[4] = S[2 * kk];
             float const(&right)[4] = S[2 * kk + 1];
             a[kk][0] = pack_bf16(left[0], left[1]), a[kk][1] = pack_bf16(left[2], left[3]);
@@ -91,27 +98,28 @@ struct WarpState {
     }
 
     // Leaves the operand in rows [V, K] of scratch; `to` is value row value0.
-    LSM_DEVICE static void save(u32 const (&a)[K / 16][4], bf16* to) {
+    LSM_DEVICE static void save(u32 const (&a)[kShare / 16][4], bf16* to) {
         int const lane = threadIdx.x % 32;
         LSM_UNROLL
-        for (int kk = 0; kk < K / 16; ++kk) {
+        for (int kk = 0; kk < kShare / 16; ++kk) {
             LSM_UNROLL
             for (int i = 0; i < 4; ++i) {
-                int const v = lane / 4 + i % 2 * 8, k = 16 * kk + i / 2 * 8 + lane % 4 * 2;
+                int const v = lane / 4 + i % 2 * 8,
+                          k = first() + 16 * kk + i / 2 * 8 + lane % 4 * 2;
                 store_global(reinterpret_cast<u32*>(to + v * K + k), a[kk][i]);
             }
         }
     }
 
     // out[v][t] += sum over k of S[v][k] tile[t][k].
-    LSM_DEVICE static void read(u32 const (&a)[K / 16][4], u32 tile, float (&out)[kC / 8][4]) {
+    LSM_DEVICE static void read(u32 const (&a)[kShare / 16][4], u32 tile, float (&out)[kC / 8][4]) {
         int const lane = threadIdx.x % 32;
         LSM_UNROLL
-        for (int kk = 0; kk < K / 16; ++kk) {
+        for (int kk = 0; kk < kShare / 16; ++kk) {
             LSM_UNROLL
             for (int j = 0; j < kC / 16; ++j) {
                 u32 b[4];
-                ldmatrix_x4(b, tile + Tile<K>::columns_first(16 * j, 16 * kk, lane));
+                ldmatrix_x4(b, tile + Tile<K>::columns_first(16 * j, first() + 16 * kk, lane));
                 mma(out[2 * j], a[kk], b[0], b[1]);
                 mma(out[2 * j + 1], a[kk], b[2], b[3]);
             }
@@ -122,11 +130,11 @@ struct WarpState {
     LSM_DEVICE void write(u32 const (&x)[kC / 16][4], u32 tile) {
         int const lane = threadIdx.x % 32;
         LSM_UNROLL
-        for (int kk = 0; kk < K / 16; ++kk) {
+        for (int kk = 0; kk < kShare / 16; ++kk) {
             LSM_UNROLL
             for (int j = 0; j < kC / 16; ++j) {
                 u32 b[4];
-                ldmatrix_x4_trans(b, tile + Tile<K>::rows_first(16 * j, 16 * kk, lane));
+                ldmatrix_x4_trans(b, tile + Tile<K>::rows_first(16 * j, first() + 16 * kk, lane));
                 mma(S[2 * kk], x[j], b[0], b[1]);
                 mma(S[2 * kk + 1], x[j], b[2], b[3]);
             }
@@ -221,9 +229,11 @@ LSM_DEVICE void load_coefficients(DeltaWork const& work, Chunk const& chunk, Coe
 // What a walk in either direction has and loads. Queries: Y and R are needed.
 template <int K, Form form, bool Queries>
 struct Chain {
-    static constexpr int kWarps = kV / 16, kThreads = 32 * kWarps;
+    static constexpr int kHalves = WarpState<K>::kHalves, kShare = WarpState<K>::kShare;
+    static constexpr int kWarps = kV / 16 * kHalves, kThreads = 32 * kWarps;
     static constexpr bool kSources = form == Form::sources;
-    static constexpr int kStages = kSources ? 2 : 3;  // two blocks per multiprocessor
+    // Two blocks per multiprocessor; one of halves.
+    static constexpr int kStages = kSources || kHalves > 1 ? 2 : 3;
 
     struct Stage {
         alignas(128) char erase[kC * K * 2];
@@ -238,6 +248,8 @@ struct Chain {
     };
     struct SharedStorage {
         Stage stage[kStages];
+        // Sums of one half of K: of what erases, and of queries.
+        float halves[kHalves > 1 ? (Queries ? 2 : 1) : 1][kHalves > 1 ? kC* kV * 2 : 1];
     };
 
     DeltaWork const& work;
@@ -279,6 +291,34 @@ struct Chain {
         load_coefficients<K, form, kThreads>(work, chunk, to.by, to.decay);
     }
 
+    // Makes of sums over half of K sums over all of it; once a chunk. All threads.
+    template <class... Sums>
+    LSM_DEVICE void join_halves(Sums&... sums) {
+        if constexpr (kHalves > 1) {
+            auto const place = [&](int which, int half, int i) -> float& {
+                return s.halves[which][((half * kV / 16 + warp) * kC / 2 + i) * 32 + lane];
+            };
+            int const half = state.half();
+            int which = 0;
+            auto const leave = [&](auto const& x) {
+                LSM_UNROLL
+                for (int i = 0; i < kC / 2; ++i) place(which, half, i) = x[i / 4][i % 4];
+                ++which;
+            };
+            (leave(sums), ...);
+            __syncthreads();
+            which = 0;
+            auto const take = [&](auto& x) {
+                LSM_UNROLL
+                for (int i = 0; i < kC / 2; ++i) x[i / 4][i % 4] += place(which, 1 - half, i);
+                ++which;
+            };
+            (take(sums), ...);
+        }
+    }
+    // Halves share the work on rows.
+    LSM_DEVICE bool has_row(int t) const { return kHalves == 1 || t / (kC / 2) == state.half(); }
+
     LSM_DEVICE void decay(Stage const& tiles) {
         if constexpr (form != Form::whole) {
             state.scale(tiles.decay);
@@ -313,6 +353,7 @@ struct Chain {
 template <int K, RecurKind Kind, Form form>
 struct Recur : Chain<K, form, Kind == RecurKind::output> {
     using Base = Chain<K, form, Kind == RecurKind::output>;
+    using Base::kShare;
     using Base::warp, Base::value0, Base::state, Base::kStages, Base::kThreads, Base::kSources;
     using Base::work, Base::p, Base::s, Base::segment, Base::head, Base::tile, Base::lane;
     using typename Base::Stage;
@@ -330,15 +371,18 @@ struct Recur : Chain<K, form, Kind == RecurKind::output> {
     LSM_DEVICE void step(int index) {
         Stage const& tiles = s.stage[index % kStages];
         Chunk const chunk = this->at(index);
-        u32 a[K / 16][4];
+        u32 a[kShare / 16][4];
         state.operand(a);
         float residual[kC / 8][4] = {};
         state.read(a, smem_u32(tiles.erase), residual);
         float o[kC / 8][4] = {};
         if constexpr (kReads) {
             state.read(a, smem_u32(tiles.query), o);
-        } else if (!work.transfer) {
-            state.save(a, work.scratch.state + (chunk.slot * work.v_tiles * kV + value0) * K);
+            this->join_halves(residual, o);
+        } else {
+            if (!work.transfer)
+                state.save(a, work.scratch.state + (chunk.slot * work.v_tiles * kV + value0) * K);
+            this->join_halves(residual);
         }
 
         u32 value[kC / 16][4];
@@ -379,12 +423,15 @@ struct Recur : Chain<K, form, Kind == RecurKind::output> {
                              chunk.token * p.o.time + head * p.o.head + value0;
             int const n = static_cast<int>(p.n);
             store_transposed(o, static_cast<int>(p.V) - value0, [&](int t) -> bf16* {
+                if (!this->has_row(t)) return nullptr;
                 if (n == 1) return t < chunk.rows ? to + t * p.o.time : nullptr;
                 return t < chunk.rows && (t + 1) % n == 0 ? to + t / n * p.o.time : nullptr;
             });
         } else if (!work.transfer) {
             bf16* const to = work.scratch.residual + chunk.slot * kC * work.v_tiles * kV + value0;
-            store_transposed(residual, 16, [&](int t) { return to + t * work.v_tiles * kV; });
+            store_transposed(residual, 16, [&](int t) -> bf16* {
+                return this->has_row(t) ? to + t * work.v_tiles * kV : nullptr;
+            });
         }
     }
 
@@ -468,6 +515,7 @@ LSM_DEVICE void run_chain(DeltaWork const& work) {
     auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(dyn_smem());
     int const tid = threadIdx.x;
     i64 const first_slot = work.first_slot(segment, record);
+    constexpr int kWarps = kV / 16;  // of each half of K
     Kernel{{work,
             work.p,
             shared,
@@ -476,14 +524,15 @@ LSM_DEVICE void run_chain(DeltaWork const& work) {
             head,
             tile,
             tid % 32,
-            tid / 32,
-            tile * kV + tid / 32 * 16,
+            tid / 32 % kWarps,
+            tile * kV + tid / 32 % kWarps * 16,
             {}}}
         .run();
 }
 
 template <int K, RecurKind Kind, Form form>
-__global__ void __launch_bounds__(128, 2) recur(DeltaWork const work) {
+__global__ void __launch_bounds__(K > 128 ? 256 : 128, K > 128 ? 1 : 2)
+    recur(DeltaWork const work) {
     run_chain<Recur<K, Kind, form>>(work);
 }
 

@@ -13,6 +13,7 @@ namespace lsm::delta {
 template <int K, Form form>
 struct Reverse : Chain<K, form, true> {
     using Base = Chain<K, form, true>;
+    using Base::kShare;
     using Base::warp, Base::value0, Base::state, Base::kStages, Base::kThreads, Base::kSources;
     using Base::work, Base::p, Base::s, Base::segment, Base::head, Base::tile, Base::lane;
     using typename Base::Stage;
@@ -24,7 +25,7 @@ struct Reverse : Chain<K, form, true> {
     LSM_DEVICE void step(int index) {
         Stage const& tiles = s.stage[index % kStages];
         Chunk const chunk = this->at(index);
-        u32 a[K / 16][4];
+        u32 a[kShare / 16][4];
         state.operand(a);
         if (!work.transfer)
             state.save(a, work.scratch.dstate + (chunk.slot * work.v_tiles * kV + value0) * K);
@@ -36,18 +37,22 @@ struct Reverse : Chain<K, form, true> {
             if (pass == 1) replace_z<K, kThreads>(work, chunk, tiles.write);
             state.read(a, smem_u32(tiles.write), de);
         }
+        this->join_halves(de);
         u32 grad_o[kC / 16][4];
         load_values(smem_u32(tiles.value), warp, grad_o);
         ask(tiles.relate, grad_o, de);
         if constexpr (kSources) {
             float dv[kC / 8][4] = {};
+            static_assert(Base::kHalves == 1);  // else dv is a sum over halves, too
             state.read(a, smem_u32(tiles.write_values), dv);
             ask(tiles.relate_values, grad_o, dv);
             store_dv(chunk, dv);
         }
         if (!work.transfer) {
             bf16* const to = work.scratch.de + chunk.slot * kC * work.v_tiles * kV + value0;
-            store_transposed(de, 16, [&](int t) { return to + t * work.v_tiles * kV; });
+            store_transposed(de, 16, [&](int t) -> bf16* {
+                return this->has_row(t) ? to + t * work.v_tiles * kV : nullptr;
+            });
         }
         LSM_UNROLL
         for (int n = 0; n < kC / 8; ++n) {
@@ -80,7 +85,7 @@ struct Reverse : Chain<K, form, true> {
         bf16* const to = static_cast<bf16*>(p.dv.data) + chunk.batch * p.dv.batch +
                          chunk.row * p.dv.time + head * p.dv.head + value0;
         store_transposed(dv, static_cast<int>(p.V) - value0, [&](int t) -> bf16* {
-            return t < chunk.rows ? to + t * p.dv.time : nullptr;
+            return t < chunk.rows && this->has_row(t) ? to + t * p.dv.time : nullptr;
         });
     }
 
@@ -139,7 +144,8 @@ struct Reverse : Chain<K, form, true> {
 };
 
 template <int K, Form form>
-__global__ void __launch_bounds__(128, 2) reverse(DeltaWork const work) {
+__global__ void __launch_bounds__(K > 128 ? 256 : 128, K > 128 ? 1 : 2)
+    reverse(DeltaWork const work) {
     run_chain<Reverse<K, form>>(work);
 }
 

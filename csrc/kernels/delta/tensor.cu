@@ -6,14 +6,13 @@
 #include "kernels/carver.h"
 #include "kernels/delta/prepare_channels.cuh"
 #include "kernels/delta/tensor_kernels.h"
-#include "kernels/dispatch.h"
 
 namespace lsm {
 namespace delta {
 namespace {
 
 int bucket(int64_t K) {
-    return K <= 64 ? 64 : 128;
+    return K <= 64 ? 64 : K <= 128 ? 128 : 256;
 }
 
 constexpr int64_t kLeastChunks = 8;    // of a piece
@@ -51,7 +50,7 @@ struct Plan {
   private:
     // Pieces side by side if chains are fewer than multiprocessors: walks that leave transitions
     // have about twice the blocks, and everything is walked twice, so that fewer than three pieces
-    // gain nothing.
+    // gain nothing. Transitions of more than 128 channels are not joined (join.cuh).
     void cut_time(bool backward) {
         DeltaParams const& p = work.p;
         Cuts& cuts = work.cuts;
@@ -67,7 +66,7 @@ struct Plan {
         int64_t const chains = std::max<int64_t>(p.B * p.HV * work.v_tiles, 1);
         int64_t const most = std::min(multiprocessors() / chains, kMostPieces),
                       L = ceil_div(ceil_div(X, std::max<int64_t>(most, 1)), least) * least;
-        bool const side_by_side = ceil_div(X, L) >= 3;
+        bool const side_by_side = ceil_div(X, L) >= 3 && p.K <= 128;
         if (side_by_side || X < T) {
             cuts.L = side_by_side ? L : ceil_div(X, least) * least;
             cuts.pieces = static_cast<int>(ceil_div(X, cuts.L));
@@ -123,8 +122,8 @@ struct Plan {
 // What does not need the state.
 void run_prepare(Plan const& plan, bool backward, void* stream) {
     DeltaParams const& p = plan.work.p;
-    dispatch(Buckets<64, 128>{}, p.K, [&](auto K) {
-        dispatch_form(p, [&](auto form) {
+    dispatch_form(p, [&](auto form) {
+        dispatch_width<form>(p.K, [&](auto K) {
             if constexpr (form == Form::whole) {
                 launch(prepare<K>, plan.per_chunk(), dim3(Prepare<K>::kThreads),
                        Prepare<K>::bytes(p), stream, plan.work, backward);
@@ -162,7 +161,8 @@ bool tensor_cores_take(DeltaParams const& p) {
     bool const decay =
         p.transition == Transition::householder ||
         (p.transition == Transition::comba ? p.decay != Decay::key : p.decay != Decay::scalar);
-    return p.dtype == Dtype::bf16 && !p.beta_per_channel && decay && p.K <= 128 && p.n <= kC;
+    return p.dtype == Dtype::bf16 && !p.beta_per_channel && decay && p.K <= widest(form_of(p)) &&
+           p.n <= kC;
 }
 
 int64_t tensor_fwd_workspace(DeltaParams const& p) {

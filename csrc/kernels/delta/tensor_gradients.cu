@@ -1,7 +1,6 @@
 // A chunk's gradients on tensor cores.
 #include "kernels/delta/gradients_channels.cuh"
 #include "kernels/delta/tensor_kernels.h"
-#include "kernels/dispatch.h"
 
 namespace lsm::delta {
 
@@ -12,19 +11,16 @@ void run(void (*kernel)(DeltaWork), DeltaWork const& work, int64_t blocks, void*
 }
 
 void run_gradients(DeltaWork const& work, int64_t blocks, void* stream) {
-    dispatch(Buckets<64, 128>{}, work.p.K, [&](auto K) {
-        Form const form = form_of(work.p);
-        if (form == Form::sources) {
-            constexpr Form kForm = Form::sources;
-            run<GradientsChannels<K, kForm>>(gradients_channels<K, kForm>, work, blocks, stream);
-        } else if (form == Form::channels) {
-            constexpr Form kForm = Form::channels;
-            run<GradientsChannels<K, kForm>>(gradients_channels<K, kForm>, work, blocks, stream);
-        } else if (work.p.erase.data != nullptr) {
-            run<Gradients<K, true>>(gradients<K, true>, work, blocks, stream);
-        } else {
-            run<Gradients<K, false>>(gradients<K, false>, work, blocks, stream);
-        }
+    dispatch_form(work.p, [&](auto form) {
+        dispatch_width<form>(work.p.K, [&](auto K) {
+            if constexpr (form != Form::whole) {
+                run<GradientsChannels<K, form>>(gradients_channels<K, form>, work, blocks, stream);
+            } else if (work.p.erase.data != nullptr) {
+                run<Gradients<K, true>>(gradients<K, true>, work, blocks, stream);
+            } else {
+                run<Gradients<K, false>>(gradients<K, false>, work, blocks, stream);
+            }
+        });
     });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/delta/chunks.cuh"
+#include "kernels/dispatch.h"
 
 namespace lsm::delta {
 
@@ -18,6 +19,19 @@ void dispatch_form(DeltaParams const& p, F const& f) {
     if (form == Form::whole) return f(std::integral_constant<Form, Form::whole>{});
     if (form == Form::channels) return f(std::integral_constant<Form, Form::channels>{});
     f(std::integral_constant<Form, Form::sources>{});
+}
+
+// Calls f(integral_constant of the columns that tiles of K channels have).
+template <Form form, class F>
+void dispatch_width(int64_t K, F const& f) {
+    if constexpr (form == Form::whole) {
+        dispatch(Buckets<64, 128, 256>{}, K, f);
+    } else {
+        dispatch(Buckets<64, 128>{}, K, f);
+    }
+}
+inline int64_t widest(Form form) {
+    return form == Form::whole ? 256 : 128;
 }
 
 // states: for a backward, instead of o.

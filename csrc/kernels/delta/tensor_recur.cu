@@ -2,7 +2,6 @@
 #include "kernels/delta/join.cuh"
 #include "kernels/delta/recur.cuh"
 #include "kernels/delta/tensor_kernels.h"
-#include "kernels/dispatch.h"
 
 namespace lsm::delta {
 
@@ -14,8 +13,8 @@ void run(DeltaWork const& work, int64_t blocks, void* stream) {
 }
 
 void run_recur(DeltaWork const& work, bool states, int64_t blocks, void* stream) {
-    dispatch(Buckets<64, 128>{}, work.p.K, [&](auto K) {
-        dispatch_form(work.p, [&](auto form) {
+    dispatch_form(work.p, [&](auto form) {
+        dispatch_width<form>(work.p.K, [&](auto K) {
             states ? run<K, RecurKind::states, form.value>(work, blocks, stream)
                    : run<K, RecurKind::output, form.value>(work, blocks, stream);
         });

@@ -1,7 +1,6 @@
 // The reverse chain on tensor cores.
 #include "kernels/delta/reverse.cuh"
 #include "kernels/delta/tensor_kernels.h"
-#include "kernels/dispatch.h"
 
 namespace lsm::delta {
 
@@ -13,8 +12,8 @@ void run(DeltaWork const& work, int64_t blocks, void* stream) {
 }
 
 void run_reverse(DeltaWork const& work, int64_t blocks, void* stream) {
-    dispatch(Buckets<64, 128>{}, work.p.K, [&](auto K) {
-        dispatch_form(work.p, [&](auto form) { run<K, form.value>(work, blocks, stream); });
+    dispatch_form(work.p, [&](auto form) {
+        dispatch_width<form>(work.p.K, [&](auto K) { run<K, form.value>(work, blocks, stream); });
     });
 }
 
