@@ -160,17 +160,19 @@ def allocator_table(result: Result) -> Iterator[str]:
     yield "### glibc's own allocator\n"
     yield f"""Above, freed memory is kept. As glibc comes, a large tensor has fresh pages in every
 call, which costs whoever makes many of them more than the arithmetic: a ratio then says how much
-memory each side asks for. {env["date"]}, commit {env["commit"]} (`{file.relative_to(HERE)}`)
+memory each side asks for. {env["date"]}, commit {env["commit"]} (`{file.relative_to(HERE)}`):
+a run of its own, and of other code where its commit is not the one above.
 """
     yield "| op | shape | dtype | mode | implementation | kept, ms | ratio | glibc, ms | ratio |"
     yield "| --- " * 9 + "|"
     for row in other.rows:
         cell = tuple(row.get(k) for k in keys)
-        if "ms" not in row or cell not in kept:
+        if cell not in kept:
             continue
         cells = [*cell[:3], TITLES[row["mode"]], row["implementation"]]
         for r in (kept[cell], row):
-            cells += [f"{r['ms']:.3g}", f"{r['ratio']:.3g}×" if "ratio" in r else "–"]
+            cells.append(r["skipped"] if "skipped" in r else f"{r['ms']:.3g}")
+            cells.append(f"{r['ratio']:.3g}×" if "ratio" in r else "–")
         yield "| " + " | ".join(map(str, cells)) + " |"
     yield ""
 

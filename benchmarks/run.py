@@ -54,8 +54,10 @@ def main() -> int:
     parser.add_argument("--compare", metavar="REV", help="compare this tree with a commit")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a tree; used by --compare
     options = parser.parse_args()
-    tuned = "GLIBC_TUNABLES" in os.environ or options.default_allocator
-    if sys.platform == "linux" and not tuned:
+    tuned = "GLIBC_TUNABLES" in os.environ
+    if tuned and options.default_allocator:
+        parser.error("--default-allocator with GLIBC_TUNABLES set")
+    if sys.platform == "linux" and not tuned and not options.default_allocator:
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.argv])
     import_from(options.serve or ROOT)

@@ -118,6 +118,23 @@ def test_steps_are_the_definition(S: int, dtype: str) -> None:
     torch.testing.assert_close(state, last.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_does_not_depend_on_threads_nor_on_how_its_group_is_given() -> None:
+    x, softplus = draw(1, 1000, 17, 1, "dzb", 2, "f32")  # states enough for two threads
+    t, first = x.tensors, {n: v[:, 0] for n, v in x.tensors.items() if n in ("u", "dt", "z")}
+    results = []
+    for n, grouped in ((1, True), (2, True), (2, False)):
+        state = torch.ones(2, 1000, 17)
+        B, C = (t[name][:, 0] if grouped else t[name][:, 0, 0] for name in "BC")
+        with threads(n):
+            y = ops.selective_state_update(
+                state, first["u"], first["dt"], t["A"], B, C, t["D"], first["z"], t["dt_bias"],
+                softplus,
+            )  # fmt: skip
+        results.append((y, state))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_same_bits_twice_and_close_on_any_number_of_threads() -> None:
     a = [t.requires_grad_() if torch.is_tensor(t) else t for t in arguments(torch.float32)]
     tensors = [t for t in a if torch.is_tensor(t)]
