@@ -10,6 +10,7 @@ from ..modules import FusedRMSNormGated, RMSNorm, activation
 from ..modules.features import dpfp
 from ..modules.precision import wide
 from ..ops import chunk_delta_rule, delta_rule_step
+from ..ops.gates import strengths
 from ._gated import add_convs, project
 from .common import split_heads
 from .recurrent import MODES, Call, RecurrentLayer, check_mode, width_of
@@ -118,11 +119,12 @@ class DeltaNet(RecurrentLayer):
         if not self.use_short_conv:
             v = F.silu(v)
         if self.use_beta:
-            beta = wide(self.b_proj(x)).sigmoid()
+            beta = strengths(self.b_proj(x), self.allow_neg_eigval)
         else:
             beta = wide(v.new_ones(())).expand(v.shape[:-1])
+            beta = 2 * beta if self.allow_neg_eigval else beta
         o = call.run(
-            chunk_delta_rule, delta_rule_step, q, k, v, 2 * beta if self.allow_neg_eigval else beta,
+            chunk_delta_rule, delta_rule_step, q, k, v, beta,
             use_qk_l2norm_in_kernel=self.qk_norm == "l2" and not fused,
         )  # fmt: skip
         if self.use_gate:

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import FusedRMSNormGated
-from ..modules.precision import wide
 from ..ops import (
     chunk_comba,
     chunk_gated_delta_product,
     chunk_gated_delta_rule,
     chunk_kda,
     comba_step,
-    fused_gdn_gate,
     gated_delta_product_step,
     gated_delta_rule_step,
     kda_step,
 )
+from ..ops.gates import decays_and_strengths, strengths
 from ._delta import DeltaLayer, mamba_decay
 from .common import split_heads
 from .recurrent import Call
@@ -167,20 +166,20 @@ class GatedDeltaProduct(DeltaLayer):
 
     def _mix(self, x: Tensor, call: Call) -> Tensor:
         q, k, v = self._qkv(x, call)
-        beta = wide(self.b_proj(x)).sigmoid()
-        beta = 2 * beta if self.allow_neg_eigval else beta
+        g, beta = None, self.b_proj(x)
+        if self.use_forget_gate:
+            g, beta = decays_and_strengths(
+                "gated_delta_product", self.a_proj(x), beta, self.A_log, self.dt_bias,
+                self.allow_neg_eigval,
+            )  # fmt: skip
+        else:
+            beta = strengths(beta, self.allow_neg_eigval)
         n = self.steps
         k, v, beta = (
             y.reshape(*y.shape[:2], n, y.shape[2] // n, *y.shape[3:]) for y in (k, v, beta)
         )
-        g = self._gate(x)
         given = (q, k, v, beta) if g is None else (q, k, v, beta, g)
         return self._output(call.run(_product, _product_step, *given), x)
-
-    def _gate(self, x: Tensor) -> Tensor | None:
-        if not self.use_forget_gate:
-            return None
-        return fused_gdn_gate(self.a_proj(x), self.A_log, self.dt_bias)
 
 
 def _product(
@@ -272,8 +271,9 @@ class Comba(DeltaLayer):
         p = (k * self.decay.sigmoid()[:, None]).to(k.dtype) if self.use_inner_decay else k
         if self.use_output_correction:
             q = (q - self.D[:, None] * p).to(q.dtype)
-        g = fused_gdn_gate(self.a_proj(x), self.A_log, self.dt_bias)
-        beta = wide(self.b_proj(x)).sigmoid()
+        g, beta = decays_and_strengths(
+            "comba", self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias
+        )
         o = call.run(chunk_comba, comba_step, q, k, v, p, g, beta, use_qk_l2norm_in_kernel=True)
         return self._output(o, x)
 

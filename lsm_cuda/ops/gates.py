@@ -160,6 +160,28 @@ def prepared(
     return q, k, g, beta
 
 
+def strengths(beta: Tensor, allow_neg_eigval: bool = False) -> Tensor:
+    """The sigmoid of beta, or twice that, in fp32 (fp64 for fp64)."""
+    made = delta_inputs(beta=beta, strength=2.0 if allow_neg_eigval else 1.0)[3]
+    assert made is not None
+    return made
+
+
+def decays_and_strengths(
+    op: str,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fused_gdn_gate` and :func:`strengths` in one pass."""
+    gate = scalar_gate(op, g, A_log, dt_bias)
+    made = delta_inputs(g=g, beta=beta, strength=2.0 if allow_neg_eigval else 1.0, **gate)
+    assert made[2] is not None and made[3] is not None
+    return made[2], made[3]
+
+
 def delta_inputs(
     q: Tensor | None = None,
     k: Tensor | None = None,

@@ -85,16 +85,34 @@ def chunk_kda(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 32]), torch.Size([1, 2, 32, 32]))
     """
-    op = "chunk_kda"
-    gate = channel_gate(op, g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else None
-    q, k, g, beta = prepared(  # type: ignore[assignment]
-        op, q, k, g, beta, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
+    q, k, g, beta = _prepared(
+        "chunk_kda", q, k, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, A_log, dt_bias,
     )  # fmt: skip
     return delta(
         "kda", q, k, v, (g, beta), scale, initial_state, output_final_state, cu_seqlens,
         state_v_first=state_v_first,
     )  # fmt: skip
+
+
+def _prepared(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    norm: bool,
+    use_gate: bool,
+    use_sigmoid: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate = channel_gate(op, g, A_log, dt_bias, lower_bound) if use_gate else None
+    q, k, made, beta = prepared(op, q, k, g, beta, norm, gate, use_sigmoid, allow_neg_eigval)
+    assert made is not None
+    return q, k, made, beta
 
 
 def fused_recurrent_kda(
@@ -167,10 +185,8 @@ def kda_step(
         >>> kda_step(q, k, v, -g.abs(), torch.ones(1, 2), state).shape
         torch.Size([1, 2, 32])
     """
-    op = "kda_step"
-    gate = channel_gate(op, g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else None
-    q, k, g, beta = prepared(  # type: ignore[assignment]
-        op, q, k, g, beta, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
+    q, k, g, beta = _prepared(
+        "kda_step", q, k, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, A_log, dt_bias,
     )  # fmt: skip
     return delta_step("kda", q, k, v, (g, beta), state, scale, "chunk_kda")
