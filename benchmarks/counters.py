@@ -197,6 +197,11 @@ def decode_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         name = str(dtype)[6:]
         run = partial(ops.sparse_attn_decode, q, k, v, None, table, *given)
         yield f"sparse_attn_decode {name}", 1, run
+        affine = [torch.ones(10, 64, 1, 2) for _ in range(2)]
+        for bits in (8, 4):
+            codes = [torch.zeros(10, 64, 1, bits * 8, dtype=torch.uint8) for _ in range(2)]
+            coded = partial(ops.sparse_attn_decode_codes, q, *codes, *affine, None, table, *given)
+            yield f"sparse_attn_decode_codes {bits} bits {name}", 1, coded
         lengths = torch.tensor([300], dtype=torch.int32)
         update = partial(ops.kv_cache_update, k, v, k[:1, :2], v[:1, :2], lengths, table)
         yield f"kv_cache_update {name}", 1, update

@@ -266,6 +266,11 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "cu_seqlens_k, " LSM_SPARSE_ATTN
         ", Tensor o, Tensor lse, Tensor grad_o, Tensor? grad_lse) -> (Tensor dq, Tensor dk, Tensor "
         "dv, Tensor dblock_bias, Tensor dsink_logits, Tensor dramp)");
+    // Of codes, uint8 [..,K] or of 4 bits [..,K/2], with step and least of each of their rows [..,2].
+    m.def(
+        "sparse_attn_decode_codes(Tensor q, Tensor k, Tensor v, Tensor k_affine, Tensor v_affine, "
+        "Tensor? cache_seqlens, Tensor? block_table, " LSM_SPARSE_ATTN
+        ") -> (Tensor o, Tensor lse)");
     m.def(
         "sparse_attn_decode(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor? "
         "block_table, " LSM_SPARSE_ATTN ") -> (Tensor o, Tensor lse)");

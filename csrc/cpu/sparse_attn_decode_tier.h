@@ -41,16 +41,63 @@ void widen_row(T* to, Element const* from, int64_t columns, T scale = 1) {
     if (c < columns) store(to + c, widen_first<T>(from + c, columns - c) * scale);
 }
 
-// Rows of a chunk in memory. Those past `live` are another's, so that whole vectors of keys may be read.
-template <class Element>
-struct Found {
-    int64_t live = 0, keys[kChunk], entries[kChunk];
-    Element const *k[kChunk], *v[kChunk];
+// As many codes as a vector of T has lanes.
+template <class T>
+struct CodeVectors;
+template <>
+struct CodeVectors<float> {
+    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+    typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+    typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct CodeVectors<double> {
+    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
+    typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 4)));
+    typedef int32_t Ints __attribute__((vector_size(kVectorBytes / 2)));
 };
 
-template <class T, class Element>
+// A row of codes as numbers.
+template <class T>
+void widen_codes(T* to, uint8_t const* from, T const* affine, int64_t columns, int64_t bits) {
+    constexpr int W = kLanes<T>;
+    using Bytes = typename CodeVectors<T>::Bytes;
+    using Shorts =
+        typename CodeVectors<T>::Shorts;  // on the way: g++ takes four times as wide apart
+    using Ints = typename CodeVectors<T>::Ints;
+    T const step = affine[0], least = affine[1];
+    bool const two = bits == 4;
+    int64_t const bytes = two ? columns / 2 : columns;
+    int64_t c = 0;
+    for (; c + W <= bytes; c += W) {
+        Bytes const bytes_ = load_bytes<Bytes>(from + c);
+        Ints const codes = __builtin_convertvector(__builtin_convertvector(bytes_, Shorts), Ints);
+        Ints const low = two ? codes & 15 : codes;
+        store(to + c, __builtin_convertvector(low, Vector<T>) * step + least);
+        if (two)
+            store(to + bytes + c, __builtin_convertvector(codes >> 4, Vector<T>) * step + least);
+    }
+    for (; c < bytes; ++c) {
+        to[c] = T(two ? from[c] & 15 : from[c]) * step + least;
+        if (two) to[bytes + c] = T(from[c] >> 4) * step + least;
+    }
+    for (c = columns; c < padded<T>(columns); ++c) to[c] = 0;
+}
+
+// Rows of a chunk in memory, numbers or codes. Those past `live` are another's, so that whole vectors of keys may be read.
+template <class T, class Stored>
+struct Found {
+    int64_t live = 0, keys[kChunk], entries[kChunk];
+    Stored const *k[kChunk], *v[kChunk];
+    T const *k_affine[kChunk], *v_affine[kChunk];  // of codes
+};
+
+// Stored: Element, or uint8_t for codes.
+template <class T, class Element, class Stored>
 class DecodeWalk {
   public:
+    using Found = cpu::LSM_CPU_TIER::Found<T, Stored>;
+    static constexpr bool kCodes = std::is_same_v<Stored, uint8_t>;
     static constexpr int W = kLanes<T>;
     static constexpr int kRows = W < 4 ? W : 4;  // that share a look at a key
 
@@ -66,12 +113,13 @@ class DecodeWalk {
 
     void run(T* o, T* lse) {
         for (int64_t r = 0; r < rows_; ++r) {
-            widen_row(s_.q + r * K_, at(p_.q, task_.batch, query(r), head(r)), p_.K, T(p_.scale));
+            widen_row(s_.q + r * K_, at<Element>(p_.q, task_.batch, query(r), head(r)), p_.K,
+                      T(p_.scale));
             s_.top[r] = -INFINITY, s_.sum[r] = 0;
         }
         for (int64_t i = 0; i < rows_ * V_; i += W) store(s_.o + i, Vector<T>{});
         // Wide rows are asked for a chunk ahead: a head's lie too far apart for the hardware.
-        Found<Element> found[2];
+        Found found[2];
         find(found[0], task_.first);
         for (int64_t i = task_.first, n = 0; i < task_.last; i += kChunk, n ^= 1) {
             find(found[n ^ 1], i + kChunk);
@@ -91,13 +139,13 @@ class DecodeWalk {
     int64_t query(int64_t row) const { return task_.t0 + row / heads_; }
     int64_t head(int64_t row) const { return task_.h0 + row % heads_; }
 
-    static Element const* at(Rows const& x, int64_t batch, int64_t time, int64_t head) {
-        return static_cast<Element const*>(x.data) + batch * x.batch + time * x.time +
-               head * x.head;
+    template <class Number>
+    static Number const* at(Rows const& x, int64_t batch, int64_t time, int64_t head) {
+        return static_cast<Number const*>(x.data) + batch * x.batch + time * x.time + head * x.head;
     }
 
     // Visits from `first` on, in runs of keys that lie side by side.
-    void find(Found<Element>& f, int64_t first) const {
+    void find(Found& f, int64_t first) const {
         int64_t const end = min_of(first + kChunk, task_.last), block = p_.lists.block_k;
         f.live = 0;
         for (int64_t i = first; i < end;) {
@@ -118,41 +166,55 @@ class DecodeWalk {
                 time = key % p_.page_size;
                 run = min_of(run, p_.page_size - time);
             }
-            Element const *k = at(p_.k, batch, time, task_.kv_head),
-                          *v = at(p_.v, batch, time, task_.kv_head);
+            Stored const *k = at<Stored>(p_.k, batch, time, task_.kv_head),
+                         *v = at<Stored>(p_.v, batch, time, task_.kv_head);
             for (int64_t n = 0; n < run; ++n, k += p_.k.time, v += p_.v.time) {
+                if constexpr (kCodes) {
+                    f.k_affine[f.live] = at<T>(p_.k_affine, batch, time + n, task_.kv_head);
+                    f.v_affine[f.live] = at<T>(p_.v_affine, batch, time + n, task_.kv_head);
+                }
                 f.keys[f.live] = key + n, f.entries[f.live] = entry;
                 f.k[f.live] = k, f.v[f.live++] = v;
                 prefetch(k, p_.K), prefetch(v, p_.V);
             }
             i += run;
         }
-        for (int64_t n = f.live; n < kChunk && f.live > 0; ++n) f.k[n] = f.k[0], f.v[n] = f.v[0];
-    }
-
-    LSM_INLINE static void prefetch(Element const* row, int64_t columns) {
-        for (int64_t line = 0; line < columns * int64_t(sizeof(Element)); line += 64)
-            __builtin_prefetch(reinterpret_cast<char const*>(row) + line);
-    }
-
-    void chunk(Found<Element> const& f) {
-        if (f.live == 0) return;
-        // Many queries, or a row's end: rows are widened once for all.
-        if (p_.K % W != 0 || p_.V % W != 0 || (rows_ > 2 * kRows && sizeof(Element) < sizeof(T))) {
-            T const *k[kChunk], *v[kChunk];
-            for (int64_t n = 0; n < kChunk; ++n) k[n] = s_.keys + n * K_, v[n] = s_.values + n * V_;
-            for (int64_t n = 0; n < panels(f.live, W) * W; ++n) {
-                widen_row(s_.keys + n * K_, f.k[n], p_.K);
-                widen_row(s_.values + n * V_, f.v[n], p_.V);
-            }
-            attend(f, k, v);
-        } else {
-            attend(f, f.k, f.v);
+        for (int64_t n = f.live; n < kChunk && f.live > 0; ++n) {
+            f.k[n] = f.k[0], f.v[n] = f.v[0];
+            if constexpr (kCodes) f.k_affine[n] = f.k_affine[0], f.v_affine[n] = f.v_affine[0];
         }
     }
 
+    LSM_INLINE static void prefetch(Stored const* row, int64_t columns) {
+        for (int64_t line = 0; line < columns * int64_t(sizeof(Stored)); line += 64)
+            __builtin_prefetch(reinterpret_cast<char const*>(row) + line);
+    }
+
+    void chunk(Found const& f) {
+        if (f.live == 0) return;
+        // Codes, many queries, or a row's end: rows are widened once for all.
+        if constexpr (!kCodes) {
+            bool const whole = p_.K % W == 0 && p_.V % W == 0;
+            if (whole && (rows_ <= 2 * kRows || sizeof(Element) == sizeof(T)))
+                return attend(f, f.k, f.v);
+        }
+        T const *k[kChunk], *v[kChunk];
+        for (int64_t n = 0; n < kChunk; ++n) k[n] = s_.keys + n * K_, v[n] = s_.values + n * V_;
+        for (int64_t n = 0; n < panels(f.live, W) * W; ++n) {
+            T *const key = s_.keys + n * K_, *const value = s_.values + n * V_;
+            if constexpr (kCodes) {
+                widen_codes(key, f.k[n], f.k_affine[n], p_.K, p_.code_bits);
+                widen_codes(value, f.v[n], f.v_affine[n], p_.V, p_.code_bits);
+            } else {
+                widen_row(key, f.k[n], p_.K);
+                widen_row(value, f.v[n], p_.V);
+            }
+        }
+        attend(f, k, v);
+    }
+
     template <class In>
-    void attend(Found<Element> const& f, In const* const* k, In const* const* v) {
+    void attend(Found const& f, In const* const* k, In const* const* v) {
         int64_t r = 0;
         for (; r + kRows <= rows_; r += kRows) score<kRows>(r, k, f.live);
         for (; r < rows_; ++r) score<1>(r, k, f.live);
@@ -293,8 +355,12 @@ int64_t decode_scratch_bytes(SparseAttnParams const& p) {
 void decode(SparseAttnParams const& p, DecodeTask const& task, void* o, void* lse, void* scratch) {
     with_types(p.dtype, [&](auto zero, auto element) {
         using T = decltype(zero);
-        DecodeWalk<T, decltype(element)>(p, task, scratch)
-            .run(static_cast<T*>(o), static_cast<T*>(lse));
+        using Element = decltype(element);
+        auto const run = [&](auto stored) {
+            DecodeWalk<T, Element, decltype(stored)>(p, task, scratch)
+                .run(static_cast<T*>(o), static_cast<T*>(lse));
+        };
+        p.code_bits == 0 ? run(element) : run(uint8_t{});
     });
 }
 

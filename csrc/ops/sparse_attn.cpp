@@ -51,28 +51,31 @@ void check_tensor(Checks const& c, OptionalTensor const& t, char const* arg, cha
     c.device(*t, arg, q, "q");
 }
 
-// Queries against keys and values, or the pages of a cache.
-void check_attention(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
-                     bool paged) {
+// Queries against keys and values, or the pages of a cache; in codes of so many bits, or 0.
+void check_attention(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, bool paged,
+                     int64_t code_bits = 0) {
     char const* const k_dims = paged ? "[pages, page_size, Hkv, K]" : "[B, Tk, Hkv, K]";
     char const* const v_dims = paged ? "[pages, page_size, Hkv, V]" : "[B, Tk, Hkv, V]";
     c.rank(q, "q", "[B, Tq, Hq, K]", 4);
     check_floating(c, q);
     c.rank(k, "k", k_dims, 4);
     c.rank(v, "v", v_dims, 4);
-    c.require(k.size(3) == q.size(3), "k must have K = ", q.size(3),
-              " like q, got K = ", k.size(3));
+    if (code_bits == 0)
+        c.require(k.size(3) == q.size(3), "k must have K = ", q.size(3),
+                  " like q, got K = ", k.size(3));
     c.require(paged || k.size(0) == q.size(0), "k must have B = ", q.size(0),
               " rows like q, got B = ", k.size(0));
     c.require(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
               "v must have shape ", v_dims, " with all but V like k = ", show(k.sizes()), ", got ",
               show(v.sizes()));
-    int64_t const Hq = q.size(2), Hkv = k.size(2), K = q.size(3), V = v.size(3);
+    int64_t const Hq = q.size(2), Hkv = k.size(2), K = q.size(3);
+    int64_t const V = v.size(3) * (code_bits == 4 ? 2 : 1);
     c.require(Hkv > 0 && Hq > 0 && Hq % Hkv == 0, "q must have a multiple of the Hkv = ", Hkv,
               " heads of k and v, got Hq = ", Hq);
     c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
-    c.dtype(k, "k", q.scalar_type(), " like q");
-    c.dtype(v, "v", q.scalar_type(), " like q");
+    auto const stored = code_bits == 0 ? q.scalar_type() : ScalarType::Byte;
+    c.dtype(k, "k", stored, code_bits == 0 ? " like q" : "");
+    c.dtype(v, "v", stored, code_bits == 0 ? " like q" : "");
     c.device(k, "k", q, "q");
     c.device(v, "v", q, "q");
     if (!kTensorCores) return;
@@ -293,9 +296,21 @@ void read_scores(Checks const& c, Arguments const& a, Tensor const& q, Inputs& i
     p.ramp = in.keep(a.ramp);
 }
 
+// CUDA kernels read codes by 8 bytes.
+Tensor codes_layout(Tensor const& t) {
+    if (!kTensorCores) return last_contiguous(t);
+    bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 8 == 0 && t.stride(3) == 1;
+    for (int64_t d = 0; d < 3; ++d) ok = ok && t.stride(d) % 8 == 0;
+    return ok ? t : contiguous_copy(t);
+}
+
 Inputs prepare(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
-               Arguments const& a) {
-    Inputs in{kernel_layout(q), kernel_layout(k), kernel_layout(v), {}, {}};
+               Arguments const& a, bool codes = false) {
+    Inputs in{kernel_layout(q),
+              codes ? codes_layout(k) : kernel_layout(k),
+              codes ? codes_layout(v) : kernel_layout(v),
+              {},
+              {}};
     SparseAttnParams& p = in.p;
     p.dtype = to_dtype(q.scalar_type()), p.acc_dtype = to_dtype(state_type(q));
     p.B = q.size(0), p.Tq = q.size(1), p.Tk = k.size(1), p.Hq = q.size(2), p.Hkv = k.size(2);
@@ -342,12 +357,52 @@ Inputs prepare_sequences(Checks const& c, Tensor const& q, Tensor const& k, Tens
     return in;
 }
 
-Inputs prepare_cache(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
-                     OptionalTensor const& cache_seqlens, OptionalTensor const& block_table,
-                     Arguments const& a) {
-    check_attention(c, q, k, v, block_table.has_value());
-    Inputs in = prepare(c, q, k, v, a);
+// What turns the codes of a cache into numbers.
+struct Codes {
+    Tensor const &k_affine, &v_affine;
+};
+
+// Of a cache of codes, 0 of one of numbers.
+int64_t code_bits(Checks const& c, Tensor const& q, Tensor const& k, Codes const* codes) {
+    if (codes == nullptr) return 0;
+    c.rank(q, "q", "[B, Tq, Hq, K]", 4);
+    c.rank(k, "k", "[B, Tk, Hkv, K] or [B, Tk, Hkv, K / 2]", 4);
+    int64_t const K = q.size(3);
+    c.require(k.size(3) == K || 2 * k.size(3) == K,
+              "k must have a byte of codes for each of the K = ", K,
+              " numbers of q, or for two, got ", k.size(3), " bytes");
+    return k.size(3) == K ? 8 : 4;
+}
+
+void read_codes(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
+                Codes const& codes, Inputs& in) {
     SparseAttnParams& p = in.p;
+    p.V = v.size(3) * (8 / p.code_bits);
+    if (kTensorCores)
+        c.require(p.K % 16 == 0 && p.V % 16 == 0,
+                  "K and V must be multiples of 16 for the CUDA kernels to read codes, got K = ",
+                  p.K, ", V = ", p.V);
+    auto const affine = [&](Tensor const& t, char const* arg, Tensor const& like) {
+        c.shape(t, arg, "like the codes, of 2 numbers",
+                {like.size(0), like.size(1), like.size(2), 2});
+        c.dtype(t, arg, state_type(q));
+        c.device(t, arg, q, "q");
+        in.others.push_back(last_contiguous(t));
+        return rows(in.others.back());
+    };
+    p.k_affine = affine(codes.k_affine, "k_affine", k);
+    p.v_affine = affine(codes.v_affine, "v_affine", v);
+}
+
+Inputs prepare_cache(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
+                     Codes const* codes, OptionalTensor const& cache_seqlens,
+                     OptionalTensor const& block_table, Arguments const& a) {
+    int64_t const bits = code_bits(c, q, k, codes);
+    check_attention(c, q, k, v, block_table.has_value(), bits);
+    Inputs in = prepare(c, q, k, v, a, bits != 0);
+    SparseAttnParams& p = in.p;
+    p.code_bits = bits;
+    if (codes != nullptr) read_codes(c, q, k, v, *codes, in);
     check_tensor(c, cache_seqlens, "cache_seqlens", "[B]", {p.B}, ScalarType::Int, q);
     p.cache_seqlens = in.keep<int32_t>(cache_seqlens);
     if (block_table) {
@@ -458,6 +513,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return {dq, dk, dv, dbias, dsink, dramp};
 }
 
+std::tuple<Tensor, Tensor> run_decode(SparseAttnParams& p, Tensor const& q) {
+    DeviceScope const scope(q);
+    Output const out = allocate(p, q);
+    Tensor scratch = workspace(sparse_attn_decode_workspace(p), q);
+    sparse_attn_decode(p, scratch.mutable_data_ptr(), scope.stream());
+    return {out.o, out.lse};
+}
+
 std::tuple<Tensor, Tensor> decode(Tensor const& q, Tensor const& k, Tensor const& v,
                                   OptionalTensor const& cache_seqlens,
                                   OptionalTensor const& block_table,
@@ -468,7 +531,7 @@ std::tuple<Tensor, Tensor> decode(Tensor const& q, Tensor const& k, Tensor const
                                   OptionalTensor const& alibi_slopes, OptionalTensor const& ramp,
                                   Floats scores, Ints mask, Ints blocks) {
     Checks const c("sparse_attn_decode");
-    Inputs in = prepare_cache(c, q, k, v, cache_seqlens, block_table,
+    Inputs in = prepare_cache(c, q, k, v, nullptr, cache_seqlens, block_table,
                               {block_index, block_ptr, block_bias, head_left, sink_logits,
                                alibi_slopes, ramp, scores, mask, blocks});
     if (needs_padding(q, v)) {
@@ -478,12 +541,22 @@ std::tuple<Tensor, Tensor> decode(Tensor const& q, Tensor const& k, Tensor const
                                sink_logits, alibi_slopes, ramp, scores, mask, blocks);
         return {cut(o, v.size(3)), lse};
     }
-    SparseAttnParams& p = in.p;
-    DeviceScope const scope(q);
-    Output const out = allocate(p, q);
-    Tensor scratch = workspace(sparse_attn_decode_workspace(p), q);
-    sparse_attn_decode(p, scratch.mutable_data_ptr(), scope.stream());
-    return {out.o, out.lse};
+    return run_decode(in.p, q);
+}
+
+std::tuple<Tensor, Tensor> decode_codes(
+    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& k_affine,
+    Tensor const& v_affine, OptionalTensor const& cache_seqlens, OptionalTensor const& block_table,
+    OptionalTensor const& block_index, OptionalTensor const& block_ptr,
+    OptionalTensor const& block_bias, OptionalTensor const& head_left,
+    OptionalTensor const& sink_logits, OptionalTensor const& alibi_slopes,
+    OptionalTensor const& ramp, Floats scores, Ints mask, Ints blocks) {
+    Checks const c("sparse_attn_decode_codes");
+    Codes const codes{k_affine, v_affine};
+    Inputs in = prepare_cache(c, q, k, v, &codes, cache_seqlens, block_table,
+                              {block_index, block_ptr, block_bias, head_left, sink_logits,
+                               alibi_slopes, ramp, scores, mask, blocks});
+    return run_decode(in.p, q);
 }
 
 // Sizes, types and inputs of a merge.
@@ -549,6 +622,7 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     m.impl("block_sparse_attn_fwd", TORCH_BOX(&forward));
     m.impl("block_sparse_attn_bwd", TORCH_BOX(&backward));
     m.impl("sparse_attn_decode", TORCH_BOX(&decode));
+    m.impl("sparse_attn_decode_codes", TORCH_BOX(&decode_codes));
     m.impl("merge_attn_states", TORCH_BOX(&merge));
     m.impl("merge_attn_states_bwd", TORCH_BOX(&merge_backward));
 }

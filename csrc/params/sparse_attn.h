@@ -78,6 +78,10 @@ struct SparseAttnParams {
     int32_t const* cache_seqlens = nullptr;  // [B]; null: Tk
     int32_t const* block_table = nullptr;    // [B, max_pages], nullable
     int64_t max_pages = 0, pages = 0, page_size = 0;
+    // Codes in place of numbers, in bytes: number c of a row is code c times its step plus its least. A byte of 4 bits has
+    // codes c, below, and c + K / 2 (of values V / 2). K and V count numbers.
+    int64_t code_bits = 0;    // 8 or 4; 0: numbers
+    Rows k_affine, v_affine;  // like k and v, acc_dtype: [step, least] of each row
 
     // Forward and decode.
     Rows o;               // [B, Tq, Hq, V]; like lse an input of the backward

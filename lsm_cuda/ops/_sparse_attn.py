@@ -66,6 +66,14 @@ def _decode_fake(*inputs):  # type: ignore[no-untyped-def]
     return _output(inputs[0], inputs[2])
 
 
+@torch.library.register_fake("lsm::sparse_attn_decode_codes")
+def _decode_codes_fake(q, k, v, k_affine, v_affine, *rest):  # type: ignore[no-untyped-def]
+    names = (*CACHED[:3], "k_affine", "v_affine", *CACHED[3:])
+    _same_device("sparse_attn_decode_codes", names, (q, k, v, k_affine, v_affine, *rest[:-_OTHERS]))
+    o, lse = _output(q, v)
+    return o.new_empty(*o.shape[:3], v.shape[3] * q.shape[3] // k.shape[3]), lse
+
+
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:-_OTHERS], *output)
     ctx.others = inputs[-_OTHERS:]
@@ -221,13 +229,18 @@ def decode(
     alibi_slopes: Tensor | None,
     ramp: Tensor | None,
     ramp_length: float,
+    affine: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``o`` and ``lse`` of the last tokens of a cache."""
+    """``o`` and ``lse`` of the last tokens of a cache; of codes if there is ``affine``."""
     op = "sparse_attn_decode"
     check_no_gradient(op, "block_sparse_attn", q, k, v)
     given = _arguments(
         op, q, lists, mask, scale, softcap, sink_logits, alibi_slopes, ramp, ramp_length
     )
+    if affine is not None:
+        return torch.ops.lsm.sparse_attn_decode_codes(  # type: ignore[no-any-return]
+            q, k, v, *affine, cache_seqlens, block_table, *given
+        )
     return torch.ops.lsm.sparse_attn_decode(  # type: ignore[no-any-return]
         q, k, v, cache_seqlens, block_table, *given
     )

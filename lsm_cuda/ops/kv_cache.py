@@ -60,6 +60,7 @@ def sparse_attn_decode(
     ramp_length: float = 0.0,
     return_lse: bool = False,
     check: bool = False,
+    affine: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The last tokens' attention to a KV cache: one new token, or a few to verify at once.
 
@@ -83,6 +84,10 @@ def sparse_attn_decode(
         return_lse (bool): also return lse.
         check (bool): on a GPU, read cache_seqlens, block_table and lists first, and raise what they
             do wrong; for debugging, since it waits for the GPU.
+        affine (tuple, optional): the caches hold codes (:func:`lsm_cuda.sparse.quantize`), uint8
+            ``[.., Hkv, K]`` for 8 bits or ``[.., Hkv, K / 2]`` for 4, likewise of V; these are step
+            and least of keys and of values, ``[.., Hkv, 2]`` in fp32 (fp64 for fp64 queries).
+            Numbers are made where they are read. On CUDA K and V are multiples of 16 then.
 
     Returns:
         ``o [B, Tq, Hq, V]`` in the dtype of q; with return_lse also ``lse [B, Hq, Tq]``.
@@ -118,7 +123,7 @@ def sparse_attn_decode(
     o, lse = _sparse_attn.decode(
         q, k_cache, v_cache, cache_seqlens, block_table, lists,
         AttnMask(causal=True) if mask is None else mask, scale, softcap, sink_logits, alibi_slopes,
-        ramp, ramp_length,
+        ramp, ramp_length, affine,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..cache import KVBuffer
 from ..modules import RotaryEmbedding
 from ..ops._common import accumulation_dtype
+from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
+from ..ops.kv_cache import sparse_attn_decode
 from .kv_cache import KVCache, Policy, attend_taken, take_tokens, turn_taken
 
 __all__ = ["QuantizedKVCache", "quantize"]
@@ -61,9 +63,10 @@ class QuantizedKVCache(KVCache):
     """A :class:`KVCache` that keeps keys and values in 8 or 4 bits, a scale and an offset for every
     token and head of them; the prompt's own attention is exact.
 
-    Policies are those of any cache. What reads some tokens or pages (Quest, LServe, H2O, ...) makes
-    numbers of these alone, what reads everything of everything, step by step: memory is saved, not
-    time.
+    Policies are those of any cache. Attention over everything, and over pages (Quest, LServe),
+    reads the codes where they are, unless there is a ``rotary``, or on CUDA sizes that are no
+    multiple of 16: then, and for single tokens (DoubleSparsity, ...), numbers are made of what is
+    read, step by step.
 
     Args:
         policy, scale, rotary: as in :class:`KVCache`. Keys are kept without positions.
@@ -81,6 +84,7 @@ class QuantizedKVCache(KVCache):
 
     affine: KVBuffer  # of keys and of values, [B, S, Hkv, 2]
     dtype: torch.dtype
+    _columns: tuple[int, int]  # K and V
 
     def __init__(
         self,
@@ -104,7 +108,7 @@ class QuantizedKVCache(KVCache):
         return sum(x.numel() * x.element_size() for x in rows)
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        self.dtype = k.dtype
+        self.dtype, self._columns = k.dtype, (k.shape[3], v.shape[3])
         codes, affine = zip(*(quantize(x, self.bits) for x in (k, v)), strict=True)
         if self.buffer is None:
             self.buffer, self.affine = KVBuffer.start(*codes), KVBuffer.start(*affine)
@@ -144,6 +148,22 @@ class QuantizedKVCache(KVCache):
         codes, affine = zip(*((some(c), some(a)) for c, a in self._kept()), strict=True)
         self.buffer, self.affine = KVBuffer.start(*codes), KVBuffer.start(*affine)
 
+    def _reads_codes(self, q: Tensor) -> bool:
+        K, V = self._columns
+        return self.rotary is None and not (q.is_cuda and (K % 16 or V % 16))
+
+    def _attend(self, q: Tensor, lists: BlockLists | None, mask: AttnMask | None) -> Tensor:
+        (k, k_affine), (v, v_affine) = self._kept()
+        o = sparse_attn_decode(
+            q, k, v, None, None, lists, AttnMask() if mask is None else mask, self.scale,
+            affine=(k_affine, v_affine),
+        )  # fmt: skip
+        assert isinstance(o, Tensor)
+        return o
+
+    def read(self, q: Tensor, mask: AttnMask | None = None) -> Tensor:
+        return self._attend(q, None, mask) if self._reads_codes(q) else super().read(q, mask)
+
     def read_tokens(self, q: Tensor, index: Tensor, log_weight: Tensor | None = None) -> Tensor:
         k, v = (
             _numbers(take_tokens(codes, index), take_tokens(affine, index), self.bits, self.dtype)
@@ -154,9 +174,10 @@ class QuantizedKVCache(KVCache):
         return attend_taken(q, k, v, index, self.scale, log_weight)[0]
 
     def read_pages(self, q: Tensor, pages: Tensor, page_size: int) -> Tensor:
-        pages = BlockLists.from_indices(pages[:, :, None], 1, len(self), 1, page_size).index[
-            :, :, 0
-        ]
+        lists = BlockLists.from_indices(pages[:, :, None], 1, len(self), 1, page_size)
+        if self._reads_codes(q):
+            return self._attend(q, lists, None)
+        pages = lists.index[:, :, 0]
         token = pages[..., None] * page_size + torch.arange(page_size, device=q.device)
         there = (pages[..., None] >= 0) & (token < len(self))
         return self.read_tokens(q, torch.where(there, token, -1).flatten(2))

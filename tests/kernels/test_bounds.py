@@ -93,6 +93,11 @@ for dtype in (torch.bfloat16, torch.float32):
     given = _sparse_attn._arguments("", q, None, causal, None, 0.0, None, None, None, 0.0)
     o, lse = lsm.sparse_attn_decode(q, k, v, length, table, *given)
     lsm.merge_attn_states_bwd(o[None], lse[None], o, lse, o, lse)
+    for packed in (1, 2):
+        codes = [torch.ones(5, 16, 2, n // packed, dtype=torch.uint8) for n in (48, 32)]
+        rows = [torch.randn(5, 16, 2, 2) for _ in codes]
+        coded = torch.randn(1, 2, 6, 48).to(dtype)
+        lsm.sparse_attn_decode_codes(coded, *codes, *rows, length, table, *given)
     lsm.kv_cache_update(k, v, k[:1, :2], v[:1, :2], length, table)
     q, k = torch.randn(1, 20, 8, 40).to(dtype), torch.randn(1, 130, 2, 40).to(dtype)
     rule, choice = ScoreRule.compressed(8, 4, 16), BlockChoice(top_k=3, top_p=0.9, first=1)

@@ -34,6 +34,20 @@ def test_decode_has_no_races(dtype, latent):
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_have_no_races(dtype, bits):
+    emu, lib = emulator("_emu_race"), torch.ops.lsm_emu_race
+    q = torch.randn(1, 2, 3, 64).to(dtype)
+    codes = torch.randint(256, (2, 1, 300, 1, 8 * bits), dtype=torch.uint8)
+    affine = torch.randn(2, 1, 300, 1, 2)
+    mask = AttnMask(causal=True)
+    given = _sparse_attn._arguments("", q, None, mask, None, 0.0, None, None, None, 0.0)
+    for seed in (1, 2):
+        emu.set_seed(seed)
+        lib.sparse_attn_decode_codes(q, *codes, *affine, None, None, *given)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 def test_selection_has_no_races(dtype):
     emu, lib = emulator("_emu_race"), torch.ops.lsm_emu_race
     q, k = torch.randn(1, 20, 8, 72).to(dtype), torch.randn(1, 130, 2, 72).to(dtype)
@@ -44,11 +58,33 @@ def test_selection_has_no_races(dtype):
         pooled = lib.block_pool(k, None, None, None, 8, 4, 3, False)[..., :72]
         given = selection._arguments(q, pooled, rule, None, None, None, None, None, 9)
         lib.block_select(*given, *chosen)
+        pool = (k, None, None, None, 8, 4, 3, False)
+        lib.block_pool_bwd(*pool, y := lib.block_pool(*pool), y)
         lib.block_topk(lib.block_scores(*given), None, None, None, 20, given[-1], *chosen)
 
 
 def moved(launch: dict) -> int:
     return launch["global_read_bytes"] + launch["global_write_bytes"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_all_that_is_read(bits):
+    emu, lib = emulator("_emu"), torch.ops.lsm_emu
+    emu.set_seed(0)
+    T, Hkv, K = 1024, 2, 128
+    q = torch.randn(1, 1, 8, K).to(BF16)
+    codes = torch.zeros(2, 1, T, Hkv, K * bits // 8, dtype=torch.uint8)
+    affine = torch.ones(2, 1, T, Hkv, 2)
+    mask = AttnMask(causal=True)
+    given = _sparse_attn._arguments("", q, None, mask, None, 0.0, None, None, None, 0.0)
+    emu.reset_counters()
+    lib.sparse_attn_decode_codes(q, *codes, *affine, None, None, *given)
+    launch = emu.counters()["launches"][0]
+    # eight threads of a row each ask for its step and least, in one request
+    sectors = launch["global_read_sectors"] + launch["global_write_sectors"]
+    rows = 2 * T * Hkv
+    results, queries = T // 256 * 8 * (K + 1) * 4, q.numel() * 2 * T // 256
+    assert 32 * sectors <= 1.05 * (rows * (K * bits // 8 + 32) + results + queries) + 512
 
 
 @pytest.mark.parametrize("kind", ["dense", "window", "lists", "latent"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass, fields, replace
 
@@ -13,8 +14,9 @@ from impls import Emulator, Impl, threads
 from inputs import Inputs, Tensors, state_dtype
 from torch import Tensor
 
-from lsm_cuda import ops, reference
+from lsm_cuda import ops, reference, sparse
 from lsm_cuda.ops import AttnMask, BlockLists, _sparse_attn
+from lsm_cuda.sparse.kv_quantized import _numbers
 
 CAUSAL = AttnMask(causal=True)
 
@@ -131,11 +133,14 @@ def run(impl: Impl, x: Inputs, rest: dict) -> Tensors:
         )  # fmt: skip
         lib, caches = library(impl), (t["k_cache"], t["v_cache"])
         tables = (rest["cache_seqlens"], rest["block_table"])
-        return impl.under_every_seed(
-            lambda: results(*lib.sparse_attn_decode(t["q"], *caches, *tables, *given))
-        )
+        coded = "affine" in rest
+        decode = lib.sparse_attn_decode_codes if coded else lib.sparse_attn_decode
+        caches = (*caches, *rest["affine"]) if coded else caches
+        return impl.under_every_seed(lambda: results(*decode(t["q"], *caches, *tables, *given)))
 
     def move(value):
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
         return value.to(impl.device) if isinstance(value, Tensor | BlockLists) else value
 
     moved = {n: move(t) for n, t in rest.items()}
@@ -145,6 +150,55 @@ def run(impl: Impl, x: Inputs, rest: dict) -> Tensors:
     with threads(2):
         o, lse = ops.sparse_attn_decode(**tensors, **moved, return_lse=True)
     return {n: t.cpu() for n, t in results(o, lse).items()}
+
+
+CODED = [
+    (Decode(), 8),
+    (Decode(Tq=5, lengths=(130, 3, 0), dtype="bf16"), 4),
+    (Decode(Tq=4, heads=(8, 1), dims=(64, 80), page=16, dtype="f16"), 8),
+    (Decode(heads=(5, 5), dims=(48, 16), lengths=(33,), dtype="f16", extras="sinks"), 4),
+    (Decode(Tq=2, lists="kv", page=32, lengths=(190, 70), extras="sinks bias"), 4),
+    (Decode(heads=(20, 1), dims=(576, 512), lengths=(70,), dtype="bf16"), 8),
+    (Decode(Tq=3, dtype="f64", dims=(14, 6), lengths=(270, 20)), 4),
+]
+
+
+@pytest.mark.parametrize(("decode", "bits"), CODED, ids=str)
+def test_codes_are_read_where_they_are(impl, decode, bits):
+    """As the numbers that they stand for."""
+    x, rest = make(decode)
+    (k, k_affine), (v, v_affine) = (
+        sparse.quantize(x.tensors[n], bits) for n in ("k_cache", "v_cache")
+    )
+    numbers = {
+        "k_cache": _numbers(k, k_affine, bits, k_affine.dtype),
+        "v_cache": _numbers(v, v_affine, bits, v_affine.dtype),
+    }
+    plain = replace(x, tensors=x.tensors | numbers)
+    truth, same = (definition(plain, rest, d) for d in (torch.float64, torch.float32))
+    coded = replace(x, tensors=x.tensors | {"k_cache": k, "v_cache": v})
+    got = run(impl, coded, rest | {"affine": (k_affine, v_affine)})
+    assert_accepted(got, truth, same, x)
+
+
+def test_bad_codes(impl):
+    q, codes = torch.randn(1, 1, 2, 32), torch.zeros(1, 9, 1, 32, dtype=torch.uint8)
+    affine = torch.zeros(1, 9, 1, 2)
+    if isinstance(impl, Emulator):
+        pytest.skip("checks are those of the library's operator")
+    device = impl.device
+    for k, a, text in [
+        (codes[..., :20], affine, "k must have a byte of codes for each of the K = 32 numbers of "
+         "q, or for two, got 20 bytes"),
+        (codes.float(), affine, "k must have dtype uint8, got float32"),
+        (codes, affine[..., :1], "k_affine must have shape like the codes, of 2 numbers = "
+         "[1, 9, 1, 2], got [1, 9, 1, 1]"),
+    ]:  # fmt: skip
+        with pytest.raises(RuntimeError, match=re.escape(text)):
+            ops.sparse_attn_decode(
+                q.to(device), k.to(device), codes.to(device),
+                affine=(a.to(device), affine.to(device)),
+            )  # fmt: skip
 
 
 def library(impl: Impl):
@@ -306,6 +360,10 @@ def test_opcheck():
     )
     decode = (*x.tensors.values(), *tables, *given)
     torch.library.opcheck(torch.ops.lsm.sparse_attn_decode.default, decode)
+    codes = torch.zeros(*decode[1].shape[:3], decode[1].shape[3] // 2, dtype=torch.uint8)
+    affine = torch.zeros(*codes.shape[:3], 2)
+    coded = (decode[0], codes, codes, affine, affine, *decode[3:])
+    torch.library.opcheck(torch.ops.lsm.sparse_attn_decode_codes.default, coded)
     caches, new = torch.zeros(2, 2, 8, 1, 4), torch.randn(2, 2, 1, 1, 4)
     update = (*caches.clone(), *new, torch.tensor([0, 7], dtype=torch.int32), None, -1)
     torch.library.opcheck(torch.ops.lsm.kv_cache_update.default, update)

@@ -9,8 +9,6 @@ namespace {
 
 namespace at = decode_attn;
 
-constexpr std::size_t kMostShared = 160 * 1024;  // that every GPU since sm_80 has
-
 // The most keys that a query may visit.
 i64 most_visits(SparseAttnParams const& p) {
     BlockLists const& lists = p.lists;
@@ -36,8 +34,8 @@ at::Plan make_plan(SparseAttnParams const& p, void* workspace, i64* bytes = null
     plan.heads = static_cast<int>(G) / plan.groups;
     plan.queries = static_cast<int>(listed ? 1 : p.Tq);
     plan.tiles = (plan.rows() + at::kRows - 1) / at::kRows;
-    plan.shared_values = p.v.data == p.k.data && p.V <= p.K && p.v.batch == p.k.batch &&
-                         p.v.time == p.k.time && p.v.head == p.k.head;
+    plan.shared_values = p.code_bits == 0 && p.v.data == p.k.data && p.V <= p.K &&
+                         p.v.batch == p.k.batch && p.v.time == p.k.time && p.v.head == p.k.head;
     // Positions of a cache, whose lengths are int32, and what bounds them.
     constexpr i64 kFar = i64(1) << 29;
     plan.mask = p.mask;
@@ -52,24 +50,10 @@ at::Plan make_plan(SparseAttnParams const& p, void* workspace, i64* bytes = null
     return plan;
 }
 
-template <class Math>
-void run(SparseAttnParams const& p, at::Plan plan, void* stream) {
-    int const unit = 128 / static_cast<int>(sizeof(typename Math::T));  // eight pieces
-    plan.k_columns = static_cast<int>(p.K + unit - 1) / unit * unit;
-    plan.v_columns = Math::kColumns;
-    // Of a row of k that is too short for the columns of values that warps read, v is loaded by itself.
-    plan.shared_values = plan.shared_values && plan.k_columns >= Math::kColumns;
-    std::size_t const storage = at::storage_bytes<Math>();
-    plan.stages = storage + at::tile_bytes<Math>(plan, 2) <= kMostShared ? 2 : 1;
-    i64 const units = p.B * p.Hkv * plan.groups * (p.Tq / plan.queries);
-    launch(at::decode_kernel<Math>, dim3(static_cast<unsigned>(units * plan.tiles * plan.parts)),
-           dim3(at::kThreads), storage + at::tile_bytes<Math>(plan, plan.stages), stream, p, plan);
-}
-
 template <class T>
 void decode_typed(SparseAttnParams const& p, at::Plan const& plan, void* stream) {
     dispatch(Buckets<64, 128, 256, 512>{}, p.V,
-             [&](auto V) { run<at::TensorMath<T, V>>(p, plan, stream); });
+             [&](auto V) { at::run<at::TensorMath<T, V>, 0>(p, plan, stream); });
 }
 
 }  // namespace
@@ -83,16 +67,15 @@ int64_t sparse_attn_decode_workspace(SparseAttnParams const& p) {
 void sparse_attn_decode(SparseAttnParams const& p, void* workspace, void* stream) {
     if (p.B == 0 || p.Tq == 0) return;
     at::Plan const plan = make_plan(p, workspace);
-    switch (p.dtype) {
-        case Dtype::bf16:
-            decode_typed<bf16>(p, plan, stream);
-            break;
-        case Dtype::f16:
-            decode_typed<half>(p, plan, stream);
-            break;
-        default:
-            dispatch(Buckets<128, 512>{}, p.V,
-                     [&](auto V) { run<at::FloatMath<V>>(p, plan, stream); });
+    if (p.code_bits != 0) {
+        at::run_codes(p, plan, stream);
+    } else if (p.dtype == Dtype::bf16) {
+        decode_typed<bf16>(p, plan, stream);
+    } else if (p.dtype == Dtype::f16) {
+        decode_typed<half>(p, plan, stream);
+    } else {
+        dispatch(Buckets<128, 512>{}, p.V,
+                 [&](auto V) { at::run<at::FloatMath<V>, 0>(p, plan, stream); });
     }
     MergeParams merge{};
     merge.dtype = p.dtype, merge.part_dtype = merge.acc_dtype = Dtype::f32;

@@ -3,7 +3,7 @@
 // A block has up to 16 rows, the query heads of one key/value head times the queries that share its keys, padded: what
 // it costs is the cache's bytes. It walks its part in steps of kKeys keys. Rows of the cache, found through the lists
 // and the page table, come by cp.async, one step ahead where two stages fit; a key that is not there, or whose page is
-// none, is zero-filled and masked. Rows whose sums are not finite are made again by CUDA cores, without adding 0 times
+// none, is zero-filled and masked. Codes are turned into numbers on the way to shared memory. Rows whose sums are not finite are made again by CUDA cores, without adding 0 times
 // the value of a key that a row does not see. Results of a part, fp32, go to a workspace, and merge.cu joins them in order.
 // Grid: (part, 16 rows, queries that share keys).
 #pragma once
@@ -39,11 +39,12 @@ struct Plan {
 };
 
 // One block's place, and the keys of its steps. In shared memory, two steps deep.
-template <int Keys>
+template <int Keys, bool kCodes>
 struct Step {
-    i64 k_at[Keys], v_at[Keys];  // elements from the cache's beginning
-    i64 entry[Keys];             // of the list
-    int key[Keys];               // -1: none
+    i64 k_at[Keys], v_at[Keys];  // elements from the cache's beginning, bytes of codes
+    i64 k_affine_at[kCodes ? Keys : 1], v_affine_at[kCodes ? Keys : 1];
+    i64 entry[Keys];  // of the list
+    int key[Keys];    // -1: none
 };
 
 struct Place {
@@ -117,7 +118,12 @@ LSM_DEVICE Place find_place(SparseAttnParams const& p, Plan const& plan) {
 struct Key {
     i64 k_at, v_at, entry;
     int key;
+    i64 outer, inner;  // its place in the cache: sequence or page, and token
 };
+
+LSM_DEVICE i64 row_at(Rows const& rows, Place const& place, Key const& key) {
+    return key.outer * rows.batch + key.inner * rows.time + place.kv_head * rows.head;
+}
 
 // The key that is visited i-th.
 LSM_DEVICE Key find_key(SparseAttnParams const& p, Place const& place, i64 i) {
@@ -138,19 +144,89 @@ LSM_DEVICE Key find_key(SparseAttnParams const& p, Place const& place, i64 i) {
         outer = load_global(p.block_table + place.b * p.max_pages + key / p.page_size);
         if (outer < 0 || outer >= p.pages) key = -1;
     }
-    return {outer * p.k.batch + inner * p.k.time + place.kv_head * p.k.head,
-            outer * p.v.batch + inner * p.v.time + place.kv_head * p.v.head, entry,
-            key < 0 ? -1 : static_cast<int>(key)};
+    Key found = {0, 0, entry, key < 0 ? -1 : static_cast<int>(key), outer, inner};
+    found.k_at = row_at(p.k, place, found), found.v_at = row_at(p.v, place, found);
+    return found;
 }
 
 // Where the keys of a step lie.
-template <int Keys>
+template <int Keys, bool kCodes>
 LSM_DEVICE void find_keys(SparseAttnParams const& p, Place const& place, i64 first,
-                          Step<Keys>& step) {
+                          Step<Keys, kCodes>& step) {
     for (int n = threadIdx.x; n < Keys; n += kThreads) {
         Key const key = find_key(p, place, first + n);
         step.key[n] = key.key, step.entry[n] = key.entry;
         step.k_at[n] = key.k_at, step.v_at[n] = key.v_at;
+        if constexpr (kCodes) {
+            step.k_affine_at[n] = row_at(p.k_affine, place, key);
+            step.v_affine_at[n] = row_at(p.v_affine, place, key);
+        }
+    }
+}
+
+// A row of codes of Bits bits, null for one that is not there.
+struct Coded {
+    unsigned char const* codes;
+    float const* affine;
+};
+
+LSM_DEVICE Coded coded(Rows const& codes, i64 at, Rows const& affine, i64 affine_at) {
+    return {static_cast<unsigned char const*>(codes.data) + at,
+            static_cast<float const*>(affine.data) + affine_at};
+}
+
+// Rows of codes to a tile as numbers of T, 8 threads side by side; `columns` are a multiple of 16, those after them zero.
+template <class T, int Bits, class Row>
+LSM_DEVICE void load_codes(Pieces const& tile, int rows, int columns, int padded, Row const& row) {
+    constexpr int kUnit = 16 / static_cast<int>(sizeof(T)), kEach = 8 / Bits;  // numbers of a byte
+    using Word = std::conditional_t<kUnit == 8, uint2, u32>;
+    int const halves = columns / kEach / kUnit;  // pieces from the lower codes of all bytes
+    for (int r = threadIdx.x / 8; r < rows; r += kThreads / 8) {
+        Coded const from = row(r);
+        bool const there = from.codes != nullptr;
+        float2 affine = {0.f, 0.f};
+        if (there) affine = load_global(reinterpret_cast<float2 const*>(from.affine));
+        for (int piece = threadIdx.x % 8; piece < halves; piece += 8) {
+            Word word = {};
+            if (there) word = load_global(reinterpret_cast<Word const*>(from.codes) + piece);
+            u32 words[kUnit / 4];
+            __builtin_memcpy(words, &word, sizeof(word));
+            LSM_UNROLL
+            for (int n = 0; n < kEach; ++n) {
+                float x[kUnit];
+                LSM_UNROLL
+                for (int i = 0; i < kUnit; ++i) {
+                    u32 const code = words[i / 4] >> (i % 4 * 8 + n * Bits) & ((1 << Bits) - 1);
+                    x[i] = static_cast<float>(code) * affine.x + affine.y;
+                }
+                uint4& to = at_shared<uint4>(tile.at(r, n * halves + piece));
+                if constexpr (kUnit == 4) {
+                    to = {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                          __float_as_uint(x[3])};
+                } else {
+                    T* const tag = nullptr;
+                    to = {pack(x[0], x[1], tag), pack(x[2], x[3], tag), pack(x[4], x[5], tag),
+                          pack(x[6], x[7], tag)};
+                }
+            }
+        }
+        for (int piece = columns / kUnit + threadIdx.x % 8; piece < padded / kUnit; piece += 8)
+            at_shared<uint4>(tile.at(r, piece)) = {0, 0, 0, 0};
+    }
+}
+
+// Number c of a row of the cache.
+template <class T, int Bits>
+LSM_DEVICE float number(Rows const& rows, i64 at, Rows const& affine, i64 affine_at, i64 columns,
+                        int c) {
+    if constexpr (Bits == 0) {
+        return static_cast<float>(load_global(static_cast<T const*>(rows.data) + at + c));
+    } else {
+        Coded const row = coded(rows, at, affine, affine_at);
+        bool const upper = Bits == 4 && c >= columns / 2;
+        u32 const byte = load_global(row.codes + (upper ? c - columns / 2 : c));
+        u32 const code = Bits == 8 ? byte : upper ? byte >> 4 : byte & 15;
+        return static_cast<float>(code) * load_global(row.affine) + load_global(row.affine + 1);
     }
 }
 
@@ -220,7 +296,7 @@ struct Adjust {
 
 // Columns first + lane + step n of a row whose sums met inf or NaN, which may be of keys that it does not see: once more,
 // by a warp in fp32. Its lse is in memory.
-template <class T>
+template <class T, int Bits>
 LSM_DEVICE_RARE void repair_row(SparseAttnParams const& p, Plan const& plan, int r, int first,
                                 int step, int count) {
     constexpr int kMost = 4;
@@ -236,11 +312,12 @@ LSM_DEVICE_RARE void repair_row(SparseAttnParams const& p, Plan const& plan, int
     for (i64 i = place.first; i < place.last; ++i) {
         Key const at = find_key(p, place, i);
         if (at.key < 0) continue;
-        T const* const k = static_cast<T const*>(p.k.data) + at.k_at;
-        T const* const v = static_cast<T const*>(p.v.data) + at.v_at;
+        i64 const k_affine = Bits == 0 ? 0 : row_at(p.k_affine, place, at);
+        i64 const v_affine = Bits == 0 ? 0 : row_at(p.v_affine, place, at);
         float dot = 0.f;
         for (int c = lane; c < p.K; c += 32)
-            dot += static_cast<float>(load_global(q + c)) * static_cast<float>(load_global(k + c));
+            dot += static_cast<float>(load_global(q + c)) *
+                   number<T, Bits>(p.k, at.k_at, p.k_affine, k_affine, p.K, c);
         dot = warp_sum(dot) * static_cast<float>(p.scale);
         float const s = adjust(row, at.key, at.entry, dot);
         if (s == -INFINITY) continue;
@@ -249,7 +326,8 @@ LSM_DEVICE_RARE void repair_row(SparseAttnParams const& p, Plan const& plan, int
         for (int n = 0; n < kMost; ++n) {
             int const column = first + lane + step * n;
             if (n * step + lane < count && column < p.V)
-                sums[n] += weight * static_cast<float>(load_global(v + column));
+                sums[n] +=
+                    weight * number<T, Bits>(p.v, at.v_at, p.v_affine, v_affine, p.V, column);
         }
     }
     float* const o = plan.o + (((part * p.B + place.b) * p.Tq + t) * p.Hq + h) * p.V;
@@ -277,9 +355,10 @@ struct TensorMath {
     float top[2] = {-INFINITY, -INFINITY},
           sum[2] = {};  // of rows lane / 4 and the same + 8; sums of this thread's keys
 
+    template <class Keys>
     LSM_DEVICE void step(SparseAttnParams const& p, Plan const& plan, Adjust const& adjust,
                          bool idle, Pieces const& q, Pieces const& k, Pieces const& v,
-                         Step<kKeys> const& keys, Shared& shared) {
+                         Keys const& keys, Shared& shared) {
         int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         float s[2][4] = {};
         LSM_UNROLL_BY(4)
@@ -403,9 +482,10 @@ struct FloatMath {
     float o[kColumnsEach][kRows] = {};
     float top[kOwnRows] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[kOwnRows] = {};
 
+    template <class Keys>
     LSM_DEVICE void step(SparseAttnParams const& p, Plan const& plan, Adjust const& adjust,
                          bool idle, Pieces const& q, Pieces const& k, Pieces const& v,
-                         Step<kKeys> const& keys, Shared& shared) {
+                         Keys const& keys, Shared& shared) {
         int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         float s[kOwnRows] = {};
         LSM_UNROLL_BY(2)
@@ -481,9 +561,9 @@ struct FloatMath {
     }
 };
 
-template <class Math>
+template <class Math, int Bits>
 struct SharedStorage {
-    Step<Math::kKeys> steps[2];
+    Step<Math::kKeys, Bits != 0> steps[2];
     typename Math::Shared math;
 };
 
@@ -494,17 +574,18 @@ std::size_t tile_bytes(Plan const& plan, int stages) {
     return (kRows * k + stages * Math::kKeys * (k + v)) * sizeof(typename Math::T);
 }
 
-template <class Math>
+template <class Math, int Bits>
 constexpr std::size_t storage_bytes() {
-    return (sizeof(SharedStorage<Math>) + 1023) / 1024 * 1024;
+    return (sizeof(SharedStorage<Math, Bits>) + 1023) / 1024 * 1024;
 }
 
-template <class Math>
+// Bits of the cache's codes, 0 for numbers.
+template <class Math, int Bits>
 __global__ void __launch_bounds__(kThreads, Math::kBlocks)
     decode_kernel(__grid_constant__ SparseAttnParams const p, __grid_constant__ Plan const plan) {
     using T = typename Math::T;
     constexpr int kKeys = Math::kKeys;
-    auto& shared = *reinterpret_cast<SharedStorage<Math>*>(dyn_smem());
+    auto& shared = *reinterpret_cast<SharedStorage<Math, Bits>*>(dyn_smem());
     Place const place = find_place(p, plan);
     i64 const part = blockIdx.x % plan.parts;
     auto const lse_of = [&](int row) {
@@ -518,7 +599,7 @@ __global__ void __launch_bounds__(kThreads, Math::kBlocks)
     }
 
     u32 const row_bytes = plan.k_columns * sizeof(T), v_bytes = plan.v_columns * sizeof(T);
-    u32 const tiles = smem_u32(dyn_smem()) + storage_bytes<Math>();
+    u32 const tiles = smem_u32(dyn_smem()) + storage_bytes<Math, Bits>();
     Pieces const q{tiles, row_bytes};
     auto const k_tile = [&](int stage) {
         u32 const size = kKeys * (row_bytes + (plan.shared_values ? 0 : v_bytes));
@@ -529,7 +610,21 @@ __global__ void __launch_bounds__(kThreads, Math::kBlocks)
         return plan.shared_values ? k : Pieces{k.base + kKeys * row_bytes, v_bytes};
     };
     auto const issue = [&](i64 s, int stage) {
-        Step<kKeys> const& keys = shared.steps[s % 2];
+        auto const& keys = shared.steps[s % 2];
+        if constexpr (Bits != 0) {
+            auto const row = [&](int n, Rows const& codes, i64 const* at, Rows const& affine,
+                                 i64 const* affine_at) {
+                return keys.key[n] < 0 ? Coded{nullptr, nullptr}
+                                       : coded(codes, at[n], affine, affine_at[n]);
+            };
+            load_codes<T, Bits>(
+                k_tile(stage), kKeys, static_cast<int>(p.K), plan.k_columns,
+                [&](int n) { return row(n, p.k, keys.k_at, p.k_affine, keys.k_affine_at); });
+            load_codes<T, Bits>(
+                v_tile(stage), kKeys, static_cast<int>(p.V), plan.v_columns,
+                [&](int n) { return row(n, p.v, keys.v_at, p.v_affine, keys.v_affine_at); });
+            return;
+        }
         load_rows<T, kThreads>(
             k_tile(stage), kKeys, static_cast<int>(p.K), plan.k_columns, p.q.data, [&](int n) {
                 return keys.key[n] < 0 ? nullptr : static_cast<T const*>(p.k.data) + keys.k_at[n];
@@ -567,7 +662,7 @@ __global__ void __launch_bounds__(kThreads, Math::kBlocks)
         cp_async_wait<0>();
         __syncthreads();
         if (plan.stages == 2 && s + 1 < steps) issue(s + 1, 1 - stage);
-        Step<kKeys> const& keys = shared.steps[s % 2];
+        auto const& keys = shared.steps[s % 2];
         bool const idle = adjust.idle(first, keys.key[kKeys - 1], kKeys);
         math.step(p, plan, adjust, idle, q, k_tile(stage), v_tile(stage), keys, shared.math);
     }
@@ -585,8 +680,29 @@ __global__ void __launch_bounds__(kThreads, Math::kBlocks)
                 store_global(lse_of(row), sum == 0.f ? -INFINITY : top + logf(sum));
         },
         [&](int row, int first, int step, int count) {
-            if (row < place.rows) repair_row<T>(p, plan, row, first, step, count);
+            if (row < place.rows) repair_row<T, Bits>(p, plan, row, first, step, count);
         });
 }
+
+// ---- Launches ----
+
+constexpr std::size_t kMostShared = 160 * 1024;  // that every GPU since sm_80 has
+
+template <class Math, int Bits>
+void run(SparseAttnParams const& p, Plan plan, void* stream) {
+    int const unit = 128 / static_cast<int>(sizeof(typename Math::T));  // eight pieces
+    plan.k_columns = static_cast<int>(p.K + unit - 1) / unit * unit;
+    plan.v_columns = Math::kColumns;
+    // Of a row of k that is too short for the columns of values that warps read, v is loaded by itself.
+    plan.shared_values = plan.shared_values && plan.k_columns >= Math::kColumns;
+    std::size_t const storage = storage_bytes<Math, Bits>();
+    plan.stages = storage + tile_bytes<Math>(plan, 2) <= kMostShared ? 2 : 1;
+    i64 const units = p.B * p.Hkv * plan.groups * (p.Tq / plan.queries);
+    launch(decode_kernel<Math, Bits>, dim3(static_cast<unsigned>(units * plan.tiles * plan.parts)),
+           dim3(kThreads), storage + tile_bytes<Math>(plan, plan.stages), stream, p, plan);
+}
+
+// From a cache of codes; in a device file of its own.
+void run_codes(SparseAttnParams const& p, Plan const& plan, void* stream);
 
 }  // namespace lsm::decode_attn
