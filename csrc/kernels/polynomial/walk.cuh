@@ -2,7 +2,7 @@
 // (policy/features.h), with sums z [F] of the features of k beside it that outputs are divided by. A feature is a product
 // of two channels, made in shared memory of the rows at hand: no feature of a token is in global memory.
 //
-// One kernel walks a segment of a value head, forward or in reverse, and at each token writes and then reads:
+// One kernel walks a segment of a value head, forward or in reverse, and at each token reads and then writes:
 //
 //     S += phi(writer) value^T,   z += weight phi(writer)
 //     columns = S^T phi(reader),  total = z . phi(reader)
@@ -14,7 +14,9 @@
 //     dkv      reverse    q        dO / divisor   below    k        dv        v              1             dk
 //     state    either, from zero, for the join of segments
 //
-// where q is scaled, divisor = |total| + eps and below is the gradient of total (1 and 0 where nothing is divided).
+// What a token has of its own write is added to that as the polynomial p(s) of s = reader . writer, and p'(s) for rows: as
+// features it would be a sum of large products, of which little may be left, with nothing else in the sum of a first token.
+// Here q is scaled, divisor = |total| + eps and below is the gradient of total (1 and 0 where nothing is divided).
 //
 // A block has up to F features and 64 columns of V, a thread 8 by 4 of them: 16 threads lie along V. More features than a
 // block has, or columns, are slices and tiles of the state in blocks of their own; what they have in one result is added
@@ -95,6 +97,8 @@ struct Shared {
     alignas(16) float write[kTokens][F], read[kTokens][F], rows[kTokens][F];
     alignas(16) float columns[kTokens][kWarps][kColumns];  // a share per warp
     float total[kTokens][kWarps];
+    // Of even and odd stages: p(s), and p'(s) times what is read of the token's own value.
+    float2 own[2][kTokens];
     Segment segment;  // a dozen registers less in the loop
     // Two stages of tokens as they come, each [kTokens, pitch]: value, read value, their numbers, factors of both sides.
     alignas(16) float stage[1];
@@ -290,6 +294,33 @@ struct Walk {
         for (int n = 0; n < kTokens; ++n) to[n][tid % F] = pair.of(factors(stage, n, reading));
     }
 
+    // What tokens have of their own write, a warp each at a time.
+    LSM_DEVICE void relate_own(int stage) {
+        if (slice != 0 || !kReads) return;
+        LSM_UNROLL_BY(1)
+        for (int n = tid / 32; n < kTokens; n += Storage::kWarps) {
+            float const* const row = row_of(stage, n);
+            float const *const x = factors(stage, n, true), *const y = factors(stage, n, false);
+            float s = 0.f, read = 0.f;
+            for (int c = p.basis.constants + lane; c < p.basis.n; c += 32) s += x[c] * y[c];
+            if constexpr (kToRows) {
+                for (int c = lane; c < kColumns; c += 32) read += row[c] * row[Storage::kRead + c];
+            }
+            LSM_UNROLL
+            for (int distance = 16; distance > 0; distance /= 2) {
+                s += __shfl_xor_sync(0xffffffffu, s, distance);
+                read += __shfl_xor_sync(0xffffffffu, read, distance);
+            }
+            float const* const numbers = row + Storage::kNumbers;
+            read *= numbers[1] * numbers[3];
+            if (tile == 0) read += numbers[0] * numbers[2];
+            bool const taylor = p.basis.constants != 0;
+            float const weight = taylor ? 1.f + s + 0.5f * s * s : s * s;
+            float const slope = taylor ? 1.f + s : 2.f * s;
+            if (lane == 0) shared.own[stage % 2][n] = {weight, slope * read};
+        }
+    }
+
     // --- a token
 
     LSM_DEVICE static void load_eight(float const* from, float (&x)[8]) {
@@ -304,17 +335,8 @@ struct Walk {
 
     LSM_DEVICE void step(int stage, int n) {
         float const* const row = row_of(stage, n);
-        float key[8], value[4], numbers[4];  // weight and factor of what is written; of what reads
-        load_eight(&shared.write[n][row0], key);
-        load4(row + column0, value);
+        float numbers[4];  // weight and factor of what is written; of what reads
         load4(row + Storage::kNumbers, numbers);
-        if constexpr (pass == Pass::dkv || pass == Pass::state) {
-            LSM_UNROLL
-            for (int j = 0; j < 4; ++j) value[j] *= numbers[1];
-        }
-        LSM_UNROLL
-        for (int i = 0; i < 32; ++i) S[i / 4][i % 4] += key[i / 4] * value[i % 4];
-        z += shared.write[n][own_row] * numbers[0];
         if constexpr (kToColumns) {
             float query[8], sums[4] = {};
             load_eight(&shared.read[n][row0], query);
@@ -345,6 +367,16 @@ struct Walk {
             if (tile == 0) x[0] += z * numbers[2];
             if (tid % 2 == 0) shared.rows[n][own_row] = x[0];
         }
+        float key[8], value[4];
+        load_eight(&shared.write[n][row0], key);
+        load4(row + column0, value);
+        if constexpr (pass == Pass::dkv || pass == Pass::state) {
+            LSM_UNROLL
+            for (int j = 0; j < 4; ++j) value[j] *= numbers[1];
+        }
+        LSM_UNROLL
+        for (int i = 0; i < 32; ++i) S[i / 4][i % 4] += key[i / 4] * value[i % 4];
+        z += shared.write[n][own_row] * numbers[0];
     }
 
     LSM_DEVICE void compute(int stage) {
@@ -376,6 +408,12 @@ struct Walk {
                 if constexpr (pass == Pass::o) total += shared.total[n][w];
             }
             i64 const t = token(own_step);
+            if (slice == 0) {
+                float const weight = shared.own[stage % 2][n].x;
+                float const* const row = row_of(stage, n);
+                sum += weight * row[Storage::kNumbers + 1] * row[c];
+                total += weight * row[Storage::kNumbers];
+            }
             if constexpr (pass == Pass::o) {
                 bool const first = tile == 0 && c == 0;
                 if (!p.divides) total = 0.f;
@@ -415,7 +453,9 @@ struct Walk {
         for (int i = tid; i < kTokens * p.channels; i += kThreads) {
             int const n = i / p.channels, c = i % p.channels, own_step = stage * kTokens + n;
             if (own_step >= steps) break;
-            float const x = through(factors(stage, n, true), shared.rows[n], c);
+            float x = through(factors(stage, n, true), shared.rows[n], c);
+            if (slice == 0)
+                x += shared.own[stage % 2][n].y * factors(stage, n, false)[p.basis.constants + c];
             put(p.rows, tile * p.slices + slice, token(own_step), c, p.channels,
                 p.reader.scale * x);
         }
@@ -441,6 +481,7 @@ struct Walk {
             __syncthreads();  // its rows are there, and the sums of the stage before
             if (stage > 0) store(stage - 1);
             make_features(stage);
+            relate_own(stage);
             __syncthreads();  // its features are there, and nobody is busy with the stage before
             bool const more = stage + 1 < stages;
             if (more) begin_stage(stage + 1, ahead);
