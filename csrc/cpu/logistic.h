@@ -46,8 +46,20 @@ LSM_INLINE Vector<float> power_of_two(Bits i) {
 #endif
 }
 
-// 1 / (1 + e^-x), to about 1 ulp for float, to 12 bits for halves. e^-x is 2^n times a polynomial in r, where n + r =
-// -x log2 e and n is a multiple of 1 / kPowers, so that few terms do.
+// The integer at or below n, for scale_by_power_of_two, which takes it of n itself with AVX-512.
+LSM_INLINE Vector<float> whole(Vector<float> n) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    return n;
+#else
+    typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+    Vector<float> const cut =
+        __builtin_convertvector(__builtin_convertvector(n, Int), Vector<float>);
+    return cut > n ? cut - 1.0f : cut;
+#endif
+}
+
+// 1 / (1 + e^-x): 12 bits for halves; for float an error of a few ulp, where it is below e^-10 more. e^-x is 2^n times a
+// polynomial in r, where n + r = -x log2 e and n is a multiple of 1 / kPowers, so that few terms do.
 template <class Element>
 LSM_INLINE Vector<float> logistic(Vector<float> x) {
     using V = Vector<float>;
@@ -58,10 +70,10 @@ LSM_INLINE Vector<float> logistic(Vector<float> x) {
     V const power = power_of_two(Bits(shifted));
     if constexpr (sizeof(Element) == 2) {
         V const y = kPowers == 16 ? V{} + 0.693038744f : r * 0.240225925f + 0.693308815f;
-        return rough_reciprocal(scale_by_power_of_two(power * r * y + power, n) + 1.0f);
+        return rough_reciprocal(scale_by_power_of_two(power * r * y + power, whole(n)) + 1.0f);
     } else {
         V const y = (r * 0.0554962127f + 0.240257626f) * r + 0.693147214f;
-        return reciprocal(scale_by_power_of_two(power * r * y + power, n) + 1.0f);
+        return reciprocal(scale_by_power_of_two(power * r * y + power, whole(n)) + 1.0f);
     }
 }
 
