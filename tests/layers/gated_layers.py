@@ -68,7 +68,7 @@ LAYERS = {
     "mom shared": (MomAttention, {**MOM, "topk": 1, "shared_mem": True, "use_output_gate": False}),
     "mom single": (
         MomAttention,
-        {**MOM, "topk": 3, "single_kv_proj": True, "shared_mem": True, "use_short_conv": False},
+        {**MOM, "topk": 2, "single_kv_proj": True, "shared_mem": True, "use_short_conv": False},
     ),
     "delta_net": (DeltaNet, {**HEADS, "conv_size": 3}),
     "delta_net elu": (
