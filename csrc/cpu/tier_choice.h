@@ -1,8 +1,10 @@
 // Which instruction set's kernel table serves this machine. Plain C++, no vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 // The x86 tiers choose their instruction set by a pragma that only g++ honours; elsewhere the
 // baseline serves.
@@ -23,21 +25,29 @@ namespace lsm::cpu {
 
 enum class Tier { baseline, avx2, avx512 };
 
-// The environment's LSM_CPU_TIER (baseline, avx2) lowers it, so that any machine can test what older ones run.
+#if LSM_CPU_X86_TIERS
+// The highest tier wanted: the environment's LSM_CPU_TIER, with which any machine can test what older ones run.
+inline Tier wanted_tier() {
+    char const* const variable = std::getenv("LSM_CPU_TIER");
+    std::string const wish = variable == nullptr ? "avx512" : variable;
+    if (wish == "baseline") return Tier::baseline;
+    if (wish == "avx2") return Tier::avx2;
+    if (wish == "avx512") return Tier::avx512;
+    throw std::invalid_argument("LSM_CPU_TIER must be baseline, avx2 or avx512, got '" + wish +
+                                "'");
+}
+#endif
+
 inline Tier best_tier() {
 #if LSM_CPU_X86_TIERS
     static Tier const best = [] {
-        char const* const wish = std::getenv("LSM_CPU_TIER");
-        auto const stops_at = [&](char const* name) {
-            return wish != nullptr && std::strcmp(wish, name) == 0;
-        };
         bool const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                               __builtin_cpu_supports("f16c");
         bool const has_avx512 =
             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-        if (!has_avx2 || stops_at("baseline")) return Tier::baseline;
-        return !has_avx512 || stops_at("avx2") ? Tier::avx2 : Tier::avx512;
+        Tier const found = !has_avx2 ? Tier::baseline : !has_avx512 ? Tier::avx2 : Tier::avx512;
+        return std::min(found, wanted_tier());
     }();
     return best;
 #else
