@@ -319,8 +319,13 @@ class Permuted(Pattern):
     permutations: tuple[tuple[int, ...], ...]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
-        B, H = q.shape[0], q.shape[2]
+        B, T, H, _ = q.shape
         n = len(self.permutations[0])
+        if (T, H) != (n * self.block, len(self.permutations)):
+            raise ValueError(
+                f"block_bert: expected {n * self.block} tokens and a permutation for each head, "
+                f"got {T} tokens, {H} heads and {len(self.permutations)} permutations"
+            )
         order = torch.tensor(self.permutations, device=q.device).T  # [n, H]
         head = torch.arange(H, device=q.device)
         q = torch.unflatten(q, 1, (n, self.block))

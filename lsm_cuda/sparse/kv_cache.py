@@ -84,7 +84,7 @@ class KVCache:
         self.unturned: Tensor | None = None
 
     def __len__(self) -> int:
-        """Tokens that are kept."""
+        """Tokens that are kept here; a policy by heads keeps theirs in caches of its own."""
         return 0 if self.buffer is None else self.buffer.length
 
     @torch.no_grad()

@@ -506,19 +506,26 @@ def block_bert(tokens: int, permutations: Sequence[Sequence[int]]) -> Pattern:
         tokens: T, a multiple of the blocks.
         permutations: for each head, the n numbers 0 to n - 1 in some order.
 
+    Raises:
+        ValueError: lists that are not that, or a T that is not a multiple of n; in use, another
+            number of tokens or heads.
+
     Source: Blockwise Self-Attention for Long Document Understanding, arXiv:1911.02972.
 
     Example:
         >>> block_bert(32, [[0, 1], [1, 0]]).to_dense(32, heads=2)[:, 0, ::16].tolist()
         [[1, 0], [0, 1]]
     """
-    order = torch.tensor([[*p] for p in permutations])
-    blocks = order.shape[1]
+    blocks = len(permutations[0])
+    if any(sorted(p) != list(range(blocks)) for p in permutations):
+        raise ValueError(
+            f"block_bert: expected permutations of 0 to {blocks - 1}, got {permutations}"
+        )
     if tokens % blocks:
         raise ValueError(
             f"block_bert: T must be a multiple of the blocks, got {tokens} and {blocks}"
         )
-    return Permuted(tokens // blocks, tuple(map(tuple, order.tolist())))
+    return Permuted(tokens // blocks, tuple(tuple(p) for p in permutations))
 
 
 def axial(shape: Sequence[int], axis: int | Sequence[int]) -> Pattern:

@@ -287,6 +287,8 @@ def test_density_and_drawing(tmp_path):
         (lambda: sparse.sparse_transformer_fixed(8, 3), "width must divide stride, got 3 and 8"),
         (lambda: sparse.longnet([4], [1, 2]), r"as many segments as rates, got \[4\] and \[1, 2\]"),
         (lambda: sparse.block_bert(5, [[0, 1]]), "multiple of the blocks, got 5 and 2"),
+        (lambda: sparse.block_bert(4, [[0, 0]]), r"permutations of 0 to 1, got \[\[0, 0\]\]"),
+        (lambda: sparse.block_bert(4, [[0, 1]]).to_dense(4, 2), "2 heads and 1 permutations"),
         (lambda: sparse.spatio_temporal(1, 4, 4, 3), "window must divide height and width, got 3"),
         (lambda: sparse.block_diffusion(2).to_dense(5), "T must be even"),
         (
