@@ -9,7 +9,8 @@
 namespace lsm {
 namespace {
 
-constexpr int64_t kMaxDim = 256;  // of K and V on tensor cores
+constexpr int64_t kMaxDim = 256;               // of K and V on tensor cores
+constexpr int64_t kAnyDim = int64_t{1} << 40;  // steps take the values of a head a few at a time
 
 inline ScalarType state_type(Tensor const& q) {
     return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -25,14 +26,14 @@ inline void check_floating(Checks const& c, Tensor const& q, char const* arg = "
 }
 
 inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_t V,
-                       bool any_size = false) {
+                       bool any_size = false, int64_t most_values = kMaxDim) {
     c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H,
               " heads of q and k, got HV = ", HV);
     c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
     if (!kTensorCores || any_size) return;
     c.require(K <= kMaxDim, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", kMaxDim,
               "); it runs on CPU tensors, or split the heads");
-    c.require(V <= kMaxDim, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxDim,
+    c.require(V <= most_values, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxDim,
               "); it runs on CPU tensors, or split the heads");
 }
 

@@ -20,6 +20,10 @@ from ._common import (
 GATES = ("g", "gv")  # their gradients are only made if asked for
 KEEP_FLOAT32 = (*GATES, "beta", "w")  # where everything else follows autocast
 
+# The most values of a head that kernels of whole sequences take; wider heads come in slices.
+VALUES = {"cuda": 256}
+BY_VALUE = {"gla_value": "g", "gla_both": "gv"}  # whose gates stand by values' channels, not keys'
+
 # Devices whose kernels weigh values and divide outputs themselves; elsewhere that is composed.
 FUSED = {"cpu"}
 
@@ -129,12 +133,37 @@ def sequences(
         initial_state = initial_state.float()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     operator = getattr(torch.ops.lsm, f"{name}_fwd")
-    o, state = operator(
-        q, k, v, *own.values(), initial_state, cu_seqlens, scale, output_final_state, *more
-    )
+
+    def run(v: Tensor, own: Mapping[str, Tensor | None], h0: Tensor | None):  # type: ignore[no-untyped-def]
+        return operator(q, k, v, *own.values(), h0, cu_seqlens, scale, output_final_state, *more)
+
+    most = VALUES.get(q.device.type)
+    if most is None or v.shape[-1] <= most:
+        o, state = run(v, own, initial_state)
+    else:
+        o, state = _in_slices(run, most, v, own, initial_state, BY_VALUE.get(name))  # type: ignore[no-untyped-call]
     if not output_final_state:
         return o, None
     return o, state.transpose(-1, -2) if state_v_first else state
+
+
+def _in_slices(run, most, v, own, initial_state, by_value):  # type: ignore[no-untyped-def]
+    """Columns of a state know nothing of each other: heads of more than ``most`` values, a slice of
+    them after another, each a multiple of 8 wide."""
+    V = v.shape[-1]
+    width = -(-V // -(-V // most) // 8) * 8
+
+    def cut(n: str, x: Tensor | None, c: slice) -> Tensor | None:
+        wide = x is not None and (n == by_value or (n == "beta" and x.dim() == v.dim()))
+        return x[..., c] if wide else x  # type: ignore[index]
+
+    parts = []
+    for first in range(0, V, width):
+        c = slice(first, first + width)
+        h0 = None if initial_state is None else initial_state[..., c]
+        parts.append(run(v[..., c], {n: cut(n, x, c) for n, x in own.items()}, h0))
+    outputs, states = zip(*parts, strict=True)
+    return torch.cat(outputs, -1), torch.cat(states, -1)
 
 
 def one_token(

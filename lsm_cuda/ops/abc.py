@@ -46,8 +46,8 @@ def chunk_abc(
         ``o [B, T, HQ, V]`` in the dtype of v, and the final state like initial_state, or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, a state without z, or K, V or M
-            over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, a state without z, or K or M over
+            256 on CUDA.
 
     Note: differentiable once in q, k, v, s and the state; deterministic. Beside the two passes of
         :func:`chunk_gsa` this costs a scan of the maximum of s, a scan of the slots' total weight

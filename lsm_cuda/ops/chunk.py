@@ -50,7 +50,7 @@ def chunk_gla(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, k, v, the gates and initial_state; deterministic. Under autocast
         q, k and v are cast, gates and state keep their dtype. With both gates CUDA runs the exact

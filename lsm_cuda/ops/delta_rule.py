@@ -55,7 +55,7 @@ def chunk_delta_rule(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, k, v, beta and initial_state; deterministic.
 

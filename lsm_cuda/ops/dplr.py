@@ -64,7 +64,7 @@ def chunk_dplr_delta_rule(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic. The gated delta rule is
         this with ``a = −e^{g} k``, ``b = β k`` and ``β v`` for v: it reads the decayed state.
@@ -224,7 +224,7 @@ def chunk_rwkv7(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Source: RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv:2503.14456.
 

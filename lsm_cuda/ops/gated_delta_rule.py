@@ -73,7 +73,7 @@ def chunk_gated_delta_rule(
 
     Raises:
         ValueError: an option without the one it needs.
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic. Norms, gates and
         sigmoids are made in fp32, all of them in one pass before the operator's.
@@ -249,7 +249,7 @@ def chunk_gated_delta_product(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic.
 

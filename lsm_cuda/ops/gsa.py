@@ -175,7 +175,7 @@ def chunk_gsa(
         ``o [B, T, HQ, V]`` in the dtype of v, and the final state like initial_state, or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K, V or M over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K or M over 256 on CUDA.
         ValueError: an unknown activation or checkpoint_level.
 
     Note: differentiable once in q, k, v, s, g and the state; deterministic. Two calls of the chunk

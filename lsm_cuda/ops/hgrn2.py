@@ -48,7 +48,7 @@ def chunk_hgrn2(
         ``o [B, T, H, V]`` in the dtype of v, and the final state ``[N, H, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, v, g and initial_state; deterministic. ``1 - a`` is written to
         memory once, in the dtype of q.
@@ -125,7 +125,7 @@ def chunk_metala(
         ``o [B, T, H, V]`` in the dtype of v, and the final state ``[N, H, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, v, g, w_aug and initial_state; deterministic. The augmentation
         runs outside the kernel and writes and reads one tensor of q's size and two of v's.

@@ -68,7 +68,7 @@ def chunk_kda(
 
     Raises:
         ValueError: an option without the one it needs.
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic. Norms, gates and
         sigmoids are made in fp32, all of them in one pass before the operator's.

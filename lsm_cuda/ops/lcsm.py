@@ -69,7 +69,7 @@ def chunk_lcsm(
 
     Raises:
         ValueError: an unknown name, ov beside an o that is no vector, or e None without a vector o.
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in every tensor. Each activation other than identity reads and writes
         its tensor once.

@@ -53,7 +53,7 @@ def chunk_lightnet(
         ``o [B, T, H, V]`` in the dtype of v, and (S or None, z) after the last token.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, S without z, or K or V over 256 on
+        RuntimeError: a shape, dtype or device that does not fit, S without z, or K over 256 on
             CUDA.
 
     Note: differentiable once in q, k, v and the state; deterministic. The engine's state is the

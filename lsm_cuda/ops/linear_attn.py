@@ -61,7 +61,7 @@ def chunk_linear_attn(
         ``o [B, T, HV, V]`` in the dtype of v, and None, S, or with normalize (S, z).
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, k, v and the states. The denominator is eight more columns
         of v, which is read and written once more for them; fp16 is computed in fp32 then.
@@ -206,7 +206,7 @@ def chunk_rfa(
         ``o [B, T, HV, V]`` in the dtype of v, and (S, z) or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: as :func:`chunk_linear_attn`; v is read and written once more for its weights too.
 
@@ -278,7 +278,7 @@ def bidirectional_linear_attn(
         ``o [B, T, HV, V]`` in the dtype of v.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, k, v and g. Without g and cu_seqlens two matrix products; else
         the causal operator forwards and on flipped copies, minus the diagonal that both count.

@@ -65,7 +65,7 @@ def chunk_log_linear_attn(
     Raises:
         ValueError: level_scales of another shape, or too few levels for T. Beyond the levels of a
             continued or packed sequence nothing is read.
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in every floating tensor. One scan of the engine per level, so log₂ T
         of them: O(T log T) work and memory. Each reads q and v, reads k and writes it masked, and

@@ -61,7 +61,7 @@ def chunk_longhorn(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens; deterministic. The diagonal form has a
         decay per element of the state. It runs on the chunk engine with every value channel as a

@@ -64,7 +64,7 @@ def chunk_mesa_net(
         ``o [B, T, H, V]`` in the dtype of v, and the final H and G, or None and None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in all tensors but cu_seqlens, by the gradient of the exact solution,
         for which backward solves once more; deterministic. An iteration is one call of the chunk

@@ -85,7 +85,7 @@ def chunk_mlstm(
 
     Raises:
         ValueError: another input gate, or no normalize with the exponential one.
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in everything but m: the stabiliser cancels in h but for eps, so no
         gradient flows through it. It is kept in fp64; gate logits up to ±100 over 1e5 tokens stay

@@ -118,7 +118,7 @@ def chunk_regla(
         ``o [B, T, H, V]`` in the dtype of v, and the final (S, c) or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, k, v, g, r and S; deterministic. Outside the kernel the two
         feature maps and the log of the gate (fp32) are written once, ``[B, T, H, K]`` each; the

@@ -70,7 +70,7 @@ def chunk_rwkv6(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in r, k, v, w, u and initial_state; deterministic. The bonus is added
         outside the kernel: it writes and reads two tensors of r's size and passes over o again.
@@ -178,7 +178,7 @@ def chunk_rwkv5(
         ``o [B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` or None.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Source: Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence,
     arXiv:2404.05892.

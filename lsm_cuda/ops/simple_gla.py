@@ -54,7 +54,7 @@ def chunk_simple_gla(
 
     Raises:
         ValueError: both g and g_gamma.
-        RuntimeError: a shape, dtype or device that does not fit, or K or V over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or K over 256 on CUDA.
 
     Note: differentiable once in q, k, v, g, g_gamma and initial_state; deterministic.
 

@@ -80,7 +80,7 @@ def mamba_chunk_scan_combined(
 
     Raises:
         ValueError: return_varlen_states without cu_seqlens.
-        RuntimeError: a shape, dtype or device that does not fit, or N or P over 256 on CUDA.
+        RuntimeError: a shape, dtype or device that does not fit, or N over 256 on CUDA.
 
     Note: differentiable once in every floating tensor. Around the engine x is read and written
         once for D and twice for z; on CUDA once more for dt, which enters that product in the dtype

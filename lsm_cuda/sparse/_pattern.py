@@ -321,7 +321,7 @@ class Permuted(Pattern):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         B, T, H, _ = q.shape
         n = len(self.permutations[0])
-        if (T, H) != (n * self.block, len(self.permutations)):
+        if (n * self.block, len(self.permutations)) != (T, H):
             raise ValueError(
                 f"block_bert: expected {n * self.block} tokens and a permutation for each head, "
                 f"got {T} tokens, {H} heads and {len(self.permutations)} permutations"

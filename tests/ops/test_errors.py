@@ -209,7 +209,8 @@ def test_too_wide_for_tensor_cores(
 ) -> None:
     dims = (columns, 24) if dim == "K" else (16, columns)
     x = inputs(op, dims=dims, state="none").to(impl.device)
-    if not impl.tensor_cores:
+    sliced = dim == "V" and impl.name == "cuda"  # by what stands before the operator
+    if not impl.tensor_cores or sliced:
         assert impl.forward(op, x)[0].isfinite().all()
         return
     text = (

@@ -1,4 +1,4 @@
-"""The kernels of older CPUs: what this machine would not choose, by LSM_CPU_TIER, which a process reads once."""
+"""The kernels of older CPUs, which this machine would not choose, by LSM_CPU_TIER."""
 
 from __future__ import annotations
 
