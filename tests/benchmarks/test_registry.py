@@ -15,8 +15,9 @@ from lsm_cuda.bench.peers import ours
 from lsm_cuda.bench.registry import OPS, ROWS, SETS, Shape, cells, sets
 
 BF16, F32 = torch.bfloat16, torch.float32
-# Two halves of what block_select does in one launch.
-ELSEWHERE = {"lsm::block_scores", "lsm::block_topk"}
+# Two halves of what block_select does in one launch; decode of codes, which only tests of caches
+# call yet.
+ELSEWHERE = {"lsm::block_scores", "lsm::block_topk", "lsm::sparse_attn_decode_codes"}
 
 
 class Calls(TorchDispatchMode):
