@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--compare", metavar="REV", help="compare this tree with a commit")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a tree; used by --compare
     options = parser.parse_args()
+    os.environ.pop("OMP_WAIT_POLICY", None)  # threads that sleep slow PyTorch's small operations
     tuned = "GLIBC_TUNABLES" in os.environ
     if tuned and options.default_allocator:
         parser.error("--default-allocator with GLIBC_TUNABLES set")
