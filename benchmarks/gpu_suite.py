@@ -170,8 +170,10 @@ def all_items(options: argparse.Namespace, environment: dict[str, Any]) -> Itera
         yield Item(f"paths of attention {dtype} {D}", "paths", (dtype, D), 90)
     if not options.dry_run:
         yield Item("rates", "rates")
-    yield Item("sanitizers", "sanitize", (ops, options.cases, 120.0), 130)
-    yield Item("sanitizers, other operators", "sanitize", (rows, options.cases, 60.0), 70)
+    if ops:
+        yield Item("sanitizers", "sanitize", (ops, options.cases, 120.0), 130)
+    if rows:
+        yield Item("sanitizers, other operators", "sanitize", (rows, options.cases, 60.0), 70)
     timed = [op for op in registry.OPS.values() if not options.ops or op.name in options.ops]
     machine = "emulator" if options.dry_run else "cuda"
     seconds = 0.0 if options.dry_run else 0.25
