@@ -28,13 +28,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "impl" not in names:
         return
     wanted = getattr(metafunc.function, "only_impls", tuple(IMPLS))
+    ops: list[Op | None] = [None]
+    if {"op", "case"} & set(names):
+        only = getattr(metafunc.function, "only_ops", [op.name for op in OPS])
+        ops = [op for op in OPS if op.name in only]
     rows = []
     for impl in (IMPLS[name] for name in wanted):
         marks = [pytest.mark.gpu] if impl.name == "cuda" else []
         absent = impl.absent()
         if absent:
             marks.append(pytest.mark.skip(reason=absent))
-        for op in OPS if {"op", "case"} & set(names) else [None]:
+        for op in ops:
             if op is not None and impl.name not in op.impls:
                 continue
             own = cases(op, impl.name) if "case" in names else [None]

@@ -3,8 +3,9 @@
 // A block has up to 16 rows, the query heads of one key/value head times the queries that share its keys, padded: what
 // it costs is the cache's bytes. It walks its part in steps of kKeys keys. Rows of the cache, found through the lists
 // and the page table, come by cp.async, one step ahead where two stages fit; a key that is not there, or whose page is
-// none, is zero-filled and masked. Codes are turned into numbers on the way to shared memory. Rows whose sums are not finite are made again by CUDA cores, without adding 0 times
-// the value of a key that a row does not see. Results of a part, fp32, go to a workspace, and merge.cu joins them in order.
+// none, is zero-filled and masked. Codes are turned into numbers on the way to shared memory. Rows whose sums are not
+// finite are made again by CUDA cores, without adding 0 times the value of a key that a row does not see. Results of a
+// part, fp32, go to a workspace, and merge.cu joins them in order.
 // Grid: (part, 16 rows, queries that share keys).
 #pragma once
 
