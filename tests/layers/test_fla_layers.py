@@ -20,7 +20,7 @@ ROOMS = (linear_layers, gated_layers, recurrent_layers)
 CASES = {name: (room, *room.LAYERS[name]) for room in ROOMS for name in room.LAYERS}
 # Mamba's arguments are named as mamba_ssm's, and softmax attention has some of its own.
 OF_THEIR_OWN = ("Attention", "Mamba", "MoBA", "NativeSparseAttention")
-# What FLA's constructors refuse: feature maps that only we have, and shared keys without convolution.
+# What FLA refuses: feature maps that only we have, and MoM without its convolution.
 OUR_MAPS = [
     "cosformer",
     "exp",
