@@ -129,10 +129,6 @@ void fill_rest(ScoreParams const& p, T* of, int64_t each, T value) {
     }
 }
 
-}  // namespace
-
-namespace {
-
 // f(batch row, first token, tokens, row of y) of every row of y; no tokens where there is no window.
 template <class F>
 void for_windows(PoolParams const& p, F const& f) {

@@ -60,7 +60,8 @@ inline void check_inputs(Checks const& c, Decay decay, Tensor const& q, Tensor c
               show(v.sizes()));
     int64_t const H = q.size(rank - 2), HV = v.size(rank - 2), K = q.size(rank - 1),
                   V = v.size(rank - 1);
-    check_dims(c, H, HV, K, V, any_size, one_token ? kAnyDim : kMaxDim);
+    check_dims(c, H, HV, K, V, any_size ? kAnyDim : kMaxDim,
+               any_size || one_token ? kAnyDim : kMaxDim);
     gates.map(decay, [&](Decay of, Tensor const& g) {
         char const* const arg = gates.gv && of == Decay::value ? "gv" : "g";
         check_gate(c, of, arg, g, q, v, one_token);

@@ -289,7 +289,7 @@ void check_ssd_step(Checks const& c, Tensor const& x, Tensor const& dt, Tensor c
     c.shape(B, "B", "[B, G, N]", {batch, G, N});
     c.require(G > 0 && H > 0 && H % G == 0, "x must have a multiple of the G = ", G,
               " groups of B, got H = ", H);
-    check_dims(c, G, H, N, P, false, kAnyDim);
+    check_dims(c, G, H, N, P, kMaxDim, kAnyDim);
     c.shape(C, "C", "[B, G, N]", {batch, G, N});
     c.shape(dt, "dt", "[B, H]", {batch, H});
     c.shape(A, "A", "[H]", {H});

@@ -84,7 +84,7 @@ void check(Checks const& c, Variant const& variant, Arguments const& a, bool one
               several ? ", num_householder = " + std::to_string(a.n) : "", ", got ",
               show(v.sizes()));
     int64_t const HV = v.size(k_rank - 2), V = v.size(k_rank - 1);
-    check_dims(c, H, HV, K, V, false, one_token ? kAnyDim : kMaxDim);
+    check_dims(c, H, HV, K, V, kMaxDim, one_token ? kAnyDim : kMaxDim);
     c.dtype(k, "k", q.scalar_type(), " like q");
     c.dtype(v, "v", q.scalar_type(), " like q");
     c.device(k, "k", q, "q");

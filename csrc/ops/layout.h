@@ -9,8 +9,8 @@
 namespace lsm {
 namespace {
 
-constexpr int64_t kMaxDim = 256;               // of K and V on tensor cores
-constexpr int64_t kAnyDim = int64_t{1} << 40;  // steps take the values of a head a few at a time
+// The most that CUDA kernels take of K and V: on tensor cores, and where a few are taken at a time.
+constexpr int64_t kMaxDim = 256, kAnyDim = int64_t{1} << 40;
 
 inline ScalarType state_type(Tensor const& q) {
     return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -25,16 +25,17 @@ inline void check_floating(Checks const& c, Tensor const& q, char const* arg = "
               "float32); it runs on CPU tensors");
 }
 
-inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_t V,
-                       bool any_size = false, int64_t most_values = kMaxDim) {
+inline void check_dims(Checks const& c, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t most_K,
+                       int64_t most_V) {
     c.require(H > 0 && HV > 0 && HV % H == 0, "v must have a multiple of the H = ", H,
               " heads of q and k, got HV = ", HV);
     c.require(K > 0 && V > 0, "K and V must be at least 1, got K = ", K, ", V = ", V);
-    if (!kTensorCores || any_size) return;
-    c.require(K <= kMaxDim, "K = ", K, " is beyond the CUDA kernels (supported: K <= ", kMaxDim,
-              "); it runs on CPU tensors, or split the heads");
-    c.require(V <= most_values, "V = ", V, " is beyond the CUDA kernels (supported: V <= ", kMaxDim,
-              "); it runs on CPU tensors, or split the heads");
+    auto const require_most = [&](char const* dim, int64_t n, int64_t most) {
+        c.require(!kTensorCores || n <= most, dim, " = ", n,
+                  " is beyond the CUDA kernels (supported: ", dim, " <= ", most,
+                  "); it runs on CPU tensors, or split the heads");
+    };
+    require_most("K", K, most_K), require_most("V", V, most_V);
 }
 
 // Gates come in the dtype of q, or in float32.
