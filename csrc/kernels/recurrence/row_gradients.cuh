@@ -1,5 +1,4 @@
-// Gradients that belong to a row of the state: dq, dk and the gate's. They need a sum over all of V
-// and one row only, so a block owns a few rows [row tile, V] of one value head and one segment.
+// Gradients that belong to a row of the state: dq, dk and the gate's, by the walk of row_walk.cuh.
 // With G_t the gradient that reaches S_t from tokens after t, and dots by row,
 //
 //     x_t = S_{t-1} dO_t     y_t = G_t v_t     z_t = S_{t-1} · G_t     own_t = v_t · dO_t
@@ -11,58 +10,43 @@
 //     before decay, write    x                y                a z              a G + q dO^T
 //
 // dg is taken from S_{t-1} and G_t of the same token, never from differences of long sums: it is
-// as accurate for a gate of -80 or -inf as for 0. Walking backwards therefore needs every S again,
-// and dividing by the decay would not give it back. Instead the segment is walked forwards first,
-// leaving the state before every short run of tokens in shared memory; then each run, from the last
-// to the first, is walked forwards once more with all its states kept in registers, and backwards.
-// What a segment starts from, on either side, comes from joined boundary states.
+// as accurate for a gate of -80 or -inf as for 0. What a segment starts from, on either side, comes
+// from joined boundary states.
 //
 // Where columns decay too, by b_t, it stands beside the row's a in every product with a state, and
 // dO is read through it: S_{t-1} b dO, S_{t-1} b · G, b (G + q dO^T).
 #pragma once
 
-#include "kernels/dispatch.h"
 #include "kernels/policy/decay.cuh"
-#include "kernels/recurrence/common.cuh"
 #include "kernels/recurrence/plan.h"
+#include "kernels/recurrence/row_walk.cuh"
 
 namespace lsm::recurrence {
 
-// V: smallest supported number of columns that holds the actual one.
-template <int V, DecayOn on = DecayOn::rows>
-struct RowConfig {
+constexpr int row_segment(DecayOn on) {
+    return on == DecayOn::both ? kRowSegmentOfBoth : kRowSegment;
+}
+
+constexpr int row_run(int V, DecayOn on) {
+    return V > 128 || on == DecayOn::both ? 8 : 16;
+}
+
+template <int V, DecayOn on>
+struct RowConfig : RowTile<V, row_run(V, on), row_segment(on)> {
     static constexpr bool kByColumn = on == DecayOn::both;
-    static constexpr int kThreads = 128;
-    static constexpr int kLanes = V / 4 < 32 ? V / 4 : 32;  // threads along V
-    static constexpr int kColumns = V / kLanes;             // per thread, in pieces of 4
-    static constexpr int kRows = 8 / kColumns;              // per thread
-    static constexpr int kTileRows = kThreads / kLanes * kRows;
-
-    // Tokens whose states are held in registers.
-    static constexpr int kRun = V > 128 || kByColumn ? 8 : 16;
-    // Starts kept in shared memory: not the first, which is the segment's, nor the last, which is
-    // at hand when the walk turns.
-    static constexpr int kStarts = (kByColumn ? kRowSegmentOfBoth : kRowSegment) / kRun - 2;
-    static constexpr int kPitch = kRun + 4;  // floats; spreads the rows over the banks
-
-    // Numbers per row and token: q, k, the gate, as each thread loads them;
-    static constexpr int kScalars = (kTileRows * kRun + kThreads - 1) / kThreads;
-    // dot products over V, as each thread has a share of them, and as it ends with whole ones.
-    static constexpr int kSums = kRows * kRun;
-    static constexpr int kOwnSums = kSums > kLanes ? kSums / kLanes : 1;
-    static constexpr int kLanesPerSum = kLanes > kSums ? kLanes / kSums : 1;
-    static_assert(V % 64 == 0 && V <= 256);
+    // Numbers per row and token: q, k, the gate, as each thread loads them.
+    static constexpr int kScalars =
+        (RowConfig::kTileRows * RowConfig::kRun + RowConfig::kThreads - 1) / RowConfig::kThreads;
 };
 
 template <class T, int V, DecayOn on>
 struct RowStorage {
     using C = RowConfig<V, on>;
-    using Scalars = float[C::kTileRows][C::kPitch];
-    float start[C::kStarts][C::kRows * C::kColumns][C::kThreads];  // every thread reads its own
+    typename C::Starts start;
     struct Stage {
         alignas(16) T value[C::kRun][V], grad_out[C::kRun][V];
         alignas(16) float column_decay[C::kByColumn ? C::kRun : 1][C::kByColumn ? V : 4];
-        alignas(16) Scalars q, k, decay, x, y, z;
+        alignas(16) typename C::Scalars q, k, decay, x, y, z;
         float own[C::kRun];
     } stage[2];
 };
@@ -84,34 +68,31 @@ struct RowParams {
 };
 
 template <class T, int V, DecayOn on>
-struct RowGradients {
+struct RowGradients : RowWalk<RowGradients<T, V, on>, RowConfig<V, on>, RowStorage<T, V, on>> {
     using Gates = GateLoader<T>;
     using C = RowConfig<V, on>;
-    using Storage = RowStorage<T, V, on>;
-    using Stage = typename Storage::Stage;
-    using State = float[C::kRows][C::kColumns];
-    using Row = float[C::kColumns];
+    using Stage = typename RowStorage<T, V, on>::Stage;
+    using Base = RowWalk<RowGradients, C, RowStorage<T, V, on>>;
+    using Base::column, Base::load_row, Base::put, Base::row, Base::tid, Base::S, Base::G;
+    using typename Base::Row;
 
     RowParams<T> const& p;
     Segment const segment;
     Work const work;
-    Walk const walk;
-    Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
-    int const tid = threadIdx.x, lane = tid % C::kLanes;  // lane: along V
-    int const row = tid / C::kLanes * C::kRows;           // first of this thread in the tile
-    int const runs = (walk.steps + C::kRun - 1) / C::kRun;
-    State S, G;
+    Walk const tokens;
     T raw_q[C::kScalars], raw_k[C::kScalars];
     typename Gates::Raw raw_gate[C::kScalars];
 
     LSM_DEVICE RowGradients(RowParams<T> const& p, Segment const& segment, Work const& work)
-        : p(p), segment(segment), work(work), walk(segment, false) {}
+        : p(p), segment(segment), work(work), tokens(segment, false) {}
 
     LSM_DEVICE int first_row() const { return work.tile * C::kTileRows; }
-    LSM_DEVICE int column(int j) const { return (j / 4 * C::kLanes + lane) * 4 + j % 4; }
+
+    LSM_DEVICE void load_start() { load_state(S, p.start); }
+    LSM_DEVICE void load_end() { load_state(G, p.end); }
 
     // States from outside are contiguous, but may start on any float.
-    LSM_DEVICE void load_state(State& state, States const& from) {
+    LSM_DEVICE void load_state(typename C::State& state, States const& from) {
         bool const zero = from.data == nullptr;
         i64 const size = i64(p.K) * p.V;
         float const* const data =
@@ -135,8 +116,8 @@ struct RowGradients {
         int const step = run * C::kRun;
         auto copy = [&](auto& tile, Rows const& x) {
             T const* const from =
-                row_at<T const>(x, segment.batch, walk.token(step), work.column_head);
-            copy_rows<C::kThreads>(tile, from, x.time, walk, step, p.V);
+                row_at<T const>(x, segment.batch, tokens.token(step), work.column_head);
+            copy_rows<C::kThreads>(tile, from, x.time, tokens, step, p.V);
         };
         copy(stage.value, p.v);
         if (with_queries) copy(stage.grad_out, p.grad_o);
@@ -144,9 +125,9 @@ struct RowGradients {
         LSM_UNROLL
         for (int i = 0; i < C::kScalars; ++i) {
             int const c = first_row() + scalar_row(i);
-            i64 const t = walk.token(step + scalar_token(i));
+            i64 const t = tokens.token(step + scalar_token(i));
             bool const inside =
-                scalar_token(i) < C::kRun && c < p.K && walk.has(step + scalar_token(i));
+                scalar_token(i) < C::kRun && c < p.K && tokens.has(step + scalar_token(i));
             auto load = [&](Rows const& x, bool wanted) {
                 if (!wanted) return static_cast<T>(0.f);
                 return load_global(row_at<T const>(x, segment.batch, t, work.row_head) + c);
@@ -170,26 +151,21 @@ struct RowGradients {
         }
     }
 
+    LSM_DEVICE void finish_run(Stage& stage, int run, bool) {
+        store_scalars(stage);
+        if constexpr (C::kByColumn) load_column_decays(stage, run);
+        cp_async_wait<0>();
+    }
+
     // Of columns there are too many to keep them in registers while they arrive.
     LSM_DEVICE void load_column_decays(Stage& stage, int run) {
         Gates const& gates = p.gates.columns;
         LSM_UNROLL_BY(4)
         for (int i = tid; i < C::kRun * V; i += C::kThreads) {
             int const n = i / V, c = i % V, step = run * C::kRun + n;
-            bool const inside = c < p.V && walk.has(step);
-            i64 const at = gates.at(segment.batch, walk.token(step), work.head, c);
+            bool const inside = c < p.V && tokens.has(step);
+            i64 const at = gates.at(segment.batch, tokens.token(step), work.head, c);
             stage.column_decay[n][c] = gates.factor(inside ? gates.load(at) : Gates::kIdentity);
-        }
-    }
-
-    template <class Element>
-    LSM_DEVICE void load_row(Element const (&tile)[V], Row& x) const {
-        LSM_UNROLL
-        for (int j = 0; j < C::kColumns; j += 4) {
-            float piece[4];
-            load4(&tile[column(j)], piece);
-            LSM_UNROLL
-            for (int i = 0; i < 4; ++i) x[j + i] = piece[i];
         }
     }
 
@@ -223,32 +199,6 @@ struct RowGradients {
         }
     }
 
-    LSM_DEVICE void keep_start(int run) {
-        if (run == 0) return;
-        LSM_UNROLL
-        for (int e = 0; e < C::kRows * C::kColumns; ++e) {
-            shared.start[run - 1][e][tid] = S[e / C::kColumns][e % C::kColumns];
-        }
-    }
-
-    LSM_DEVICE void recall_start(int run) {
-        if (run == 0) return load_state(S, p.start);
-        LSM_UNROLL
-        for (int e = 0; e < C::kRows * C::kColumns; ++e) {
-            S[e / C::kColumns][e % C::kColumns] = shared.start[run - 1][e][tid];
-        }
-    }
-
-    LSM_DEVICE void put(typename Storage::Scalars& to, float (&sums)[C::kSums]) {
-        scatter_sums<C::kLanes / 2, 1, C::kSums>(sums, lane);
-        if (lane % C::kLanesPerSum != 0) return;
-        LSM_UNROLL
-        for (int i = 0; i < C::kOwnSums; ++i) {
-            int const own = lane * C::kSums / C::kLanes + i;
-            to[row + own / C::kRun][own % C::kRun] = sums[i];
-        }
-    }
-
     // v · dO of every token of a run, by kShare neighbouring threads each.
     LSM_DEVICE void multiply_own(Stage& stage) {
         constexpr int kShare = C::kThreads / C::kRun;
@@ -279,8 +229,8 @@ struct RowGradients {
     // Forwards through a run, keeping the state before every token, and back.
     LSM_DEVICE void differentiate(Stage& stage) {
         multiply_own(stage);
-        State before[C::kRun];
-        float x[C::kSums];
+        typename C::State before[C::kRun];
+        typename C::Sums x;
         LSM_UNROLL
         for (int t = 0; t < C::kRun; ++t) {
             Row value, grad_out, b;
@@ -302,7 +252,7 @@ struct RowGradients {
         }
         put(stage.x, x);
 
-        float y[C::kSums], z[C::kSums];
+        typename C::Sums y, z;
         LSM_UNROLL
         for (int t = C::kRun - 1; t >= 0; --t) {
             Row value, grad_out, b;
@@ -331,13 +281,12 @@ struct RowGradients {
     }
 
     LSM_DEVICE void store_run(Stage& stage, int run) {
-        static_assert(C::kTileRows * C::kRun % 32 == 0, "whole warps add up a token's rows");
         LSM_UNROLL
         for (int i = 0; i < C::kScalars; ++i) {
             int const r = scalar_row(i), n = scalar_token(i);
             if (n >= C::kRun) continue;
             int const step = run * C::kRun + n;
-            bool const inside = first_row() + r < p.K && walk.has(step);
+            bool const inside = first_row() + r < p.K && tokens.has(step);
             float const q = stage.q[r][n], k = stage.k[r][n], decay = stage.decay[r][n];
             float dq = stage.x[r][n], dk = stage.y[r][n], dg = stage.z[r][n];
             if (!p.exclusive) {
@@ -345,7 +294,7 @@ struct RowGradients {
                 dq = decay * dq + k * stage.own[n];
                 dk += q * stage.own[n];
             }
-            store(walk.token(step), r, inside, p.scale * dq, dk, decay * dg);
+            store(tokens.token(step), r, inside, p.scale * dq, dk, decay * dg);
         }
     }
 
@@ -353,10 +302,7 @@ struct RowGradients {
     LSM_DEVICE void store(i64 t, int r, bool inside, float dq, float dk, float dg) {
         int const c = first_row() + r;
         if (p.gate_shares != nullptr) {
-            float sum = inside ? dg : 0.f;
-            LSM_UNROLL
-            for (int distance = C::kTileRows / 2; distance > 0; distance /= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            float const sum = Base::sum_rows(inside ? dg : 0.f);
             if (inside && r == 0)
                 store_global(p.gate_shares + work.tile * p.gate_share_size + gate_at(t), sum);
         }
@@ -375,61 +321,28 @@ struct RowGradients {
         return segment.batch * p.dg.batch + t * p.dg.time + work.head * p.dg.head;
     }
 
-    // Runs 0 .. runs - 2 forwards, then all of them backwards: 2 · runs - 1 visits of one pipeline.
-    LSM_DEVICE void walk_segment() {
-        auto run_of = [&](int visit) { return visit < runs ? visit : 2 * (runs - 1) - visit; };
-        int const visits = 2 * runs - 1;
-        if (visits > 0) start_run(shared.stage[0], 0, runs == 1);
-        for (int visit = 0; visit < visits; ++visit) {
-            Stage& stage = shared.stage[visit % 2];
-            Stage& other = shared.stage[1 - visit % 2];
-            int const run = run_of(visit);
-            store_scalars(stage);
-            if constexpr (C::kByColumn) load_column_decays(stage, run);
-            cp_async_wait<0>();
-            __syncthreads();  // this run has arrived, and nobody computes with the other any more
-            if (visit >= runs) store_run(other, run_of(visit - 1));
-            if (visit + 1 < visits) start_run(other, run_of(visit + 1), visit + 1 >= runs - 1);
-            if (visit < runs - 1) {
-                keep_start(run);
-                walk_forwards(stage);
-            } else {
-                if (visit >= runs) recall_start(run);
-                differentiate(stage);
-            }
-        }
-        __syncthreads();
-        if (visits > 0) store_run(shared.stage[(visits - 1) % 2], 0);
-    }
-
     LSM_DEVICE void poison() {
         int const r = tid % C::kTileRows;
         constexpr int kTokens = C::kThreads / C::kTileRows;
-        for (int step = 0; step < walk.steps; step += kTokens) {
+        for (int step = 0; step < tokens.steps; step += kTokens) {
             int const own = step + tid / C::kTileRows;
-            bool const inside = first_row() + r < p.K && walk.has(own);
-            store(walk.token(own), r, inside, nan_value(), nan_value(), nan_value());
+            bool const inside = first_row() + r < p.K && tokens.has(own);
+            store(tokens.token(own), r, inside, nan_value(), nan_value(), nan_value());
         }
     }
 };
 
 template <class T, int V, DecayOn on>
-__global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
+__global__ void __launch_bounds__(RowConfig<V, on>::kThreads, 2)
     row_gradients(RowParams<T> const p, Segments const segments, int tiles) {
     Work const work(p.HV, p.groups, tiles);
     Segment const segment = segments[work.record];
     if (segment.t0 == segment.t1) return;
     RowGradients<T, V, on> s(p, segment, work);
     if (segment.poison) return s.poison();
-    s.load_state(s.S, p.start);
-    s.load_state(s.G, p.end);
-    s.walk_segment();
-}
-
-inline i64 row_tiles(i64 K, i64 V) {
-    i64 tile = 0;
-    dispatch(Buckets<64, 128, 256>{}, V, [&](auto bucket) { tile = RowConfig<bucket>::kTileRows; });
-    return (K + tile - 1) / tile;
+    s.load_start();
+    s.load_end();
+    s.walk(s.runs(s.tokens.steps));
 }
 
 template <class T, DecayOn on>
@@ -437,7 +350,7 @@ void run_row_gradients(RowParams<T> const& p, Segments const& segments, void* st
     i64 const tiles = row_tiles(p.K, p.V);
     dispatch(Buckets<64, 128, 256>{}, p.V, [&](auto V) {
         launch(row_gradients<T, V, on>, dim3(static_cast<unsigned>(segments.count * p.HV * tiles)),
-               dim3(RowConfig<V>::kThreads), sizeof(RowStorage<T, V, on>), stream, p, segments,
+               dim3(RowConfig<V, on>::kThreads), sizeof(RowStorage<T, V, on>), stream, p, segments,
                static_cast<int>(tiles));
     });
     run_sum_gate_shares<T>(

@@ -1,6 +1,6 @@
-// Gradients that belong to a row of the state: those of q, of the keys and of the gate. They need a
-// sum over all of V and one row only, and once the sweeps have left what every micro-step wrote, u,
-// and its gradient, rows have nothing more to do with one another: with G the gradient that reaches
+// Gradients that belong to a row of the state: those of q, of the keys and of the gate. Once the
+// sweeps have left what every micro-step wrote, u, and its gradient, rows have nothing more to do
+// with one another, and the walk of row_walk.cuh is theirs: with G the gradient that reaches
 // S_t from itself on, u = beta d and r' = -beta d' (dplr: d and d') of the two sweeps,
 //
 //     S_t = A S_{t-1} + add u^T + plain v^T            G_{t-1} = A (G_t + ...) as in the sweep
@@ -12,47 +12,30 @@
 //     dplr           erase    write   k       dplain             A da                 ddot     dadd
 //
 // dg is taken from S and G of the same token, never from differences of long sums: it is as accurate
-// for a gate of -80 or -inf as for 0. Walking backwards therefore needs every S again, and dividing
-// by the decay would not give it back. A block owns a few rows [row tile, V] of one value head and
-// one segment: it walks forwards first, leaving the state before every short run of micro-steps in
-// shared memory; then each run, from the last to the first, is walked forwards once more with all its
-// states kept in registers, and backwards.
+// for a gate of -80 or -inf as for 0.
 #pragma once
 
 #include "kernels/delta/exact/common.cuh"
 #include "kernels/delta/exact/plan.h"
 #include "kernels/dispatch.h"
+#include "kernels/recurrence/row_walk.cuh"
 
 namespace lsm::delta::exact {
 
-// V: smallest supported number of columns that holds the actual one.
+using recurrence::row_tiles;
+
 template <int V>
-struct RowConfig {
-    static constexpr int kThreads = 128;
-    static constexpr int kLanes = V / 4 < 32 ? V / 4 : 32;  // threads along V
-    static constexpr int kColumns = V / kLanes;             // per thread, in pieces of 4
-    static constexpr int kRows = 8 / kColumns;              // per thread
-    static constexpr int kTileRows = kThreads / kLanes * kRows;
-
-    static constexpr int kRun = 8;  // micro-steps whose states are held in registers
-    // Starts kept in shared memory: not the first, which is the segment's, nor the last, which is
-    // at hand when the walk turns.
-    static constexpr int kStarts = kSegment / kRun - 2;
-    static constexpr int kPitch = kRun + 4;  // floats; spreads the rows over the banks
-    static constexpr int kPieces = kRun * V / 4 / kThreads;  // of 4 columns, per thread and run
-
-    // Dot products over V, as each thread has a share of them, and as it ends with whole ones.
-    static constexpr int kSums = kRows * kRun;
-    static constexpr int kOwnSums = kSums > kLanes ? kSums / kLanes : 1;
-    static constexpr int kLanesPerSum = kLanes > kSums ? kLanes / kSums : 1;
-    static_assert(V % 64 == 0 && V <= 256 && kTileRows * kRun <= kThreads);
+struct RowConfig : recurrence::RowTile<V, 8, kSegment> {
+    using C = RowConfig;
+    static constexpr int kPieces = C::kRun * V / 4 / C::kThreads;  // of 4 columns, per thread, run
+    static_assert(C::kTileRows * C::kRun <= C::kThreads);
 };
 
 template <class T, int V>
 struct RowStorage {
     using C = RowConfig<V>;
-    using Scalars = float[C::kTileRows][C::kPitch];
-    float start[C::kStarts][8][C::kThreads];  // every thread reads its own
+    using Scalars = typename C::Scalars;
+    typename C::Starts start;
     struct Stage {
         alignas(16) float u[C::kRun][V], r[C::kRun][V];
         alignas(16) T value[C::kRun][V], grad_out[C::kRun][V];
@@ -79,26 +62,22 @@ struct RowParams {
 };
 
 template <class T, int V, bool Plain>
-struct RowGradients {
+struct RowGradients
+    : recurrence::RowWalk<RowGradients<T, V, Plain>, RowConfig<V>, RowStorage<T, V>> {
     using Raw = typename GateLoader<T>::Raw;
     using C = RowConfig<V>;
-    using Storage = RowStorage<T, V>;
-    using Stage = typename Storage::Stage;
-    using State = float[C::kRows][C::kColumns];
-    using Row = float[C::kColumns];
+    using Stage = typename RowStorage<T, V>::Stage;
+    using Base = recurrence::RowWalk<RowGradients, C, RowStorage<T, V>>;
+    using Base::column, Base::load_row, Base::put, Base::row, Base::tid, Base::S, Base::G;
+    using typename Base::Row;
     static constexpr bool kPlain = Plain;
 
     RowParams<T> const& p;
     Segment const segment;
     Work const work;
     Steps const steps;
-    Storage& shared = *reinterpret_cast<Storage*>(dyn_smem());
-    int const tid = threadIdx.x, lane = tid % C::kLanes;  // lane: along V
-    int const row = tid / C::kLanes * C::kRows;           // first of this thread in the tile
     // The row and the micro-step of a run whose scalars this thread loads and stores.
     int const scalar_row = tid % C::kTileRows, scalar_step = tid / C::kTileRows;
-    int const runs = (steps.count + C::kRun - 1) / C::kRun;
-    State S, G;
     T raw_query, raw_key, raw_erase, raw_write;
     Raw raw_gate, raw_beta[C::kPieces][4];
 
@@ -106,9 +85,11 @@ struct RowGradients {
         : p(p), segment(segment), work(work), steps(segment.t0, segment.t1, p.per_token, false) {}
 
     LSM_DEVICE int first_row() const { return work.tile * C::kTileRows; }
-    LSM_DEVICE int column(int j) const { return (j / 4 * C::kLanes + lane) * 4 + j % 4; }
 
-    LSM_DEVICE void load_state(State& state, float const* boundaries) const {
+    LSM_DEVICE void load_start() { load_state(S, p.starts); }
+    LSM_DEVICE void load_end() { load_state(G, p.ends); }
+
+    LSM_DEVICE void load_state(typename C::State& state, float const* boundaries) const {
         float const* const from = boundaries + (work.record * p.HV + work.head) * p.K * p.V;
         LSM_UNROLL
         for (int r = 0; r < C::kRows; ++r) {
@@ -194,6 +175,12 @@ struct RowGradients {
         put(stage.decay, decay);
     }
 
+    LSM_DEVICE void finish_run(Stage& stage, int, bool to_differentiate) {
+        store_scalars(stage);
+        cp_async_wait<0>();
+        multiply_betas(stage, to_differentiate);
+    }
+
     // Of the sweeps' d, by the thread that copied it.
     LSM_DEVICE void multiply_betas(Stage& stage, bool to_differentiate) {
         if (p.betas.g.data == nullptr) return;
@@ -209,17 +196,6 @@ struct RowGradients {
             };
             multiply(&stage.u[piece_step(i)][piece_column(i)], 1.f);
             if (to_differentiate) multiply(&stage.r[piece_step(i)][piece_column(i)], -1.f);
-        }
-    }
-
-    template <class E>
-    LSM_DEVICE void load_row(E const (&tile)[V], Row& x) const {
-        LSM_UNROLL
-        for (int j = 0; j < C::kColumns; j += 4) {
-            float piece[4];
-            load4(&tile[column(j)], piece);
-            LSM_UNROLL
-            for (int i = 0; i < 4; ++i) x[j + i] = piece[i];
         }
     }
 
@@ -253,35 +229,11 @@ struct RowGradients {
         }
     }
 
-    LSM_DEVICE void keep_start(int run) {
-        if (run == 0) return;
-        LSM_UNROLL
-        for (int e = 0; e < C::kRows * C::kColumns; ++e)
-            shared.start[run - 1][e][tid] = S[e / C::kColumns][e % C::kColumns];
-    }
-
-    LSM_DEVICE void recall_start(int run) {
-        if (run == 0) return load_state(S, p.starts);
-        LSM_UNROLL
-        for (int e = 0; e < C::kRows * C::kColumns; ++e)
-            S[e / C::kColumns][e % C::kColumns] = shared.start[run - 1][e][tid];
-    }
-
-    LSM_DEVICE void put(typename Storage::Scalars& to, float (&sums)[C::kSums]) {
-        scatter_sums<C::kLanes / 2, 1, C::kSums>(sums, lane);
-        if (lane % C::kLanesPerSum != 0) return;
-        LSM_UNROLL
-        for (int i = 0; i < C::kOwnSums; ++i) {
-            int const own = lane * C::kSums / C::kLanes + i;
-            to[row + own / C::kRun][own % C::kRun] = sums[i];
-        }
-    }
-
     // Forwards through a run, keeping the state before every micro-step, and back.
     LSM_DEVICE void differentiate(Stage& stage) {
-        State before[C::kRun];
+        typename C::State before[C::kRun];
         {
-            float query[C::kSums], erase[C::kSums];
+            typename C::Sums query, erase;
             LSM_UNROLL
             for (int t = 0; t < C::kRun; ++t) {
                 Row u, value, other;
@@ -302,7 +254,7 @@ struct RowGradients {
             put(stage.grad_query, query);
             put(stage.grad_dot, erase);
         }
-        float add[C::kSums], plain[C::kSums], decays[C::kSums];
+        typename C::Sums add, plain, decays;
         LSM_UNROLL
         for (int t = C::kRun - 1; t >= 0; --t) {
             Row grad_out, u, value, other;
@@ -330,7 +282,6 @@ struct RowGradients {
     }
 
     LSM_DEVICE void store_run(Stage& stage, int run) {
-        static_assert(C::kTileRows * C::kRun % 32 == 0, "whole warps add up a token's rows");
         if (scalar_step >= C::kRun) return;
         auto const get = [&](auto& from) { return from[scalar_row][scalar_step]; };
         float const decay = get(stage.decay), dot = get(stage.grad_dot), add = get(stage.grad_add);
@@ -360,10 +311,7 @@ struct RowGradients {
         i64 const m = steps.at(step), t = steps.token(step);
         i64 const gate = segment.batch * p.dg.batch + t * p.dg.time + work.head * p.dg.head;
         if (p.gate_shares != nullptr) {
-            float sum = inside ? dg : 0.f;
-            LSM_UNROLL
-            for (int distance = C::kTileRows / 2; distance > 0; distance /= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            float const sum = Base::sum_rows(inside ? dg : 0.f);
             if (inside && scalar_row == 0 && steps.decays(step))
                 store_global(p.gate_shares + work.tile * p.gate_share_size + gate, sum);
         }
@@ -376,37 +324,9 @@ struct RowGradients {
             p.gates.store(p.dg.data, gate + first_row() + scalar_row, dg);
     }
 
-    // Runs 0 .. runs - 2 forwards, then all of them backwards: 2 · runs - 1 visits of one pipeline.
-    LSM_DEVICE void walk() {
-        auto run_of = [&](int visit) { return visit < runs ? visit : 2 * (runs - 1) - visit; };
-        int const visits = 2 * runs - 1;
-        if (visits > 0) start_run(shared.stage[0], 0, runs == 1);
-        LSM_UNROLL_BY(1)
-        for (int visit = 0; visit < visits; ++visit) {
-            Stage& stage = shared.stage[visit % 2];
-            Stage& other = shared.stage[1 - visit % 2];
-            int const run = run_of(visit);
-            store_scalars(stage);
-            cp_async_wait<0>();
-            multiply_betas(stage, visit >= runs - 1);
-            __syncthreads();  // this run has arrived, and nobody computes with the other any more
-            if (visit >= runs) store_run(other, run_of(visit - 1));
-            if (visit + 1 < visits) start_run(other, run_of(visit + 1), visit + 1 >= runs - 1);
-            if (visit < runs - 1) {
-                keep_start(run);
-                walk_forwards(stage);
-            } else {
-                if (visit >= runs) recall_start(run);
-                differentiate(stage);
-            }
-        }
-        __syncthreads();
-        if (visits > 0) store_run(shared.stage[(visits - 1) % 2], 0);
-    }
-
     LSM_DEVICE void poison() {
         float const nan = nan_value();
-        for (int run = 0; scalar_step < C::kRun && run < runs; ++run)
+        for (int run = 0; scalar_step < C::kRun && run < Base::runs(steps.count); ++run)
             store(run * C::kRun + scalar_step, inside(run), nan, nan, nan, nan, nan);
     }
 };
@@ -419,15 +339,9 @@ __global__ void __launch_bounds__(RowConfig<V>::kThreads, 2)
     if (segment.t0 == segment.t1) return;
     RowGradients<T, V, Plain> s(p, segment, work);
     if (segment.poison) return s.poison();
-    s.load_state(s.S, p.starts);
-    s.load_state(s.G, p.ends);
-    s.walk();
-}
-
-inline i64 row_tiles(i64 K, i64 V) {
-    i64 tile = 0;
-    dispatch(Buckets<64, 128, 256>{}, V, [&](auto bucket) { tile = RowConfig<bucket>::kTileRows; });
-    return (K + tile - 1) / tile;
+    s.load_start();
+    s.load_end();
+    s.walk(s.runs(s.steps.count));
 }
 
 template <class T>
