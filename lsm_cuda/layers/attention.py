@@ -100,6 +100,8 @@ class CausalAttention(nn.Module, ABC):
             hidden_states, self._positions(T, start, attention_mask, cu_seqlens)
         )
         if past_key_values is not None and self.kv_policy is not None:
+            if not self._reads_all:
+                raise ValueError(f"{name}: kv_policy is for attention over everything")
             if not use_cache or not (attention_mask is None or bool(attention_mask.all())):
                 raise ValueError(
                     f"{name}: kv_policy needs use_cache, and sequences without padding"

@@ -112,6 +112,14 @@ def check_rank(op: str, name: str, t: Tensor, dims: str) -> None:
         raise RuntimeError(f"lsm::{op}: {name} must have shape {dims}, got {[*t.shape]}")
 
 
+def check_last_queries(op: str, q: Tensor, k: Tensor) -> None:
+    if q.shape[1] > k.shape[1]:
+        raise RuntimeError(
+            f"lsm::{op}: q must be the last tokens of the T = {k.shape[1]} of k, got TQ = "
+            f"{q.shape[1]}"
+        )
+
+
 def check_state(op: str, state: Sequence[Tensor | None] | None, *names: str) -> None:
     """A state of several tensors comes whole; ``names`` say what its places hold."""
     if state is not None and (isinstance(state, Tensor) or len(state) != len(names)):

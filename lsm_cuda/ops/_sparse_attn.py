@@ -195,6 +195,8 @@ def attend(
     """``o`` and ``lse`` of whole sequences."""
     op = "block_sparse_attn_fwd"
     bias = None if lists is None else lists.bias
+    if lists is not None and lists.cu_seqlens_q is not None and cu_seqlens_q is None:
+        raise RuntimeError(f"lsm::{op}: lists are of packed sequences, cu_seqlens is missing")
     if pv_threshold:
         given = [t for t in (q, k, v, bias, sink_logits, ramp) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):

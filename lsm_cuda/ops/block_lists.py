@@ -44,6 +44,8 @@ class BlockLists:
         >>> lists = BlockLists.from_bitmap(torch.eye(4, dtype=torch.bool), 64, 64, 16, 16)
         >>> lists.index, lists.density()
         (tensor([0, 1, 2, 3], dtype=torch.int32), 0.25)
+        >>> lists
+        BlockLists(64 queries by 16, 64 keys by 16, 4 blocks in 1 x 1 x 4 lists)
     """
 
     index: Tensor
@@ -56,6 +58,16 @@ class BlockLists:
     bias: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+
+    def __repr__(self) -> str:
+        lists = " x ".join(map(str, self.shape))
+        long = f"{len(self.index)} blocks in {lists} lists"
+        if self.row_ptr is None:
+            long = f"{lists} lists of up to {self.index.shape[-1]} blocks"
+        return (
+            f"BlockLists({self.Tq} queries by {self.block_q}, {self.Tk} keys by {self.block_k}, "
+            f"{long})"
+        )
 
     # ---- Making them ----
 

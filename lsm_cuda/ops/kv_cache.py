@@ -230,6 +230,8 @@ def flash_attn_with_kvcache(
     """
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    if (k is None) != (v is None):
+        raise RuntimeError("lsm::kv_cache_update: new keys and values come together, got one")
     if k is not None and v is not None:
         if cache_seqlens is None:
             raise RuntimeError(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_rank
+from ._common import check_last_queries, check_rank
 from .attn_mask import AttnMask
 from .block_lists import BlockLists
 from .pooling import block_pool
@@ -60,6 +60,7 @@ def parallel_moba(
     """
     check_rank("moba", "q", q, "[B, T, HQ, K]")
     check_rank("moba", "k", k, "[B, T, H, K]")
+    check_last_queries("moba", q, k)
     if chunk_size < 16 or chunk_size % 16 or topk < 1:
         raise ValueError(
             "parallel_moba: chunk_size must be a multiple of 16 and topk positive, got "

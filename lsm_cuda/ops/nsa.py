@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_rank, check_shape
+from ._common import check_last_queries, check_rank, check_shape
 from .attn_mask import AttnMask
 from .block_lists import BlockLists
 from .kv_cache import sparse_attn_decode
@@ -235,7 +235,8 @@ def parallel_nsa(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
         ValueError: neither ``g_cmp`` nor ``block_indices``; ``k_cmp`` with ``cu_seqlens``;
-            ``cmp_stride`` that does not divide ``cmp_length`` and ``block_size``.
+            ``cmp_stride`` that does not divide ``cmp_length`` and ``block_size``; ``k_cmp`` or
+            ``v_cmp`` alone, or of another number of windows.
 
     Source: Native Sparse Attention, arXiv:2502.11089.
 
@@ -253,11 +254,18 @@ def parallel_nsa(
             check_shape("nsa", name, g, "[B, TQ, HQ]", q.shape[:3])
     if k_cmp is not None and cu_seqlens is not None:
         raise ValueError("parallel_nsa: k_cmp and v_cmp come without cu_seqlens")
+    check_last_queries("nsa", q, k)
     if g_cmp is None and block_indices is None:
         raise ValueError("parallel_nsa: needs block_indices where there is no g_cmp to choose by")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     length = block_size if cmp_length is None else cmp_length
     stride = length if cmp_stride is None else cmp_stride
+    windows = max(0, (k.shape[1] - length) // stride + 1)
+    given = [None if x_cmp is None else x_cmp.shape[1] for x_cmp in (k_cmp, v_cmp)]
+    if given not in ([None, None], [windows, windows]):
+        raise ValueError(
+            f"parallel_nsa: k_cmp and v_cmp come together, {windows} windows each, got {given}"
+        )
     o_cmp = None
     if g_cmp is not None:
         cu_cmp = None

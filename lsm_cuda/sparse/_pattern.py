@@ -3,6 +3,7 @@ keys, merged."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -248,6 +249,11 @@ class Axes(Pattern):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Attended:
         n = len(self.shape)
+        if q.shape[1] != math.prod(self.shape):
+            raise ValueError(
+                f"axial: a grid of {[*self.shape]} has {math.prod(self.shape)} tokens, got "
+                f"{q.shape[1]}"
+            )
         rest = [a for a in range(n) if a not in self.axes]
         order = [0, *(a + 1 for a in (*rest, *self.axes))]
         split = 1 + len(rest)

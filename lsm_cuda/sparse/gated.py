@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import RotaryEmbedding
+from ..ops._common import check_last_queries, check_shape
 from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
@@ -78,6 +79,7 @@ def infllm_v2_lists(
         raise ValueError(
             f"infllm_v2: stride must divide kernel and block, got {stride}, {kernel} and {block}"
         )
+    check_last_queries("infllm_v2", q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tokens, rule = k.shape[1], ScoreRule.compressed(kernel, stride, block, tap_max=True)
     with torch.no_grad():
@@ -483,6 +485,7 @@ def duo_attn(
         >>> duo_attn(q, k, v, torch.tensor([1.0, 0.0]), 4, 2).shape
         torch.Size([1, 20, 4, 8])
     """
+    check_shape("duo", "gate", gate, "[Hkv]", k.shape[2:3])
     full = block_sparse_attn(q, k, v, None, AttnMask(causal=True), scale)
     near = AttnMask(causal=True, left=window - 1, sinks=sinks)
     share = gate.repeat_interleave(q.shape[2] // len(gate))[:, None].to(full.dtype)

@@ -75,11 +75,19 @@ class KVCache:
         rotary: RotaryEmbedding | None = None,
     ) -> None:
         self.policy = Policy() if policy is None else policy
+        if "cache" in vars(self.policy):
+            raise ValueError(
+                f"KVCache: {type(self.policy).__name__} has a cache already; a policy holds the "
+                "state of one, make another"
+            )
         self.policy.cache = self
         self.scale = scale
         self.rotary = rotary
         self.buffer: KVBuffer | None = None
         self.seen = 0
+        #: B, Hkv, K, V and dtype of its tokens, once there are any
+        self.kind: tuple[int | torch.dtype, ...] | None = None
+        self.released = False
         #: the last query as it came, where ``rotary`` turns it
         self.unturned: Tensor | None = None
 
@@ -100,10 +108,13 @@ class KVCache:
             ``[B, T, Hq, V]``.
 
         Raises:
-            RuntimeError: a prompt was here before.
+            RuntimeError: tokens were here before.
         """
         if self.seen:
             raise RuntimeError("KVCache: prefill comes first, once; then step")
+        self._admit(k, v)
+        if not k.shape[1]:
+            return q.new_empty(*q.shape[:3], v.shape[3])
         self.store(k, v)
         self.seen = k.shape[1]
         if self.rotary is not None:
@@ -119,9 +130,13 @@ class KVCache:
 
         Returns:
             ``[B, 1, Hq, V]``.
+
+        Raises:
+            RuntimeError: tokens unlike those before, or a cache that was released.
         """
         if q.shape[1] != 1:
             raise RuntimeError(f"KVCache: a step is one token, q [B, 1, Hq, K], got {[*q.shape]}")
+        self._admit(k, v)
         self.store(k, v)
         self.seen += 1
         self.policy.append()
@@ -129,9 +144,21 @@ class KVCache:
             self.unturned, q = q, self.rotary(q, len(self) - 1)
         return self.policy.attend(q)
 
+    def _admit(self, k: Tensor, v: Tensor) -> None:
+        """Refuse tokens that do not belong to those before them."""
+        if self.released:
+            raise RuntimeError("KVCache: it was released; make another")
+        kind = (k.shape[0], *k.shape[2:], v.shape[3], k.dtype)
+        if self.kind is None:
+            self.kind = kind
+        elif kind != self.kind or v.shape[:3] != k.shape[:3]:
+            raise RuntimeError(
+                f"KVCache: B, Hkv, K, V and dtype must be {self.kind} as before, got {kind}"
+            )
+
     def release(self) -> None:
-        """Give back the memory of what is kept."""
-        self.buffer = None
+        """Give back the memory of what is kept; no more tokens may come."""
+        self.buffer, self.released = None, True
         self.policy.release()
 
     def part(self, policy: Policy | None) -> KVCache:

@@ -30,10 +30,18 @@ class StreamingLLM(Policy):
         window: last tokens, the current one among them.
         sinks: first tokens.
 
+    Raises:
+        ValueError: no window, or fewer than no sinks.
+
     Source: Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453.
     """
 
     def __init__(self, window: int = 1020, sinks: int = 4) -> None:
+        if window < 1 or sinks < 0:
+            raise ValueError(
+                f"StreamingLLM: window must be positive and sinks not negative, got {window} and "
+                f"{sinks}"
+            )
         self.window, self.sinks = window, sinks
 
     def begin(self, q: Tensor, lse: Tensor) -> None:
@@ -279,6 +287,12 @@ class FastGen(Policy):
     def begin(self, q: Tensor, lse: Tensor) -> None:
         k, _ = self.cache.kept()
         B, T, H, _ = k.shape
+        for name, x in (("special", self.special), ("punctuation", self.punctuation)):
+            if x.shape != (B, T):
+                raise ValueError(
+                    f"FastGen: {name} must have shape [B, T] = {[B, T]} of the prompt, got "
+                    f"{[*x.shape]}"
+                )
         mass = by_group(attention_mass(q, k, lse, self.cache.scale), H)  # [B, H, T]
         share = mass / mass.sum(-1, keepdim=True)
         self.window = max(round(self.recent * T), 1)
@@ -301,6 +315,8 @@ class FastGen(Policy):
         self._compact(alive, token.expand(B, H, T))
 
     def append(self) -> None:
+        if not hasattr(self, "chosen"):
+            raise RuntimeError("FastGen: needs a prompt before steps")
         B, H = self.chosen.shape
         now = self.position.new_full((B, H, 1), self.cache.seen - 1)
         self.position = torch.cat([self.position, now], -1)

@@ -217,7 +217,14 @@ class DuoAttention(Policy):
         self.caches: list[KVCache] = []
 
     def prompt_mask(self, q: Tensor) -> AttnMask:
-        streams = torch.zeros(sum(map(len, self.heads)), dtype=torch.bool)
+        assert self.cache.kind is not None
+        given, heads = sum(map(len, self.heads)), self.cache.kind[1]
+        if given != heads:
+            raise ValueError(
+                f"{type(self).__name__}: retrieval must be for each of the Hkv = {heads} key "
+                f"heads, got {given}"
+            )
+        streams = torch.zeros(given, dtype=torch.bool)
         streams[self.heads[1]] = True
         left = torch.where(streams, self.window - 1, -1).to(q.device, torch.int32)
         left = left.repeat_interleave(q.shape[2] // len(left))
@@ -243,7 +250,7 @@ class DuoAttention(Policy):
 
     def append(self) -> None:
         if not self.caches:
-            raise RuntimeError("DuoAttention: needs a prompt before steps")
+            raise RuntimeError(f"{type(self).__name__}: needs a prompt before steps")
 
     def release(self) -> None:
         for own in self.caches:

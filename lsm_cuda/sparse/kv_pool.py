@@ -143,6 +143,7 @@ class PagedKVCache(KVCache):
 
     def release(self) -> None:
         self._clear()
+        self.released = True
         self.policy.release()
 
     def _clear(self) -> None:

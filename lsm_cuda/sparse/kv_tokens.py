@@ -91,6 +91,11 @@ class DoubleSparsity(TokenPolicy):
 
     def _label(self, k: Tensor) -> Tensor:
         at = self.channels.to(k.device)
+        if at.shape[0] != k.shape[2]:
+            raise ValueError(
+                f"DoubleSparsity: channels must be [Hkv, r] of Hkv = {k.shape[2]} key heads, got "
+                f"{[*at.shape]}"
+            )
         return k.gather(-1, at.expand(*k.shape[:2], -1, -1))
 
     def score(self, q: Tensor) -> Tensor:
@@ -401,6 +406,11 @@ class ShadowKV(Policy):
         self.host = host.cpu().pin_memory() if v.is_cuda else host  # [B, Hkv, chunks, size, V]
         self.cache.keep(torch.arange(self.prompt, T, device=k.device))
 
+    def append(self) -> None:
+        if not hasattr(self, "mean"):  # no prompt
+            k, _ = self.cache.raw()
+            self.begin(k, k)
+
     def release(self) -> None:
         self.chosen = self.values = None
         del self.left, self.right, self.exact, self.host
@@ -425,7 +435,7 @@ class ShadowKV(Policy):
 
     def _fetch(self, chunks: Tensor) -> Tensor:
         """Values of chunks ``[B, Hkv, n]``, those that are not here from the host."""
-        if self.chosen is None or self.values is None:
+        if self.chosen is None or self.values is None or not chunks.numel():
             here = torch.zeros_like(chunks, dtype=torch.bool)
             shape = (*chunks.shape, *self.host.shape[3:])
             values = torch.empty(shape, dtype=self.host.dtype, device=chunks.device)
@@ -446,7 +456,7 @@ class ShadowKV(Policy):
         B, _, n = rows.shape
         left = self.left.gather(1, rows.flatten(1)[..., None].expand(-1, -1, self.left.shape[-1]))
         right = torch.unflatten(self.right, -1, (H, K))
-        k = torch.einsum("bhnr,brhd->bnhd", left.view(B, H, n, -1), right)
+        k = torch.einsum("bhnr,brhd->bnhd", torch.unflatten(left, 1, (H, n)), right)
         return k if self.rotary is None else turn_taken(self.rotary, k, rows)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops._common import accumulation_dtype, check_shape
+from ..ops._common import accumulation_dtype, check_last_queries, check_shape
 from ..ops._stretches import stretches
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
@@ -63,6 +63,7 @@ def transformer_xl_attn(
         torch.Size([1, 8, 2, 4])
     """
     K, R = w_r.shape[1:]
+    check_last_queries("transformer_xl", q, k)
     check_shape("transformer_xl", "w_r", w_r, "[H, K, R]", (q.shape[2], q.shape[3], R))
     if R % 2:
         raise ValueError(f"transformer_xl_attn: R must be even, got {R}")
@@ -111,6 +112,11 @@ class CompressiveMemory:
         rate: int = 3,
         compress: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if length < 0 or compressed < 0 or rate < 1:
+            raise ValueError(
+                "CompressiveMemory: lengths must not be negative and rate positive, got "
+                f"{length}, {compressed} and {rate}"
+            )
         self.length, self.compressed, self.rate = length, compressed, rate
         self.compress = compress
         self.recent: Tensor | None = None
@@ -343,7 +349,8 @@ def landmark_attn(
             f"{landmarks.shape[1]}"
         )
     keys = pages_of(k.to(acc), block, 0)  # [B, blocks, block, H, K]
-    marks = F.pad(landmarks[:, :blocks].to(acc), (0, 0, 0, 0, 0, blocks - landmarks.shape[1]))
+    marks = landmarks[:, :blocks].to(acc)
+    marks = F.pad(marks, (0, 0, 0, 0, 0, blocks - marks.shape[1]))
 
     def bias(qs: Tensor, keys: Tensor, marks: Tensor) -> Tensor:
         """``[B, t, Hq, blocks]``; what lies inside is made again in the backward pass."""

@@ -65,6 +65,12 @@ def _positive(builder: str, **sizes: int) -> None:
             raise ValueError(f"{builder}: {name} must be positive, got {size}")
 
 
+def _natural(builder: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{builder}: {name} must not be negative, got {size}")
+
+
 def sliding_window(window_size: int, causal: bool = True) -> Pattern:
     """The last ``window_size`` tokens, the query's own among them.
 
@@ -92,6 +98,7 @@ def sink_window(window_size: int, sinks: int = 4) -> Pattern:
         [1, 0, 1, 1]
     """
     _positive("sink_window", window_size=window_size)
+    _natural("sink_window", sinks=sinks)
     return Masked(None, AttnMask(causal=True, left=window_size - 1, sinks=sinks))
 
 
@@ -111,6 +118,8 @@ def block_streaming(
         >>> block_streaming(96, block=16, local_blocks=2).density(96) < 0.4
         True
     """
+    _positive("block_streaming", block=block, local_blocks=local_blocks)
+    _natural("block_streaming", tokens=tokens, sink_blocks=sink_blocks)
     row, column = _grid(tokens, block)
     chosen = (column < sink_blocks) | (row - column < local_blocks)
     return Masked(_lists((chosen & (column <= row))[None], tokens, block), AttnMask(causal=True))
@@ -183,6 +192,8 @@ def longnet(segments: Sequence[int], rates: Sequence[int], causal: bool = True) 
         raise ValueError(
             f"longnet: needs as many segments as rates, got {[*segments]} and {[*rates]}"
         )
+    for length, rate in zip(segments, rates, strict=True):
+        _positive("longnet", segments=length, rates=rate)
     return Union(tuple(Dilated(w, r, causal) for w, r in zip(segments, rates, strict=True)))
 
 
@@ -225,6 +236,7 @@ def prefix_lm(prefix: int) -> Pattern:
         >>> prefix_lm(2).to_dense(3)[0].tolist()
         [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
     """
+    _natural("prefix_lm", prefix=prefix)
     return Masked(None, AttnMask(causal=True, prefix=prefix))
 
 
@@ -265,6 +277,8 @@ def longformer(
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 1]]
     """
     gaps = [dilation] if isinstance(dilation, int) else [*dilation]
+    _natural("longformer", window=window, global_tokens=global_tokens)
+    _positive("longformer", dilation=min(gaps, default=0))
     parts = tuple(
         Masked(
             None,
@@ -299,6 +313,8 @@ def etc(global_tokens: int, radius: int) -> Pattern:
         >>> etc(1, 1).to_dense(4)[0, 1].tolist()
         [1, 1, 1, 0]
     """
+    _positive("etc", global_tokens=global_tokens)
+    _natural("etc", radius=radius)
     return gmat(global_tokens, Masked(None, AttnMask(left=radius, right=radius)))
 
 
@@ -476,6 +492,9 @@ def big_bird(
         random_blocks: further blocks of each row; or which, ``[heads, rows, n]``, -1 for none.
         generator: of the random blocks.
 
+    Raises:
+        ValueError: an even window, sizes that are not sizes, random blocks that are not there.
+
     Source: Big Bird, arXiv:2007.14062.
 
     Example:
@@ -483,16 +502,26 @@ def big_bird(
         >>> round(pattern.density(512), 2)
         0.29
     """
+    _positive("big_bird", heads=heads, block=block)
+    _natural("big_bird", tokens=tokens, window_blocks=window_blocks, global_blocks=global_blocks)
+    if window_blocks % 2 == 0:
+        raise ValueError(f"big_bird: window_blocks must be odd, got {window_blocks}")
     row, column = _grid(tokens, block)
     blocks = row.shape[0]
     edge = torch.arange(blocks)
     edge = (edge < global_blocks) | (edge >= blocks - global_blocks)
     fixed = ((row - column).abs() <= window_blocks // 2) | edge | edge[:, None]
     if isinstance(random_blocks, int):
+        _natural("big_bird", random_blocks=random_blocks)
         draw = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(fixed, -1)
         picked = draw.argsort(-1, descending=True)[..., :random_blocks]
     else:
         picked = random_blocks.cpu()
+        if picked.shape[:2] != (heads, blocks) or (picked >= blocks).any():
+            raise ValueError(
+                f"big_bird: random_blocks must be [heads, rows, n] = [{heads}, {blocks}, n] and "
+                f"below {blocks}, got {picked}"
+            )
     picked = picked.masked_fill(picked < 0, blocks)
     chosen = torch.zeros(heads, blocks, blocks + 1, dtype=torch.bool)
     chosen = chosen.scatter_(-1, picked, True)[..., :blocks] | fixed
@@ -538,6 +567,9 @@ def axial(shape: Sequence[int], axis: int | Sequence[int]) -> Pattern:
         [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    n = len(shape)
+    if len({a % n for a in axes}) != len(axes) or not all(-n <= a < n for a in axes):
+        raise ValueError(f"axial: axis must be in [{-n}, {n}), each once, got {[*axes]}")
     return Axes(tuple(shape), tuple(a % len(shape) for a in axes))
 
 

@@ -72,7 +72,12 @@ def _lists(bitmap: Tensor, q: Tensor, k: Tensor, block: int) -> BlockLists:
 
 
 def _own(q: Tensor, k: Tensor, block: int) -> Tensor:
-    """The last block of keys that a row of queries sees."""
+    """The last block of keys that a row of queries sees, of a prompt in one piece."""
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"sparse prefill: a prompt comes in one piece, got {q.shape[1]} tokens of q and "
+            f"{k.shape[1]} of k"
+        )
     rows = -(-q.shape[1] // block)
     end = torch.arange(1, rows + 1, device=q.device) * block
     return (end.clamp(max=q.shape[1]) - 1) // block
@@ -268,6 +273,8 @@ def minference_lists(
         return _lists(torch.stack([every[p][:, h] for h, p in enumerate(patterns)], 1), q, k, block)
     blocks = max(-(-k.shape[1] // block) // 8, 2)
     tokens = blocks * block
+    if not q.shape[1]:
+        return a_shape_lists(q, k, block=block)
     candidates = torch.stack(
         [
             made["a_shape"](min(block, tokens), tokens - block),
@@ -366,6 +373,7 @@ def xattention_lists(
     if block % stride:
         raise ValueError(f"xattention_lists: stride must divide block, got {stride} and {block}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _own(q, k, block)
     rule = ScoreRule.antidiagonal(stride, block, block)
     choice = BlockChoice(top_p=tau, first=1, local=1)
     lists = block_select(

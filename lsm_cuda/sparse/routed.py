@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._common import accumulation_dtype
+from ..ops._common import accumulation_dtype, check_shape
 from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
 from ._pattern import each, merge
@@ -57,6 +57,7 @@ def mosa_attn(
         >>> mosa_attn(q, k, v, torch.rand(1, 20, 2), 5).ne(0).any(-1).sum(1).tolist()
         [[5, 5]]
     """
+    check_shape("mosa", "router", router, "[B, T, H]", q.shape[:3])
     index = router.transpose(1, 2).topk(min(count, q.shape[1]), -1).indices.sort(-1).values
     rows = each(lambda x: take_tokens(x, index), q, k, v)
     o = block_sparse_attn(*rows, None, AttnMask(causal=True), scale)
@@ -99,6 +100,7 @@ def routing_attn(
     """
     B, T, H, _ = q.shape
     C, window = centroids.shape[1], min(window, T)
+    check_shape("routing", "centroids", centroids, "[H, C, K]", (H, C, q.shape[3]))
 
     def nearest(x: Tensor) -> Tensor:
         """``[B, H, C * window]``, each centroid's tokens in order."""
@@ -250,13 +252,15 @@ def lsh_attn(
         >>> lsh_attn(x, x, lsh_buckets(x, torch.randn(2, 8, 2, 2)), 6).shape
         torch.Size([1, 24, 2, 8])
     """
-    _B, T, _H, K = qk.shape
+    B, T, H, K = qk.shape
     rounds = buckets.shape[2]
+    check_shape("lsh", "buckets", buckets, "[B, H, rounds, T]", (B, H, rounds, T))
     if T % chunk_length:
         raise ValueError(f"lsh_attn: chunk_length must divide T, got {chunk_length} and {T}")
     # The chunk before the first of a round is the last of the round before it, as transformers
     # and the authors have it: rounds are one long sorted sequence.
-    offset = torch.arange(rounds, device=qk.device)[:, None] * (int(buckets.max()) + 1)
+    most = int(buckets.max()) if buckets.numel() else 0
+    offset = torch.arange(rounds, device=qk.device)[:, None] * (most + 1)
     order = torch.sort((buckets + offset).flatten(2), dim=-1, stable=True)[1]  # [B, H, rounds T]
     place = order % T
     back = torch.empty_like(order).scatter_(
@@ -365,8 +369,10 @@ def sinkhorn_attn(
     if logits is None:
         summary = q.sum(2)
         if causal:  # a block's own queries come too late for its first ones
-            summary = F.pad(summary.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
+            summary = F.pad(summary.cumsum(1), (0, 0, 0, 0, 1, 0))[:, :-1]
         logits = torch.einsum("bnhd,bmhd->bhnm", summary, k.sum(2)) * K**-0.5
+    N = q.shape[1]
+    check_shape("sinkhorn", "logits", logits, "[B, H, N, N]", (q.shape[0], q.shape[3], N, N))
     p = sinkhorn(logits.to(accumulation_dtype(q)) / temperature, iterations, causal).exp()
     p = p.to(k.dtype)
     mixed_k, mixed_v = (torch.einsum("bhnm,bmthd->bnthd", p, x).flatten(0, 1) for x in (k, v))

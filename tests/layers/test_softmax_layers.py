@@ -283,6 +283,10 @@ def test_a_decoder_generates_under_a_policy():
 def test_errors():
     with pytest.raises(ValueError, match="window_size must be positive, got 0"):
         Attention(D, 4, window_size=0)
+    layer = Attention(D, 4, window_size=3, layer_idx=0)
+    layer.kv_policy = StreamingLLM
+    with pytest.raises(ValueError, match="kv_policy is for attention over everything"):
+        layer(torch.randn(1, 4, D), past_key_values=Cache(), use_cache=True)
     with pytest.raises(ValueError, match=r"NativeSparseAttention: .* got 32, 4 and 3"):
         NativeSparseAttention(D, 4, 3)
     with pytest.raises(ValueError, match="MoBA: pass cu_seqlens without attention_mask and cache"):

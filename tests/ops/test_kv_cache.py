@@ -288,6 +288,9 @@ def test_flash_attn_with_kvcache():
     seen = torch.ones(3, 10, dtype=torch.bool).tril(7)
     want = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen)
     torch.testing.assert_close(got, want.transpose(1, 2))
+    for new in ({"k": q[:, :1, :2]}, {"v": q[:, :1, :2]}):
+        with pytest.raises(RuntimeError, match="new keys and values come together, got one"):
+            ops.flash_attn_with_kvcache(q, *caches, **new, cache_seqlens=7)
 
 
 def merge_inputs(parts: int, dtype: torch.dtype, V: int) -> Tensors:

@@ -343,6 +343,10 @@ def test_bad_tensors_are_refused():
     ]:
         with pytest.raises(RuntimeError, match=f"lsm::block_sparse_attn_fwd: {text}|.*{text}"):
             ops.block_sparse_attn(**({"q": q, "k": k, "v": k} | change))
+    bits = torch.ones(2, 2, dtype=torch.bool)
+    lists = BlockLists.from_bitmap(bits, 64, 64, 32, 32, None, None, bounds, bounds)
+    with pytest.raises(RuntimeError, match="lists are of packed sequences, cu_seqlens is missing"):
+        ops.block_sparse_attn(q, k, k, lists)
     with pytest.raises(RuntimeError, match="alibi_slopes get no gradient"):
         ops.block_sparse_attn(q, k, k, alibi_slopes=torch.ones(2, requires_grad=True))
 
@@ -402,6 +406,12 @@ def test_lists_of_packed_sequences():
     )
     assert not (pairs & (q_of[:, None] != k_of)).any()
     assert 0 < call.lists.density() < 1
+
+
+def test_lists_are_printed_without_their_numbers():
+    bitmap = torch.eye(4, dtype=torch.bool)
+    for capacity, text in ((None, "4 blocks in 1 x 1 x 4 lists"), (2, "lists of up to 2 blocks")):
+        assert text in repr(BlockLists.from_bitmap(bitmap, 60, 64, 16, 16, capacity).to("meta"))
 
 
 def test_lists_are_drawn(tmp_path):

@@ -3,9 +3,11 @@ few bits change what a policy does."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from caches import EVERYTHING, HKV, PROMPT, SMALL, B, K, T, close
+from caches import EVERYTHING, HKV, NONE, PROMPT, SMALL, B, K, T, close
 from dense import dense_attention
 
 from lsm_cuda import sparse
@@ -22,16 +24,25 @@ def test_a_large_budget_is_dense_attention(name, tokens):
         close(cache.step(*(x[:, t : t + 1] for x in tokens)), whole[:, t : t + 1])
 
 
-STEPWISE = [
-    n for n in EVERYTHING if n not in ("SnapKV", "FastGen", "ShadowKV", "DuoAttention", "LServe")
-]
+STEPWISE = [n for n in EVERYTHING if n not in ("SnapKV", "FastGen", "DuoAttention", "LServe")]
 
 
 @pytest.mark.parametrize("name", STEPWISE)
 def test_a_cache_may_begin_without_a_prompt(name, tokens):
     whole, _ = dense_attention(*tokens, torch.ones(T, T).tril().int())
     cache = KVCache(EVERYTHING[name]())
+    assert cache.prefill(*(x[:, :0] for x in tokens)).shape[1] == 0
     for t in range(3):
+        close(cache.step(*(x[:, t : t + 1] for x in tokens)), whole[:, t : t + 1])
+
+
+@pytest.mark.parametrize("prompt", [1, 3])
+@pytest.mark.parametrize("name", [n for n in EVERYTHING if n != "FastGen"])
+def test_a_prompt_may_be_short(name, prompt, tokens):
+    whole, _ = dense_attention(*tokens, torch.ones(T, T).tril().int())
+    cache = KVCache(EVERYTHING[name]())
+    close(cache.prefill(*(x[:, :prompt] for x in tokens)), whole[:, :prompt])
+    for t in range(prompt, prompt + 9):
         close(cache.step(*(x[:, t : t + 1] for x in tokens)), whole[:, t : t + 1])
 
 
@@ -189,3 +200,52 @@ def test_errors(tokens):
         sparse.SnapKV(8, 8)
     with pytest.raises(ValueError, match="chunks must be at least 2, got 1"):
         sparse.LongHeads(1)
+    with pytest.raises(ValueError, match="window must be positive and sinks not negative, got 0"):
+        sparse.StreamingLLM(0)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_tokens_that_do_not_belong(paged, tokens):
+    cache = sparse.PagedKVCache(sparse.PagePool(64)) if paged else KVCache()
+    cache.prefill(*tokens)
+    q, k, v = (x[:, :1] for x in tokens)
+    narrow, fewer = (q[..., :4], k[..., :4], v), (q[:1], k[:1], v[:1])
+    for other in (narrow, fewer, (q, k.float(), v), (q, k, v[:1])):
+        with pytest.raises(RuntimeError, match="B, Hkv, K, V and dtype must be .* as before"):
+            cache.step(*other)
+    cache.release()
+    with pytest.raises(RuntimeError, match="it was released"):
+        cache.step(q, k, v)
+
+
+def test_a_policy_has_one_cache():
+    policy = sparse.H2O()
+    KVCache(policy)
+    with pytest.raises(ValueError, match="H2O has a cache already"):
+        KVCache(policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda: sparse.DuoAttention([True]), "for each of the Hkv = 2 key heads, got 1"),
+        (lambda: sparse.LServe([True] * 3), "for each of the Hkv = 2 key heads, got 3"),
+        (
+            lambda: sparse.DoubleSparsity(torch.zeros(1, 2, dtype=torch.long)),
+            "of Hkv = 2 key heads, got [1, 2]",
+        ),
+        (
+            lambda: sparse.FastGen(torch.zeros(2, 3), torch.zeros(2, 3)),
+            "special must have shape [B, T] = [2, 57] of the prompt, got [2, 3]",
+        ),
+    ],
+)
+def test_policies_that_do_not_fit(policy, message, tokens):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        KVCache(policy()).prefill(*tokens)
+
+
+def test_policies_that_need_a_prompt(tokens):
+    for policy in (sparse.FastGen(NONE, NONE), sparse.LServe([True, False])):
+        with pytest.raises(RuntimeError, match=r"(FastGen|LServe): needs a prompt before steps"):
+            KVCache(policy).step(*(x[:, :1] for x in tokens))

@@ -271,3 +271,12 @@ def test_duo_attention_learns_its_heads():
     assert sparse.retrieval_heads(learned, 0.5).tolist() == [True, False]
     both = sparse.retrieval_heads(torch.tensor([[0.1, 0.8], [0.9, 0.7]]), 0.5)
     assert both.tolist() == [[False, True], [True, False]]
+
+
+def test_errors():
+    q, k, v = qkv(T, HQ, HKV)
+    with pytest.raises(RuntimeError, match=r"gate must have shape \[Hkv\] = \[2\], got \[3\]"):
+        sparse.duo_attn(q, k, v, torch.rand(3))
+    with pytest.raises(RuntimeError, match="q must be the last tokens of the T = 9 of k, got TQ ="):
+        sparse.infllm_v2_attn(q, k[:, :9], v[:, :9])
+    assert sparse.pooled_attention_map(q[:, :0], k[:, :0], 16).shape == (B, HQ, 0, 0)

@@ -168,7 +168,26 @@ def test_errors():
     q, k, v = qkv(T, HQ, HKV)
     with pytest.raises(ValueError, match="a landmark for each of 2 whole blocks, got 1"):
         sparse.landmark_attn(q, k, v, k[:, :1], 16)
+    with pytest.raises(RuntimeError, match="q must be the last tokens of the T = 9 of k, got TQ ="):
+        sparse.transformer_xl_attn(q, q[:, :9], q[:, :9], torch.randn(HQ, K, 6))
+    with pytest.raises(ValueError, match="rate positive, got 4, 2 and 0"):
+        sparse.CompressiveMemory(4, 2, 0)
     with pytest.raises(ValueError, match="R must be even, got 5"):
         sparse.transformer_xl_attn(q, q, q, torch.randn(HQ, K, 5))
     with pytest.raises(RuntimeError, match=r"w_r must have shape \[H, K, R\] = \[4, 8, 6\]"):
         sparse.transformer_xl_attn(q, q, q, torch.randn(HQ, 3, 6))
+
+
+def test_no_tokens():
+    x, marks = torch.randn(2, 0, HQ, K), torch.randn(2, 3, HQ, K)
+    assert sparse.landmark_attn(x, x, x, marks, 16).shape == x.shape
+    assert sparse.memorizing_attn(x, x, x, marks, marks, torch.zeros(HQ), 2).shape == x.shape
+    w = torch.randn(HQ, 5, K)
+    assert sparse.unlimiformer_attn(x, torch.randn(2, 4, 5), w, w, 2).shape == x.shape
+
+
+def test_more_landmarks_than_blocks():
+    q, k, v = qkv(40, HQ, HKV)
+    marks = torch.randn(k.shape[0], 5, HKV, K, dtype=k.dtype)
+    few = sparse.landmark_attn(q, k, v, marks[:, :2], 16)
+    torch.testing.assert_close(sparse.landmark_attn(q, k, v, marks, 16), few)

@@ -136,3 +136,6 @@ def test_is_what_fla_computes(lengths):
 def test_errors():
     with pytest.raises(ValueError, match=r"chunk_size must be a multiple of 16 .* got 20 and 4"):
         parallel_moba(*qkv(T), chunk_size=20)
+    q, k, v = qkv(T)
+    with pytest.raises(RuntimeError, match="q must be the last tokens of the T = 9 of k, got TQ ="):
+        parallel_moba(q, k[:, :9], v[:, :9])

@@ -153,3 +153,8 @@ def test_errors():
         parallel_nsa(q, k, v, g[0], g[1][:, :5])
     with pytest.raises(ValueError, match="stride must divide length and block_size, got 5, 16"):
         parallel_nsa(q, k, v, *g, block_size=16, cmp_length=16, cmp_stride=5)
+    for k_cmp, v_cmp in ((k[:, :4], None), (k[:, :4], v[:, :5]), (k[:, :9], v[:, :9])):
+        with pytest.raises(ValueError, match="k_cmp and v_cmp come together, 4 windows each, got"):
+            parallel_nsa(q, k, v, *g, block_size=16, k_cmp=k_cmp, v_cmp=v_cmp)
+    with pytest.raises(RuntimeError, match="q must be the last tokens of the T = 9 of k, got TQ"):
+        parallel_nsa(q, k[:, :9], v[:, :9], *g)

@@ -295,6 +295,21 @@ def test_density_and_drawing(tmp_path):
             lambda: sparse.block_streaming(32, 16).packed(*qkv(32, B=1), torch.tensor([0, 32])),
             "made for a number of tokens cannot read packed",
         ),
+        (lambda: sparse.sink_window(4, -1), "sinks must not be negative, got -1"),
+        (lambda: sparse.block_streaming(9, local_blocks=0), "local_blocks must be positive, got 0"),
+        (lambda: sparse.prefix_lm(-1), "prefix must not be negative, got -1"),
+        (lambda: sparse.longnet([0], [1]), "segments must be positive, got 0"),
+        (lambda: sparse.longformer(-1), "window must not be negative, got -1"),
+        (lambda: sparse.longformer(4, -1), "global_tokens must not be negative, got -1"),
+        (lambda: sparse.longformer(4, 0, []), "dilation must be positive, got 0"),
+        (lambda: sparse.etc(1, -1), "radius must not be negative, got -1"),
+        (lambda: sparse.big_bird(99, 1, 16, 2), "window_blocks must be odd, got 2"),
+        (
+            lambda: sparse.big_bird(32, 1, 16, random_blocks=torch.tensor([[[2], [0]]])),
+            r"must be \[heads, rows, n\] = \[1, 2, n\] and below 2",
+        ),
+        (lambda: sparse.axial((2, 3), 2), r"axis must be in \[-2, 2\), each once, got \[2\]"),
+        (lambda: sparse.axial((2, 3), 1).to_dense(7), r"a grid of \[2, 3\] has 6 tokens, got 7"),
     ],
 )
 def test_errors(make, message):

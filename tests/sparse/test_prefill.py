@@ -200,3 +200,18 @@ def test_prefill_and_recall(tokens):
 def test_errors(tokens):
     with pytest.raises(ValueError, match="stride must divide block, got 5 and 16"):
         sparse.xattention_lists(*tokens[:2], stride=5, block=16)
+
+
+METHODS = [
+    sparse.a_shape_lists, sparse.vertical_slash_lists, sparse.pooled_lists, sparse.minference_lists,
+    sparse.flex_prefill_lists, sparse.xattention_lists, sparse.sparge_lists,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda f: f.__name__)
+def test_prompts_come_in_one_piece(method, tokens):
+    q, k, v = tokens
+    with pytest.raises(ValueError, match="a prompt comes in one piece, got 9 tokens of q and"):
+        method(q[:, :9], k, block=16)
+    none = (q[:, :0], k[:, :0])
+    assert sparse.sparse_prefill(*none, v[:, :0], method(*none, block=16)).shape[1] == 0

@@ -210,3 +210,18 @@ def test_errors():
         sparse.sinkhorn_attn(q, k, v, 7)
     with pytest.raises(ValueError, match="chunk_length must divide T, got 7 and 48"):
         sparse.lsh_attn(q, v, torch.zeros(B, H, 1, T, dtype=torch.long), 7)
+    with pytest.raises(RuntimeError, match=r"buckets must have shape \[B, H, rounds, T\]"):
+        sparse.lsh_attn(q, v, torch.zeros(B, H, 1, T - 1, dtype=torch.long), 6)
+    with pytest.raises(RuntimeError, match=r"logits must have shape \[B, H, N, N\]"):
+        sparse.sinkhorn_attn(q, k, v, 6, torch.zeros(B, H, 3, 3))
+    with pytest.raises(RuntimeError, match=r"router must have shape \[B, T, H\]"):
+        sparse.mosa_attn(q, k, v, torch.rand(B, T, 1), 4)
+    with pytest.raises(RuntimeError, match=r"centroids must have shape \[H, C, K\]"):
+        sparse.routing_attn(q, q, v, torch.rand(H, 4, 3), 4)
+
+
+def test_no_tokens():
+    x = torch.randn(B, 0, H, 4)
+    assert sparse.lsh_attn(x, x, torch.zeros(B, H, 2, 0, dtype=torch.long), 4).shape == x.shape
+    for causal in (False, True):
+        assert sparse.sinkhorn_attn(x, x, x, 4, causal=causal).shape == x.shape
