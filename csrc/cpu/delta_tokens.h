@@ -110,11 +110,12 @@ class DeltaTokens {
         if constexpr (Rule::kOwnErase) erase_.read_rows(erase, key_width, i, s);
         if constexpr (Rule::kWrites == 2) write_.read_rows(write, key_width, i, s);
         if constexpr (Rule::kHasBeta) read_betas(i, s);
-        if constexpr (Rule::kDecays) {
-            read_gates(0, first, count);
-            for (int64_t t = 0; !divided_ && t < count; ++t) exp_gates(decay + t * n * key_width);
+        if constexpr (Rule::kDecays) read_gates(0, first, count);
+        if (divided_) {
+            for (int64_t j = 0; j < s; ++j) divide(j, i + j);
+        } else if constexpr (Rule::kDecays) {
+            for (int64_t t = 0; t < count; ++t) exp_gates(decay + t * n * key_width);
         }
-        for (int64_t j = 0; divided_ && j < s; ++j) divide(j, i + j);
         Row const& erased = Rule::kOwnErase ? erase_ : k_;
         T* const rows = Rule::kOwnErase ? erase : k;
         if (goes_on && block + 1 < blocks()) {
