@@ -144,6 +144,19 @@ def ssd_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     A, D, bias = (torch.randn(2, generator=draw) for _ in range(3))
     given = (x, dt, -A.exp(), B, C, state, D, z, bias, True)
     yield "ssd step bfloat16", 1, partial(torch.ops.lsm_emu.ssd_step, *given)
+    for kind, multiprocessors, T, V in (
+        ("whole", 1, 64, 64),
+        ("wide", 1, 64, 128),
+        ("cut", 64, 544, 64),
+    ):
+        q, k = (torch.randn(1, T, 1, 64, generator=draw).bfloat16() for _ in range(2))
+        v, z, grad = (torch.randn(1, T, 2, V, generator=draw).bfloat16() for _ in range(3))
+        w, S = torch.rand(1, T, 2, generator=draw), torch.randn(1, 2, 64, V, generator=draw)
+        given = (q, k, v, w, -w, D, z)
+        forward = partial(torch.ops.lsm_emu.ssd_fwd, *given, S, None, 1.0, True, True)
+        yield f"ssd {kind} forward", multiprocessors, forward
+        backward = partial(torch.ops.lsm_emu.ssd_bwd, *given, grad, S, None, 1.0, grad, S)
+        yield f"ssd {kind} backward", multiprocessors, backward
 
 
 def polynomial_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -91,7 +91,7 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "Tensor(c!) m, float scale, float eps, bool exponential, bool normalize) -> Tensor");
 
     // simple_gla of values that w [B,T,HV] weighs: S_t = exp(g_t) S_{t-1} + w_t k_t v_t^T; w and g in the dtype of states.
-    // For CPU tensors; on CUDA it is composed.
+    // For CPU tensors.
     m.def(
         "weighted_gla_fwd(Tensor q, Tensor k, Tensor v, Tensor w, Tensor g, Tensor? initial_state, "
         "Tensor? cu_seqlens, float scale, bool output_final_state) -> (Tensor o, Tensor "
@@ -100,6 +100,18 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "weighted_gla_bwd(Tensor q, Tensor k, Tensor v, Tensor w, Tensor g, Tensor? initial_state, "
         "Tensor? cu_seqlens, float scale, Tensor grad_o, Tensor? grad_final_state, bool "
         "need_dg=True) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor dg, Tensor dh0)");
+
+    // The same for CUDA tensors in bf16, with all that Mamba-2 has around it: (o + D v) silu(z), D [HV] or [HV,V], z
+    // [B,T,HV,V]. ungated, o + D v, is left for the backward where there is z and keep_ungated. Absent results are empty.
+    m.def(
+        "ssd_fwd(Tensor q, Tensor k, Tensor v, Tensor w, Tensor g, Tensor? D, Tensor? z, Tensor? "
+        "initial_state, Tensor? cu_seqlens, float scale, bool output_final_state, bool "
+        "keep_ungated) -> (Tensor o, Tensor final_state, Tensor ungated)");
+    m.def(
+        "ssd_bwd(Tensor q, Tensor k, Tensor v, Tensor w, Tensor g, Tensor? D, Tensor? z, Tensor? "
+        "ungated, Tensor? initial_state, Tensor? cu_seqlens, float scale, Tensor grad_o, Tensor? "
+        "grad_final_state) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor dg, Tensor dD, "
+        "Tensor dz, Tensor dh0)");
 
     // A step of simple_gla as Mamba-2 has it: x [B,H,P]; dt [B,H], softplus(dt + dt_bias) if dt_softplus, weighs what is
     // written; exp(dt A) decays; B, C [B,G,N]; y + D x, gated by silu(z). state [B,H,P,N], or a tensor of [B,H,N,P] with

@@ -453,7 +453,7 @@ def upstream(name: str, like: Tensor) -> Tensor:
     """A seeded gradient of the result ``name``, in values that every dtype has."""
     rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(like.shape, generator=rng, dtype=torch.float32).bfloat16()
-    return values.to(like.dtype)
+    return values.to(like.device, like.dtype)
 
 
 def gradients(call: Call, family: Family, x: Call_, dtype: torch.dtype | None = None) -> Tensors:

@@ -480,6 +480,10 @@ inline void cp_async16(uint32_t destination, void const* source, bool valid) {
     emu::cp_async(destination, source, 16, valid ? 16 : 0);
 }
 
+inline void cp_async4(uint32_t destination, void const* source, bool valid) {
+    emu::cp_async(destination, source, 4, valid ? 4 : 0);
+}
+
 inline void cp_async_commit() {
     emu::cp_async_commit();
 }

@@ -1,5 +1,5 @@
 // Operators of the chunk engine whose tokens weigh what they write, or whose outputs are divided or finished: mLSTM,
-// Based and ReBased, and Mamba-2's step. Compiled once per backend.
+// Based and ReBased, and Mamba-2. Compiled once per backend.
 #include "ops/chunk.h"
 
 #include <torch/csrc/stable/library.h>
@@ -244,6 +244,154 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_gla_bwd(
                                        grad_final_state, {});
     return {d.q, d.k, d.v, dw, dg, d.state};
 }
+#else
+// The same on tensor cores, with D v beside what is read and the gate silu(z) behind.
+struct SsdInputs {
+    Inputs in;
+    OptionalTensor D, z;
+};
+
+SsdInputs prepare_ssd(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
+                      Tensor const& w, Tensor const& g, OptionalTensor const& D,
+                      OptionalTensor const& z, OptionalTensor const& initial_state,
+                      OptionalTensor const& cu_seqlens, double scale) {
+    static constexpr ChunkOperator op{"ssd", Decay::none, false};
+    SsdInputs own{prepare(c, op, q, k, v, {}, initial_state, cu_seqlens, scale), D, z};
+    ChunkParams& p = own.in.p;
+    c.require(q.scalar_type() == ScalarType::BFloat16,
+              "q must be bfloat16, which goes to tensor cores, got ", name(q.scalar_type()));
+    check_sums(c, w, "w", "[B, T, HV]", {p.B, p.T, p.HV}, q);
+    check_sums(c, g, "g", "[B, T, HV]", {p.B, p.T, p.HV}, q);
+    p.decay = Decay::scalar;
+    p.g = scalar_rows(g), p.w = scalar_rows(w);
+    p.gate_dtype = p.state_dtype;
+    if (D) {
+        bool const channels = D->dim() == 2;
+        if (channels) c.shape(*D, "D", "[HV, V]", {p.HV, p.V});
+        if (!channels) c.shape(*D, "D", "[HV]", {p.HV});
+        check_gate_type(c, *D, "D", q);
+        if (channels) own.D = last_contiguous(*D);
+        p.finish.skip = head_rows(*own.D), p.finish.skip_channels = channels;
+    }
+    if (z) {
+        c.shape(*z, "z", "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+        c.dtype(*z, "z", q.scalar_type(), " like q");
+        c.device(*z, "z", q, "q");
+        own.z = kernel_layout(*z);
+        p.finish.z = rows(*own.z);
+    }
+    return own;
+}
+
+OptionalTensor pad_skip(OptionalTensor const& D, int64_t columns) {
+    return D && D->dim() == 2 ? pad_last(D, columns) : D;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ssd_fwd(Tensor const& q, Tensor const& k, Tensor const& v,
+                                           Tensor const& w, Tensor const& g,
+                                           OptionalTensor const& D, OptionalTensor const& z,
+                                           OptionalTensor const& initial_state,
+                                           OptionalTensor const& cu_seqlens, double scale,
+                                           bool output_final_state, bool keep_ungated) {
+    Checks const c("ssd_fwd");
+    SsdInputs own = prepare_ssd(c, q, k, v, w, g, D, z, initial_state, cu_seqlens, scale);
+    if (needs_padding(q, v)) {
+        int64_t const dK = padding(q), dV = padding(v);
+        auto [o, state, ungated] =
+            ssd_fwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), w, g, pad_skip(D, dV),
+                    pad_last(z, dV), pad_state(initial_state, dK, dV), cu_seqlens, scale,
+                    output_final_state, keep_ungated);
+        return {cut(o, v.size(3)), cut_state(state, q.size(3), v.size(3)),
+                cut_channels(ungated, v.size(3))};
+    }
+    ChunkParams& p = own.in.p;
+    DeviceScope const scope(q);
+    Tensor o = empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q);
+    Tensor state = output_final_state ? empty({p.N, p.HV, p.K, p.V}, state_type(q), q)
+                                      : empty({0}, state_type(q), q);
+    Tensor ungated = z && keep_ungated ? empty({p.B, p.T, p.HV, p.V}, q.scalar_type(), q)
+                                       : empty({0}, q.scalar_type(), q);
+    p.o = rows(o);
+    if (output_final_state) p.final_state = state.mutable_data_ptr();
+    if (z && keep_ungated) p.finish.ungated = rows(ungated);
+    Tensor scratch = workspace(chunk_fwd_workspace(p), q);
+    chunk_fwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {o, state, ungated};
+}
+
+// Sums of what finish_gradient left, in the shape and dtype of D.
+Tensor sum_pieces(Tensor const& pieces, Tensor const& D) {
+    std::vector<int64_t> over{0};
+    if (D.dim() == 1) over.push_back(2);
+    return torch::stable::to(
+        torch::stable::sum(
+            pieces, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()), false),
+        D.scalar_type());
+}
+
+// Gradients of w and g are always made; those of D and z are empty where these are absent.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_bwd(
+    Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& w, Tensor const& g,
+    OptionalTensor const& D, OptionalTensor const& z, OptionalTensor const& ungated,
+    OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, double scale,
+    Tensor const& grad_o, OptionalTensor const& grad_final_state) {
+    Checks const c("ssd_bwd");
+    SsdInputs own = prepare_ssd(c, q, k, v, w, g, D, z, initial_state, cu_seqlens, scale);
+    ChunkParams& p = own.in.p;
+    auto const like_outputs = [&](Tensor const& t, char const* arg) {
+        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+        c.dtype(t, arg, q.scalar_type(), " like q");
+        c.device(t, arg, q, "q");
+    };
+    like_outputs(grad_o, "grad_o");
+    c.require(bool(z) == bool(ungated), "ungated is what z gates: both or neither are given");
+    if (ungated) like_outputs(*ungated, "ungated");
+    check_state(c, grad_final_state, "grad_final_state", q, p.N, p.HV, p.K, p.V);
+    if (needs_padding(q, v)) {
+        int64_t const dK = padding(q), dV = padding(v), K = q.size(3), V = v.size(3);
+        auto [dq, dk, dv, dw, dg, dD, dz, dh0] =
+            ssd_bwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), w, g, pad_skip(D, dV),
+                    pad_last(z, dV), pad_last(ungated, dV), pad_state(initial_state, dK, dV),
+                    cu_seqlens, scale, pad_last(grad_o, dV), pad_state(grad_final_state, dK, dV));
+        return {cut(dq, K),
+                cut(dk, K),
+                cut(dv, V),
+                dw,
+                dg,
+                dD.dim() == 2 ? cut(dD, V) : dD,
+                cut_channels(dz, V),
+                cut_state(dh0, K, V)};
+    }
+    DeviceScope const scope(q);
+    ScalarType const type = q.scalar_type(), wide = state_type(q);
+    Tensor const grad_rows = kernel_layout(grad_o);
+    OptionalTensor const ungated_rows = kernel_layout(ungated),
+                         d_last = contiguous_or_none(grad_final_state);
+    Tensor dq = empty({p.B, p.T, p.HV, p.K}, type, q), dk = empty({p.B, p.T, p.HV, p.K}, type, q);
+    Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
+    Tensor dw = empty({p.B, p.T, p.HV}, wide, q), dg = empty({p.B, p.T, p.HV}, wide, q);
+    Tensor dz = z ? empty({p.B, p.T, p.HV, p.V}, type, q) : empty({0}, type, q);
+    Tensor dD = D ? empty({finish_gradient_pieces(p), p.HV, p.V}, wide, q) : empty({0}, wide, q);
+    Tensor dh0 = initial_state ? empty({p.N, p.HV, p.K, p.V}, wide, q) : empty({0}, wide, q);
+    p.grad_o = rows(grad_rows);
+    p.grad_final_state = data_or_null(d_last);
+    p.key_grad_dtype = to_dtype(type);
+    p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
+    p.dg = scalar_rows(dg), p.dw = scalar_rows(dw);
+    if (z) p.finish.ungated = rows(*ungated_rows), p.finish.dz = rows(dz);
+    if (D) p.finish.dskip = static_cast<float*>(dD.mutable_data_ptr());
+    if (initial_state) p.grad_initial_state = dh0.mutable_data_ptr();
+    Tensor scratch = workspace(chunk_bwd_workspace(p), q);
+    chunk_bwd(p, scratch.mutable_data_ptr(), scope.stream());
+    return {sum_groups(dq, p.H, type),
+            sum_groups(dk, p.H, type),
+            dv,
+            dw,
+            dg,
+            D ? sum_pieces(dD, *D) : dD,
+            dz,
+            dh0};
+}
 #endif
 
 // A step of one decay per head with an input gate and a normaliser beside the state.
@@ -340,6 +488,9 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
     m.impl("weighted_gla_fwd", TORCH_BOX(&lsm::weighted_gla_fwd));
     m.impl("weighted_gla_bwd", TORCH_BOX(&lsm::weighted_gla_bwd));
+#else
+    m.impl("ssd_fwd", TORCH_BOX(&lsm::ssd_fwd));
+    m.impl("ssd_bwd", TORCH_BOX(&lsm::ssd_bwd));
 #endif
     m.impl("polynomial_attn_fwd", TORCH_BOX(&lsm::polynomial_attn_fwd));
     m.impl("polynomial_attn_bwd", TORCH_BOX(&lsm::polynomial_attn_bwd));

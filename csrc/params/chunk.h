@@ -72,6 +72,19 @@ struct Normaliser {
 // Rows of Normaliser::tokens: log decay, weight, scale · q·n where outputs are divided, least.
 inline constexpr int64_t kGateRows = 4;
 
+// What becomes of an output o: (o + skip v) silu(z), of which either may be absent.
+struct Finish {
+    TypedRows skip;      // [HV] or [HV, V], nullable
+    bool skip_channels;  // which of the two
+    Rows z;              // [B, T, HV, V], T = 1 in a step; nullable
+
+    // Whole sequences with z: the outputs before it gates them, which the backward reads. Nullable forward.
+    Rows ungated;
+    // Backward.
+    Rows dz;                 // [B, T, HV, V], with z
+    float* dskip = nullptr;  // [finish_gradient_pieces, HV, V], to be added up; nullable
+};
+
 // S_t = decay(S_{t-1}) + k_t v_t^T,   o_t = scale · S_t^T q_t,   or o_t = scale · S_{t-1}^T q_t if exclusive.
 // H query/key heads serve HV value heads (HV % H == 0): value head h reads query/key head h / (HV / H).
 struct ChunkParams {
@@ -95,6 +108,12 @@ struct ChunkParams {
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
     Normaliser normaliser;  // g is then the first of its rows of tokens; on CUDA of features alone
 
+    // Whole sequences on tensor cores, of a scalar decay: what a token writes is multiplied by w [B, T, HV], fp32, null if
+    // there is none; then outputs are finished, and the backward leaves the gradients of g and of w.
+    Rows w;
+    Finish finish;
+    Rows dw;
+
     // Forward; the backward of a normaliser reads o.
     Rows o;                       // [B, T, HV, V]
     void* final_state = nullptr;  // [N, HV, K, V], nullable
@@ -114,13 +133,6 @@ struct StepSizes {
     TypedRows dt;       // [B, 1, HV], nullable: then nothing else here means anything
     TypedRows A, bias;  // [HV], bias nullable
     bool softplus;
-};
-
-// What becomes of an output o: (o + skip v) silu(z), of which either may be absent.
-struct Finish {
-    TypedRows skip;      // [HV] or [HV, V], nullable
-    bool skip_channels;  // which of the two
-    Rows z;              // [B, 1, HV, V], nullable
 };
 
 // One token: the state is read once, decayed and written to; the query reads it after that, or before if exclusive.
@@ -149,6 +161,7 @@ int64_t chunk_fwd_workspace(ChunkParams const& p);
 int64_t chunk_bwd_workspace(ChunkParams const& p);
 void chunk_fwd(ChunkParams const& p, void* workspace, void* stream);
 void chunk_bwd(ChunkParams const& p, void* workspace, void* stream);
+int64_t finish_gradient_pieces(ChunkParams const& p);
 int64_t step_workspace(StepParams const& p);
 void step(StepParams const& p, void* workspace, void* stream);
 

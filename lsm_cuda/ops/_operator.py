@@ -27,6 +27,9 @@ BY_VALUE = {"gla_value": "g", "gla_both": "gv"}  # whose gates stand by values' 
 # Devices whose kernels weigh values and divide outputs themselves; elsewhere that is composed.
 FUSED = {"cpu"}
 
+# Devices whose bf16 kernels weigh values and finish outputs as Mamba-2 has it.
+FINISHED = {"cuda"}
+
 
 def register(name: str, takes: tuple[str, ...], step: bool = True) -> None:
     """Fake kernels and autograd of one operator, with the arguments ``takes`` between v and

@@ -11,12 +11,15 @@ from ._common import (
     accumulation_dtype,
     autocast,
     check_device_like,
+    check_no_forward_ad,
     check_no_gradient,
     check_rank,
+    check_same_device,
     check_shape,
     in_dtype,
+    no_double_backward,
 )
-from ._operator import FUSED, register, sequences
+from ._operator import FINISHED, FUSED, VALUES, register, sequences
 from .conv import convolve
 from .selective_scan import selective_step
 
@@ -82,9 +85,10 @@ def mamba_chunk_scan_combined(
         ValueError: return_varlen_states without cu_seqlens.
         RuntimeError: a shape, dtype or device that does not fit, or N over 256 on CUDA.
 
-    Note: differentiable once in every floating tensor. Around the engine x is read and written
-        once for D and twice for z; on CUDA once more for dt, which enters that product in the dtype
-        of x.
+    Note: differentiable once in every floating tensor. On CUDA in bf16 dt, D and z are part of the
+        engine's passes; the forward leaves what z gates for the backward, if there is to be one.
+        Elsewhere x is read and written around the engine once for D and twice for z; on CUDA once
+        more for dt, which enters that product in the dtype of x.
 
     Source: Transformers are SSMs, arXiv:2405.21060.
 
@@ -107,14 +111,19 @@ def mamba_chunk_scan_combined(
         check_shape(op, "seq_idx", seq_idx, "[B, T]", x.shape[:2])
         changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         g = g.masked_fill(changes[..., None], -torch.inf)
-    rest = 1.0, initial_states, return_final_states or return_varlen_states, cu_seqlens
-    if x.device.type in FUSED:
+    _check_finish(op, x, D, z)
+    wanted = return_final_states or return_varlen_states
+    rest = 1.0, initial_states, wanted, cu_seqlens
+    if _finishes(x):
+        y, states = _in_one_pass(x, dt, g, B, C, D, z, initial_states, wanted, cu_seqlens)
+    elif x.device.type in FUSED:
         own = {"w": dt, "g": g}
         y, states = sequences("weighted_gla", C, B, x, own, *rest, state_v_first=True)
+        y = _finish(y, x, D, z)
     else:
         v = x * dt[..., None].to(x.dtype)
         y, states = _chunk.chunk("simple_gla", C, B, v, g, *rest, state_v_first=True)
-    y = _finish(op, y, x, D, z)
+        y = _finish(y, x, D, z)
     results = [y]
     if return_final_states and states is not None:
         results.append(states if cu_seqlens is None else states[-1:])
@@ -362,18 +371,102 @@ def _discretise(
     return dt, dt * A.to(dtype)
 
 
-def _finish(op: str, y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    if D is not None:
-        if D.shape not in (x.shape[-2:-1], x.shape[-2:]):
-            raise RuntimeError(
-                f"lsm::{op}: D must have shape [H] = {[x.shape[-2]]} or [H, P] = "
-                f"{[*x.shape[-2:]]}, got {[*D.shape]}"
-            )
-        y = torch.addcmul(y, x, (D if D.dim() == 2 else D[:, None]).to(x.dtype))
+def _check_finish(op: str, x: Tensor, D: Tensor | None, z: Tensor | None) -> None:
+    if D is not None and D.shape not in (x.shape[-2:-1], x.shape[-2:]):
+        raise RuntimeError(
+            f"lsm::{op}: D must have shape [H] = {[x.shape[-2]]} or [H, P] = "
+            f"{[*x.shape[-2:]]}, got {[*D.shape]}"
+        )
     if z is not None:
         check_shape(op, "z", z, "[..., H, P]", x.shape)
+
+
+def _finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    if D is not None:
+        y = torch.addcmul(y, x, (D if D.dim() == 2 else D[:, None]).to(x.dtype))
+    if z is not None:
         y = y * F.silu(z.to(y.dtype))
     return y
+
+
+def _finishes(x: Tensor) -> bool:
+    wide = x.shape[-1] > VALUES["cuda"]
+    return x.device.type in FINISHED and x.dtype == torch.bfloat16 and not wide
+
+
+def _in_one_pass(
+    x: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    h0: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """By the operator that weighs values by dt and finishes outputs with D and z."""
+    z = None if z is None else in_dtype(z, x.dtype)
+    D = _beside(x, D)
+    if h0 is not None:
+        h0 = h0.transpose(-1, -2)
+        h0 = h0.float() if h0.dtype in (torch.bfloat16, torch.float16) else h0
+    named = {"q": C, "k": B, "v": x, "w": dt, "g": g, "D": D, "z": z, "initial_state": h0}
+    check_no_forward_ad("ssd_fwd", **named)
+    given = (t for t in named.values() if t is not None)
+    keep = z is not None and torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    y, state, _ = torch.ops.lsm.ssd_fwd(*named.values(), cu_seqlens, 1.0, output_final_state, keep)
+    return y, state.transpose(-1, -2) if output_final_state else None
+
+
+def _fwd_fake(q, k, v, w, g, D, z, h0, cu_seqlens, _, output_final_state, keep):  # type: ignore[no-untyped-def]
+    named = {"k": k, "v": v, "w": w, "g": g, "D": D, "z": z, "initial_state": h0}
+    check_same_device("ssd_fwd", q, **named, cu_seqlens=cu_seqlens)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = (N, v.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
+    ungated = v.shape if keep and z is not None else (0,)
+    wide = accumulation_dtype(q)
+    return v.new_empty(v.shape), q.new_empty(state, dtype=wide), v.new_empty(ungated)
+
+
+def _bwd_fake(q, k, v, w, g, D, z, ungated, h0, cu_seqlens, _, grad_o, grad_state):  # type: ignore[no-untyped-def]
+    named = {"k": k, "v": v, "w": w, "g": g, "D": D, "z": z, "ungated": ungated}
+    named |= {"initial_state": h0, "cu_seqlens": cu_seqlens, "grad_o": grad_o}
+    check_same_device("ssd_bwd", q, **named, grad_final_state=grad_state)
+    nothing = q.new_empty((0,)), w.new_empty((0,))
+    dD = nothing[1] if D is None else D.new_empty(D.shape)
+    dz = nothing[0] if z is None else z.new_empty(z.shape)
+    dh0 = nothing[1] if h0 is None else h0.new_empty(h0.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v, w, g)), dD, dz, dh0
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, cu_seqlens, scale, output_final_state, keep = inputs
+    z, ungated = tensors[6], output[2]
+    ctx.mark_non_differentiable(ungated)
+    ctx.save_for_backward(*tensors, cu_seqlens, ungated if keep and z is not None else None)
+    ctx.scale, ctx.output_final_state = scale, output_final_state
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_o, grad_state, _):  # type: ignore[no-untyped-def]
+    *tensors, h0, cu_seqlens, ungated = ctx.saved_tensors
+    grad_o = torch.zeros_like(tensors[2]) if grad_o is None else grad_o
+    grad_state = grad_state if ctx.output_final_state else None
+    grads = torch.ops.lsm.ssd_bwd(*tensors, ungated, h0, cu_seqlens, ctx.scale, grad_o, grad_state)
+    given = zip(grads, (*tensors, h0), strict=True)
+    return *(None if x is None else d for d, x in given), *(None for _ in range(4))
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("ssd_bwd"))
+
+
+torch.library.register_fake("lsm::ssd_fwd")(_fwd_fake)
+torch.library.register_fake("lsm::ssd_bwd")(_bwd_fake)
+torch.library.register_autograd("lsm::ssd_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lsm::ssd_bwd", _refuse_double_backward)
 
 
 def gated_norm(

@@ -16,8 +16,11 @@ from lsm_cuda.bench.registry import OPS, ROWS, SETS, Shape, cells, sets
 
 BF16, F32 = torch.bfloat16, torch.float32
 # Two halves of what block_select does in one launch; decode of codes, which only tests of caches
-# call yet.
-ELSEWHERE = {"lsm::block_scores", "lsm::block_topk", "lsm::sparse_attn_decode_codes"}
+# call yet; Mamba-2's whole sequences in bf16 on CUDA.
+ELSEWHERE = {
+    *("lsm::block_scores", "lsm::block_topk", "lsm::sparse_attn_decode_codes"),
+    *("lsm::ssd_fwd", "lsm::ssd_bwd"),
+}
 
 
 class Calls(TorchDispatchMode):

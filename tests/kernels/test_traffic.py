@@ -26,6 +26,7 @@ LAUNCHES = {
     "gla": ["forward", "dq", "dk", "dv", "dg"],
     "gla_value": ["forward", "o", "dv", "dq", "dk", "dg"],
     "rwkv6": ["forward", "first", "dq", "dk", "dv", "first_again", "dg"],
+    "ssd": ["forward", "finish", "dq", "dk", "dv", "dg"],
 }
 ALL = [(op, name) for op, names in LAUNCHES.items() for name in names]
 OF_ONE_TOKEN = ("first", "first_again")
@@ -46,6 +47,13 @@ def launches(op: str, need_dg: bool = True) -> dict[str, dict]:
     emu.set_seed(0)
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad_o = (torch.randn(1, T, H, D, generator=generator).bfloat16() for _ in range(4))
+    if op == "ssd":
+        dt = torch.rand(1, T, H, generator=generator)
+        given = (q, k, v, dt, -dt / 10, dt[0, :H, 0], grad_o)
+        emu.reset_counters()
+        *_, ungated = torch.ops.lsm_emu.ssd_fwd(*given, None, None, 1.0, False, True)
+        torch.ops.lsm_emu.ssd_bwd(*given, ungated, None, None, 1.0, grad_o, None)
+        return dict(zip(LAUNCHES[op], emu.counters()["launches"], strict=True))
     shape = {"linear_attn": None, "simple_gla": (1, T, H)}.get(op, (1, T, H, D))
     gate = () if shape is None else (-torch.rand(shape, generator=generator) / 10,)
     forward, backward = (getattr(torch.ops.lsm_emu, f"{op}_{kind}") for kind in ("fwd", "bwd"))
@@ -83,7 +91,7 @@ def test_a_gate_without_gradient_costs_no_more_than_none(op, total):
 OF_WHOLE_SECTORS = [
     (op, name)
     for op, name in ALL
-    if name not in OF_ONE_TOKEN and (op != "simple_gla" or name == "forward")
+    if name not in OF_ONE_TOKEN and (op not in ("simple_gla", "ssd") or name == "forward")
 ]
 
 
@@ -96,7 +104,7 @@ def test_every_sector_is_used(op, name):
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [pair for pair in ALL if pair[1] not in ("dg", *OF_ONE_TOKEN)]
+    ("op", "name"), [pair for pair in ALL if pair[1] not in ("dg", "finish", *OF_ONE_TOKEN)]
 )
 def test_matrix_work(op, name):
     """84 HMMA per warp and block; the strict sweeps by channels 88, dq with dg per head 90."""
@@ -104,14 +112,15 @@ def test_matrix_work(op, name):
         *(("gla", "dq"), ("gla", "dk"), ("gla_value", "o"), ("gla_value", "dv")),
         *(("rwkv6", "dq"), ("rwkv6", "dk")),
     }
-    hmma = 90 if (op, name) == ("simple_gla", "dq") else 88 if (op, name) in strict else 84
+    pairs = (op, name) in {("simple_gla", "dq"), ("ssd", "dq")}
+    hmma = 90 if pairs else 88 if (op, name) in strict else 84
     warps, blocks = 4 * H, T // 16
     launch = launches(op)[name]
     assert launch["mma_instructions"] == hmma * warps * blocks
     assert launch["ldmatrix_conflicts"] == 0
 
 
-@pytest.mark.parametrize("op", [*LAUNCHES, "gla_both"])
+@pytest.mark.parametrize("op", [*(op for op in LAUNCHES if op != "ssd"), "gla_both"])
 def test_traffic_of_the_exact_recurrence(op):
     emu = emulator("_emu")
     emu.set_multiprocessors(1)

@@ -1,5 +1,6 @@
 // The chunk engine on tensor cores: which sweeps make a forward and a backward, and how time is cut for them.
 #include "kernels/carver.h"
+#include "kernels/chunk/finish_gradient.cuh"
 #include "kernels/chunk/first_token.cuh"
 #include "kernels/chunk/gate_gradient.cuh"
 #include "kernels/chunk/head_gate_gradient.cuh"
@@ -26,6 +27,7 @@ struct Plan {
     uint32_t* chunk_states;
     float* chunk_flux;
     Rows dots, split;  // of the reading and the writing sweep; channels: dots are in dg
+    Rows ungated;      // gradients of outputs before z gated them
     uint8_t* tokenwise;
     uint32_t* end_states = nullptr;
     float* end_flux = nullptr;
@@ -59,6 +61,9 @@ struct Plan {
         row_tiles = (static_cast<int>(rows) + row_tile - 1) / row_tile;
         parts = row_tiles * kSweepWarps;
         if (has_dg) carve_gate_gradient(p, carve);
+        if (backward && p.finish.z.data != nullptr)
+            ungated = {carve.take<uint16_t>(p.B * p.T * p.HV * p.V), p.T * p.HV * p.V, p.HV * p.V,
+                       p.V};
         bytes = carve.used();
     }
 
@@ -85,7 +90,8 @@ struct Plan {
         };
         if (scalar) {
             dots = per_token(carve.take<float>(tokens * parts * 2), parts);
-            split = per_token(carve.take<float>(tokens * parts), parts);
+            split =
+                per_token(carve.take<float>(tokens * parts * (p.w.data != nullptr ? 2 : 1)), parts);
         } else {
             tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
             if (p.grad_final_state != nullptr)
@@ -127,6 +133,7 @@ SweepParams common(ChunkParams const& p, bool reverse) {
     SweepParams s{};
     s.read_scale = s.write_scale = 1.f;
     s.gate = per_value_head(p.g);
+    s.weight = per_value_head(p.w);
     s.gate_is_fp32 = p.gate_dtype == Dtype::f32;
     s.heads = static_cast<int>(p.HV);
     s.tokens_per_row = p.T;
@@ -163,16 +170,20 @@ bool whole(ChunkParams const& p) {
     return p.decay == Decay::none || p.decay == Decay::scalar;
 }
 
+void sweep_all(SweepKind kind, SweepParams const& s, Segments const& segments, void* stream) {
+    (s.weight.rows.data != nullptr ? sweep_weighted : sweep_whole)(kind, s, segments, stream);
+}
+
 void sweep_over_k(ChunkParams const& p, SweepKind kind, SweepParams const& s,
                   Segments const& segments, void* stream) {
-    (whole(p)                ? sweep_whole
+    (whole(p)                ? sweep_all
      : p.decay == Decay::key ? sweep_contraction
                              : sweep_rows)(kind, s, segments, stream);
 }
 
 void sweep_over_v(ChunkParams const& p, SweepKind kind, SweepParams const& s,
                   Segments const& segments, void* stream) {
-    (whole(p)                  ? sweep_whole
+    (whole(p)                  ? sweep_all
      : p.decay == Decay::value ? sweep_contraction
                                : sweep_rows)(kind, s, segments, stream);
 }
@@ -186,7 +197,8 @@ void join_boundaries(ChunkParams const& p, Plan const& plan, bool reverse, void*
     SweepParams s = values ? over_v(p, reverse) : over_k(p, reverse);
     s.end = values ? contraction_over_v(p, states) : contraction_over_k(p, states);
     s.gate_sum = sums;
-    (whole(p) ? sweep_whole : sweep_contraction)(SweepKind::state, s, plan.segments, stream);
+    if (reverse) s.weight = {};  // of what is read, and nothing is
+    (whole(p) ? sweep_all : sweep_contraction)(SweepKind::state, s, plan.segments, stream);
     auto const* const initial =
         static_cast<float const*>(reverse ? p.grad_final_state : p.initial_state);
     run_join({states, sums, initial, static_cast<int>(p.HV), static_cast<int>(p.K),
@@ -222,6 +234,7 @@ void gate_gradient_of(ChunkParams const& p, Plan const& plan, void* stream) {
                                 per_value_head(plan.split),
                                 per_value_head(p.g),
                                 per_value_head(p.dg),
+                                per_value_head(p.dw),
                                 plan.chunk_flux,
                                 plan.end_flux,
                                 p.initial_state == nullptr,
@@ -265,6 +278,13 @@ FirstTokenParams first_token_of(ChunkParams const& p) {
             static_cast<float>(p.scale)};
 }
 
+// D beside the outputs, or beside the gradients of the values it multiplies.
+void add_skip(ChunkParams const& p, SweepParams& s) {
+    s.skip = per_value_head(p.finish.skip);
+    s.skip_is_fp32 = p.finish.skip.dtype == Dtype::f32;
+    s.skip_by_row = p.finish.skip_channels;
+}
+
 // Only bf16 goes to tensor cores: frames scale operands by powers of two far beyond fp16's range, and fp32 would lose
 // 16 bits. Both keep their precision on the recurrence. It also serves what sweeps do not: decays on either side, and gates
 // that are not log decays.
@@ -273,6 +293,10 @@ bool on_tensor_cores(ChunkParams const& p) {
 }
 
 }  // namespace
+
+int64_t finish_gradient_pieces(ChunkParams const& p) {
+    return (p.B * p.T + kFinishTokens - 1) / kFinishTokens;
+}
 
 int64_t chunk_fwd_workspace(ChunkParams const& p) {
     if (p.features != Features::none) return polynomial_fwd_workspace(p);
@@ -295,14 +319,18 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
     s.start = contraction_over_k(p, start_of(p, plan, false));
     s.start_per_record = plan.cut;
     s.end = contraction_over_k(p, p.final_state);
+    add_skip(p, s);
+    s.probe = per_value_head(p.finish.z), s.ungated = per_value_head(p.finish.ungated);
     sweep_over_k(p, SweepKind::output, s, plan.segments, stream);
     if (p.exclusive) run_first_token(first_token_of(p), plan.segments, false, stream);
 }
 
-void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
-    if (p.features != Features::none) return polynomial_bwd(p, workspace, stream);
-    if (!on_tensor_cores(p)) return recurrence_bwd(p, workspace, stream);
-    Plan const plan(p, true, workspace);
+void chunk_bwd(ChunkParams const& given, void* workspace, void* stream) {
+    if (given.features != Features::none) return polynomial_bwd(given, workspace, stream);
+    if (!on_tensor_cores(given)) return recurrence_bwd(given, workspace, stream);
+    Plan const plan(given, true, workspace);
+    ChunkParams p = given;
+    p.grad_o = run_finish_gradient(p, plan.ungated, stream);
     build_segments(p, plan.segments, stream);
     if (plan.cut) {
         join_boundaries(p, plan, false, stream);
@@ -318,6 +346,7 @@ void chunk_bwd(ChunkParams const& p, void* workspace, void* stream) {
     SweepParams dq = over_v(p, false), dk = over_v(p, true), dv = over_k(p, true);
     dq.out = reading(p, per_value_head(p.dq));
     dk.out = per_value_head(p.dk), dv.out = per_value_head(p.dv);
+    add_skip(p, dv);
     start(dq, false, false), start(dk, false, true), start(dv, true, true);
     if (values) {
         dk.end = contraction_over_v(p, p.grad_initial_state);

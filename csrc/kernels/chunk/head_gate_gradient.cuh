@@ -18,8 +18,9 @@ namespace lsm {
 
 struct HeadGateParams {
     Operand read;           // [B, T, HV, parts] two fp32: u, inside
-    Operand written;        // [B, T, HV, parts] fp32: r
+    Operand written;        // [B, T, HV, parts] fp32: r, or with weights two: r, their gradient
     Operand g, dg;          // [B, T, HV]
+    Operand dw;             // [B, T, HV] fp32, of weights; null: none
     float const* flux;      // [chunks, heads, parts]
     float const* end_flux;  // [N, heads, parts], nullable: no gradient of the final state
     bool from_zeros;        // sequences start from no state
@@ -35,6 +36,14 @@ struct HeadGateStorage {
 };
 
 // In the order of parts: the same bits every time.
+LSM_DEVICE float2 sum_pairs(float2 const* at, int parts) {
+    float2 sum = {0.f, 0.f};
+    for (int i = 0; i < parts; ++i) {
+        float2 const x = load_global(at + i);
+        sum.x += x.x, sum.y += x.y;
+    }
+    return sum;
+}
 LSM_DEVICE float sum_parts(float const* at, int parts) {
     float sum = 0.f;
     for (int i = 0; i < parts; ++i) sum += load_global(at + i);
@@ -91,13 +100,16 @@ __global__ void __launch_bounds__(128)
         float2 read = {0.f, 0.f};
         float r = 0.f, g = 0.f;
         if (t < tokens) {
-            float2 const* const from = static_cast<float2 const*>(p.read.rows.data) + at(p.read, t);
-            for (int part = 0; part < p.parts; ++part) {
-                float2 const x = load_global(from + part);
-                read.x += x.x, read.y += x.y;
+            read = sum_pairs(static_cast<float2 const*>(p.read.rows.data) + at(p.read, t), p.parts);
+            void const* const written = p.written.rows.data;
+            i64 const from = at(p.written, t);
+            if (p.dw.rows.data != nullptr) {
+                float2 const both = sum_pairs(static_cast<float2 const*>(written) + from, p.parts);
+                r = both.x;
+                store_global(static_cast<float*>(p.dw.rows.data) + at(p.dw, t), both.y);
+            } else {
+                r = sum_parts(static_cast<float const*>(written) + from, p.parts);
             }
-            r = sum_parts(static_cast<float const*>(p.written.rows.data) + at(p.written, t),
-                          p.parts);
             g = static_cast<float>(
                 load_global(static_cast<Gate const*>(p.g.rows.data) + at(p.g, t)));
         }

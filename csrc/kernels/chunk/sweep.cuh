@@ -27,11 +27,12 @@
 
 namespace lsm {
 
-template <int Contraction, int RowsPerWarp, SweepKind Kind, DecayOn On>
+template <int Contraction, int RowsPerWarp, SweepKind Kind, DecayOn On, bool Weighted>
 struct SweepConfig {
     static constexpr int kContraction = Contraction, kRowsPerWarp = RowsPerWarp;
     static constexpr SweepKind kKind = Kind;
     static constexpr DecayOn kDecayOn = On;
+    static constexpr bool kWeighted = Weighted;
 };
 
 // Exponents of a decay by channels, in log2 (sweep_frames.cuh).
@@ -56,6 +57,10 @@ struct Sweep {
         kKind == SweepKind::query_gradient || kKind == SweepKind::key_gradient;
     static constexpr bool kOnRows = Config::kDecayOn == DecayOn::rows;
     static constexpr bool kWhole = Config::kDecayOn == DecayOn::whole;
+    // Weights of tokens; outputs then may have something added to them and be gated.
+    static constexpr bool kWeighted = Config::kWeighted;
+    static constexpr bool kFinished = kWeighted && kKind == SweepKind::output;
+    static_assert(kWhole || !kWeighted);
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kRows = kWarps * RowsPerWarp;
     static constexpr int kBlock = 16, kStageTokens = 32, kStages = 2;
@@ -77,14 +82,16 @@ struct Sweep {
         alignas(128) char query[StateOnly ? 16 : kStageTokens * Contraction * 2];
         alignas(128) char key[kStageTokens * Contraction * 2];
         alignas(128) char value[kStageTokens * kRows * 2];
-        alignas(128) char probe[kWhole && kStrict ? kStageTokens * kRows * 2 : 16];
-        // As loaded: fp32, or bf16 in the first half.
-        alignas(128) char gate[kWhole ? 16 : kStageTokens * kGated * 4];
+        alignas(128) char probe[(kWhole && kStrict) || kFinished ? kStageTokens * kRows * 2 : 16];
+        // As loaded: fp32, or bf16 in the first half; where the whole state decays, weights of tokens.
+        alignas(128) char gate[kWeighted ? kStageTokens * 4
+                               : kWhole  ? 16
+                                         : kStageTokens * kGated * 4];
     };
     struct SharedStorage {
         Stage stage[kStages];
-        // With decay on the rows: 2^e, what brings outputs out of the frame.
-        alignas(16) float factors[kOnRows ? kStageTokens * kFactorPitch : 4];
+        // With decay on the rows: 2^e, what brings outputs out of the frame. Where outputs are finished: skip, of every row.
+        alignas(16) float factors[kOnRows ? kStageTokens * kFactorPitch : kFinished ? kRows : 4];
         Frames<kGated, StateOnly> frames;
         Segment segment;
         i64 record;
@@ -137,6 +144,9 @@ struct Sweep {
     // Walking backwards, a state reaches token t through the gate of t + 1.
     LSM_DEVICE int gate_lag() const { return p.reverse ? 1 : 0; }
 
+    // out^T: row tile, token tile; token 8 n + 2 (lane % 4) + e % 2
+    using Output = float[kRowTiles][2][4];
+
     // --- the walk
 
     LSM_DEVICE void walk_block(int stage, int b, Mode mode);
@@ -163,10 +173,16 @@ struct Sweep {
     LSM_DEVICE BlockGates block_gates(float cumulative, int b) const;
     LSM_DEVICE void whole_block(int stage, int b, float cumulative);
     LSM_DEVICE void decay_scores(BlockGates const& gates, float (&scores)[2][4]) const;
+    LSM_DEVICE float weight_of(Stage const& tiles, int b, int i) const;
+    LSM_DEVICE void load_skip();
+    LSM_DEVICE void weigh_output(Stage const& tiles, int b, Output& o) const;
+    LSM_DEVICE void finish(int stage, int b, Output& o);
+    LSM_DEVICE static void add_dots(u32 const (&probe)[4], float const (&out)[2][4],
+                                    float (&dots)[4]);
     LSM_DEVICE static void scale_value(u32 (&value)[4], float const (&factor)[4]);
     LSM_DEVICE void relate(Stage const& tiles, int b, int m, float (&scores)[2][4]) const;
     LSM_DEVICE void store_part(int stage, int b, int i, int number, float x) const;
-    LSM_DEVICE void store_dots(int stage, int b, float (&dots)[4]) const;
+    LSM_DEVICE void store_dots(int stage, int b, int number, float (&dots)[4]) const;
     LSM_DEVICE void store_crossing_pairs(int stage, int b, float const (&scores)[2][4]) const;
     LSM_DEVICE int part() const { return row0 / kRows * kWarps + warp; }
     LSM_DEVICE int parts() const { return (p.rows + kRows - 1) / kRows * kWarps; }
@@ -211,8 +227,6 @@ struct Sweep {
 
     // --- one block of 16 tokens (sweep_block.cuh)
 
-    using Output =
-        float[kRowTiles][2][4];  // out^T: row tile, token tile; token 8 n + 2 (lane % 4) + e % 2
     // ldmatrix addresses along a row of a wide tile: four exclusive-ors, the rest immediates.
     struct WideAddress {
         u32 row, swizzle;
@@ -246,7 +260,7 @@ struct Sweep {
     // --- output
 
     LSM_DEVICE float factor(int b, int m, int n, int e) const;
-    LSM_DEVICE void store_output(int stage, int b, Output const& o);
+    LSM_DEVICE void store_output(Operand const& out, int stage, int b, Output const& o);
 
     // --- for the gate's gradient (sweep_anchors.cuh)
 
@@ -287,7 +301,7 @@ LSM_DEVICE void Sweep<Config>::walk_block(int stage, int b, Mode mode) {
         }
         block(stage, b, whole ? -1 : i, o);
     }
-    if constexpr (!StateOnly) store_output(stage, b, o);
+    if constexpr (!StateOnly) store_output(p.out, stage, b, o);
 }
 
 template <class Config>
@@ -295,6 +309,7 @@ LSM_DEVICE void Sweep<Config>::run() {
     if (stages > 0) load_stage(0);
     cp_async_commit();
     start_state();
+    if constexpr (kFinished) load_skip();
     float next_gate = 0.f;
     if constexpr (kWhole) next_gate = whole_gate(0);
     LSM_UNROLL_BY(1)
@@ -359,8 +374,16 @@ LSM_DEVICE void Sweep<Config>::load_stage(int stage) const {
     load_tile<Contraction>(p.key, 0, p.contraction, stage, smem_u32(to.key), 2, 0, wide);
     load_tile<kRows>(p.value, row0, rows, stage, smem_u32(to.value), 2, 0, tall);
     if constexpr (kWhole) {
-        if constexpr (kStrict) {
-            load_tile<kRows>(p.probe, row0, rows, stage, smem_u32(to.probe), 2, 0, tall);
+        if constexpr (kStrict || kFinished) {
+            if (kStrict || p.probe.rows.data != nullptr)
+                load_tile<kRows>(p.probe, row0, rows, stage, smem_u32(to.probe), 2, 0, tall);
+        }
+        if constexpr (kWeighted) {
+            int const t = token(stage * kStageTokens + tid);
+            float const* const weights = static_cast<float const*>(p.weight.rows.data);
+            i64 const offset = inside(t) ? row_offset(p.weight, t) : 0;
+            if (tid < kStageTokens)
+                cp_async4(smem_u32(to.gate) + tid * 4, weights + offset, inside(t));
         }
     } else {
         int const gate0 = kOnRows ? row0 : 0, gates = kOnRows ? rows : p.contraction;
@@ -378,8 +401,8 @@ LSM_DEVICE float Sweep<Config>::factor(int b, int m, int n, int e) const {
 
 // Through a strip of shared memory private to the warp, so that global memory sees whole 16-byte pieces of rows.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
-    if (p.out.rows.data == nullptr) return;
+LSM_DEVICE void Sweep<Config>::store_output(Operand const& out, int stage, int b, Output const& o) {
+    if (out.rows.data == nullptr) return;
     char* const strip = s.strip + warp * kBlock * kStripPitch;
     __syncwarp();
     LSM_UNROLL
@@ -390,7 +413,9 @@ LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
             for (int e = 0; e < 4; ++e) {
                 int const row = 8 * n + lane % 4 * 2 + e % 2,
                           column = 16 * m + lane / 4 + e / 2 * 8;
-                float const f = kOnRows ? factor(b, m, n, e) : kWhole ? p.read_scale : 1.f;
+                float const f = kOnRows                ? factor(b, m, n, e)
+                                : kWhole && !kFinished ? p.read_scale
+                                                       : 1.f;
                 reinterpret_cast<bf16*>(strip + row * kStripPitch)[column] = bf16(o[m][n][e] * f);
             }
         }
@@ -401,8 +426,8 @@ LSM_DEVICE void Sweep<Config>::store_output(int stage, int b, Output const& o) {
     for (int i = lane; i < kBlock * pieces; i += 32) {
         int const row = i / pieces, column = warp * RowsPerWarp + i % pieces * 8;
         int const t = token(stage * kStageTokens + b * kBlock + row);
-        if (!exists(p.out, t) || row0 + column >= p.rows) continue;
-        bf16* const to = static_cast<bf16*>(p.out.rows.data) + row_offset(p.out, t) + row0 + column;
+        if (!exists(out, t) || row0 + column >= p.rows) continue;
+        bf16* const to = static_cast<bf16*>(out.rows.data) + row_offset(out, t) + row0 + column;
         store_global(reinterpret_cast<uint4*>(to),
                      *reinterpret_cast<uint4 const*>(strip + row * kStripPitch + i % pieces * 16));
     }

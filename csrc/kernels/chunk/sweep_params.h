@@ -37,13 +37,22 @@ struct SweepParams {
     // For the gate's gradient, the output without its own token's term. Decay on the rows: [.., rows], dq's in the dtype
     // of the gate, dk's as two bf16 per element, from the state and from the block's other tokens. Decay of the whole
     // state: [.., parts] fp32 (a part is what one warp has), dots with `probe` (q or k) of what comes from the state; dq's
-    // as two, the second being what pairs inside the block give to the gradient of the gate between them.
+    // as two, the second being what pairs inside the block give to the gradient of the gate between them; dk's with weights
+    // as two, the second being the gradient of the weight.
     Operand strict;
-    Operand probe;           // [.., rows]
+    Operand probe;           // [.., rows]; of weighted outputs z, nullable
     int contraction, rows;   // actual sizes, multiples of 8
     int heads;               // value heads
     int64_t tokens_per_row;  // T
     bool reverse, gate_is_fp32;
+
+    // Sweeps with weights (sweep_weighted.cu): fp32 numbers of tokens, [..], times what a token writes, or walking in reverse
+    // what it reads. Beside an output stands skip value, skip being [heads] or [heads, rows]; all of that is multiplied by
+    // silu(z), and left as it was before in `ungated`.
+    Operand weight;
+    Operand skip;     // nullable
+    Operand ungated;  // [.., rows], nullable
+    bool skip_is_fp32, skip_by_row;
 
     // A sweep starts from start[record] where segments were joined, else from start[sequence], else from zeros, and
     // leaves its state in end[sequence] (state-only: in end[record], with the summed log2 gates in gate_sum[record]).

@@ -7,6 +7,9 @@
 //
 // Scores and outputs are scaled in fp32 and no factor of theirs exceeds what the gates themselves say, so any gate is
 // exact; folding m into the state is rare.
+//
+// Tokens may have weights w, of what they write (value_j w_j), or where the walk is in reverse of what they read: they are
+// one more fp32 factor of scores and of what goes into the state, or of outputs. No value is rounded for it.
 #pragma once
 
 #include "kernels/chunk/sweep.cuh"
@@ -67,6 +70,80 @@ LSM_DEVICE void Sweep<Config>::decay_scores(BlockGates const& gates, float (&sco
     }
 }
 
+// Of the block's token 2 (lane % 4) + {0, 1, 8, 9}, i counting them.
+template <class Config>
+LSM_DEVICE float Sweep<Config>::weight_of(Stage const& tiles, int b, int i) const {
+    float const* const weights = reinterpret_cast<float const*>(tiles.gate);
+    return weights[b * kBlock + lane % 4 * 2 + i / 2 * 8 + i % 2];
+}
+
+// Outputs of tokens that read with weights.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::weigh_output(Stage const& tiles, int b, Output& o) const {
+    LSM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        float const weight = weight_of(tiles, b, i);
+        LSM_UNROLL
+        for (int m = 0; m < kRowTiles; ++m)
+            o[m][i / 2][i % 2] *= weight, o[m][i / 2][2 + i % 2] *= weight;
+    }
+}
+
+// Element e of token tile n of what load_value brings: where an output's element e is.
+LSM_DEVICE float value_element(u32 const (&value)[4], int n, int e) {
+    float2 const pair = unpack(value[2 * n + e / 2]);
+    return e % 2 == 0 ? pair.x : pair.y;
+}
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::load_skip() {
+    void const* const skip = p.skip.rows.data;
+    LSM_UNROLL_BY(1)
+    for (int row = tid; skip != nullptr && row < kRows; row += kThreads) {
+        i64 const at = head * p.skip.rows.head + (p.skip_by_row ? row0 + row : 0);
+        float x = 0.f;
+        if (row0 + row < p.rows)
+            x = p.skip_is_fp32
+                    ? load_global(static_cast<float const*>(skip) + at)
+                    : static_cast<float>(load_global(static_cast<bf16 const*>(skip) + at));
+        s.factors[row] = x;
+    }
+}
+
+// (out + skip value) silu(z), of which either may be absent.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::finish(int stage, int b, Output& o) {
+    Stage const& tiles = s.stage[stage % kStages];
+    bool const skips = p.skip.rows.data != nullptr;
+    LSM_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+        u32 value[4] = {};
+        float upper = 0.f, lower = 0.f;
+        if (skips) {
+            load_value(tiles.value, b, m, value);
+            upper = s.factors[state_row(m, 0)], lower = s.factors[state_row(m, 2)];
+        }
+        LSM_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            int const n = i / 4, e = i % 4;
+            o[m][n][e] =
+                p.read_scale * o[m][n][e] + (e < 2 ? upper : lower) * value_element(value, n, e);
+        }
+    }
+    if (p.probe.rows.data == nullptr) return;
+    store_output(p.ungated, stage, b, o);
+    LSM_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) {
+        u32 z[4];
+        load_value(tiles.probe, b, m, z);
+        LSM_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            float const x = value_element(z, i / 4, i % 4);
+            o[m][i / 4][i % 4] *= x / (1.f + exp2_approx(-kLog2e * x));
+        }
+    }
+}
+
 template <class Config>
 LSM_DEVICE void Sweep<Config>::scale_value(u32 (&value)[4], float const (&factor)[4]) {
     LSM_UNROLL
@@ -90,20 +167,31 @@ LSM_DEVICE void Sweep<Config>::relate(Stage const& tiles, int b, int m,
 
 template <class Config>
 LSM_DEVICE void Sweep<Config>::store_part(int stage, int b, int i, int number, float x) const {
-    constexpr int kNumbers = kKind == SweepKind::query_gradient ? 2 : 1;
+    constexpr int kNumbers = kKind == SweepKind::query_gradient || kWeighted ? 2 : 1;
     int const t = token(stage * kStageTokens + b * kBlock + i);
     float* const to = static_cast<float*>(p.strict.rows.data);
     if (inside(t))
         store_global(to + kNumbers * (row_offset(p.strict, t) + part()) + number, p.read_scale * x);
 }
 
+// probe . out of every token, over a row tile.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::store_dots(int stage, int b, float (&dots)[4]) const {
+LSM_DEVICE void Sweep<Config>::add_dots(u32 const (&probe)[4], float const (&out)[2][4],
+                                        float (&dots)[4]) {
+    LSM_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        int const n = i / 4, e = i % 4;
+        dots[2 * n + e % 2] += value_element(probe, n, e) * out[n][e];
+    }
+}
+
+template <class Config>
+LSM_DEVICE void Sweep<Config>::store_dots(int stage, int b, int number, float (&dots)[4]) const {
     LSM_UNROLL
     for (int i = 0; i < 4; ++i) {
         LSM_UNROLL
         for (int d = 4; d < 32; d *= 2) dots[i] += __shfl_xor_sync(0xffffffffu, dots[i], d);
-        if (lane < 4) store_part(stage, b, i / 2 * 8 + lane * 2 + i % 2, 0, dots[i]);
+        if (lane < 4) store_part(stage, b, i / 2 * 8 + lane * 2 + i % 2, number, dots[i]);
     }
 }
 
@@ -149,6 +237,9 @@ template <class Config>
 LSM_DEVICE void Sweep<Config>::whole_block(int stage, int b, float cumulative) {
     Stage const& tiles = s.stage[stage % kStages];
     BlockGates const gates = block_gates(cumulative, b);
+    // Weights are of what tokens write, or of what they read.
+    constexpr bool kReads = kWeighted && kKind == SweepKind::key_gradient;
+    bool const writes = kWeighted && !kReads && !(kFinished && p.reverse);
     if constexpr (kKind == SweepKind::query_gradient) save_whole_end(stage, b, gates.total);
     if constexpr (kKind == SweepKind::key_gradient) {
         float const first = __shfl_sync(0xffffffffu, cumulative, b * kBlock);
@@ -160,40 +251,52 @@ LSM_DEVICE void Sweep<Config>::whole_block(int stage, int b, float cumulative) {
         float scores[2][4] = {};
         relate_tokens(tiles, b, scores);
         decay_scores(gates, scores);
+        if (writes) {
+            LSM_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                float const weight = weight_of(tiles, b, i);
+                scores[i / 2][i % 2] *= weight, scores[i / 2][2 + i % 2] *= weight;
+            }
+        }
         u32 packed[2][2];
         pack_scores(scores, packed, [](int i, int j) { return j <= i; });
         if constexpr (kKind == SweepKind::query_gradient) store_crossing_pairs(stage, b, scores);
         Output o = {};
         read_state(tiles, b, o);
-        float read[4], dots[4] = {};
+        float read[4], dots[4] = {}, all[4] = {};
         LSM_UNROLL
         for (int i = 0; i < 4; ++i) read[i] = exp2_approx(gates.column[i] + exponent);
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
-            u32 value[4];
+            u32 value[4], probe[4];
             load_value(tiles.value, b, m, value);
             LSM_UNROLL
             for (int i = 0; i < 8; ++i) o[m][i / 4][i % 4] *= read[i / 4 * 2 + i % 2];
             if constexpr (kStrict) {
-                u32 probe[4];
                 load_value(tiles.probe, b, m, probe);
-                LSM_UNROLL
-                for (int i = 0; i < 8; ++i) {
-                    int const n = i / 4, e = i % 4;
-                    float2 const pair = unpack(probe[2 * n + e / 2]);
-                    dots[2 * n + e % 2] += (e % 2 == 0 ? pair.x : pair.y) * o[m][n][e];
-                }
+                add_dots(probe, o[m], dots);
             }
             read_values(value, packed, o[m]);
+            if constexpr (kReads) add_dots(probe, o[m], all);
         }
-        if constexpr (kStrict) store_dots(stage, b, dots);
-        store_output(stage, b, o);
+        if constexpr (kReads) {
+            LSM_UNROLL
+            for (int i = 0; i < 4; ++i) dots[i] *= weight_of(tiles, b, i);
+            store_dots(stage, b, 1, all);
+        }
+        if constexpr (kStrict) store_dots(stage, b, 0, dots);
+        if (kWeighted && !writes) weigh_output(tiles, b, o);
+        if constexpr (kFinished) finish(stage, b, o);
+        store_output(p.out, stage, b, o);
     }
     float const end = gates.leaves ? gates.total : -exponent;
     if (gates.leaves) scale_state(exponent + gates.total);
     float write[4];
     LSM_UNROLL
-    for (int i = 0; i < 4; ++i) write[i] = p.write_scale * exp2_approx(end - gates.column[i]);
+    for (int i = 0; i < 4; ++i) {
+        write[i] = p.write_scale * exp2_approx(end - gates.column[i]);
+        if (writes) write[i] *= weight_of(tiles, b, i);
+    }
     write_state(tiles, b, [&](u32(&value)[4]) { scale_value(value, write); });
     exponent = gates.leaves ? 0.f : exponent + gates.total;
     if constexpr (StateOnly) gate_total += gates.total;
