@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import torch
 from checks import differentiate
@@ -63,6 +64,17 @@ def draw(T: int, D: int, S: int, groups: int | str, extras: str, batch: int | st
         cu_seqlens=cu,
         grad_final_state=to(normal(N, D, S, number=True), full),
     ), "s" in extras
+
+
+def channels_first(x: Inputs, names: str = "u dt z B C grad_o") -> Inputs:
+    """The same tensors, tokens contiguous in those named."""
+
+    def turn(name: str, t: torch.Tensor) -> torch.Tensor:
+        of_tokens = name in names.split() and t.dim() > 2
+        return t.movedim(1, -1).contiguous().movedim(-1, 1) if of_tokens else t
+
+    tensors = {name: turn(name, t) for name, t in x.tensors.items()}
+    return replace(x, tensors=tensors, grad_o=turn("grad_o", x.grad_o))
 
 
 def walk(T: int) -> torch.Tensor:

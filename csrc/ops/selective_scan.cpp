@@ -125,13 +125,17 @@ void check_states(Checks const& c, OptionalTensor const& state, char const* arg,
     c.device(*state, arg, in.u, "u");
 }
 
-// Whether a tensor [B, T, D] lies channels first, which CPU kernels take as it is.
+// Whether a tensor [B, T, D] lies channels first.
 bool channels_first(Tensor const& t) {
-    return !kTensorCores && t.dim() == 3 && t.stride(1) == 1 && t.stride(2) != 1;
+    return t.dim() == 3 && t.stride(1) == 1 && t.stride(2) != 1;
 }
 
-Tensor token_layout(Tensor const& t, OptionalTensor const& order) {
-    return channels_first(t) && !order ? t : kernel_layout(t);
+// Channels first or last, without a copy where kernels allow it: on CUDA all tensors lie as u does, on the CPU each as
+// it came.
+Tensor token_layout(Tensor const& t, Arguments const& in) {
+    if (in.order || !channels_first(kTensorCores ? in.u : t)) return kernel_layout(t);
+    if (t.stride(1) == 1) return t;
+    return torch::stable::transpose(contiguous_copy(torch::stable::transpose(t, 1, 2)), 1, 2);
 }
 
 Rows channel_rows(Tensor const& t) {
@@ -140,27 +144,31 @@ Rows channel_rows(Tensor const& t) {
     return r;
 }
 
-// A tensor like tokens, in their order of dimensions.
-Tensor empty_like_tokens(Tensor const& t) {
-    if (!channels_first(t)) return empty(t.sizes(), t.scalar_type(), t);
-    return torch::stable::transpose(empty({t.size(0), t.size(2), t.size(1)}, t.scalar_type(), t), 1,
+// A tensor like u, in its order of dimensions.
+Tensor empty_like_tokens(Tensor const& u) {
+    if (!channels_first(u)) return empty(u.sizes(), u.scalar_type(), u);
+    return torch::stable::transpose(empty({u.size(0), u.size(2), u.size(1)}, u.scalar_type(), u), 1,
                                     2);
 }
 
+// B or C; on CUDA tokens may lie side by side in them, as mamba_ssm has it.
+Tensor projection_layout(Tensor const& t, Arguments const& in) {
+    if (by_channel(t, in.u)) return as_contiguous(t);
+    bool const tokens = kTensorCores && !in.order && t.dim() == 4 && t.stride(1) == 1;
+    return tokens ? t : kernel_layout(t);
+}
+
 // [B, T, G, S], [B, G, S], [B, S] or [D, S].
-Rows projection_rows(Tensor const& t, Tensor const& u) {
-    if (t.dim() > 2) return rows(t);
-    return {const_cast<void*>(t.const_data_ptr()), by_channel(t, u) ? 0 : t.stride(0), 0, 0};
+Projection projection_rows(Tensor const& t, Tensor const& u) {
+    if (t.dim() > 2) return {rows(t), t.stride(t.dim() - 1)};
+    return {{const_cast<void*>(t.const_data_ptr()), by_channel(t, u) ? 0 : t.stride(0), 0, 0}};
 }
 
 // Puts every argument into the layout of the kernels; the tensors live in `in`.
 SelectiveParams prepare(Arguments& in, bool one_token) {
-    auto const lay_out = [&](Tensor const& t) {
-        return by_channel(t, in.u) ? as_contiguous(t) : kernel_layout(t);
-    };
-    in.B = lay_out(in.B), in.C = lay_out(in.C);
-    in.u = token_layout(in.u, in.order), in.dt = token_layout(in.dt, in.order);
-    if (in.z) in.z = token_layout(*in.z, in.order);
+    in.B = projection_layout(in.B, in), in.C = projection_layout(in.C, in);
+    in.u = token_layout(in.u, in), in.dt = token_layout(in.dt, in);
+    if (in.z) in.z = token_layout(*in.z, in);
     in.A = as_contiguous(in.A);
     in.skip = contiguous_or_none(in.skip), in.dt_bias = contiguous_or_none(in.dt_bias);
     in.initial_state = contiguous_or_none(in.initial_state);
@@ -236,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     c.dtype(states, "states", number_type(in));
     c.device(states, "states", u, "u");
     DeviceScope const scope(u);
-    Tensor const grad_rows = token_layout(grad_y, order);
+    Tensor const grad_rows = token_layout(grad_y, in);
     OptionalTensor const grad_final = contiguous_or_none(grad_final_state);
     auto const type = u.scalar_type(), wide = state_type(u), number = number_type(in);
     auto const channels = [&](bool wanted) {
@@ -245,8 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     auto const projection = [&](bool of_channel) {
         return of_channel ? empty({p.D, p.S}, number, u) : empty({p.B, p.T, p.G, p.S}, number, u);
     };
-    Tensor du = empty_like_tokens(in.u), ddt = empty_like_tokens(in.dt);
-    Tensor dz = z ? empty_like_tokens(*in.z) : empty({0}, type, u);
+    Tensor du = empty_like_tokens(in.u), ddt = empty_like_tokens(in.u);
+    Tensor dz = z ? empty_like_tokens(in.u) : empty({0}, type, u);
     Tensor dA = empty({p.D, p.S}, number, u);
     Tensor db = projection(p.channel_B), dc = projection(p.channel_C);
     Tensor dskip = channels(skip.has_value()), dbias = channels(dt_bias.has_value());

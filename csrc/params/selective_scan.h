@@ -12,6 +12,11 @@ constexpr int selective_tile(bool is_complex) {
     return is_complex ? 16 : 32;
 }
 
+// Rows with a stride between the numbers of a row.
+struct Projection : Rows {
+    int64_t state = 1;
+};
+
 // Per channel d, with S states:
 //     h_t = exp(dt_t A_d) ⊙ h_{t-1} + dt_t u_t B_t        y_t = (C_t · h_t + D_d u_t) silu(z_t)
 // dt_t is what came plus its bias, through softplus if asked. Complex: A, B, C and h are, and y has 2 Re(C_t · h_t).
@@ -30,12 +35,14 @@ struct SelectiveParams {
     // [T], a permutation; nullable: the identity. Position t of a row is token order[t].
     int32_t const* order = nullptr;
 
-    // [B, T, D]. Here and below, head: between channels, 1 or (CPU only, without order, with time = 1) anything.
+    // [B, T, D]. Here and below, head: between channels, 1 or (without order, with time = 1) anything; on CUDA either
+    // head or time is 1 in all of them.
     Rows u, dt;
-    Rows z;                      // [B, T, D], nullable
-    Rows b, c;                   // [B, T, G, S] (head: the group), or data alone: [D, S] contiguous
-    void const* A = nullptr;     // [D, S] contiguous
-    void const* skip = nullptr;  // D of the equation, [D], nullable
+    Rows z;  // [B, T, D], nullable
+    Projection b,
+        c;  // [B, T, G, S] (head: the group), or data alone: [D, S] contiguous; CPU: state is 1
+    void const* A = nullptr;              // [D, S] contiguous
+    void const* skip = nullptr;           // D of the equation, [D], nullable
     void const* dt_bias = nullptr;        // [D], nullable
     void const* initial_state = nullptr;  // [N, D, S] contiguous, nullable (zeros)
 

@@ -33,11 +33,11 @@ def _same_device(kind: str, tensors: tuple[Tensor | None, ...]) -> None:
     check_same_device(f"selective_scan_{kind}", u, **named)
 
 
-def _like_tokens(t: Tensor, order: Tensor | None) -> Tensor:
-    """A tensor like ``t [B, T, D]``; on the CPU channels lie first where they do in ``t``."""
-    if t.device.type == "cpu" and order is None and t.stride(1) == 1 and t.stride(2) != 1:
-        return t.new_empty(t.shape[0], t.shape[2], t.shape[1]).transpose(1, 2)
-    return t.new_empty(t.shape)
+def _like_tokens(u: Tensor, order: Tensor | None) -> Tensor:
+    """A tensor like ``u [B, T, D]``; channels lie first where they do in ``u``."""
+    if order is None and u.stride(1) == 1 and u.stride(2) != 1:
+        return u.new_empty(u.shape[0], u.shape[2], u.shape[1]).transpose(1, 2)
+    return u.new_empty(u.shape)
 
 
 @torch.library.register_fake("lsm::selective_scan_fwd")
@@ -56,15 +56,16 @@ def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("lsm::selective_scan_bwd")
 def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
-    u, dt, A, B, C, skip, z, dt_bias, h0, _, order = inputs[:11]
+    u, _, A, B, C, skip, z, dt_bias, h0, _, order = inputs[:11]
     _same_device("bwd", inputs[:11])
 
     def like(t: Tensor | None, base: Tensor) -> Tensor:
         return base.new_empty((0,) if t is None else t.shape)
 
     wide = u.new_empty(0, dtype=accumulation_dtype(u))
-    grads = [_like_tokens(u, order), _like_tokens(dt, order), *(like(t, t) for t in (A, B, C))]
-    dz = u.new_empty(0) if z is None else _like_tokens(z, order)
+    tokens = _like_tokens(u, order), _like_tokens(u, order)
+    grads = [*tokens, *(like(t, t) for t in (A, B, C))]
+    dz = u.new_empty(0) if z is None else _like_tokens(u, order)
     return (*grads, like(skip, wide), dz, like(dt_bias, wide), like(h0, A))
 
 
@@ -164,8 +165,9 @@ def selective_scan_fn(
     Note: differentiable once in every floating tensor; deterministic. Nothing of size ``D × N × T``
         is kept: backward walks the sequence forwards again, on the CPU with the states of every
         16th token in a workspace, on CUDA from those of every 32nd (16th if complex), which the
-        forward keeps where a gradient is asked for. On CUDA channel-first tensors are transposed
-        by a copy; ``[B, T, D]`` tensors passed as ``x.transpose(1, 2)`` are not.
+        forward keeps where a gradient is asked for. Channels may lie first, or last as in a
+        ``[B, T, D]`` tensor passed as ``x.transpose(1, 2)``: neither is copied, on CUDA as long as
+        u, delta, z and the gradient of y lie alike and there is no order.
 
     Source: Mamba, arXiv:2312.00752.
 

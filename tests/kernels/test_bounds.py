@@ -56,9 +56,14 @@ for T, D, S, dtype in ((37, 7, 5, torch.float32), (300, 64, 16, torch.bfloat16))
     u, dt, z, grad = torch.randn(4, 1, T, D).to(dtype)
     B, C = torch.randn(2, 1, T, 1, S).to(dtype)
     A, skip, bias, h = -torch.rand(D, S), torch.rand(D), torch.rand(D), torch.zeros(1, D, S)
-    rows = (u, dt, A, B, C, skip, z, bias, h, None, None, True)
-    y, final, states = lsm.selective_scan_fwd(*rows, True, True)
-    lsm.selective_scan_bwd(*rows, states, grad, final)
+    for first in (False, True):
+        tokens = (u, dt, z, grad, B, C)
+        if first:
+            tokens = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in tokens)
+        u, dt, z, grad, B, C = tokens
+        rows = (u, dt, A, B, C, skip, z, bias, h, None, None, True)
+        y, final, states = lsm.selective_scan_fwd(*rows, True, True)
+        lsm.selective_scan_bwd(*rows, states, grad, final)
     lsm.selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], skip, z[:, 0], bias, h, True)
     print("selective_scan", dtype, "done")
 for T, D, dtype in ((9, 64, torch.bfloat16), (5, 7, torch.float32)):

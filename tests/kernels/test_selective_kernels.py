@@ -12,11 +12,12 @@ from emulators import emulator
 from impls import Emulator
 from inputs import Inputs, Tensors
 from scans import real, real_inputs, wide
-from selective import draw, results, walk
+from selective import channels_first, draw, results, walk
 from torch import Tensor
 
 from lsm_cuda import reference
 
+# As in tests/ops/test_selective_scan.py; channels first in all tensors ("c") or in u alone ("u").
 SHAPES = [
     (70, 40, 16, 1, "dzbs", 1, "f32"),
     (37, 20, 16, 1, "dzbs", 2, "bf16"),
@@ -29,24 +30,32 @@ SHAPES = [
     (37, 10, 70, 1, "dzbs", 2, "f32"),  # more states than a block holds
     (37, 20, 6, 1, "dzbs", 2, "c64"),
     (20, 9, 17, "C", "bs", "int32", "c64"),
+    (72, 70, 16, 2, "dzbsc", 2, "bf16"),  # 4 tokens at a time
+    (70, 20, 5, 1, "dzbsc", 1, "f32"),  # one by one
+    (64, 7, 17, 1, "zsc", "int32", "f16"),  # either, by where a sequence begins
+    (36, 12, 16, "B", "dzc", 2, "bf16"),
+    (40, 10, 70, 1, "dzbsc", 2, "f32"),
+    (20, 20, 6, 1, "dzbsc", 2, "c64"),
+    (33, 24, 3, 2, "dzbsu", 1, "f16"),
+    (33, 24, 3, 1, "dzsoc", 1, "f16"),
 ]
 
 
+def both(flavour: str, x: Inputs, softplus: bool, order: Tensor | None = None) -> Tensors:
+    """Forward and backward."""
+    emulator(flavour)
+    ops = getattr(torch.ops, f"lsm{flavour}")
+    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    tensors = tuple(x.tensors.get(n) for n in names)
+    common = (*tensors, x.initial_state, x.cu_seqlens, order, softplus)
+    y, state, states = ops.selective_scan_fwd(*common, True, True)
+    grads = ops.selective_scan_bwd(*common, states, x.grad_o, x.grad_final_state)
+    by_name = {f"d{n}": g for n, g in zip(names, grads, strict=False) if n in x.tensors}
+    return {"o": y, "final_state": state, **by_name, "dinitial_state": grads[-1]}
+
+
 def run(emu: Emulator, x: Inputs, softplus: bool, order: Tensor | None) -> Tensors:
-    def raw(kind: str):  # type: ignore[no-untyped-def]
-        emulator(emu.flavour)
-        return getattr(getattr(torch.ops, f"lsm{emu.flavour}"), f"selective_scan_{kind}")
-
-    def call() -> Tensors:
-        names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-        tensors = tuple(x.tensors.get(n) for n in names)
-        common = (*tensors, x.initial_state, x.cu_seqlens, order, softplus)
-        y, state, states = raw("fwd")(*common, True, True)
-        *grads, dh0 = raw("bwd")(*common, states, x.grad_o, x.grad_final_state)
-        by_name = {f"d{n}": g for n, g in zip(names, grads, strict=True) if n in x.tensors}
-        return {"o": y, "final_state": state, **by_name, "dinitial_state": dh0}
-
-    return emu.under_every_seed(call)
+    return emu.under_every_seed(lambda: both(emu.flavour, x, softplus, order))
 
 
 CUT = [  # for 64 multiprocessors: in segments of time
@@ -55,6 +64,7 @@ CUT = [  # for 64 multiprocessors: in segments of time
     (300, 6, 3, 1, "dz", 2, "c64"),
     (290, 4, 70, "C", "zs", 1, "f32"),
     (530, 4, 3, "B", "s", "int64", "f16"),
+    (530, 10, 5, 1, "dzsc", "int64", "bf16"),
 ]
 
 
@@ -73,6 +83,12 @@ def test_extreme_decays(rate: float) -> None:
     assert_definition(x, False, shape, ("dA", "dinitial_state") if rate == -100 else ())
 
 
+def lay_out(x: Inputs, extras: str) -> Inputs:
+    if "c" in extras:
+        return channels_first(x)
+    return channels_first(x, "u") if "u" in extras else x
+
+
 def assert_definition(
     x: Inputs, softplus: bool, shape: tuple, subnormal: tuple[str, ...] = ()
 ) -> None:
@@ -84,7 +100,8 @@ def assert_definition(
     kinds = (torch.float64, torch.float32)
     truth, same = (results(definition, x.map(lambda t, d=d: wide(t, d)), order) for d in kinds)
     blocks = 64 if shape[0] > 256 else 8
-    actual = run(Emulator("emulator", "_emu", (1, 2, 4), blocks), x, softplus, order)
+    laid_out = lay_out(x, shape[4])
+    actual = run(Emulator("emulator", "_emu", (1, 2, 4), blocks), laid_out, softplus, order)
     for name in subnormal:
         values = torch.cat([r.pop(name).flatten().double() for r in (actual, truth, same)])
         assert values.abs().max() < torch.finfo(torch.float32).smallest_normal
@@ -93,11 +110,15 @@ def assert_definition(
 
 
 @pytest.mark.parametrize(
-    "shape", [SHAPES[2], SHAPES[-3], SHAPES[-2], (280, 10, 5, 1, "dzbs", 1, "bf16")], ids=str
-)
+    "shape",
+    [*(SHAPES[i] for i in (2, 8, 9, 13, 16)), (280, 10, 5, 1, "dzbs", 1, "bf16"),
+     (280, 10, 5, 1, "dzbsc", 1, "bf16")],
+    ids=str,
+)  # fmt: skip
 def test_race_build_is_silent(shape: tuple) -> None:
     """Under schedules of its own, to the same bits."""
     x, softplus = draw(*shape)
+    x = lay_out(x, shape[4])
     order = walk(shape[0]) if "o" in shape[4] else None
     blocks = 64 if shape[0] > 256 else 8
     flavours = (("_emu", (0,)), ("_emu_race", (1, 2)))
@@ -107,8 +128,10 @@ def test_race_build_is_silent(shape: tuple) -> None:
 
 
 @pytest.mark.parametrize("boundaries", [[0, 9, 4, 40], [1, 5, 9, 40], [0, 5, 9, 39]])
-def test_impossible_boundaries_give_nan(boundaries: list[int]) -> None:
+@pytest.mark.parametrize("first", [False, True])
+def test_impossible_boundaries_give_nan(boundaries: list[int], first: bool) -> None:
     x, _ = draw(40, 16, 4, 1, "dzb", 1, "f32")
+    x = channels_first(x) if first else x
     t, h0 = x.tensors, torch.zeros(3, 16, 4)
     names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
     emulator("_emu")
@@ -128,13 +151,24 @@ def documented(name: str) -> tuple[float, float]:
     return float(reads), float(writes)
 
 
+@pytest.mark.parametrize(("first", "copies"), [("", 0), ("u dt z B C grad_o", 0), ("u", 5)])
+def test_only_mixed_layouts_are_copied(first: str, copies: int) -> None:
+    """Those of dt and z forwards, of dt, z and dy backwards."""
+    x, softplus = draw(40, 16, 8, 1, "dz", 1, "f32")
+    x = channels_first(x, first)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        both("_emu", x, softplus)
+    assert sum(event.name == "aten::copy_" for event in profile.events()) == copies
+
+
 BACKWARD = ("backward", "add dC", "add dB", "add dA")
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_traffic(cut: bool) -> None:
-    """As documented; a forward within 15 % of every tensor once, and segments cost u, dt and B,
-    or dy, z, dt and C, once more."""
+@pytest.mark.parametrize("first", [False, True])
+def test_traffic(cut: bool, first: bool) -> None:
+    """As documented, channels last or first; a forward within 15 % of every tensor once, and
+    segments cost u, dt and B, or dy, z, dt and C, once more."""
     emu = emulator("_emu")
     emu.set_seed(0)
     emu.set_multiprocessors(64 if cut else 1)
@@ -142,6 +176,9 @@ def test_traffic(cut: bool) -> None:
     X = T * D * 2  # bytes of one bf16 tensor
     u, dt, z, dy = torch.randn(4, 1, T, D).bfloat16()
     B, C = torch.randn(2, 1, T, 1, S).bfloat16()
+    if first:
+        u, dt, z, dy = (t.mT.contiguous().mT for t in (u, dt, z, dy))
+        B, C = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (B, C))
     rows = (u, dt, -torch.rand(D, S), B, C, None, z, None, None, None, None, True)
     emu.reset_counters()
     torch.ops.lsm_emu.selective_scan_fwd(*rows, False, False)

@@ -371,6 +371,18 @@ def test_compiles_as_one_graph() -> None:
     close(*(torch.autograd.grad(f(x, a, h0), (x, a, h0)) for f in (compiled, loss)))
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_the_named_ones_compile_as_one_graph(name: str) -> None:
+    leaves, call = [t.requires_grad_() for t in draw_named(name)], getattr(ops, name)
+
+    def loss(*tensors):  # type: ignore[no-untyped-def]
+        h = call(*tensors)[0]
+        return (h * h.conj()).real.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss)))
+
+
 def test_no_second_derivative() -> None:
     x, a, _ = (t.requires_grad_() for t in arguments())
     (grad,) = torch.autograd.grad(ops.scan(x, a)[0].sum(), x, create_graph=True)

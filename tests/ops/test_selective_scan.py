@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from checks import assert_accepted
 from impls import threads
 from scans import real, real_inputs, wide
-from selective import DTYPES, draw, results, walk
+from selective import DTYPES, channels_first, draw, results, walk
 
 from lsm_cuda import ops, reference
 
@@ -57,8 +56,7 @@ def test_definition(shape: tuple, dtype: str) -> None:
         for d in (torch.float64, torch.float32)
     )
     if "c" in shape[4]:
-        tokens = {n: x.tensors[n].mT.contiguous().mT for n in ("u", "dt", "z")}
-        x = replace(x, tensors=x.tensors | tokens)
+        x = channels_first(x)
     with threads(2):
         actual = results(public(softplus), x, order)
     if not dtype.startswith("c"):
@@ -220,6 +218,19 @@ def test_operator_is_well_formed() -> None:
         one = [t[:, 0] for t in (*tokens[:2], B, C, tokens[2])]
         step = (one[0], one[1], A, one[2], one[3], D, one[4], bias, h0, True)
         torch.library.opcheck(torch.ops.lsm.selective_scan_step, step)
+
+
+def test_compiles_as_one_graph() -> None:
+    *tensors, softplus = arguments(torch.float32)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def loss(*tensors):  # type: ignore[no-untyped-def]
+        y, state = ops.selective_scan_fn(*tensors, softplus, True)
+        return y.square().sum() + state.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss)]
+    torch.testing.assert_close(*grads)
 
 
 ERRORS = {

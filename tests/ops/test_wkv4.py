@@ -122,6 +122,17 @@ def test_wkv4_operator_is_well_formed() -> None:
         torch.library.opcheck(torch.ops.lsm.wkv4_step, one)
 
 
+def test_wkv4_compiles_as_one_graph() -> None:
+    leaves = [t.requires_grad_() for t in draw()[:4]]
+
+    def loss(*tensors):  # type: ignore[no-untyped-def]
+        o, state = ops.wkv4(*tensors, output_final_state=True)
+        return o.square().sum() + state[0].sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss)))
+
+
 def test_wkv4_has_no_second_derivative() -> None:
     w, u, k, v, _ = draw()
     k.requires_grad_(), v.requires_grad_()

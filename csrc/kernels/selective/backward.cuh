@@ -4,7 +4,8 @@
 // beginning, which gives y, for the gate's gradient, and the states at every kMicro-th token, kept in shared memory;
 // then those tokens backwards, with their states in registers. Shares of dB and dC of a block's channels are added over
 // a warp by shuffles, over warps at the end of every kMicro tokens, and over blocks, in order, by a second kernel, as
-// are the segments' shares of the channels' gradients.
+// are the segments' shares of the channels' gradients. The second-level cache is asked for a tile while the one after is
+// walked.
 #pragma once
 
 #include "kernels/selective/block.cuh"
@@ -72,8 +73,10 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
     block.load_start(p.grad_final_state, g);
     N dA[kMine], dB[kMine], dC[kMine];
     Block<K>::fill(dA, 0.f), Block<K>::fill(dB, 0.f), Block<K>::fill(dC, 0.f);
-    // Of dskip and dbias: a thread's pieces are of one place, which threads kRow apart share.
-    using OverRows = Exchange<2 * K::kVector, 16, K::kRow>;
+    // Of dskip and dbias. Channels last, a thread's pieces are of the same channels, which threads kRow apart share;
+    // channels first, each is of a channel of its own, which kRow threads share: they meet at the end.
+    constexpr int kSums = K::kFirst ? K::kPieces : K::kVector;
+    using OverRows = Exchange<2 * kSums, K::kFirst ? 0 : 16, K::kFirst ? 1 : K::kRow>;
     float of_channels[OverRows::numbers_left()] = {};
     __syncthreads();
     LSM_UNROLL_BY(1)
@@ -91,17 +94,21 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
             block.load_numbers_of_tokens(p.c, !p.channel_C, t, c);
             block.load_numbers(p.saved_states, block.tile_row(tile), h);
             block.share_steps(shared, token, dt);
-            Block<K>::share(shared.u,
-                            [&](int i, int, int, int e) { return Block<K>::element(u, i, e); });
-            Block<K>::share(shared.dy, [&](int i, int, int, int e) {
-                float const grad = Block<K>::element(dy, i, e);
+            Block<K>::share(shared.u, [&](Spot at) { return Block<K>::value(u, at); });
+            Block<K>::share(shared.dy, [&](Spot at) {
+                float const grad = Block<K>::value(dy, at);
                 if (p.z.data == nullptr) return grad;
-                float const gate = Block<K>::element(z, i, e);
+                float const gate = Block<K>::value(z, at);
                 return grad * gate * sigmoid(gate);
             });
-            Block<K>::share_numbers(shared.b, b), Block<K>::share_numbers(shared.c, c);
+            Block<K>::share_numbers(p.b, shared.b, b), Block<K>::share_numbers(p.c, shared.c, c);
         }
         __syncthreads();
+        if (tile > 0) {
+            block.find(t - K::kTile, token);
+            for (Rows const* r : {&p.u, &p.dt, &p.z, &p.grad_y}) block.ask(*r, token);
+            block.ask_numbers(p.saved_states, block.tile_row(tile - 1));
+        }
         LSM_UNROLL_BY(1)
         for (int m = 0; m < K::kTile / K::kMicro; ++m) {
             LSM_UNROLL
@@ -114,26 +121,24 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         }
         __syncthreads();
         block.find(t, token);
-        auto const rounds_sum = [&](float* sums, typename K::Row const& rows, int i, int row,
-                                    int at, int e) {
-            float x = Block<K>::at(rows, row, at, e);
-            if (token[i] < 0 || at + e >= block.count || sums == nullptr) return x;
-            i64 const place = block.sum_at(token[i], at + e);
+        auto const rounds_sum = [&](float* sums, typename K::Row const& rows, Spot at) {
+            float x = Block<K>::value(rows, at);
+            if (sums == nullptr || !block.exists(token, at)) return x;
+            i64 const place = block.sum_at(token, at);
             if (block.s0 > 0) x += load_global(sums + place);
             if (!is_last) store_global(sums + place, x);
             return x;
         };
         if (is_last && p.z.data != nullptr) {
-            block.store(p.dz, token, [&](int i, int row, int at, int e) {
-                float const y = rounds_sum(scratch.y, shared.y, i, row, at, e);
-                float const whole =
-                    fmaf(shared.skip[at + e], Block<K>::at(shared.u, row, at, e), y);
-                float const x = Block<K>::element(z, i, e), gate = sigmoid(x);
-                return Block<K>::element(dy, i, e) * whole * gate * fmaf(x, 1.f - gate, 1.f);
+            block.store(p.dz, token, [&](Spot at) {
+                float const y = rounds_sum(scratch.y, shared.y, at);
+                float const whole = fmaf(shared.skip[at.c], Block<K>::value(shared.u, at), y);
+                float const x = Block<K>::value(z, at), gate = sigmoid(x);
+                return Block<K>::value(dy, at) * whole * gate * fmaf(x, 1.f - gate, 1.f);
             });
         } else if (!is_last) {
-            Block<K>::pieces([&](int i, int row, int at) {
-                for (int e = 0; e < K::kVector; ++e) rounds_sum(scratch.y, shared.y, i, row, at, e);
+            Block<K>::pieces([&](Spot first) {
+                Block<K>::elements(first, [&](Spot at) { rounds_sum(scratch.y, shared.y, at); });
             });
         }
         __syncthreads();  // the place of y is ddt's from here on
@@ -192,30 +197,28 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         }
         if (!is_last) {
             block.find(t, token);
-            Block<K>::pieces([&](int i, int row, int at) {
-                for (int e = 0; e < K::kVector; ++e) {
-                    rounds_sum(scratch.ddt, shared.y, i, row, at, e);
-                    rounds_sum(scratch.ddu, shared.ddu, i, row, at, e);
-                }
+            Block<K>::pieces([&](Spot first) {
+                Block<K>::elements(first, [&](Spot at) {
+                    rounds_sum(scratch.ddt, shared.y, at);
+                    rounds_sum(scratch.ddu, shared.ddu, at);
+                });
             });
             continue;
         }
-        auto const sum_ddu = [&](int i, int row, int at, int e) {
-            return rounds_sum(scratch.ddu, shared.ddu, i, row, at, e);
-        };
+        auto const sum_ddu = [&](Spot at) { return rounds_sum(scratch.ddu, shared.ddu, at); };
         block.find(t, token);
-        float sums[2 * K::kVector] = {};  // of dskip, then of the bias's
-        block.store(p.du, token, [&](int i, int row, int at, int e) {
-            float const grad = Block<K>::at(shared.dy, row, at, e);
-            sums[e] = fmaf(Block<K>::at(shared.u, row, at, e), grad, sums[e]);
-            return fmaf(Block<K>::at(shared.dt, row, at, e), sum_ddu(i, row, at, e),
-                        shared.skip[at + e] * grad);
+        float sums[2 * kSums] = {};  // of dskip, then of the bias's
+        block.store(p.du, token, [&](Spot at) {
+            float const grad = Block<K>::value(shared.dy, at);
+            float& skip = sums[K::kFirst ? at.i : at.e];
+            skip = fmaf(Block<K>::value(shared.u, at), grad, skip);
+            return fmaf(Block<K>::value(shared.dt, at), sum_ddu(at), shared.skip[at.c] * grad);
         });
-        block.store(p.ddt, token, [&](int i, int row, int at, int e) {
-            float d = fmaf(Block<K>::at(shared.u, row, at, e), sum_ddu(i, row, at, e),
-                           rounds_sum(scratch.ddt, shared.y, i, row, at, e));
-            if (p.softplus) d *= softplus_slope(Block<K>::at(shared.dt, row, at, e));
-            sums[K::kVector + e] += token[i] < 0 ? 0.f : d;
+        block.store(p.ddt, token, [&](Spot at) {
+            float d = fmaf(Block<K>::value(shared.u, at), sum_ddu(at),
+                           rounds_sum(scratch.ddt, shared.y, at));
+            if (p.softplus) d *= softplus_slope(Block<K>::value(shared.dt, at));
+            sums[kSums + (K::kFirst ? at.i : at.e)] += block.exists(token, at) ? d : 0.f;
             return d;
         });
         OverRows::add_up(sums);
@@ -226,6 +229,20 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
     store_state_shares(0, dA);
     if constexpr (K::kChannelBC) store_state_shares(1, dB), store_state_shares(2, dC);
     if (!is_last) return;
+    if constexpr (K::kFirst) {
+        LSM_UNROLL
+        for (int n = 0; n < 2 * kSums; ++n) {
+            LSM_UNROLL
+            for (int d = 1; d < K::kRow; d *= 2) of_channels[n] += shuffle_xor(of_channels[n], d);
+        }
+        LSM_UNROLL
+        for (int i = 0; i < kSums; ++i) {
+            int const c = (threadIdx.x + i * kThreads) / K::kRow;
+            if (threadIdx.x % K::kRow == 0 && c < block.count)
+                store_channel_shares(c, of_channels[i], of_channels[kSums + i]);
+        }
+        return;
+    }
     __syncthreads();
     auto& all = *reinterpret_cast<float(*)[2][kWarps][K::kChannels]>(dyn_smem());
     LSM_UNROLL

@@ -1,12 +1,14 @@
 // The selective scan on CUDA: states over lanes (docs/kernels/scan.md).
 //
 // A block owns kThreads / L neighbouring channels of a segment of a sequence; a channel's states lie in L lanes, four
-// each. Per tile of tokens the block's threads first take the roles of loaders, four channels of a token each:
-// softplus once, dt and u to shared memory, B and C widened beside them. Then every lane walks the tile's tokens with
+// each. Per tile of tokens the block's threads first take the roles of loaders, four channels of a token each, or four
+// tokens of a channel where channels lie first: softplus once, dt and u to shared memory, B and C widened beside them,
+// from there on tokens are rows whatever the layout. Then every lane walks the tile's tokens with
 // its states in registers; sums over states go through shuffles. More states than fit go in rounds, whose sums over
 // states meet in the workspace.
 #pragma once
 
+#include "kernels/prefetch.cuh"
 #include "kernels/scan/numbers.cuh"
 #include "kernels/segments.cuh"
 #include "params/selective_scan.h"
@@ -88,13 +90,15 @@ struct Exchange {
     }
 };
 
-// Numbers N in registers of tensors of T; kChannelBC: B or C may be a channel's.
-template <class T_, class N_, int L_, bool kChannelBC_>
+// Numbers N in registers of tensors of T; kChannelBC: B or C may be a channel's; kFirst: channels lie first in memory,
+// tokens side by side.
+template <class T_, class N_, int L_, bool kChannelBC_, bool kFirst_>
 struct Kind {
     using T = T_;
     using N = N_;
     static constexpr int L = L_;  // lanes of a channel
     static constexpr bool kChannelBC = kChannelBC_;
+    static constexpr bool kFirst = kFirst_;
     static constexpr bool kIsComplex = std::is_same_v<N, Complex>;
     using TokenNumber = std::conditional_t<kIsComplex, N, T>;    // of B and C of tokens
     static constexpr int kChannels = kThreads / L;               // of a block
@@ -102,19 +106,23 @@ struct Kind {
     static constexpr bool kRounds = L == 16;                     // one may not do
     static constexpr int kTile = selective_tile(kIsComplex);     // tokens
     static constexpr int kNumbers = kTile * kStates / kThreads;  // of B that a thread loads
-    static constexpr int kVector = 4;                            // channels of a loader's piece
-    static constexpr int kRow = kChannels / kVector;             // pieces of a token
-    static constexpr int kAll = kTile * kRow;                    // pieces of a tile
+    static constexpr int kVector = 4;                            // elements of a loader's piece
+    static constexpr int kRow = (kFirst ? kTile : kChannels) / kVector;  // pieces side by side
+    static constexpr int kAll = kTile * kChannels / kVector;             // pieces of a tile
     static constexpr int kPieces = (kAll + kThreads - 1) / kThreads;  // of a thread, of one place
     static constexpr int kMicro = kIsComplex ? 4 : 8;  // tokens whose states the backward keeps
     static constexpr int kBlocks = L == 4 && !kChannelBC ? 2 : 1;  // of a multiprocessor, at least
     static constexpr float kReadFactor = kIsComplex ? 2.f : 1.f;   // y = 2 Re(C h) of pairs
     static_assert(kTile * kStates % kThreads == 0 && kThreads % kRow == 0);
+    static_assert(kThreads % kStates == 0 && kThreads % kTile == 0);
 
-    using Row = float[kTile][kChannels];
+    // Padded so that a warp's pieces, which begin four rows apart where channels lie first, are in banks of their own.
+    using Row = float[kTile][kChannels + (kFirst ? 32 / kTile : 0)];
+    // Padded by a piece, for lanes that are tokens.
+    using NumberRow = N[kStates + 16 / sizeof(N)];
     struct Shared {
         Row dt, u, y;
-        N b[kTile][kStates], c[kTile][kStates];
+        alignas(16) NumberRow b[kTile], c[kTile];
         float skip[kChannels], bias[kChannels];
     };
     struct SharedBackward : Shared {
@@ -126,21 +134,20 @@ struct Kind {
 
 // The workspace. Sums over the states of earlier rounds are null where there is one round.
 struct Scratch {
-    float* y = nullptr;  // [B T][D]
+    float* y = nullptr;  // [B T][D], or [B][D][T] where channels lie first
     float *ddt = nullptr, *ddu = nullptr;
     void* tokens = nullptr;      // [2][blocks of channels][B T][S]: shares of dB and dC
     float* channels = nullptr;   // [2][records][D]: of dD and the bias
     void* states = nullptr;      // [1 or 3][S][records][D]: of dA, and of channels' dB and dC
     void* aggregates = nullptr;  // [records][D][S][2]: what a segment does; null: none is cut
     void* starts = nullptr;      // [records][D][S]: what comes to it
-    bool pieces = false;         // whether rows lie in aligned pieces of four channels
+    bool pieces = false;         // whether rows of memory lie in aligned pieces of four
 };
 
-template <class T>
-LSM_DEVICE void write(Rows const& r, i64 batch, i64 token, i64 channel, float x) {
-    store_global(static_cast<T*>(r.data) + batch * r.batch + token * r.time + channel,
-                 static_cast<T>(x));
-}
+// An element of a tile: number e of the thread's piece i, at a row (token) and channel of the block.
+struct Spot {
+    int i, e, row, c;
+};
 
 // What a thread knows of its block, channel and states.
 template <class K>
@@ -220,6 +227,9 @@ struct Block {
         for (int s = 0; s < kMine; ++s)
             x[s] = from != nullptr && inside(s) ? load_global(at + s) : number<N>(0.f);
     }
+    LSM_DEVICE void ask_numbers(void const* from, i64 row) const {
+        if (inside(0)) prefetch_l2(static_cast<N const*>(from) + row * p.S + state(0));
+    }
     LSM_DEVICE void store_numbers(void* to, i64 row, N const (&x)[kMine]) const {
         if (to == nullptr) return;
         N* const at = static_cast<N*>(to) + row * p.S + state(0);
@@ -248,86 +258,122 @@ struct Block {
         load_numbers(cut ? scratch.starts : edge, cut ? record_row() : state_row(), h);
     }
 
-    // f(which of the thread's pieces, row of the tile, channel of the block)
+    // f(the first spot of every piece of the thread)
     template <class F>
     LSM_DEVICE static void pieces(F const& f) {
         LSM_UNROLL
         for (int i = 0; i < K::kPieces; ++i) {
             int const piece = threadIdx.x + i * kThreads;
             if (K::kAll % kThreads != 0 && piece >= K::kAll) return;
-            f(i, piece / K::kRow, piece % K::kRow * K::kVector);
+            int const line = piece / K::kRow, along = piece % K::kRow * K::kVector;
+            f(K::kFirst ? Spot{i, 0, along, line} : Spot{i, 0, line, along});
         }
+    }
+    // f(spot) of every element of a piece, given its first spot.
+    template <class F>
+    LSM_DEVICE static void elements(Spot first, F const& f) {
+        LSM_UNROLL
+        for (int e = 0; e < K::kVector; ++e)
+            f(Spot{first.i, e, first.row + (K::kFirst ? e : 0), first.c + (K::kFirst ? 0 : e)});
     }
     // The token of a position of the segment, or -1: past the end, or of an order that is none.
     LSM_DEVICE i64 token_at(int position) const {
-        if (position >= length || p.order == nullptr)
+        if (K::kFirst || position >= length || p.order == nullptr)
             return position < length ? begin + position : -1;
         i64 const token = load_global(p.order + begin + position);
         return token >= 0 && token < p.T ? token : -1;
     }
+    // Of pieces' first elements.
     LSM_DEVICE void find(int t, Tokens& token) const {
-        pieces([&](int i, int row, int) { token[i] = token_at(t + row); });
+        pieces([&](Spot first) { token[first.i] = token_at(t + first.row); });
+    }
+    // Whether there is such a token and such a channel.
+    LSM_DEVICE bool exists(Tokens const& token, Spot at) const {
+        bool const inside = !K::kFirst || token[at.i] + at.e < begin + length;
+        return token[at.i] >= 0 && inside && at.c < count;
+    }
+    LSM_DEVICE bool is_piece(Tokens const& token, Spot first) const {
+        if constexpr (K::kFirst) {
+            return scratch.pieces && begin % K::kVector == 0 && first.c < count &&
+                   token[first.i] + K::kVector <= begin + length;
+        }
+        return scratch.pieces && first.c + K::kVector <= count;
+    }
+    LSM_DEVICE T* place(Rows const& r, i64 token, int c) const {
+        i64 const row = batch() * r.batch, channel = first + c;
+        return static_cast<T*>(r.data) + row +
+               (K::kFirst ? channel * r.head + token : token * r.time + channel);
     }
     LSM_DEVICE void load(Rows const& r, Tokens const& token, Elements& x) const {
-        pieces([&](int i, int, int c) {
+        pieces([&](Spot first) {
+            auto& piece = x[first.i];
             LSM_UNROLL
-            for (int e = 0; e < K::kVector; ++e) x[i].element[e] = static_cast<T>(0.f);
-            if (token[i] < 0 || r.data == nullptr) return;
-            T const* const at =
-                static_cast<T const*>(r.data) + batch() * r.batch + token[i] * r.time + first + c;
-            if (scratch.pieces && c + K::kVector <= count) {
-                x[i] = load_global(reinterpret_cast<Piece<T, K::kVector> const*>(at));
+            for (int e = 0; e < K::kVector; ++e) piece.element[e] = static_cast<T>(0.f);
+            if (token[first.i] < 0 || r.data == nullptr) return;
+            T const* const from = place(r, token[first.i], first.c);
+            if (is_piece(token, first)) {
+                piece = load_global(reinterpret_cast<Piece<T, K::kVector> const*>(from));
                 return;
             }
-            LSM_UNROLL
-            for (int e = 0; e < K::kVector; ++e) {
-                if (c + e < count) x[i].element[e] = load_global(at + e);
-            }
+            elements(first, [&](Spot at) {
+                if (exists(token, at)) piece.element[at.e] = load_global(from + at.e);
+            });
         });
     }
-    // f(row of the tile, channel of the block, element of the piece) of every element of a tensor.
+    // Brings what load() will read into the second-level cache: of every sector, the lane whose piece begins it.
+    LSM_DEVICE void ask(Rows const& r, Tokens const& token) const {
+        pieces([&](Spot first) {
+            if (r.data == nullptr || !exists(token, first)) return;
+            T const* const from = place(r, token[first.i], first.c);
+            if (reinterpret_cast<std::uintptr_t>(from) % 32 < sizeof(Piece<T, K::kVector>))
+                prefetch_l2(from);
+        });
+    }
+    // f(spot) to every element of a tensor.
     template <class F>
     LSM_DEVICE void store(Rows const& r, Tokens const& token, F const& f) const {
-        pieces([&](int i, int row, int c) {
+        pieces([&](Spot first) {
             Piece<T, K::kVector> x;
-            LSM_UNROLL
-            for (int e = 0; e < K::kVector; ++e) x.element[e] = static_cast<T>(f(i, row, c, e));
-            if (token[i] < 0) return;
-            T* const at =
-                static_cast<T*>(r.data) + batch() * r.batch + token[i] * r.time + first + c;
-            if (scratch.pieces && c + K::kVector <= count) {
-                store_global(reinterpret_cast<Piece<T, K::kVector>*>(at), x);
+            elements(first, [&](Spot at) { x.element[at.e] = static_cast<T>(f(at)); });
+            if (token[first.i] < 0) return;
+            T* const to = place(r, token[first.i], first.c);
+            if (is_piece(token, first)) {
+                store_global(reinterpret_cast<Piece<T, K::kVector>*>(to), x);
                 return;
             }
-            LSM_UNROLL
-            for (int e = 0; e < K::kVector; ++e) {
-                if (c + e < count) store_global(at + e, x.element[e]);
-            }
+            elements(first, [&](Spot at) {
+                if (exists(token, at)) store_global(to + at.e, x.element[at.e]);
+            });
         });
     }
-    // f(which piece, row, channel, element) to rows in shared memory, four at a time.
+    // f(spot) to rows in shared memory; channels four at a time.
     template <class F>
     LSM_DEVICE static void share(typename K::Row& to, F const& f) {
-        pieces([&](int i, int row, int c) {
-            LSM_UNROLL
-            for (int e = 0; e < K::kVector; e += 4) {
-                float4 const x{f(i, row, c, e), f(i, row, c, e + 1), f(i, row, c, e + 2),
-                               f(i, row, c, e + 3)};
-                *reinterpret_cast<float4*>(&to[row][c + e]) = x;
+        pieces([&](Spot first) {
+            float x[4];
+            static_assert(K::kVector == 4);
+            elements(first, [&](Spot at) { x[at.e] = f(at); });
+            if constexpr (K::kFirst) {
+                elements(first, [&](Spot at) { to[at.row][at.c] = x[at.e]; });
+            } else {
+                *reinterpret_cast<float4*>(&to[first.row][first.c]) = {x[0], x[1], x[2], x[3]};
             }
         });
     }
-    // Element c + e of a row; what lies side by side is read at once.
-    LSM_DEVICE static float at(typename K::Row const& rows, int row, int c, int e) {
-        float4 const x = *reinterpret_cast<float4 const*>(&rows[row][c + e / 4 * 4]);
-        return e % 4 == 0 ? x.x : e % 4 == 1 ? x.y : e % 4 == 2 ? x.z : x.w;
+    // An element of rows in shared memory; channels that lie side by side are read at once.
+    LSM_DEVICE static float value(typename K::Row const& rows, Spot at) {
+        if constexpr (K::kFirst) return rows[at.row][at.c];
+        float4 const x = *reinterpret_cast<float4 const*>(&rows[at.row][at.c - at.e]);
+        return at.e == 0 ? x.x : at.e == 1 ? x.y : at.e == 2 ? x.z : x.w;
     }
-    LSM_DEVICE static float element(Elements const& x, int i, int e) {
-        return static_cast<float>(x[i].element[e]);
+    LSM_DEVICE static float value(Elements const& x, Spot at) {
+        return static_cast<float>(x[at.i].element[at.e]);
     }
     // A pair's place in the sums of rounds.
-    LSM_DEVICE i64 sum_at(i64 token, int c) const {
-        return (batch() * p.T + token) * p.D + first + c;
+    LSM_DEVICE i64 sum_at(Tokens const& token, Spot at) const {
+        i64 const channel = first + at.c;
+        return K::kFirst ? (batch() * p.D + channel) * p.T + token[at.i] + at.e
+                         : (batch() * p.T + token[at.i]) * p.D + channel;
     }
 
     LSM_DEVICE void share_channels(typename K::Shared& shared) const {
@@ -343,32 +389,39 @@ struct Block {
     // Tokens past the end have dt = 0, which leaves states alone.
     LSM_DEVICE void share_steps(typename K::Shared& shared, Tokens const& token,
                                 Elements const& dt) const {
-        share(shared.dt, [&](int i, int, int c, int e) {
-            float const x = element(dt, i, e) + shared.bias[c + e];
+        share(shared.dt, [&](Spot at) {
+            float const x = value(dt, at) + shared.bias[at.c];
             float const step = p.softplus ? fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))) : x;
-            return token[i] >= 0 && c + e < count ? step : 0.f;
+            return exists(token, at) ? step : 0.f;
         });
     }
 
-    // B or C of a tile.
+    // B or C of a tile, in the order of memory: f(which of the thread's, row of the tile, state of the round).
     using Numbers = typename K::TokenNumber[K::kNumbers];
-    LSM_DEVICE void load_numbers_of_tokens(Rows const& r, bool wanted, int t, Numbers& x) const {
+    template <class F>
+    LSM_DEVICE static void numbers(Projection const& r, F const& f) {
+        bool const states_first = r.state == 1;
+        int const i = threadIdx.x, rows = states_first ? kThreads / K::kStates : 0;
+        int const row = states_first ? i / K::kStates : i % K::kTile;
+        int const s = states_first ? i % K::kStates : i / K::kTile;
+        int const states = states_first ? 0 : kThreads / K::kTile;
         LSM_UNROLL
-        for (int j = 0; j < K::kNumbers; ++j) {
-            int const i = threadIdx.x + j * kThreads, row = i / K::kStates, s = i % K::kStates;
+        for (int j = 0; j < K::kNumbers; ++j) f(j, row + j * rows, s + j * states);
+    }
+    LSM_DEVICE void load_numbers_of_tokens(Projection const& r, bool wanted, int t,
+                                           Numbers& x) const {
+        numbers(r, [&](int j, int row, int s) {
             i64 const token = wanted && s0 + s < p.S ? token_at(t + row) : -1;
             x[j] = zero(static_cast<typename K::TokenNumber*>(nullptr));
-            if (token < 0) continue;
+            if (token < 0) return;
             x[j] = load_global(static_cast<typename K::TokenNumber const*>(r.data) +
-                               batch() * r.batch + token * r.time + group * r.head + s0 + s);
-        }
+                               batch() * r.batch + token * r.time + group * r.head +
+                               (s0 + s) * r.state);
+        });
     }
-    LSM_DEVICE static void share_numbers(N (&to)[K::kTile][K::kStates], Numbers const& x) {
-        LSM_UNROLL
-        for (int j = 0; j < K::kNumbers; ++j) {
-            int const i = threadIdx.x + j * kThreads;
-            to[i / K::kStates][i % K::kStates] = static_cast<N>(x[j]);
-        }
+    LSM_DEVICE static void share_numbers(Projection const& r, typename K::NumberRow (&to)[K::kTile],
+                                         Numbers const& x) {
+        numbers(r, [&](int j, int row, int s) { to[row][s] = static_cast<N>(x[j]); });
     }
     LSM_DEVICE static Complex zero(Complex*) { return {0.f, 0.f}; }
     template <class U>
@@ -412,7 +465,8 @@ struct Block {
     LSM_DEVICE void poison_tokens(Rows const& rows) const {
         if (rows.data == nullptr) return;
         for (i64 i = threadIdx.x; i < i64(length) * count; i += kThreads)
-            write<T>(rows, batch(), begin + i / count, first + i % count, nan_value());
+            store_global(place(rows, begin + i / count, static_cast<int>(i % count)),
+                         static_cast<T>(nan_value()));
     }
 };
 

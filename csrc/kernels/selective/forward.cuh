@@ -40,9 +40,8 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         typename Block<K>::Tokens token;
         block.find(t, token);
         block.share_steps(shared, token, dt);
-        Block<K>::share(shared.u,
-                        [&](int i, int, int, int e) { return Block<K>::element(u, i, e); });
-        Block<K>::share_numbers(shared.b, b), Block<K>::share_numbers(shared.c, c);
+        Block<K>::share(shared.u, [&](Spot at) { return Block<K>::value(u, at); });
+        Block<K>::share_numbers(p.b, shared.b, b), Block<K>::share_numbers(p.c, shared.c, c);
         __syncthreads();
         if (is_last) block.load(p.z, token, z);
         ask(t + K::kTile);
@@ -54,24 +53,25 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         }
         __syncthreads();
         block.find(t, token);
-        auto const value = [&](int i, int row, int at, int e) {
-            float y = Block<K>::at(shared.y, row, at, e);
-            if (block.s0 > 0 && token[i] >= 0 && at + e < block.count)
-                y += load_global(scratch.y + block.sum_at(token[i], at + e));
+        auto const sum = [&](Spot at) {
+            float y = Block<K>::value(shared.y, at);
+            if (block.s0 > 0 && block.exists(token, at))
+                y += load_global(scratch.y + block.sum_at(token, at));
             return y;
         };
         if (!is_last) {
-            Block<K>::pieces([&](int i, int row, int at) {
-                for (int e = 0; e < K::kVector && token[i] >= 0 && at + e < block.count; ++e)
-                    store_global(scratch.y + block.sum_at(token[i], at + e), value(i, row, at, e));
+            Block<K>::pieces([&](Spot first) {
+                Block<K>::elements(first, [&](Spot at) {
+                    if (block.exists(token, at))
+                        store_global(scratch.y + block.sum_at(token, at), sum(at));
+                });
             });
             continue;
         }
-        block.store(p.y, token, [&](int i, int row, int at, int e) {
-            float const y =
-                fmaf(shared.skip[at + e], Block<K>::at(shared.u, row, at, e), value(i, row, at, e));
+        block.store(p.y, token, [&](Spot at) {
+            float const y = fmaf(shared.skip[at.c], Block<K>::value(shared.u, at), sum(at));
             if (p.z.data == nullptr) return y;
-            float const gate = Block<K>::element(z, i, e);
+            float const gate = Block<K>::value(z, at);
             return y * gate * sigmoid(gate);
         });
     }

@@ -48,9 +48,9 @@ struct Launch {
         auto const aligned = [](Rows const& r) {
             auto const whole = [](i64 elements) { return elements % K::kVector == 0; };
             return reinterpret_cast<std::uintptr_t>(r.data) % 16 == 0 && whole(r.batch) &&
-                   whole(r.time);
+                   whole(K::kFirst ? r.head : r.time);
         };
-        scratch.pieces = p.D / p.G % K::kVector == 0 || p.G == 1;
+        scratch.pieces = K::kFirst || p.D / p.G % K::kVector == 0 || p.G == 1;
         for (Rows const& r : {p.u, p.dt, p.z, p.y, p.grad_y, p.du, p.ddt, p.dz})
             scratch.pieces = scratch.pieces && aligned(r);
     }
@@ -119,12 +119,17 @@ int64_t launch_typed(SelectiveParams const& p, Direction direction, void* worksp
         direction == Direction::forward ? launcher.forward(stream) : launcher.backward(stream);
         return 0;
     };
-    bool const few = p.S <= 16;
-    if constexpr (std::is_same_v<N, float>) {
-        if (!p.channel_B && !p.channel_C)
-            return few ? run(Kind<T, N, 4, false>{}) : run(Kind<T, N, 16, false>{});
-    }
-    return few ? run(Kind<T, N, 4, true>{}) : run(Kind<T, N, 16, true>{});
+    auto const in_layout = [&](auto first) {
+        constexpr bool kFirst = decltype(first)::value;
+        bool const few = p.S <= 16;
+        if constexpr (std::is_same_v<N, float>) {
+            if (!p.channel_B && !p.channel_C)
+                return few ? run(Kind<T, N, 4, false, kFirst>{})
+                           : run(Kind<T, N, 16, false, kFirst>{});
+        }
+        return few ? run(Kind<T, N, 4, true, kFirst>{}) : run(Kind<T, N, 16, true, kFirst>{});
+    };
+    return p.u.head == 1 ? in_layout(std::false_type{}) : in_layout(std::true_type{});
 }
 
 }  // namespace lsm::selective_kernel

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
     // Nothing comes from the last.
     if (kForwards ? block.segment.is_last : block.segment.index == 0) return;
     Rows const& rows = kForwards ? p.u : p.grad_y;
-    Rows const& numbers = kForwards ? p.b : p.c;
+    Projection const& numbers = kForwards ? p.b : p.c;
     bool const of_tokens = kForwards ? !p.channel_B : !p.channel_C;
     N product[kMine], sum[kMine];
     Block<K>::fill(product, 1.f), Block<K>::fill(sum, 0.f);
@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         block.load_numbers_of_tokens(numbers, of_tokens, t, of_state);
         __syncthreads();  // the tile before has been walked
         block.share_steps(shared, token, dt);
-        Block<K>::share(shared.u, [&](int i, int, int, int e) {
-            float const value = Block<K>::element(x, i, e);
+        Block<K>::share(shared.u, [&](Spot at) {
+            float const value = Block<K>::value(x, at);
             if (kForwards || p.z.data == nullptr) return value;
-            float const gate = Block<K>::element(z, i, e);
+            float const gate = Block<K>::value(z, at);
             return value * gate * sigmoid(gate);
         });
-        Block<K>::share_numbers(kForwards ? shared.b : shared.c, of_state);
+        Block<K>::share_numbers(numbers, kForwards ? shared.b : shared.c, of_state);
         __syncthreads();
         LSM_UNROLL_BY(4)
         for (int k = 0; k < K::kTile; ++k) {
