@@ -18,7 +18,7 @@ from lsm_cuda import reference
 
 from .operators import BLOCK, CHOSEN, STRIDE, WINDOW, Inputs, Op, Shape
 
-__all__ = ["Attention", "Dense", "Nsa", "Selection", "drawn_lists", "token_lists"]
+__all__ = ["Attention", "Coded", "Dense", "Nsa", "Selection", "drawn_lists", "token_lists"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,39 @@ class Dense(Attention):
         before = torch.full((shape["B"],), shape["T"] - 1, dtype=torch.int32, device=q.device)
         cache = {"k_cache": x["k"], "v_cache": x["v"], "cache_seqlens": before}
         return {"q": q, "k": k, "v": v, **cache, "causal": True}
+
+
+@dataclass(frozen=True)
+class Coded(Attention):
+    """A step beside a cache of 8-bit codes, of numbers that they stand for exactly."""
+
+    modes = ("step",)
+
+    @property
+    def available(self) -> bool:
+        return super().available and hasattr(torch.ops.lsm, "sparse_attn_decode_codes")
+
+    def make(self, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+        """Keys and values are n / 32 of n from -128 to 127, both of which every row has."""
+        made = super().make(shape, dtype, device, seed)
+        for name in ("k", "v"):
+            n = (32 * made[name]).round().clamp(-128, 127)
+            n[..., 0], n[..., 1] = -128, 127
+            made[name] = n / 32
+        return made
+
+    def token(self, x: Inputs, shape: Shape) -> dict[str, Any]:
+        from lsm_cuda.sparse import quantize
+
+        (k, k_affine), (v, v_affine) = (quantize(x[name], 8) for name in ("k", "v"))
+        cache = {"k_cache": k, "v_cache": v, "affine": (k_affine, v_affine)}
+        return {**super().token(x, shape), **cache}
+
+    def minimal_bytes(self, shape: Shape, dtype: torch.dtype, mode: str) -> int:
+        """Of a key or a value a byte for each number, its step and its least in fp32."""
+        B, H, HKV, K, V = shape.dims("B H HKV K V")
+        kept = HKV * self.keys_of_last(shape["T"]) * (K + V + 2 * 2 * 4)
+        return B * (dtype.itemsize * H * (K + V) + kept)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from .arguments import (
     softmax,
     softmax_token,
 )
-from .attention import Attention, Dense, Nsa
+from .attention import Attention, Coded, Dense, Nsa
 from .calls import Call, Peer, absent, heads_second, ours, version
 from .compositions import as_bitmap
 from .operators import BLOCK, CHOSEN, first
@@ -45,7 +45,7 @@ __all__ = ["PEERS", "Call", "Peer", "absent", "ours", "version"]
 
 def of_attention(sequence: Call, step: Call | None = None) -> dict[tuple[str, str], Call]:
     """For the patterns that are one softmax under a mask; causality alone needs none."""
-    other = (Dense, Nsa)
+    other = (Coded, Dense, Nsa)
     names = [r.name for r in ROWS if isinstance(r, Attention) and not isinstance(r, other)]
     found = {(name, "sequence"): sequence for name in names}
     return found if step is None else found | {(name, "step"): step for name in names}
@@ -53,9 +53,9 @@ def of_attention(sequence: Call, step: Call | None = None) -> dict[tuple[str, st
 
 def of_every_op(sequence: Call, step: Call | None = None) -> dict[tuple[str, str], Call]:
     """Softmax attention stands beside every operator with queries, keys and values."""
-    names = [op.name for op in OPS.values() if op.qkv]
-    found = {(name, "sequence"): sequence for name in names}
-    return found if step is None else found | {(name, "step"): step for name in names}
+    every = [op for op in OPS.values() if op.qkv]
+    found = {(op.name, "sequence"): sequence for op in every if "forward" in op.modes}
+    return found if step is None else found | {(op.name, "step"): step for op in every}
 
 
 def in_chunks(shape: Shape) -> bool:

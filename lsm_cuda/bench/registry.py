@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attention, Dense, Nsa, Selection, drawn_lists, token_lists
+from .attention import Attention, Coded, Dense, Nsa, Selection, drawn_lists, token_lists
 from .operators import MODES, STRIDE, WINDOW, Inputs, Op, Shape
 
 __all__ = [
@@ -385,6 +385,13 @@ ROWS = (
         reference="block_sparse_attention",
         inputs=ATTENTION,
         lists=token_lists,
+    ),
+    Coded(
+        name="attn_codes",
+        chunk="block_sparse_attn",
+        step="sparse_attn_decode",
+        reference="block_sparse_attention",
+        inputs=ATTENTION,
     ),
     Nsa(
         name="nsa",

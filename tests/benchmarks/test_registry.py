@@ -15,12 +15,8 @@ from lsm_cuda.bench.peers import ours
 from lsm_cuda.bench.registry import OPS, ROWS, SETS, Shape, cells, sets
 
 BF16, F32 = torch.bfloat16, torch.float32
-# Two halves of what block_select does in one launch; decode of codes, which only tests of caches
-# call yet; Mamba-2's whole sequences in bf16 on CUDA.
-ELSEWHERE = {
-    *("lsm::block_scores", "lsm::block_topk", "lsm::sparse_attn_decode_codes"),
-    *("lsm::ssd_fwd", "lsm::ssd_bwd"),
-}
+# Two halves of what block_select does in one launch; Mamba-2's whole sequences in bf16 on CUDA.
+ELSEWHERE = {"lsm::block_scores", "lsm::block_topk", "lsm::ssd_fwd", "lsm::ssd_bwd"}
 
 
 class Calls(TorchDispatchMode):
@@ -128,6 +124,8 @@ def test_minimal_bytes_and_flops_of_attention():
         assert op.minimal_flops(shape, "backward") == 2 * 4 * pairs * (6 * 64 + 4 * 32)
         assert op.minimal_flops(shape, "step") == 2 * 4 * last * 2 * K
         assert op.minimal_bytes(shape, BF16, "step") == 2 * 2 * (4 + 2 * last) * K
+    coded = 2 * (2 * 4 * K + 2 * 2000 * (K + 2 * 8))
+    assert OPS["attn_codes"].minimal_bytes(shape, BF16, "step") == coded
     assert OPS["attn"].minimal_bytes(shape, BF16, "forward") == 2 * 2 * 2000 * (4 + 2) * K
     halves = Shape("B1 T12 H1 K8 V8", packed=2)
     assert OPS["attn"].minimal_flops(halves, "forward") == (4 * 5 // 2 + 8 * 9 // 2) * 32
