@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def is_fp64(value: object) -> bool:
     """A type's name, or a case of that type."""
     dtype = value.get("dtype") if isinstance(value, dict) else getattr(value, "dtype", value)
-    return isinstance(dtype, str) and dtype == "f64"
+    return isinstance(dtype, str) and dtype in ("f64", "c128")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from checks import assert_accepted
-from impls import threads
+from impls import Impl, threads
 from scans import real, real_inputs, wide
 from selective import DTYPES, channels_first, draw, results, walk
 
@@ -44,7 +44,7 @@ def public(softplus: bool):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [*itertools.product(SHAPES, DTYPES)], ids=str)
-def test_definition(shape: tuple, dtype: str) -> None:
+def test_definition(impl: Impl, shape: tuple, dtype: str) -> None:
     x, softplus = draw(*shape, dtype)
     order = walk(shape[0]) if "o" in shape[4] else None
 
@@ -58,11 +58,16 @@ def test_definition(shape: tuple, dtype: str) -> None:
     if "c" in shape[4]:
         x = channels_first(x)
     with threads(2):
-        actual = results(public(softplus), x, order)
+        there = None if order is None else order.to(impl.device)
+        actual = results(public(softplus), x.to(impl.device), there)
+    actual = {n: t.cpu() for n, t in actual.items()}
     if not dtype.startswith("c"):
         return assert_accepted(actual, truth, same, x)
     actual, truth, same = ({n: real(t) for n, t in r.items()} for r in (actual, truth, same))
     return assert_accepted(actual, truth, same, real_inputs(x))
+
+
+test_definition.only_impls = ("cpu", "cuda")
 
 
 def arguments(dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
