@@ -196,9 +196,7 @@ class KVCache:
     def taken(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys as they came, and values, of tokens as :meth:`keep` names them."""
         k, v = self.raw()
-        if index.dim() == 1:
-            return k.index_select(1, index), v.index_select(1, index)
-        return take_tokens(k, index), take_tokens(v, index)
+        return select_tokens(k, index), select_tokens(v, index)
 
     def keep(self, index: Tensor) -> None:
         """Drop all tokens but ``index [B, Hkv, n]`` of each head, or ``[n]`` of all."""
@@ -242,6 +240,11 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     x = x.transpose(1, 2)[:, :, None].expand(B, H, heads // H, S, D)
     at = index.clamp(min=0).view(B, H, heads // H, n, 1).expand(B, H, heads // H, n, D)
     return x.gather(3, at).flatten(1, 2).transpose(1, 2)
+
+
+def select_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """As :func:`take_tokens`, or the tokens ``index [n]`` of all heads."""
+    return x.index_select(1, index) if index.dim() == 1 else take_tokens(x, index)
 
 
 def turn_taken(rotary: RotaryEmbedding, k: Tensor, index: Tensor) -> Tensor:

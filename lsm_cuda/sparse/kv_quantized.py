@@ -11,7 +11,7 @@ from ..ops._common import accumulation_dtype
 from ..ops.attn_mask import AttnMask
 from ..ops.block_lists import BlockLists
 from ..ops.kv_cache import sparse_attn_decode
-from .kv_cache import KVCache, Policy, attend_taken, take_tokens, turn_taken
+from .kv_cache import KVCache, Policy, attend_taken, select_tokens, take_tokens, turn_taken
 
 __all__ = ["QuantizedKVCache", "quantize"]
 
@@ -51,7 +51,7 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, torch.cat([step, low], -1)
 
 
-def _numbers(codes: Tensor, affine: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def numbers(codes: Tensor, affine: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """What :func:`quantize` was given, to half a step."""
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)
@@ -127,12 +127,12 @@ class QuantizedKVCache(KVCache):
         )
 
     def raw(self) -> tuple[Tensor, Tensor]:
-        k, v = (_numbers(*x, self.bits, self.dtype) for x in self._kept())
+        k, v = (numbers(*x, self.bits, self.dtype) for x in self._kept())
         return k, v
 
     def newest(self) -> Tensor:
         codes, affine = self._kept()[0]
-        k = _numbers(codes[:, -1:], affine[:, -1:], self.bits, self.dtype)
+        k = numbers(codes[:, -1:], affine[:, -1:], self.bits, self.dtype)
         return (k if self.rotary is None else self.rotary(k, len(self) - 1))[:, 0]
 
     def replace(self, k: Tensor, v: Tensor) -> None:
@@ -142,10 +142,8 @@ class QuantizedKVCache(KVCache):
         self.store(k, v)
 
     def keep(self, index: Tensor) -> None:
-        def some(x: Tensor) -> Tensor:
-            return x.index_select(1, index) if index.dim() == 1 else take_tokens(x, index)
-
-        codes, affine = zip(*((some(c), some(a)) for c, a in self._kept()), strict=True)
+        rows = (tuple(select_tokens(x, index) for x in pair) for pair in self._kept())
+        codes, affine = zip(*rows, strict=True)
         self.buffer, self.affine = KVBuffer.start(*codes), KVBuffer.start(*affine)
 
     def _reads_codes(self, q: Tensor) -> bool:
@@ -166,7 +164,7 @@ class QuantizedKVCache(KVCache):
 
     def read_tokens(self, q: Tensor, index: Tensor, log_weight: Tensor | None = None) -> Tensor:
         k, v = (
-            _numbers(take_tokens(codes, index), take_tokens(affine, index), self.bits, self.dtype)
+            numbers(take_tokens(codes, index), take_tokens(affine, index), self.bits, self.dtype)
             for codes, affine in self._kept()
         )
         if self.rotary is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lsm_cuda import ops, reference, sparse
 from lsm_cuda.ops import AttnMask, BlockLists, _sparse_attn
-from lsm_cuda.sparse.kv_quantized import _numbers
+from lsm_cuda.sparse.kv_quantized import numbers
 
 CAUSAL = AttnMask(causal=True)
 
@@ -170,11 +170,11 @@ def test_codes_are_read_where_they_are(impl, decode, bits):
     (k, k_affine), (v, v_affine) = (
         sparse.quantize(x.tensors[n], bits) for n in ("k_cache", "v_cache")
     )
-    numbers = {
-        "k_cache": _numbers(k, k_affine, bits, k_affine.dtype),
-        "v_cache": _numbers(v, v_affine, bits, v_affine.dtype),
+    meant = {
+        "k_cache": numbers(k, k_affine, bits, k_affine.dtype),
+        "v_cache": numbers(v, v_affine, bits, v_affine.dtype),
     }
-    plain = replace(x, tensors=x.tensors | numbers)
+    plain = replace(x, tensors=x.tensors | meant)
     truth, same = (definition(plain, rest, d) for d in (torch.float64, torch.float32))
     coded = replace(x, tensors=x.tensors | {"k_cache": k, "v_cache": v})
     got = run(impl, coded, rest | {"affine": (k_affine, v_affine)})

@@ -122,6 +122,30 @@ def test_a_quantized_cache_is_one_of_rounded_tokens(name, bits, rotary, tokens):
     assert all(x.dtype == torch.float64 for x in cache.raw())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", [n for n in [*EVERYTHING, *SMALL] if n != "ShadowKV"])
+def test_pages_of_codes_are_a_quantized_cache(name, bits, tokens):
+    pool, make = sparse.PagePool(64, 8), (EVERYTHING | SMALL)[name]
+    cache = sparse.PagedKVCache(pool, make(), bits=bits)
+    quantized = sparse.QuantizedKVCache(make(), bits=bits)
+    ours, theirs = (steps_of(c, tokens) for c in (cache, quantized))
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b)
+    cache.release()
+    for kind in pool._kinds.values():
+        assert sorted(kind.free) == [*range(64)] and kind.keys.dtype == torch.uint8
+
+
+def test_pages_of_codes_that_cannot_be(tokens):
+    pool = sparse.PagePool(8)
+    for wrong in ({"bits": 3}, {"bits": 8, "rotary": RotaryEmbedding(K)}):
+        with pytest.raises(ValueError, match=r"bits must be 8 or 4, .* or 0, got [38]"):
+            sparse.PagedKVCache(pool, **wrong)
+    with pytest.raises(ValueError, match="an even number of bytes, got K = 6, V = 8 of 4 bits"):
+        q, k, v = tokens
+        sparse.PagedKVCache(pool, bits=4).prefill(q[..., :6], k[..., :6], v)
+
+
 def test_a_quantized_cache_is_small(tokens):
     cache = sparse.QuantizedKVCache(bits=4)
     cache.prefill(*tokens)
