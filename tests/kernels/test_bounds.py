@@ -39,6 +39,14 @@ for T, K, V, dtype in (
     lsm.polynomial_attn_bwd(*given)
     lsm.polynomial_attn_step(q[:, 0], k[:, 0], v[:, 0], S[:1].clone(), z[:1].clone(), *options)
     print("polynomial_attn", dtype, "done")
+for T, K, V, bounds in ((75, 64, 128, None), (37, 10, 12, [0, 2, 2, 37]), (9, 256, 200, None)):
+    q, k = torch.randn(2, 1, T, 1, K).bfloat16()
+    v, z, grad = torch.randn(3, 1, T, 2, V).bfloat16()
+    w, D, cu_seqlens = torch.rand(1, T, 2), torch.rand(2, V), bounds and torch.tensor(bounds)
+    S, given = torch.randn(3 if bounds else 1, 2, K, V), (q, k, v, w, -w, D, z)
+    o, _, ungated = lsm.ssd_fwd(*given, S, cu_seqlens, 1.0, True, True)
+    lsm.ssd_bwd(*given, ungated, S, cu_seqlens, 1.0, grad, S)
+    print("ssd", V, "done")
 for T, D, W, dtype, norm in (
     (75, 64, 4, torch.bfloat16, 32), (37, 7, 3, torch.float16, 0), (9, 24, 8, torch.float32, 4)
 ):
