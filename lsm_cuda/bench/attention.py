@@ -189,7 +189,7 @@ class Dense(Attention):
 class Coded(Attention):
     """A step beside a cache of 8-bit codes, of numbers that they stand for exactly."""
 
-    modes = ("step",)
+    modes, trained = ("step",), False
 
     @property
     def available(self) -> bool:

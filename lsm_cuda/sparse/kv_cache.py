@@ -47,7 +47,7 @@ class KVCache:
     """Keys and values of one attention layer while it generates.
 
     :class:`PagedKVCache` has them in pages that many caches share, :class:`QuantizedKVCache` in few
-    bits; policies do not know.
+    bits, the first in few bits too if asked; policies do not know.
 
     Args:
         policy: which of them are kept and read; ``kv_evict``, ``kv_pages`` and ``kv_tokens`` have
