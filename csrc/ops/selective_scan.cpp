@@ -130,11 +130,10 @@ bool channels_first(Tensor const& t) {
     return t.dim() == 3 && t.stride(1) == 1 && t.stride(2) != 1;
 }
 
-// Channels first or last, without a copy where kernels allow it: on CUDA all tensors lie as u does, on the CPU each as
-// it came.
+// Channels first or last, without a copy where kernels allow it: each as it came, but on CUDA all last where u is.
 Tensor token_layout(Tensor const& t, Arguments const& in) {
     if (in.order || !channels_first(kTensorCores ? in.u : t)) return kernel_layout(t);
-    if (t.stride(1) == 1) return t;
+    if (t.stride(1) == 1 || t.stride(2) == 1) return t;
     return torch::stable::transpose(contiguous_copy(torch::stable::transpose(t, 1, 2)), 1, 2);
 }
 

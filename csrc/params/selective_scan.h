@@ -35,8 +35,8 @@ struct SelectiveParams {
     // [T], a permutation; nullable: the identity. Position t of a row is token order[t].
     int32_t const* order = nullptr;
 
-    // [B, T, D]. Here and below, head: between channels, 1 or (without order, with time = 1) anything; on CUDA either
-    // head or time is 1 in all of them.
+    // [B, T, D]. Here and below, head: between channels, 1 or (without order, with time = 1) anything; on CUDA 1 in all
+    // of them if it is in u, and in results as in u.
     Rows u, dt;
     Rows z;  // [B, T, D], nullable
     Projection b,

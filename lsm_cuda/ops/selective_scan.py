@@ -166,8 +166,8 @@ def selective_scan_fn(
         is kept: backward walks the sequence forwards again, on the CPU with the states of every
         16th token in a workspace, on CUDA from those of every 32nd (16th if complex), which the
         forward keeps where a gradient is asked for. Channels may lie first, or last as in a
-        ``[B, T, D]`` tensor passed as ``x.transpose(1, 2)``: neither is copied, on CUDA as long as
-        u, delta, z and the gradient of y lie alike and there is no order.
+        ``[B, T, D]`` tensor passed as ``x.transpose(1, 2)``: neither is copied, nor any mixture on
+        the CPU. On CUDA what lies first is where u lies last, or if there is an order.
 
     Source: Mamba, arXiv:2312.00752.
 

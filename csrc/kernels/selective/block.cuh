@@ -292,9 +292,9 @@ struct Block {
         bool const inside = !K::kFirst || token[at.i] + at.e < begin + length;
         return token[at.i] >= 0 && inside && at.c < count;
     }
-    LSM_DEVICE bool is_piece(Tokens const& token, Spot first) const {
+    LSM_DEVICE bool is_piece(Rows const& r, Tokens const& token, Spot first) const {
         if constexpr (K::kFirst) {
-            return scratch.pieces && begin % K::kVector == 0 && first.c < count &&
+            return scratch.pieces && r.time == 1 && begin % K::kVector == 0 && first.c < count &&
                    token[first.i] + K::kVector <= begin + length;
         }
         return scratch.pieces && first.c + K::kVector <= count;
@@ -302,7 +302,7 @@ struct Block {
     LSM_DEVICE T* place(Rows const& r, i64 token, int c) const {
         i64 const row = batch() * r.batch, channel = first + c;
         return static_cast<T*>(r.data) + row +
-               (K::kFirst ? channel * r.head + token : token * r.time + channel);
+               (K::kFirst ? channel * r.head + token * r.time : token * r.time + channel);
     }
     LSM_DEVICE void load(Rows const& r, Tokens const& token, Elements& x) const {
         pieces([&](Spot first) {
@@ -311,19 +311,21 @@ struct Block {
             for (int e = 0; e < K::kVector; ++e) piece.element[e] = static_cast<T>(0.f);
             if (token[first.i] < 0 || r.data == nullptr) return;
             T const* const from = place(r, token[first.i], first.c);
-            if (is_piece(token, first)) {
+            if (is_piece(r, token, first)) {
                 piece = load_global(reinterpret_cast<Piece<T, K::kVector> const*>(from));
                 return;
             }
             elements(first, [&](Spot at) {
-                if (exists(token, at)) piece.element[at.e] = load_global(from + at.e);
+                if (!exists(token, at)) return;
+                piece.element[at.e] = load_global(from + at.e * (K::kFirst ? r.time : 1));
             });
         });
     }
     // Brings what load() will read into the second-level cache: of every sector, the lane whose piece begins it.
     LSM_DEVICE void ask(Rows const& r, Tokens const& token) const {
         pieces([&](Spot first) {
-            if (r.data == nullptr || !exists(token, first)) return;
+            bool const is_line = !K::kFirst || r.time == 1;
+            if (r.data == nullptr || !is_line || !exists(token, first)) return;
             T const* const from = place(r, token[first.i], first.c);
             if (reinterpret_cast<std::uintptr_t>(from) % 32 < sizeof(Piece<T, K::kVector>))
                 prefetch_l2(from);
@@ -337,7 +339,7 @@ struct Block {
             elements(first, [&](Spot at) { x.element[at.e] = static_cast<T>(f(at)); });
             if (token[first.i] < 0) return;
             T* const to = place(r, token[first.i], first.c);
-            if (is_piece(token, first)) {
+            if (is_piece(r, token, first)) {
                 store_global(reinterpret_cast<Piece<T, K::kVector>*>(to), x);
                 return;
             }

@@ -52,7 +52,7 @@ struct Launch {
         };
         scratch.pieces = K::kFirst || p.D / p.G % K::kVector == 0 || p.G == 1;
         for (Rows const& r : {p.u, p.dt, p.z, p.y, p.grad_y, p.du, p.ddt, p.dz})
-            scratch.pieces = scratch.pieces && aligned(r);
+            scratch.pieces = scratch.pieces && ((K::kFirst && r.time != 1) || aligned(r));
     }
 
     dim3 grid() const { return dim3(static_cast<unsigned>(plan.count * p.G) * blocks_of_group); }
