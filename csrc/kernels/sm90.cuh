@@ -81,6 +81,27 @@ LSM_DEVICE void load_box(CUtensorMap const& map, uint64_t* barrier, char* to, in
                                  column, head, token, batch);
 }
 
+// The two sides of a ring of stages: `full` when one has come, `empty` when every user is done with it. Turns count on,
+// stage after stage.
+template <int Stages>
+struct Turns {
+    uint64_t full[Stages], empty[Stages];
+
+    LSM_DEVICE void start(int bringers, int users) {
+        for (int i = 0; i < Stages; ++i) {
+            Mbarrier::init(&full[i], bringers);
+            Mbarrier::init(&empty[i], users);
+        }
+    }
+    LSM_DEVICE void wait_full(int turn) {
+        Mbarrier::wait(&full[turn % Stages], turn / Stages & 1);
+    }
+    LSM_DEVICE void wait_empty(int turn) {
+        Mbarrier::wait(&empty[turn % Stages], ~(turn / Stages) & 1);
+    }
+    LSM_DEVICE void release(int turn) { Mbarrier::arrive(&empty[turn % Stages]); }
+};
+
 // This thread's accesses to shared memory come before what TMA and wgmma do there, once a barrier says so.
 LSM_DEVICE void fence_async_proxy() {
     cutlass::arch::fence_view_async_shared();
@@ -118,8 +139,10 @@ struct WarpgroupOps;
         using Shared = gmma::MMA_64x##n##x16_##name##_SS<gmma::Major::K, gmma::Major::K>; \
         using Mixed = gmma::MMA_64x##n##x16_##name##_RS<gmma::Major::K, gmma::Major::MN>; \
     };
+LSM_WARPGROUP_OPS(bf16, 32, F32BF16BF16)
 LSM_WARPGROUP_OPS(bf16, 64, F32BF16BF16)
 LSM_WARPGROUP_OPS(bf16, 128, F32BF16BF16)
+LSM_WARPGROUP_OPS(half, 32, F32F16F16)
 LSM_WARPGROUP_OPS(half, 64, F32F16F16)
 LSM_WARPGROUP_OPS(half, 128, F32F16F16)
 #undef LSM_WARPGROUP_OPS
@@ -145,6 +168,24 @@ LSM_DEVICE void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
 template <class T, int N>
 LSM_DEVICE void wgmma(float (&d)[N / 8][4], u32 const (&a)[4], uint64_t b) {
     multiply_each<T, N>(d, a, b, std::make_index_sequence<N / 2>{});
+}
+
+// d = a b', of 64 rows at `a` of slabs A and N rows at `b` of slabs B, D columns each.
+template <class T, int D, class A, class B, int Tiles>
+LSM_DEVICE void multiply_rows(u32 a, u32 b, float (&d)[Tiles][4]) {
+    LSM_UNROLL
+    for (int c = 0; c < D; c += 16) {
+        u32 const column = c % 64 * 2;
+        wgmma<T, 8 * Tiles>(d, describe_slabs(a + c / 64 * A::kBytes + column, A::kBytes),
+                            describe_slabs(b + c / 64 * B::kBytes + column, B::kBytes), c > 0);
+    }
+}
+// d += weights b, of all rows at `b` of slabs B, D columns.
+template <class T, int D, class B, int Depth>
+LSM_DEVICE void add_weighed(u32 const (&weights)[Depth][4], u32 b, float (&d)[D / 8][4]) {
+    LSM_UNROLL
+    for (int j = 0; j < Depth; ++j)
+        wgmma<T, D>(d, weights[j], describe_slabs(b + 16 * j * B::kRowBytes, B::kBytes));
 }
 
 // The compiler does not know that wgmma writes, or reads, registers until the wait.

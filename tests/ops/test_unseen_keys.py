@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from attention import Attn, Call, make, run
-from impls import Impl
+from emulators import missing
+from impls import Emulator, Impl
 from inputs import Tensors
 from test_kv_cache import Decode
 from test_kv_cache import make as make_decode
@@ -100,6 +101,20 @@ def test_attention(impl: Impl, attn: Attn):
     # Who sees them has them.
     sees = pairs[:, :group, :, keys].any(-1)
     assert not got["o"].isfinite().all(-1).transpose(1, 2)[:, :group][sees].any()
+
+
+@pytest.mark.skipif(bool(missing("_emu")), reason=str(missing("_emu")))
+@pytest.mark.parametrize(
+    "attn",
+    [
+        *CASES[1:3],
+        replace(CASES[4], dims=(128, 64)),
+        Attn(Tq=90, Tk=90, lists="none", batch="int64", mask=WINDOW, dims=(72, 128), dtype="bf16"),
+    ],
+    ids=str,
+)
+def test_attention_on_hopper(attn: Attn):
+    test_attention(Emulator("hopper", seeds=(1, 2), architecture=90), attn)
 
 
 DECODES = [

@@ -400,7 +400,7 @@ struct ExactKeysKernel {
           warp(threadIdx.x / 32),
           K(static_cast<int>(p.K)),
           V(static_cast<int>(p.V)) {
-        KeyTile const tile = locate_keys(work, kExactRows);
+        KeyTile const tile = locate_keys(work, kExactRows, blockIdx.x);
         batch = tile.batch, key_head = tile.key_head, place = tile.place;
     }
 

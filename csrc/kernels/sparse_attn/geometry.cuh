@@ -118,6 +118,7 @@ struct Work {
     SparseAttnParams p;
     Mask mask;
     int group;             // query heads of a key head
+    int list_group;        // query heads of a list head
     int block_q, block_k;  // of lists; without lists, of what stands for them
     bool lists;
     bool plain;  // scores are scale q . k and nothing more, scale > 0
@@ -152,9 +153,7 @@ struct Work {
         entry = max(static_cast<i64>(0), min(entry, last));
         return load_global(static_cast<float const*>(p.lists.bias) + entry);
     }
-    LSM_DEVICE int list_head(int head) const {
-        return static_cast<int>(head * p.lists.heads / p.Hq);
-    }
+    LSM_DEVICE int list_head(int head) const { return head / list_group; }
 };
 
 // Whether a query sees nothing, or is not finite.
@@ -227,12 +226,16 @@ struct KeyTile {
     Place place;
 };
 
-LSM_DEVICE KeyTile locate_keys(Work const& work, int rows) {
-    int const sub = blockIdx.x % work.section_tiles, index = blockIdx.x / work.section_tiles;
-    Item const item = work.items != nullptr ? work.items[index] : Item{index, 0, 1, 0};
+LSM_DEVICE KeyTile locate_keys(Work const& work, int rows, int tile_index) {
+    int const sub = tile_index % work.section_tiles, index = tile_index / work.section_tiles;
+    int const sections = work.inverse.sections;
+    int const count = static_cast<int>(work.p.B * work.p.Hkv) * sections;
+    Item item = {index < count ? index : -1, 0, 1, 0};
+    if (work.items != nullptr)
+        item = index < work.item_count ? work.items[index] : Item{-1, 0, 1, 0};
     KeyTile tile = {0, 0, item.piece, item.pieces, 0, {{}, 0, true, false}};
     if (item.owner < 0) return tile;
-    int const sections = work.inverse.sections, head = item.owner / sections;
+    int const head = item.owner / sections;
     tile.batch = head / static_cast<int>(work.p.Hkv),
     tile.key_head = head % static_cast<int>(work.p.Hkv);
     tile.slot = static_cast<i64>(item.slot) * work.section_tiles + sub;

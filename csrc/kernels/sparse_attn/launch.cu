@@ -77,6 +77,7 @@ struct Layout {
         work.p = p;
         work.mask = read_mask(p);
         work.group = static_cast<int>(p.Hq / p.Hkv);
+        work.list_group = static_cast<int>(p.Hq / std::max<int64_t>(p.lists.heads, 1));
         work.lists = p.lists.index != nullptr;
         work.block_q = work.lists ? static_cast<int>(p.lists.block_q) : 64;
         work.block_k = work.lists ? static_cast<int>(p.lists.block_k) : 64;
@@ -173,13 +174,16 @@ Layout plan_backward(SparseAttnParams const& p, void* workspace) {
 }
 
 // Where there are such kernels: always on the emulator.
-bool on_warpgroups([[maybe_unused]] Work const& work, [[maybe_unused]] void* stream) {
+bool on_warpgroups([[maybe_unused]] Work const& work, [[maybe_unused]] bool backward,
+                   [[maybe_unused]] void* stream) {
 #if LSM_SM90A || !defined(__CUDACC__)
     SparseAttnParams const& p = work.p;
     if (architecture() != 90 || !on_tensor_cores(p) || work.unite || std::max(p.K, p.V) > 128 ||
         work.least_weight > 0)
         return false;
-    return (p.dtype == Dtype::bf16 ? forward_bf16_sm90 : forward_f16_sm90)(work, stream);
+    auto const run = p.dtype == Dtype::bf16 ? (backward ? backward_bf16_sm90 : forward_bf16_sm90)
+                                            : (backward ? backward_f16_sm90 : forward_f16_sm90);
+    return run(work, stream);
 #else
     return false;
 #endif
@@ -226,7 +230,7 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void* stream) {
     if (p.B * p.Tq * p.Hq == 0) return;
     Work const work = plan_forward(p, workspace).work;
     map(work, stream);
-    if (on_warpgroups(work, stream)) return;
+    if (on_warpgroups(work, false, stream)) return;
     auto const run = !on_tensor_cores(p)      ? exact_forward
                      : p.dtype == Dtype::bf16 ? forward_bf16
                                               : forward_f16;
@@ -249,7 +253,7 @@ void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream) {
                                               : backward_f16;
     if (work.items != nullptr)
         launch(list_items, dim3(1), dim3(kPrepareThreads), kSmallSmem, stream, work);
-    run(work, stream);
+    if (!on_warpgroups(work, true, stream)) run(work, stream);
     if (dim3 const grid = key_grid(work); work.items != nullptr && grid.x > 0)
         launch(join_pieces, grid, dim3(kPrepareThreads), 0, stream, work,
                work.inverse.section_k / work.section_tiles);

@@ -18,9 +18,11 @@ void exact_forward(Work const& work, void* stream);
 void exact_backward(Work const& work, void* stream);  // dq, dk, dv, parts of others
 void forward_bf16(Work const& work, void* stream);
 void forward_f16(Work const& work, void* stream);
-// On warpgroups of a Hopper GPU; false if that is not for such tensors, and nothing was done.
+// On warpgroups of a Hopper GPU; false if that is not for such tensors, and there is no result.
 bool forward_bf16_sm90(Work const& work, void* stream);
 bool forward_f16_sm90(Work const& work, void* stream);
+bool backward_bf16_sm90(Work const& work, void* stream);
+bool backward_f16_sm90(Work const& work, void* stream);
 void backward_bf16(Work const& work, void* stream);
 void backward_f16(Work const& work, void* stream);
 

@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kPrepareThreads) sum_queries(Work work) {
 // kernel that left them.
 __global__ void __launch_bounds__(kPrepareThreads) join_pieces(Work work, int rows) {
     SparseAttnParams const& p = work.p;
-    KeyTile const tile = locate_keys(work, rows);
+    KeyTile const tile = locate_keys(work, rows, blockIdx.x);
     if (tile.place.unused || tile.place.poison || tile.pieces == 1 || tile.piece > 0) return;
     int const K = static_cast<int>(p.K), width = K + static_cast<int>(p.V);
     int const keys = min(rows, tile.place.sequence.Tk - tile.place.token);

@@ -33,6 +33,7 @@ struct QueryTile {
         Blocks lists[32];
         int merged[32];
         u32 odd[Split > 1 ? Warps : 1][2];
+        float bias[kBackward ? Warps : 1][kBackward ? kPlan : 1];  // gradients, of each unit
     };
 
     Work const& work;
@@ -42,6 +43,7 @@ struct QueryTile {
     Steps const steps;
     float most[MT][2], sum[MT][2];  // running maximum in units of log2, sum of this lane
     float sums[MT][Sums / 8][4];
+    float lse[2], delta[2], ramp[2];  // backward, MT = 1; the ramp's gradient of this lane
 
     LSM_DEVICE QueryTile(Work const& work_, Shared& shared)
         : work(work_), p(work_.p), s(shared), mask(work_.mask), steps(work_.block_k, N) {
@@ -120,6 +122,22 @@ struct QueryTile {
                 most[m][half_] = exists(lane_row(m, half_)) ? kLowest : -kLowest;
                 sum[m][half_] = 0.f;
             }
+        }
+        if constexpr (kBackward) load_stats();
+    }
+
+    LSM_DEVICE void load_stats() {
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            int const row = lane_row(0, half_);
+            float4 const stats =
+                exists(row) ? load_global(work.stats + per_head(work, s.batch,
+                                                                s.place.sequence.q0 + token(row),
+                                                                head(row)))
+                            : float4{infinity(), 0.f, infinity(), 0.f};
+            lse[half_] = stats.x > kOddLse ? stats.x : nan_value();
+            delta[half_] = stats.y;
+            ramp[half_] = 0.f;
         }
     }
 
@@ -315,6 +333,81 @@ struct QueryTile {
         for (int n = 0; n < Sums / 8; ++n) {
             sums[m][n][0] *= fade[0], sums[m][n][1] *= fade[0];
             sums[m][n][2] *= fade[1], sums[m][n][3] *= fade[1];
+        }
+    }
+
+    // ---- Gradients ----
+
+    // Products of queries and keys, and of dO and values, to dS in place of the former. `wait`: for the latter.
+    template <bool kBent, class Wait>
+    LSM_DEVICE void differentiate(int step, Accumulators<N> (&x)[MT], Accumulators<N> (&grad)[MT],
+                                  Wait wait) {
+        if constexpr (kBent) {
+            wait();
+            float all[N / 16] = {};
+            auto const gradient = [&](int m, int n, int e, float value, float slope, float bend) {
+                bool const hidden = value == -infinity();
+                float const ds =
+                    hidden ? 0.f : exp2_approx(value - lse[e / 2]) * (grad[m][n][e] - delta[e / 2]);
+                x[m][n][e] = hidden ? 0.f : ds * slope;
+                all[n / 2] += ds;
+                ramp[e / 2] += bend == 0.f ? 0.f : ds * bend;
+            };
+            if (work.plain) {
+                bend<true>(step, x, gradient);
+            } else {
+                bend<false>(step, x, gradient);
+                if (work.bias_parts != nullptr && first_column() == 0) keep_bias(step, all);
+            }
+        } else {
+            float const by = work.scale * kLog2e;
+            LSM_UNROLL
+            for (int i = 0; i < N / 2; ++i) {
+                float& e = x[0][i / 4][i % 4];
+                e = exp2_approx(e * by - lse[i / 2 % 2]);
+            }
+            wait();
+            LSM_UNROLL
+            for (int i = 0; i < N / 2; ++i)
+                x[0][i / 4][i % 4] *= grad[0][i / 4][i % 4] - delta[i / 2 % 2];
+        }
+    }
+
+    // Sums over this warp's rows, of each unit of the step.
+    LSM_DEVICE void keep_bias(int step, float (&all)[N / 16]) {
+        LSM_UNROLL
+        for (int j = 0; j < N / 16; ++j) {
+            int const column = 16 * j, within = column & (steps.size() - 1);
+            float sum = warp_sum(all[j]);
+            int const unit = step * steps.each + column / steps.size();
+            if (lane() != 0 || unit >= kPlan) continue;
+            float* const to = &s.bias[warp()][unit];
+            *to = within == 0 ? sum : *to + sum;
+        }
+    }
+    LSM_DEVICE bool biased() const { return kBackward && work.bias_parts != nullptr; }
+    // Before a part of the plan, for warps that leave a step out.
+    LSM_DEVICE void clear_bias() {
+        for (int i = threadIdx.x; biased() && i < Warps * kPlan; i += kThreads)
+            s.bias[i / kPlan][i % kPlan] = 0.f;
+    }
+    LSM_DEVICE void store_bias() const {
+        store_bias_sums<Warps, kThreads>(work, s.plan, s.bias, s.place.token, s.key_head,
+                                         s.first_head, s.blocks.entry);
+    }
+
+    LSM_DEVICE void store_ramp() const {
+        LSM_UNROLL
+        for (int half_ = 0; half_ < 2; ++half_) {
+            float sum = ramp[half_];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            int const row = lane_row(0, half_);
+            if (lane() % 4 == 0 && exists(row) && first_column() == 0)
+                store_global(
+                    work.ramp_parts +
+                        per_head(work, s.batch, s.place.sequence.q0 + token(row), head(row)),
+                    sum);
         }
     }
 

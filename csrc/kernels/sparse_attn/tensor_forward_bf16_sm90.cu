@@ -3,7 +3,7 @@
 namespace lsm::sparse_attn {
 
 bool forward_bf16_sm90(Work const& work, void* stream) {
-    return forward_on_warpgroups<bf16>(work, stream);
+    return rows_on_warpgroups<bf16, false>(work, stream);
 }
 
 }  // namespace lsm::sparse_attn

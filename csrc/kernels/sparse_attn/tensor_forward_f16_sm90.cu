@@ -3,7 +3,7 @@
 namespace lsm::sparse_attn {
 
 bool forward_f16_sm90(Work const& work, void* stream) {
-    return forward_on_warpgroups<half>(work, stream);
+    return rows_on_warpgroups<half, false>(work, stream);
 }
 
 }  // namespace lsm::sparse_attn

@@ -51,11 +51,9 @@ struct RowsKernel : QueryTile<Config> {
         alignas(1024) char grad_o[kBackward ? Grads::kBytes : 1024];
         Stage stage[2];
         typename Base::Shared tile;
-        float bias[kBackward ? Config::Warps : 1][kBackward ? kPlan : 1];  // of each unit
     };
 
     SharedStorage& shared;
-    float lse[2], delta[2], ramp[2];  // backward, MT = 1; the ramp's gradient of this lane
 
     LSM_DEVICE explicit RowsKernel(Work const& work_)
         : Base(work_, storage().tile), shared(storage()) {}
@@ -65,7 +63,6 @@ struct RowsKernel : QueryTile<Config> {
     }
 
     LSM_DEVICE void start() {
-        Sequence const& sequence = s.place.sequence;
         load_tile_rows<T, D, kRows, kThreads>(p.q, shared.q, width_k(),
                                               [&](int m) { return row_of(p.q, m); });
         if constexpr (kBackward)
@@ -73,20 +70,6 @@ struct RowsKernel : QueryTile<Config> {
                                                    [&](int m) { return row_of(p.grad_o, m); });
         cp_async_commit();
         this->start_rows();
-        if constexpr (kBackward) {
-            LSM_UNROLL
-            for (int half_ = 0; half_ < 2; ++half_) {
-                int const row = lane_row(0, half_);
-                float4 const stats =
-                    exists(row)
-                        ? load_global(work.stats +
-                                      per_head(work, s.batch, sequence.q0 + token(row), head(row)))
-                        : float4{infinity(), 0.f, infinity(), 0.f};
-                lse[half_] = stats.x > kOddLse ? stats.x : nan_value();
-                delta[half_] = stats.y;
-                ramp[half_] = 0.f;
-            }
-        }
     }
 
     LSM_DEVICE void load(int step) {
@@ -139,50 +122,12 @@ struct RowsKernel : QueryTile<Config> {
                                  columns_of<Keys>(tiles.keys), width_k(), x);
         relate<T, Grads, Values>(rows_of<Grads>(shared.grad_o, strip() * MT * 16),
                                  columns_of<Values>(tiles.values), width_v(), grad);
-        if constexpr (kBent) {
-            float all[N / 16] = {};
-            auto const gradient = [&](int m, int n, int e, float value, float slope, float bend) {
-                bool const hidden = value == -infinity();
-                float const ds =
-                    hidden ? 0.f : exp2_approx(value - lse[e / 2]) * (grad[m][n][e] - delta[e / 2]);
-                x[m][n][e] = hidden ? 0.f : ds * slope;
-                all[n / 2] += ds;
-                ramp[e / 2] += bend == 0.f ? 0.f : ds * bend;
-            };
-            if (work.plain) {
-                this->template bend<true>(step, x, gradient);
-            } else {
-                this->template bend<false>(step, x, gradient);
-                if (work.bias_parts != nullptr && first_column() == 0) keep_bias(step, all);
-            }
-        } else {
-            float const by = work.scale * kLog2e;
-            LSM_UNROLL
-            for (int n = 0; n < N / 8; ++n) {
-                LSM_UNROLL
-                for (int e = 0; e < 4; ++e)
-                    x[0][n][e] =
-                        exp2_approx(x[0][n][e] * by - lse[e / 2]) * (grad[0][n][e] - delta[e / 2]);
-            }
-        }
+        this->template differentiate<kBent>(step, x, grad, [] {});
         Operands<N> weights[MT];
         pack_weights<T, N>(x[0], weights[0]);
         gather<T, Keys, Sums, N>(weights,
                                  rows_of<Keys>(tiles.keys, 0) + Keys::offset(0, first_column()),
                                  width_k() - first_column(), sums);
-    }
-
-    // Sums over this warp's rows, of each unit of the step.
-    LSM_DEVICE void keep_bias(int step, float (&all)[N / 16]) {
-        LSM_UNROLL
-        for (int j = 0; j < N / 16; ++j) {
-            int const column = 16 * j, within = column & (steps.size() - 1);
-            float sum = warp_sum(all[j]);
-            int const unit = step * steps.each + column / steps.size();
-            if (lane() != 0 || unit >= kPlan) continue;
-            float* const to = &shared.bias[warp()][unit];
-            *to = within == 0 ? sum : *to + sum;
-        }
     }
 
     // Stage `step` is here for everybody, and the one before it is not needed any more.
@@ -208,8 +153,8 @@ struct RowsKernel : QueryTile<Config> {
         for (int m = 0; m < MT; ++m) {
             float by[2] = {work.scale, work.scale};
             if constexpr (kBackward) {
-                this->find_odd(m, lse, odd[m]);
-                if (work.ramp_parts != nullptr) store_ramp();
+                this->find_odd(m, this->lse, odd[m]);
+                if (work.ramp_parts != nullptr) this->store_ramp();
             } else {
                 this->find_odd(m, this->sum[m], odd[m]);
                 this->finish_softmax(m, by);
@@ -225,21 +170,6 @@ struct RowsKernel : QueryTile<Config> {
         for (int m = 0; m < MT; ++m) this->repair(m, odd[m]);
     }
 
-    LSM_DEVICE void store_ramp() const {
-        LSM_UNROLL
-        for (int half_ = 0; half_ < 2; ++half_) {
-            float sum = ramp[half_];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            int const row = lane_row(0, half_);
-            if (lane() % 4 == 0 && exists(row) && first_column() == 0)
-                store_global(
-                    work.ramp_parts +
-                        per_head(work, s.batch, s.place.sequence.q0 + token(row), head(row)),
-                    sum);
-        }
-    }
-
     LSM_DEVICE void run() {
         if (s.place.unused) return;
         if (s.place.poison) return this->poison();
@@ -249,17 +179,13 @@ struct RowsKernel : QueryTile<Config> {
         do {
             __syncthreads();  // the last part is done with
             if (warp() == 0) this->plan_part();
-            bool const biased = kBackward && work.bias_parts != nullptr;
-            for (int i = threadIdx.x; biased && i < Config::Warps * kPlan; i += kThreads)
-                shared.bias[i / kPlan][i % kPlan] = 0.f;  // of warps that leave a step out
+            this->clear_bias();
             __syncthreads();
             go_through(*this, s.plan, steps.each);
             if constexpr (kBackward) {
-                if (biased) {
+                if (this->biased()) {
                     __syncthreads();
-                    store_bias_sums<Config::Warps, kThreads>(work, s.plan, shared.bias,
-                                                             s.place.token, s.key_head,
-                                                             s.first_head, s.blocks.entry);
+                    this->store_bias();
                 }
             }
         } while (s.plan.more);

@@ -1,0 +1,10 @@
+#include "kernels/sparse_attn/tensor_keys_sm90.cuh"
+#include "kernels/sparse_attn/tensor_rows_sm90.cuh"
+
+namespace lsm::sparse_attn {
+
+bool backward_f16_sm90(Work const& work, void* stream) {
+    return keys_on_warpgroups<half>(work, stream) && rows_on_warpgroups<half, true>(work, stream);
+}
+
+}  // namespace lsm::sparse_attn
