@@ -93,9 +93,7 @@ struct Turns {
             Mbarrier::init(&empty[i], users);
         }
     }
-    LSM_DEVICE void wait_full(int turn) {
-        Mbarrier::wait(&full[turn % Stages], turn / Stages & 1);
-    }
+    LSM_DEVICE void wait_full(int turn) { Mbarrier::wait(&full[turn % Stages], turn / Stages & 1); }
     LSM_DEVICE void wait_empty(int turn) {
         Mbarrier::wait(&empty[turn % Stages], ~(turn / Stages) & 1);
     }

@@ -21,7 +21,8 @@ struct WarpgroupKeysConfig {
     static constexpr int KSums = D, VSums = D;
     static constexpr Want Wants = Want::both;
     static constexpr int kStages = 4;
-    static constexpr int kTiles = 2;  // of a block of threads: warpgroups are its rows, the last one loads
+    static constexpr int kTiles =
+        2;  // of a block of threads: warpgroups are its rows, the last one loads
     // Of a multiprocessor's 65536, what each thread that loads leaves to those that multiply.
     static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
 };

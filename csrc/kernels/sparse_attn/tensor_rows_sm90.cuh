@@ -80,9 +80,8 @@ struct WarpgroupKernel : QueryTile<Config> {
         for (int i = lane(); i < steps.each * kSlabs; i += 32) {
             int const unit = i / kSlabs, slab = i % kSlabs;
             load_box(
-                map, full,
-                ring.tile[stage] + Keys::offset(unit << steps.size_shift, 64 * slab), 64 * slab,
-                s.key_head,
+                map, full, ring.tile[stage] + Keys::offset(unit << steps.size_shift, 64 * slab),
+                64 * slab, s.key_head,
                 static_cast<int>(s.place.sequence.k0) + s.plan.at(step * steps.each + unit).first,
                 s.batch);
         }
@@ -117,8 +116,7 @@ struct WarpgroupKernel : QueryTile<Config> {
     }
     LSM_DEVICE void wait_for(Ring& ring, int step) {
         ring.turns.wait_full(taken + step);
-        if (&ring == &weighed() && work.first != nullptr &&
-            (step + 1) * steps.each > s.plan.full)
+        if (&ring == &weighed() && work.first != nullptr && (step + 1) * steps.each > s.plan.full)
             clear_past_end(ring, step);
     }
 
@@ -135,9 +133,8 @@ struct WarpgroupKernel : QueryTile<Config> {
             cleared = true;
             LSM_UNROLL_BY(1)
             for (int i = threadIdx.x; i < (steps.size() - real) * (D / 8); i += kThreads)
-                *reinterpret_cast<uint4*>(
-                    tile + Keys::offset(c * steps.size() + real + i / (D / 8), i % (D / 8) * 8)) =
-                    uint4{0, 0, 0, 0};
+                *reinterpret_cast<uint4*>(tile + Keys::offset(c * steps.size() + real + i / (D / 8),
+                                                              i % (D / 8) * 8)) = uint4{0, 0, 0, 0};
         }
         if (!cleared) return;
         fence_async_proxy();
@@ -287,9 +284,9 @@ struct WarpgroupKernel : QueryTile<Config> {
             this->finish_softmax(0, by);
         }
         __syncwarp();
-        store_tile_rows<T, Queries>(
-            shared.rows[0], 16 * warp(), kBackward ? width_k() : width_v(), sums[0], by[0], by[1],
-            [&](int row) { return row_of(kBackward ? p.dq : p.o, row); });
+        store_tile_rows<T, Queries>(shared.rows[0], 16 * warp(), kBackward ? width_k() : width_v(),
+                                    sums[0], by[0], by[1],
+                                    [&](int row) { return row_of(kBackward ? p.dq : p.o, row); });
         this->repair(0, odd);
     }
 
