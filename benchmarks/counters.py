@@ -281,10 +281,11 @@ def attention_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         forward = partial(torch.ops.lsm_emu.block_sparse_attn_fwd, *common)
         name = f"block_sparse_attn {kind} bfloat16"
         yield f"{name} forward", 1, forward
+        backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common, *forward(), grad, None)
+        yield f"{name} backward", 1, backward
         if D <= 128 and block_q > 1:
             yield f"{name} forward on Hopper", 1, partial(on_hopper, forward)
-        backward = partial(torch.ops.lsm_emu.block_sparse_attn_bwd, *common)
-        yield f"{name} backward", 1, partial(backward, *forward(), grad, None)
+            yield f"{name} backward on Hopper", 1, partial(on_hopper, backward)
     # Sums over queries, packed sequences, and fp32.
     draw = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
