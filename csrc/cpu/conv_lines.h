@@ -21,27 +21,28 @@ class Lines : public Tile<Number, Elem, kTaps> {
         arena.take_each(conv_segment_tokens(p) + 2 * past() + W, x_, grad_);
     }
 
+    // A line's ends, or all of it, are read while the line before is walked: what was just stored is slow to load in other
+    // pieces.
     void forward(ConvSegment const& s) {
         int64_t const tokens = s.t1 - s.t0;
-        for (int64_t c = 0; c < channels_; ++c) {
-            if (kInPlace) {
-                read_ends(s, c, tokens);
-            } else {
-                read_line(s, c, tokens);
-            }
+        T *inputs = x_, *next_inputs = grad_;
+        read_inputs(s, 0, tokens, inputs);
+        for (int64_t c = 0; c < channels_; ++c, std::swap(inputs, next_inputs)) {
+            if (c + 1 < channels_) read_inputs(s, c + 1, tokens, next_inputs);
             Filter const filter(*this, c);
             T const bias = bias_[c];
             Element const* const x = line(p_.x, s, c);
-            Element const* const next = line(p_.x, s, c + 1);  // the walk along it is memory's time
             Element* const y = line(p_.y, s, c);
+            Element const* const next_x =
+                line(p_.x, s, c + 1);  // the walk along it is memory's time
             each_vector<T>(tokens, [&](int64_t i, auto lanes) {
-                __builtin_prefetch(next + i);
-                T const* inputs = x_ + i;
+                __builtin_prefetch(next_x + i);
+                T const* at = inputs + i;
                 if constexpr (kInPlace && std::is_same_v<decltype(lanes), All>)
-                    inputs = i >= kLanes<T> ? x + i - this->past() : inputs;
-                Vector<T> value, slope;
-                this->activate(filter.apply(inputs, 1, bias), value, slope);
-                write<T>(y + i, value, lanes);
+                    at = i >= kLanes<T> ? x + i - this->past() : at;
+                Vector<T> sum[] = {filter.apply(at, 1, bias)};
+                this->activate(sum);
+                write<T>(y + i, sum[0], lanes);
             });
         }
         this->write_state(s);
@@ -50,7 +51,7 @@ class Lines : public Tile<Number, Elem, kTaps> {
     void backward(ConvSegment const& s) {
         int64_t const tokens = s.t1 - s.t0, made = min_of(tokens + past(), s.end - s.t0);
         for (int64_t c = 0; c < channels_; ++c) {
-            read_line(s, c, made);
+            read_line(s, c, made, x_);
             Filter const filter(*this, c);
             T const bias = bias_[c];
             Element const* const dy = line(p_.grad_y, s, c);
@@ -117,24 +118,26 @@ class Lines : public Tile<Number, Elem, kTaps> {
     }
 
     // The W - 1 inputs before a segment, and the first `tokens` from its first on.
-    void read_line(ConvSegment const& s, int64_t c, int64_t tokens) {
+    void read_line(ConvSegment const& s, int64_t c, int64_t tokens, T* to) const {
         Element const* const x = line(p_.x, s, c);
         for (int64_t i = 0; i < past(); ++i) {
             int64_t const token = s.t0 - past() + i;
             Element const input =
                 token >= s.begin ? x[i - past()] : this->before(s, c, s.begin - token);
-            x_[i] = number(&input);
+            to[i] = number(&input);
         }
         each_vector<T>(
-            tokens, [&](int64_t i, auto lanes) { store(x_ + past() + i, read<T>(x + i, lanes)); });
+            tokens, [&](int64_t i, auto lanes) { store(to + past() + i, read<T>(x + i, lanes)); });
     }
 
-    void read_ends(ConvSegment const& s, int64_t c, int64_t tokens) {
-        read_line(s, c, min_of(tokens, W));
-        Element const* const x = line(p_.x, s, c);
+    // What the forward does not find in its place.
+    void read_inputs(ConvSegment const& s, int64_t c, int64_t tokens, T* to) const {
+        if (!kInPlace) return read_line(s, c, tokens, to);
+        read_line(s, c, min_of(tokens, W), to);
         int64_t const last = tokens / W * W;
-        if (last == 0) return;
-        for (int64_t i = last - past(); i < tokens; ++i) x_[past() + i] = number(x + i);
+        if (last == 0 || last == tokens) return;
+        Element const* const x = line(p_.x, s, c);
+        for (int64_t i = last - past(); i < tokens; ++i) to[past() + i] = number(x + i);
     }
 
     // In vectors of tokens, and those at the end.
@@ -159,7 +162,8 @@ class Lines : public Tile<Number, Elem, kTaps> {
         add(taps(), bias);
     }
 
-    T *x_, *grad_;  // from W - 1 tokens before the segment on; from its first token on
+    // From W - 1 tokens before the segment on, and from its first token on; in the forward both inputs, of lines in turn.
+    T *x_, *grad_;
 };
 
 }  // namespace

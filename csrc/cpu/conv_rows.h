@@ -109,17 +109,17 @@ class Rows : public Tile<Number, Elem, kTaps> {
             Vector<T> squares[U] = {};
             each_vector<T>(size, [&](int64_t i, auto lanes) {
                 int64_t const c = head + i;
-                Vector<T> sum[U], value, slope;
+                Vector<T> sum[U];
                 convolve<U>(x, c, lanes, sum);
+                this->activate(sum);
 #pragma GCC unroll 4
                 for (int u = 0; u < U; ++u) {
-                    this->activate(sum[u], value, slope);
                     if constexpr (divide) {
-                        value = zero_rest<T>(value, lanes);
+                        Vector<T> const value = zero_rest<T>(sum[u], lanes);
                         squares[u] += value * value;
                         store(value_[u] + c, value);
                     } else {
-                        write<T>(y[u] + c, value, lanes);
+                        write<T>(y[u] + c, sum[u], lanes);
                     }
                 }
             });

@@ -60,7 +60,7 @@ int64_t conv_scratch_bytes(ConvParams const& p) {
 void conv_forward(ConvParams const& p, ConvSegment const* segments, int64_t count, int64_t first,
                   void* scratch) {
     with_tile(p, first, scratch, [&](auto&& tile, auto&) {
-        tile.begin();
+        tile.begin(true);
         for (int64_t i = 0; i < count; ++i) tile.forward(segments[i]);
     });
 }
@@ -68,7 +68,7 @@ void conv_forward(ConvParams const& p, ConvSegment const* segments, int64_t coun
 void conv_backward(ConvParams const& p, ConvSegment const* segments, int64_t count, int64_t first,
                    void* record, void* scratch) {
     with_tile(p, first, scratch, [&](auto&& tile, auto&) {
-        tile.begin();
+        tile.begin(false);
         for (int64_t i = 0; i < count; ++i) tile.backward(segments[i]);
         if (p.dweight != nullptr) tile.write_sums(record);
     });

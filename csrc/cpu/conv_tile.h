@@ -32,6 +32,14 @@ template <class T, class Element>
 LSM_INLINE Vector<T> read(Element const* p, All) {
     return widen(p);
 }
+#if LSM_CPU_VECTOR_BYTES == 64
+// In two instructions, where the compiler takes four.
+template <class T>
+LSM_INLINE Vector<T> read(Bf16 const* p, All) {
+    __m512i const bits = _mm512_maskz_cvtepu16_epi32(0xffff, load_bytes<__m256i>(p));
+    return Vector<T>(_mm512_maskz_slli_epi32(0xffff, bits, 16));
+}
+#endif
 template <class T, class Element>
 LSM_INLINE Vector<T> read(Element const* p, int64_t count) {
     return widen_first<T>(p, count);
@@ -97,7 +105,8 @@ class Tile {
         sums_ = arena.take((taps() + 1) * pitch_);
     }
 
-    void begin() {
+    // `scaled`: weights and bias are those that silu_of_scaled wants.
+    void begin(bool scaled) {
         read_columns(weight_, element_at(p_.weight, p_.weight_dtype, first_ * p_.W),
                      p_.weight_dtype, p_.W, channels_, pitch_);
         fill(bias_, pitch_);
@@ -105,6 +114,9 @@ class Tile {
         if (p_.bias != nullptr)
             read_columns(bias_, element_at(p_.bias, p_.weight_dtype, first_), p_.weight_dtype, 1,
                          channels_, pitch_);
+        if (!scaled || !p_.silu || kSiluScale<T> == T(1)) return;
+        for (int64_t i = 0; i < taps() * pitch_; ++i) weight_[i] *= kSiluScale<T>;
+        for (int64_t i = 0; i < pitch_; ++i) bias_[i] *= kSiluScale<T>;
     }
 
     // Sums of the weight's gradient, and below them the bias's, as columns [W + 1][D].
@@ -138,6 +150,14 @@ class Tile {
     Element before(ConvSegment const& s, int64_t channel, int64_t age) const {
         if (p_.initial_state == nullptr) return Element{};
         return state_of(p_.initial_state, s.index, channel)[p_.S - age];
+    }
+
+    // Sums of scaled weights, to the activation's values.
+    template <int U>
+    LSM_INLINE void activate(Vector<T> (&sum)[U]) const {
+        if (!p_.silu) return;
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) sum[u] = silu_of_scaled<Element>(sum[u]);
     }
 
     // Value, and its slope, of the activation before which `pre` stands.

@@ -140,6 +140,37 @@ LSM_INLINE Vector<double> reciprocal_sqrt(Vector<double> x) {
     return 1.0 / sqrt(x);
 }
 
+// a = 2^x and 1 − a², x <= 0, both precise, also near 1 and 0: with 2^x = 2^n (1 + y), n the integer nearest to x, 1 − a
+// is (1 − 2^n) − 2^n y.
+struct Decay {
+    LSM_INLINE explicit Decay(Vector<float> x) {
+        using V = Vector<float>;
+#if LSM_CPU_VECTOR_BYTES == 64
+        V const r = V(_mm512_maskz_reduce_ps(0xffff, __m512(x), _MM_FROUND_TO_NEAREST_INT));
+        V const n = x - r;
+#else
+        x = bounded(x, -160.0f, 130.0f);
+        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+        V const n = (x + kRound) - kRound, r = x - n;
+#endif
+        V y = V{} + 1.540351278e-4f;
+        for (float const c :
+             {1.339073550e-3f, 9.618237494e-3f, 5.550357434e-2f, 2.402264979e-1f, 6.931471879e-1f})
+            y = y * r + c;
+        V const power = scale_by_power_of_two(V{} + 1.0f, n), step = power * (y * r);
+        a = power + step;
+        one_minus_square = ((1.0f - power) - step) * (1.0f + a);
+    }
+    Vector<float> a, one_minus_square;
+};
+// The same in fp64, of a natural logarithm.
+struct PreciseDecay {
+    LSM_INLINE explicit PreciseDecay(Vector<double> x)
+        : a(exp(x)),
+          one_minus_square(each_lane<double>(x, [](double v) { return -std::expm1(2 * v); })) {}
+    Vector<double> a, one_minus_square;
+};
+
 // log a = c σ(r), x scaled by m σ(i), m = sqrt(1 - a²), or 1 at a first token.
 template <class B>
 struct RgLru {
@@ -156,7 +187,7 @@ struct RgLru {
 
     void prepare(N* channel) const {
         b.channels([&](int64_t c, int64_t count, int64_t v) {
-            channel[v] = b.read_row(b.p.channel, c, count);
+            channel[v] = {b.read_row(b.p.channel, c, count).re * T(kSingle ? kLog2e : 1)};
         });
     }
     Token at(int64_t token, bool first, bool backward) const {
@@ -173,40 +204,41 @@ struct RgLru {
         }
         return t;
     }
+    static constexpr bool kSingle = std::is_same_v<T, float>;
+    using Decays = std::conditional_t<kSingle, Decay, PreciseDecay>;
+    static constexpr T kUnit = T(kSingle ? 1 / kLog2e : 1);  // of its argument, and of `channel`
+
     // m = sqrt(1 - a²), and 1 / m; that ends at 2000, as in the paper's code the root's slope at 1000.
     struct Root {
-        LSM_INLINE Root(V log_a, V a) {
-            V const square = one_minus_square(log_a, a);
+        LSM_INLINE explicit Root(V square) {
             V const inverse = reciprocal_sqrt(max_of(square, V{} + T(1e-30)));
             m = square * inverse;
             slope = inverse < T(2000) ? inverse : V{} + T(2000);
         }
         V m, slope;
     };
-    LSM_INLINE V log_gate(Token const& t, int64_t c, int64_t count, N const* channel) const {
-        return channel->re * logistic<T>(read<N>(t.r + c, count).re);
-    }
+    LSM_INLINE Decays decay(V r, N const* channel) const { return Decays(channel->re * r); }
     LSM_INLINE N gate(Token const& t, int64_t c, int64_t count, N const* channel) const {
-        return {exp(log_gate(t, c, count, channel))};
+        return {decay(logistic<T>(read<N>(t.r + c, count).re), channel).a};
     }
     LSM_INLINE Affine<N> load(Token const& t, int64_t c, int64_t count, N const* channel) const {
-        V const log_a = log_gate(t, c, count, channel);
+        Decays const d = decay(logistic<T>(read<N>(t.r + c, count).re), channel);
         V const x = read<N>(t.x + c, count).re, i = read<N>(t.i + c, count).re;
-        V const a = exp(log_a), m = t.first ? V{} + 1 : Root(log_a, a).m;
-        return {{a}, {m * logistic<T>(i) * x}};
+        V const m = t.first ? V{} + 1 : Root(d.one_minus_square).m;
+        return {{d.a}, {m * logistic<T>(i) * x}};
     }
     LSM_INLINE void gradients(Token const& t, int64_t c, int64_t count, N const* channel, N a, N dh,
                               N before, N& sum) const {
         V const x = read<N>(t.x + c, count).re, i = logistic<T>(read<N>(t.i + c, count).re);
         V const r = logistic<T>(read<N>(t.r + c, count).re);
-        Root const root(channel->re * r, a.re);
-        V const m = t.first ? V{} + 1 : root.m;
-        write(t.dx + c, N{dh.re * m * i}, count);
-        write(t.di + c, N{dh.re * m * x * i * (1 - i)}, count);
-        V const through_m = t.first ? V{} : dh.re * i * x * (a.re * a.re * root.slope);
-        V const d = a.re * dh.re * before.re - through_m;  // of log a
-        write(t.dr + c, N{d * channel->re * r * (1 - r)}, count);
-        sum.re += d * r;
+        Root const root(decay(r, channel).one_minus_square);
+        V const m = t.first ? V{} + 1 : root.m, through = dh.re * i;
+        write(t.dx + c, N{through * m}, count);
+        write(t.di + c, N{through * m * x * (1 - i)}, count);
+        V const through_m = t.first ? V{} : through * x * (a.re * a.re * root.slope);
+        V const d = (a.re * dh.re * before.re - through_m) * r;  // of log a, times r
+        write(t.dr + c, N{d * (channel->re * kUnit) * (1 - r)}, count);
+        sum.re += d;
     }
     LSM_INLINE N finish(N sum, N const*) const { return sum; }
     bool needs_before(Token const&) const { return true; }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._common import check_no_forward_ad, check_same_device, no_double_backward
+from ._common import call, check_no_forward_ad, check_same_device, no_double_backward
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -107,6 +107,7 @@ def _register(op: Operator) -> None:
 
 for _operator in OPERATORS:
     _register(_operator)
+_FORWARD = {op.name: getattr(torch.ops.lsm, f"{op.name}_fwd").default for op in OPERATORS}
 
 
 def run(
@@ -127,7 +128,7 @@ def run(
         if initial_state.dtype in (torch.bfloat16, torch.float16):
             initial_state = initial_state.float()
         initial_state = initial_state.resolve_conj()
-    h, state = getattr(torch.ops.lsm, f"{op}_fwd")(
-        *tensors, initial_state, cu_seqlens, order, *options, output_final_state
+    h, state = call(
+        _FORWARD[op], *tensors, initial_state, cu_seqlens, order, *options, output_final_state
     )
     return h, state if output_final_state else None

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from ._common import (
     autocast_dtype,
+    call,
     check_device_like,
     check_no_forward_ad,
     check_no_gradient,
     check_rank,
+    in_dtype,
     no_double_backward,
 )
 from .gates import L2_EPS, l2norm
@@ -99,6 +101,9 @@ torch.library.register_autograd(f"lsm::{_NAME}_fwd", _backward, setup_context=_s
 torch.library.register_autograd(f"lsm::{_NAME}_bwd", _refuse_double_backward)
 
 
+_FORWARD = torch.ops.lsm.causal_conv1d_fwd.default
+
+
 def _silu(op: str, activation: str | None) -> bool:
     if activation not in ("silu", "swish", None):
         raise ValueError(f"{op}: activation must be silu, swish or None, got {activation!r}")
@@ -109,7 +114,7 @@ def _weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     """In one dtype: that of x, or wider."""
     if weight.dtype != x.dtype and weight.dtype in (torch.bfloat16, torch.float16):
         weight = weight.to(torch.promote_types(x.dtype, torch.float32))
-    return weight, None if bias is None else bias.to(weight.dtype)
+    return weight, None if bias is None else in_dtype(bias, weight.dtype)
 
 
 def convolve(
@@ -132,9 +137,9 @@ def convolve(
     weight, bias = _weights(x, weight, bias)
     if seq_idx is not None:
         seq_idx = seq_idx.to(torch.int32)
-    y, state = torch.ops.lsm.causal_conv1d_fwd(
-        x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm, L2_EPS,
-        norm_channels,
+    y, state = call(
+        _FORWARD, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm,
+        L2_EPS, norm_channels,
     )  # fmt: skip
     return y, state
 
