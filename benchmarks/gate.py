@@ -40,7 +40,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--update", action="store_true")
-    beside = [op.name for op in OPS.values() if op.qkv]  # what attention stands beside
+    # what attention stands beside
+    beside = [op.name for op in OPS.values() if op.qkv and "forward" in op.modes]
     parser.add_argument("--ops", nargs="*", default=beside)
     options = parser.parse_args()
     torch.set_num_threads(1)
