@@ -38,19 +38,6 @@ LSM_INLINE Vector<double> sqrt(Vector<double> x) {
     return each_lane<double>(x, [](double v) { return __builtin_sqrt(v); });
 }
 
-// 1 − a² for a = e^x, x <= 0, precise near 0.
-LSM_INLINE Vector<float> one_minus_square(Vector<float> x, Vector<float> a) {
-    using V = Vector<float>;
-    V const twice = x + x;
-    V y = splat<float>(1.0f / 40320);
-    for (float const c : {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f})
-        y = y * twice + c;
-    return twice > -0.4f ? -(twice * y) : 1.0f - a * a;
-}
-LSM_INLINE Vector<double> one_minus_square(Vector<double> x, Vector<double>) {
-    return each_lane<double>(x, [](double v) { return -std::expm1(2 * v); });
-}
-
 LSM_INLINE Vector<double> hyperbolic_tangent(Vector<double> x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
     return x;
