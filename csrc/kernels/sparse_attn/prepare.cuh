@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kPrepareThreads) sum_queries(Work work) {
 }
 
 // dk and dv of sections that were cut into pieces: their sums, in order. A block per tile of keys; the grid is that of the
-// kernel that left them.
-__global__ void __launch_bounds__(kPrepareThreads) join_pieces(Work work, int rows) {
+// kernel that left them. Left to itself, ptxas spills for the sake of a block more.
+__global__ void __launch_bounds__(kPrepareThreads, 4) join_pieces(Work work, int rows) {
     SparseAttnParams const& p = work.p;
     KeyTile const tile = locate_keys(work, rows, blockIdx.x);
     if (tile.place.unused || tile.place.poison || tile.pieces == 1 || tile.piece > 0) return;
