@@ -33,6 +33,7 @@ ATTENTION = "torch SDPA"
 LOSS = 0.9
 TRIES = 5
 TURNS, SECONDS = 5, 0.1  # per try; per turn and side
+BESIDE = [op.name for op in OPS.values() if op.qkv and "forward" in op.modes]  # attention's peers
 
 
 def main() -> int:
@@ -40,9 +41,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--update", action="store_true")
-    # what attention stands beside
-    beside = [op.name for op in OPS.values() if op.qkv and "forward" in op.modes]
-    parser.add_argument("--ops", nargs="*", default=beside)
+    parser.add_argument("--ops", nargs="*", default=BESIDE)
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(BASELINE.read_text()) if BASELINE.is_file() else {}

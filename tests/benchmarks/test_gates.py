@@ -103,7 +103,7 @@ def test_ratios_are_taken_of_every_operator(monkeypatch):
     every = {f"{op} {mode}" for op in OPS for mode in ("forward", "training")}
     for held in known.values():  # a processor that is not at hand lacks what came after it
         assert held and set(held) <= every
-    for op in (op for op in OPS.values() if op.qkv):
+    for op in (OPS[name] for name in gate.BESIDE):
         assert gate.ratio(op, "forward") > 0 and gate.ratio(op, "training") > 0
 
 

@@ -21,8 +21,8 @@ struct WarpgroupKeysConfig {
     static constexpr int KSums = D, VSums = D;
     static constexpr Want Wants = Want::both;
     static constexpr int kStages = 4;
-    static constexpr int kTiles =
-        2;  // of a block of threads: warpgroups are its rows, the last one loads
+    // Of a block of threads: warpgroups are its rows, the last one loads.
+    static constexpr int kTiles = 2, kBlockThreads = 128 * (kTiles + 1);
     // Of a multiprocessor's 65536, what each thread that loads leaves to those that multiply.
     static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
 };
@@ -251,7 +251,7 @@ struct WarpgroupKeysKernel : TileOfKeys<Config> {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(128 * (Config::kTiles + 1), 1)
+__global__ void __launch_bounds__(Config::kBlockThreads, 1)
     warpgroup_keys(__grid_constant__ Work const work, __grid_constant__ CUtensorMap const queries,
                    __grid_constant__ CUtensorMap const grads) {
     WarpgroupKeysKernel<Config>(work, queries, grads).run();
