@@ -13,6 +13,7 @@ from ._common import (
     check_no_gradient,
     check_rank,
     check_same_device,
+    check_shape,
     in_dtype,
     no_double_backward,
 )
@@ -182,8 +183,10 @@ def selective_scan_fn(
     """
     op = "selective_scan_fn"
     check_no_forward_ad(op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, initial_state=initial_state)
-    for name, t in {"u": u, "delta": delta}.items():
-        check_rank(op, name, t, "[B, D, T]")
+    check_rank(op, "u", u, "[B, D, T]")
+    for name, t in {"delta": delta, "z": z}.items():
+        if t is not None:
+            check_shape(op, name, t, "[B, D, T]", u.shape)
     dtype = autocast_dtype(u.device.type)
     if dtype is not None and u.dtype != torch.float64 and not A.is_complex():
         u = u.to(dtype)

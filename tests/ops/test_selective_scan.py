@@ -239,7 +239,8 @@ def test_compiles_as_one_graph() -> None:
 
 
 ERRORS = {
-    "dt must have shape [B, T, D] = [2, 37, 12] like u, got [2, 36, 12]": {1: lambda t: t[..., 1:]},
+    "delta must have shape [B, D, T] = [2, 12, 37], got [2, 12, 36]": {1: lambda t: t[..., 1:]},
+    "z must have shape [B, D, T] = [2, 12, 37], got [2, 11, 37]": {6: lambda t: t[:, 1:]},
     "A must have shape [D, S] with D = 12, got [11, 5]": {2: lambda t: t[1:]},
     "dt_bias must have shape [D] = [12], got [3]": {7: lambda t: t[:3]},
 }
