@@ -11,6 +11,7 @@ from .gated import (
     retrieval_heads,
     seer_attention_forward,
 )
+from .global_attn import etc_attn, star_attn
 from .kv_cache import KVCache, Policy, attention_mass
 from .kv_evict import H2O, TOVA, FastGen, SnapKV, SpAtten, StreamingLLM
 from .kv_pages import DuoAttention, LongHeads, LServe, Quest, ReSA
@@ -34,7 +35,6 @@ from .patterns import (
     block_streaming,
     chunked_local,
     etc,
-    etc_attn,
     gmat,
     log_sparse,
     longformer,
@@ -47,7 +47,6 @@ from .patterns import (
     sparse_transformer_strided,
     spatio_temporal,
     star,
-    star_attn,
 )
 from .prefill import (
     a_shape_lists,
