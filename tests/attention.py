@@ -155,6 +155,22 @@ def differentiate(call: Call, forward, x: Inputs, grad_lse: Tensor) -> Tensors:
     return {"o": o.detach(), "lse": lse.detach()} | gradients
 
 
+def half_of_blocks(
+    Tq: int, Tk: int, Hq: int, Hkv: int, K: int, V: int, block_q: int, block_k: int
+) -> tuple[tuple, Tensor, Tensor]:
+    """Raw arguments in bf16 over lists of half of the blocks; their bitmap; a gradient of o."""
+    draw = torch.Generator().manual_seed(0)
+    q, grad_o = (torch.randn(1, Tq, Hq, n, generator=draw).bfloat16() for n in (K, V))
+    k, v = (torch.randn(1, Tk, Hkv, n, generator=draw).bfloat16() for n in (K, V))
+    bitmap = torch.rand(-(-Tq // block_q), Tk // block_k, generator=draw) < 0.5
+    lists = BlockLists.from_bitmap(bitmap, Tq, Tk, block_q, block_k)
+    arguments = (
+        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0, 0.0],
+        AttnMask().numbers(), [1, block_q, block_k],
+    )  # fmt: skip
+    return arguments, bitmap, grad_o
+
+
 def definition(call: Call, dtype: torch.dtype) -> Tensors:
     def forward(tensors: Tensors):
         return reference.block_sparse_attention(

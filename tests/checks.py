@@ -112,3 +112,12 @@ def assert_same_bits(a: Tensors, b: Tensors) -> None:
         assert x.dtype == y.dtype and x.shape == y.shape, name
         same = torch.equal(x.view(torch.uint8), y.view(torch.uint8)) if x.numel() else True
         assert same, f"{name}: {(x != y).sum().item()} of {x.numel()} values differ"
+
+
+def assert_refused(text: str, f: Callable, *args, **kwargs) -> None:
+    """A call raises, and the first line says exactly this."""
+    import pytest  # which a machine that only runs benchmarks/gpu_checks.py may lack
+
+    with pytest.raises(RuntimeError) as error:
+        f(*args, **kwargs)
+    assert str(error.value).splitlines()[0] == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import sys
 
 import pytest
@@ -58,7 +59,7 @@ def is_fp64(value: object) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """An absent implementation is one skip per test, not one per parameter; cases in fp64 are not
-    for CUDA kernels."""
+    for CUDA kernels; ``test.applies`` says of a test's parameters which go together."""
     seen: set[tuple] = set()
     kept, dropped = [], []
     for item in items:
@@ -67,6 +68,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         impl = next((v for v in values if isinstance(v, Impl)), None)
         first = item.nodeid.partition("[")[0], str(impl)
         never = impl is not None and impl.tensor_cores and any(map(is_fp64, values))
+        if applies := getattr(getattr(item, "function", None), "applies", None):
+            given = inspect.signature(applies).parameters
+            never = never or not applies(**{n: spec.params[n] for n in given})
         if never or (impl is not None and impl.absent() and first in seen):
             dropped.append(item)
         else:

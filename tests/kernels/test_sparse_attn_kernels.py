@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention import Attn, Call, definition, emulated, make, run
+from attention import Attn, Call, definition, emulated, half_of_blocks, make, run
 from checks import assert_accepted, assert_same_bits
 from emulators import emulator
 from impls import Emulator
@@ -39,16 +39,8 @@ def counted(name: str) -> dict:
     move: keys and values of a list's blocks for every tile, queries for every section of keys."""
     Tq, Tk, Hq, Hkv, D, block_q, block_k = SHAPES[name]
     K, V = D if isinstance(D, tuple) else (D, D)
-    draw = torch.Generator().manual_seed(0)
-    q, grad_o = (torch.randn(1, Tq, Hq, n, generator=draw).bfloat16() for n in (K, V))
-    k, v = (torch.randn(1, Tk, Hkv, n, generator=draw).bfloat16() for n in (K, V))
-    rows, blocks = -(-Tq // block_q), Tk // block_k
-    bitmap = torch.rand(rows, blocks, generator=draw) < 0.5
-    lists = listed(bitmap, Tq, Tk, block_q, block_k)
-    arguments = (
-        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0, 0.0],
-        AttnMask().numbers(), [1, block_q, block_k],
-    )  # fmt: skip
+    arguments, bitmap, grad_o = half_of_blocks(Tq, Tk, Hq, Hkv, K, V, block_q, block_k)
+    q = arguments[0]
     emu = emulator("_emu")
     emu.set_seed(0)
     emu.reset_counters()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention import Attn, Call, emulator_ops, make, raw_arguments, run
+from attention import Attn, Call, emulator_ops, half_of_blocks, make, raw_arguments, run
 from attention import definition as differentiated
 from checks import assert_accepted, assert_same_bits
 from emulators import emulator
@@ -15,7 +15,7 @@ from impls import Emulator
 from inputs import Tensors
 
 from lsm_cuda import reference
-from lsm_cuda.ops import AttnMask, BlockLists
+from lsm_cuda.ops import BlockLists
 
 CAUSAL = {"causal": True}
 EVERYTHING = ("softcap", "sinks", "alibi", "ramp", "bias")
@@ -254,19 +254,13 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_reads_each_block_of_a_list_once(name):
     Tq, Tk, Hq, Hkv, D, block_q, block_k = SHAPES[name]
-    draw = torch.Generator().manual_seed(0)
-    q = torch.randn(1, Tq, Hq, D, generator=draw).bfloat16()
-    k, v = torch.randn(2, 1, Tk, Hkv, D, generator=draw).bfloat16()
-    bitmap = torch.rand(-(-Tq // block_q), Tk // block_k, generator=draw) < 0.5
-    lists = BlockLists.from_bitmap(bitmap, Tq, Tk, block_q, block_k)
+    arguments, bitmap, _ = half_of_blocks(Tq, Tk, Hq, Hkv, D, D, block_q, block_k)
+    q = arguments[0]
     emu = emulator("_emu")
     emu.set_seed(0)
     emu.reset_counters()
     emu.set_architecture(90)
-    o, lse = torch.ops.lsm_emu.block_sparse_attn_fwd(
-        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0, 0.0],
-        AttnMask().numbers(), [1, block_q, block_k],
-    )  # fmt: skip
+    o, lse = torch.ops.lsm_emu.block_sparse_attn_fwd(*arguments)
     emu.set_architecture(80)
     (launch,) = emu.counters()["launches"]
     assert "warpgroup_rows" in launch["kernel"]
@@ -284,15 +278,8 @@ def test_reads_each_block_of_a_list_once(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_gradients_read_each_block_of_a_list_once(name):
     Tq, Tk, Hq, Hkv, D, block_q, block_k = SHAPES[name]
-    draw = torch.Generator().manual_seed(0)
-    q, grad_o = torch.randn(2, 1, Tq, Hq, D, generator=draw).bfloat16()
-    k, v = torch.randn(2, 1, Tk, Hkv, D, generator=draw).bfloat16()
-    bitmap = torch.rand(-(-Tq // block_q), Tk // block_k, generator=draw) < 0.5
-    lists = BlockLists.from_bitmap(bitmap, Tq, Tk, block_q, block_k)
-    arguments = (
-        q, k, v, None, None, lists.index, lists.row_ptr, *(None,) * 5, [1.0, 0.0, 0.0, 0.0],
-        AttnMask().numbers(), [1, block_q, block_k],
-    )  # fmt: skip
+    arguments, bitmap, grad_o = half_of_blocks(Tq, Tk, Hq, Hkv, D, D, block_q, block_k)
+    q, k = arguments[:2]
     emu = emulator("_emu")
     emu.set_seed(0)
     emu.set_architecture(90)

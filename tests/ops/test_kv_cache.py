@@ -184,8 +184,6 @@ def test_codes_are_read_where_they_are(impl, decode, bits):
 def test_bad_codes(impl):
     q, codes = torch.randn(1, 1, 2, 32), torch.zeros(1, 9, 1, 32, dtype=torch.uint8)
     affine = torch.zeros(1, 9, 1, 2)
-    if isinstance(impl, Emulator):
-        pytest.skip("checks are those of the library's operator")
     device = impl.device
     for k, a, text in [
         (codes[..., :20], affine, "k must have a byte of codes for each of the K = 32 numbers of "
@@ -199,6 +197,9 @@ def test_bad_codes(impl):
                 q.to(device), k.to(device), codes.to(device),
                 affine=(a.to(device), affine.to(device)),
             )  # fmt: skip
+
+
+test_bad_codes.only_impls = ("cpu", "cuda")  # checks of the library's operator
 
 
 def library(impl: Impl):
@@ -417,14 +418,15 @@ LENGTHS, TABLE = (torch.tensor(n, dtype=torch.int32) for n in ([3, 8], [[0, 1], 
 )  # fmt: skip
 def test_what_lies_outside_the_cache_is_refused(impl, lengths, table, text):
     """Where values can be read; pages that no length needs may be anything."""
-    if impl.name == "cuda":
-        pytest.skip("values are not read there")
     lengths = torch.tensor(lengths, dtype=torch.int32)
     table = None if table is None else torch.tensor(table, dtype=torch.int32)
     given = _sparse_attn._arguments("", Q, None, CAUSAL, None, 0.0, None, None, None, 0.0)
     with pytest.raises(RuntimeError) as error:
         library(impl).sparse_attn_decode(Q, CACHE, CACHE, lengths, table, *given)
     assert f"lsm::sparse_attn_decode: {text}" in str(error.value)
+
+
+test_what_lies_outside_the_cache_is_refused.only_impls = ("cpu", "emulator")
 
 
 NEW = torch.randn(2, 1, 2, 16)
@@ -453,13 +455,14 @@ NEW = torch.randn(2, 1, 2, 16)
     ],
 )  # fmt: skip
 def test_update_refuses(impl, change, text):
-    if impl.name == "cuda":
-        pytest.skip("values are not read there")
     given = {"k_cache": CACHE.clone(), "v_cache": CACHE.clone(), "k": NEW, "v": NEW}
     given |= {"cache_seqlens": LENGTHS, "block_table": None, "ring_sinks": -1} | change
     with pytest.raises(RuntimeError) as error:
         library(impl).kv_cache_update(**given)
     assert f"lsm::kv_cache_update: {text}" in str(error.value)
+
+
+test_update_refuses.only_impls = ("cpu", "emulator")  # which read values
 
 
 def test_inference_only():

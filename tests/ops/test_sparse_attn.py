@@ -293,8 +293,6 @@ BAD_LISTS = {
 
 def checked(impl):
     """The operators where values are read: a GPU would have to be waited for."""
-    if impl.name == "cuda":
-        pytest.skip("lists are not read there")
     return emulator_ops(impl) if impl.tensor_cores else torch.ops.lsm
 
 
@@ -311,6 +309,9 @@ def test_bad_lists_are_refused(impl, name, dtype):
         library.block_sparse_attn_bwd(q, k, k, None, None, *given, o, lse, o, None)
 
 
+test_bad_lists_are_refused.only_impls = ("cpu", "emulator")
+
+
 @pytest.mark.parametrize("name", [n for n in BAD_LISTS if n not in ("rows", "block size", "heads")])
 def test_bad_lists_are_refused_by_a_decode(impl, name):
     lists, text = BAD_LISTS[name]
@@ -319,6 +320,9 @@ def test_bad_lists_are_refused_by_a_decode(impl, name):
     given = _sparse_attn._arguments("", q, lists, AttnMask(), None, 0.0, None, None, None, 0.0)
     with pytest.raises(RuntimeError, match=f"lsm::sparse_attn_decode: .*{text}"):
         checked(impl).sparse_attn_decode(q, k, k, None, None, *given)
+
+
+test_bad_lists_are_refused_by_a_decode.only_impls = ("cpu", "emulator")
 
 
 def test_bad_tensors_are_refused():
