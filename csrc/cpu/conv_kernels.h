@@ -12,17 +12,21 @@ struct ConvSegment {
     int64_t batch, index, begin, end, t0, t1;
 };
 
-// Channels of a tile: where they lie side by side a page of float32, and whole heads if they have a norm.
+// Channels of a tile. Where they lie side by side, all of them if a few rows of that stay in a cache next to the core:
+// memory is fastest along whole rows. A norm wants whole heads.
 inline int64_t conv_tile_channels(ConvParams const& p) {
-    int64_t const most = p.D < 1 ? 1 : p.D;
-    if (!p.x.channel_last()) return most < 32 ? most : 32;
-    if (p.norm > 0) return p.norm > 1024 ? p.norm : 1024 / p.norm * p.norm;
-    return most < 1024 ? most : 1024;
+    int64_t const D = p.D < 1 ? 1 : p.D;
+    if (!p.x.channel_last()) return D < 32 ? D : 32;
+    int64_t const unit = p.norm > 0 ? p.norm : 64, tiles = (D + 2047) / 2048;
+    int64_t const even = (D + tiles - 1) / tiles;
+    return (even + unit - 1) / unit * unit;
 }
 
-// Tokens of a segment, at most; more than any number of taps.
+// Tokens of a segment, at most; more than any number of taps. A few segments of a short call, too, for threads to share.
 inline int64_t conv_segment_tokens(ConvParams const& p) {
-    return p.x.channel_last() ? 256 : 2048;
+    if (!p.x.channel_last()) return 2048;
+    int64_t const share = (p.B * p.T / 8 + 31) / 32 * 32, least = p.W <= 32 ? 32 : 128;
+    return share < least ? least : share > 256 ? 256 : share;
 }
 
 // `first` is a channel, the first of a tile. Sums are of the accumulation type, float64 for float64.

@@ -23,6 +23,15 @@ class Rows : public Tile<Number, Elem, kTaps> {
         for (int i = 0; i < kStep && kNormed; ++i) arena.take_each(pitch_, value_[i], slope_[i]);
     }
 
+    void begin(bool forward) {
+        Base::begin(forward);
+        if (!forward || !kPairs) return;
+        for (int64_t c = 0; c + 2 * W <= channels_; c += 2 * W) {
+            for (int64_t j = 0; j < taps(); ++j) apart(weight_ + j * pitch_ + c);
+            apart(bias_ + c);
+        }
+    }
+
     void forward(ConvSegment const& s) {
         read_past(s);
         int64_t t = s.t0;
@@ -55,10 +64,17 @@ class Rows : public Tile<Number, Elem, kTaps> {
 
   private:
     static constexpr int kStep = kTaps > 0 ? 4 : 1;  // tokens
+    // In the forward, bf16's channels go by pairs of vectors, weights and bias of even channels before those of odd ones.
+    static constexpr bool kPairs = Base::kPaired && !kNormed;
     static constexpr int kReach = kTaps > 0 ? kTaps - 1 + kStep : kMaxTaps;
 
     using Base::bias_, Base::channels_, Base::first_, Base::p_, Base::past, Base::pitch_,
         Base::sums_, Base::taps, Base::weight_;
+
+    static LSM_INLINE void apart(T* x) {
+        Vector<T> const low = load(x), high = load(x + W);
+        store(x, unzip_even<T>(low, high)), store(x + W, unzip_odd<T>(low, high));
+    }
 
     void read_past(ConvSegment const& s) {
         if (s.t0 - past() >= s.begin) return;
@@ -78,6 +94,18 @@ class Rows : public Tile<Number, Elem, kTaps> {
         }
     }
 
+    // `at`: where the channels' weights are.
+    template <int U, size_t kInputs>
+    LSM_INLINE void sum_taps(Vector<T> const (&in)[kInputs], int64_t at,
+                             Vector<T> (&sum)[U]) const {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) {
+            sum[u] = load(bias_ + at);
+#pragma GCC unroll 4
+            for (int j = 0; j < kTaps; ++j) sum[u] += load(weight_ + j * pitch_ + at) * in[u + j];
+        }
+    }
+
     template <int U, class Lanes>
     LSM_INLINE void convolve(Element const* const (&x)[kReach], int64_t c, Lanes lanes,
                              Vector<T> (&sum)[U]) const {
@@ -85,13 +113,7 @@ class Rows : public Tile<Number, Elem, kTaps> {
             Vector<T> in[kTaps - 1 + U];
 #pragma GCC unroll 8
             for (int i = 0; i < kTaps - 1 + U; ++i) in[i] = read<T>(x[i] + c, lanes);
-#pragma GCC unroll 4
-            for (int u = 0; u < U; ++u) {
-                sum[u] = load(bias_ + c);
-#pragma GCC unroll 4
-                for (int j = 0; j < kTaps; ++j)
-                    sum[u] += load(weight_ + j * pitch_ + c) * in[u + j];
-            }
+            sum_taps<U>(in, c, sum);
         } else {
             sum[0] = load(bias_ + c);
             for (int64_t j = 0; j < taps(); ++j)
@@ -99,17 +121,47 @@ class Rows : public Tile<Number, Elem, kTaps> {
         }
     }
 
+    template <int U, Half kHalf>
+    LSM_INLINE void convolve_half(Element const* const (&x)[kReach], int64_t c,
+                                  Vector<T> (&sum)[U]) const {
+        int64_t const at = c + (kHalf == Half::odd ? W : 0);
+        Vector<T> in[kTaps - 1 + U];
+#pragma GCC unroll 8
+        for (int i = 0; i < kTaps - 1 + U; ++i) in[i] = read_half<kHalf>(x[i] + c);
+        sum_taps<U>(in, at, sum);
+        this->activate(sum);
+    }
+
+    // The next step's inputs are asked for meanwhile: the walk along four rows is more than prefetchers follow.
     template <int U>
     void forward_step(ConvSegment const& s, int64_t t) {
         Element const* x[kReach];
         find<U>(s, t, x);
         Element* y[U];
-        for (int u = 0; u < U; ++u) y[u] = this->at(p_.y, s, t + u);
-        each_head([&](int64_t head, int64_t size, auto divide) {
+        Element const* next[U];
+        for (int u = 0; u < U; ++u)
+            y[u] = this->at(p_.y, s, t + u), next[u] = this->at(p_.x, s, t + U + u);
+        auto const prefetch = [&](int64_t c) {
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u) __builtin_prefetch(next[u] + c);
+        };
+        int64_t first = 0;
+        if constexpr (kPairs) {
+            for (; first + 2 * W <= channels_; first += 2 * W) {
+                prefetch(first);
+                Vector<T> even[U], odd[U];
+                convolve_half<U, Half::even>(x, first, even);
+                convolve_half<U, Half::odd>(x, first, odd);
+#pragma GCC unroll 4
+                for (int u = 0; u < U; ++u) write_halves(y[u] + first, even[u], odd[u]);
+            }
+        }
+        each_head(first, [&](int64_t head, int64_t size, auto divide) {
             Vector<T> squares[U] = {};
             each_vector<T>(size, [&](int64_t i, auto lanes) {
                 int64_t const c = head + i;
                 Vector<T> sum[U];
+                prefetch(c);
                 convolve<U>(x, c, lanes, sum);
                 this->activate(sum);
 #pragma GCC unroll 4
@@ -132,10 +184,9 @@ class Rows : public Tile<Number, Elem, kTaps> {
         });
     }
 
-    // f(first channel, channels, has it a norm) for every head, and for what is behind the last one that has.
+    // f(first channel, channels, has it a norm) from `first` on for every head, and for what is behind the last one that has.
     template <class F>
-    LSM_INLINE void each_head(F const& f) const {
-        int64_t first = 0;
+    LSM_INLINE void each_head(int64_t first, F const& f) const {
         if constexpr (kNormed) {
             int64_t const normed = min_of(channels_, p_.normed - first_);
             for (; first < normed; first += p_.norm) f(first, p_.norm, std::true_type{});
@@ -154,7 +205,7 @@ class Rows : public Tile<Number, Elem, kTaps> {
         find<U>(s, t, x);
         Element const* dy[U];
         for (int u = 0; u < U; ++u) dy[u] = this->at(p_.grad_y, s, t + u);
-        each_head([&](int64_t head, int64_t size, auto divide) {
+        each_head(0, [&](int64_t head, int64_t size, auto divide) {
             Vector<T> squares[U] = {}, dots[U] = {};
             each_vector<T>(size, [&](int64_t i, auto lanes) {
                 int64_t const c = head + i;

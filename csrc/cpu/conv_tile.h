@@ -69,15 +69,82 @@ LSM_INLINE void each_vector(int64_t n, F const& f) {
     if (i < n) f(i, n - i);
 }
 
-// Rows [D, columns] of one tile as columns of `pitch` channels.
+// bf16 by twos, as one vector of the even elements and one of the odd: a shift or a mask apart, where single ones have to
+// be spread out and gathered in again.
+enum class Half { even, odd };
+
+template <Half kHalf>
+LSM_INLINE Vector<float> read_half(Bf16 const* p) {
+    Bits const both = load_bytes<Bits>(p);
+    return Vector<float>(kHalf == Half::even ? both << 16 : both & 0xffff0000u);
+}
+
+// Rounds to nearest even, in the upper half of each lane. No NaN whose mantissa is all ones comes here (read_columns).
+LSM_INLINE Bits rounded_half(Vector<float> x) {
+    Bits const u = Bits(x);
+    return u + 0x7fff + (u >> 16 & 1);
+}
+
+LSM_INLINE void write_halves(Bf16* p, Vector<float> even, Vector<float> odd) {
+    Bits const both = rounded_half(even) >> 16 | (rounded_half(odd) & 0xffff0000u);
+    std::memcpy(p, &both, sizeof(both));
+}
+
+// kCount columns, four at most, of as many rows as a vector has lanes.
+template <class T, class Element, int kCount>
+LSM_INLINE void read_columns_of_vector(Element const* from, Vector<T> (&column)[kCount]) {
+    if constexpr (kCount == 1) {
+        column[0] = widen(from);
+    } else {
+        static_assert(kCount == 2 || kCount == 4);
+        constexpr int kHalf =
+            kCount / 2;  // columns come apart as even and odd ones, by halves of the rows
+        Vector<T> first[kHalf], second[kHalf];
+        for (int i = 0; i < kHalf; ++i) {
+            Element const* const at = from + 2 * i * kLanes<T>;
+            first[i] = widen(at), second[i] = widen(at + kLanes<T>);
+        }
+        if constexpr (kHalf == 1) {
+            column[0] = unzip_even<T>(first[0], second[0]);
+            column[1] = unzip_odd<T>(first[0], second[0]);
+        } else {
+            Vector<T> even[kHalf], odd[kHalf];
+            for (int i = 0; i < kHalf; ++i) {
+                even[i] = unzip_even<T>(first[i], second[i]);
+                odd[i] = unzip_odd<T>(first[i], second[i]);
+            }
+            column[0] = unzip_even<T>(even[0], even[1]), column[2] = unzip_odd<T>(even[0], even[1]);
+            column[1] = unzip_even<T>(odd[0], odd[1]), column[3] = unzip_odd<T>(odd[0], odd[1]);
+        }
+    }
+}
+
+// Rows [D, columns] of one tile as columns of `pitch` channels, those behind the last one zero; times scale, a NaN as one
+// that rounds to a NaN.
 template <class T>
 void read_columns(T* to, void const* rows, Dtype dtype, int64_t columns, int64_t channels,
-                  int64_t pitch) {
+                  int64_t pitch, T scale = 1) {
+    auto const taken = [&](Vector<T> x) {
+        return x == x ? x * scale : Vector<T>{} + std::numeric_limits<T>::quiet_NaN();
+    };
     with_element<T>(dtype, [&](auto element) {
         auto const* from = static_cast<decltype(element) const*>(rows);
-        for (int64_t c = 0; c < pitch; ++c) {
-            for (int64_t j = 0; j < columns; ++j)
-                to[j * pitch + c] = c < channels ? T(number(from + c * columns + j)) : T(0);
+        int64_t c = 0;
+        auto const by_vector = [&](auto count) {
+            for (; c + kLanes<T> <= channels; c += kLanes<T>) {
+                Vector<T> column[count];
+                read_columns_of_vector<T>(from + c * count, column);
+                for (int j = 0; j < count; ++j) store(to + j * pitch + c, taken(column[j]));
+            }
+        };
+        if (columns == 1) by_vector(std::integral_constant<int, 1>{});
+        if (columns == 2) by_vector(std::integral_constant<int, 2>{});
+        if (columns == 4) by_vector(std::integral_constant<int, 4>{});
+        for (; c < pitch; ++c) {
+            for (int64_t j = 0; j < columns; ++j) {
+                T const x = c < channels ? T(number(from + c * columns + j)) : T(0);
+                to[j * pitch + c] = taken(Vector<T>{} + x)[0];
+            }
         }
     });
 }
@@ -94,6 +161,7 @@ class Tile {
     using T = Number;
     using Element = Elem;
     static constexpr int W = kLanes<T>;
+    static constexpr bool kPaired = std::is_same_v<Element, Bf16> && kTaps > 0;
 
     Tile(ConvParams const& p, int64_t first, Arena<T>& arena)
         : p_(p),
@@ -105,18 +173,18 @@ class Tile {
         sums_ = arena.take((taps() + 1) * pitch_);
     }
 
-    // `scaled`: weights and bias are those that silu_of_scaled wants.
-    void begin(bool scaled) {
+    // For the forward, weights and bias are those that silu_of_scaled wants; there are sums for the backward only.
+    void begin(bool forward) {
+        T const scale = forward && p_.silu ? kSiluScale<T> : T(1);
         read_columns(weight_, element_at(p_.weight, p_.weight_dtype, first_ * p_.W),
-                     p_.weight_dtype, p_.W, channels_, pitch_);
-        fill(bias_, pitch_);
-        fill(sums_, (taps() + 1) * pitch_);
-        if (p_.bias != nullptr)
+                     p_.weight_dtype, p_.W, channels_, pitch_, scale);
+        if (p_.bias != nullptr) {
             read_columns(bias_, element_at(p_.bias, p_.weight_dtype, first_), p_.weight_dtype, 1,
-                         channels_, pitch_);
-        if (!scaled || !p_.silu || kSiluScale<T> == T(1)) return;
-        for (int64_t i = 0; i < taps() * pitch_; ++i) weight_[i] *= kSiluScale<T>;
-        for (int64_t i = 0; i < pitch_; ++i) bias_[i] *= kSiluScale<T>;
+                         channels_, pitch_, scale);
+        } else {
+            fill(bias_, pitch_);
+        }
+        if (!forward) fill(sums_, (taps() + 1) * pitch_);
     }
 
     // Sums of the weight's gradient, and below them the bias's, as columns [W + 1][D].

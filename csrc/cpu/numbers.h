@@ -164,18 +164,6 @@ LSM_INLINE N one() {
     return x;
 }
 
-// Every second lane of two vectors that lie side by side.
-template <int kFirst, class V, int... kLane>
-LSM_INLINE V unzip(V a, V b, std::integer_sequence<int, kLane...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (2 * kLane + kFirst)...);
-#else
-    using Lane = std::conditional_t<sizeof(V) / sizeof...(kLane) == 8, int64_t, int32_t>;
-    typedef Lane Lanes __attribute__((vector_size(sizeof(V))));
-    return __builtin_shuffle(a, b, Lanes{(2 * kLane + kFirst)...});
-#endif
-}
-
 // `count` numbers from memory, whose components are In; the other lanes are zero.
 template <class N, class In>
 LSM_INLINE N read(In const* p, int64_t count) {

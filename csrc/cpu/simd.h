@@ -112,6 +112,28 @@ LSM_INLINE Vector<T> zip_high(Vector<T> a, Vector<T> b) {
     return zip<kLanes<T> / 2>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
+// Every second lane of two vectors that lie side by side.
+template <int kFirst, class V, int... kLane>
+LSM_INLINE V unzip(V a, V b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (2 * kLane + kFirst)...);
+#else
+    using Lane = std::conditional_t<sizeof(V) / sizeof...(kLane) == 8, int64_t, int32_t>;
+    typedef Lane Lanes __attribute__((vector_size(sizeof(V))));
+    return __builtin_shuffle(a, b, Lanes{(2 * kLane + kFirst)...});
+#endif
+}
+
+template <class T>
+LSM_INLINE Vector<T> unzip_even(Vector<T> a, Vector<T> b) {
+    return unzip<0>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+template <class T>
+LSM_INLINE Vector<T> unzip_odd(Vector<T> a, Vector<T> b) {
+    return unzip<1>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // The sums of as many vectors as each has lanes, as one vector. Destroys x.
 template <class T>
 LSM_INLINE Vector<T> sum_each(Vector<T> (&x)[kLanes<T>]) {

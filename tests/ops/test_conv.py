@@ -80,6 +80,13 @@ NORMED = [
     Conv(T=33, D=45, norm=8, normed=24, batch="int64", layout="offset"),
     Conv(T=20, D=36, norm=4, normed=0, W=6),
 ]
+LONG = [  # tiles of channels and segments of tokens, several of each
+    Conv(T=20, D=2100, dtype="bf16"),
+    Conv(T=600, D=70, dtype="bf16", batch="int32", state="both"),
+    Conv(T=2100, D=3, layout="first", state="both"),
+    Conv(T=2150, D=3, dtype="bf16", layout="first", batch=1, state="both"),
+    Conv(T=2100, D=2, W=40, layout="first", state="both"),
+]
 ODD_HEADS = [
     Conv(T=33, D=40, norm=10, state="both"),
     Conv(T=21, D=21, norm=7, dtype="f64"),
@@ -96,7 +103,7 @@ def cases(impl: str) -> list[Conv]:
     elif impl == "cpu":
         axes["W"] = [*axes["W"], 40]
     rows = [Conv(**row) for row in pairwise(axes, PAIRS, lambda row: True)]
-    return EDGES + rows + NORMED + (ODD_HEADS if impl == "cpu" else [])
+    return EDGES + rows + NORMED + (ODD_HEADS + LONG if impl == "cpu" else [])
 
 
 def make(case: Conv) -> tuple[Inputs, Tensor | None]:
@@ -425,6 +432,19 @@ def test_same_bits_twice(impl):
     case = Conv(T=300, D=132, state="both", batch="int32")
     x, grad_state = make(case)
     assert_same_bits(run(impl, case, x, grad_state), run(impl, case, x, grad_state))
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("act", ["silu", None])
+def test_nan_stays_nan(cpu, layout, act):
+    """Of any bits: rounding to bf16 must not carry a mantissa of ones into the sign."""
+    case = Conv(T=70, D=70, dtype="bf16+f32", layout=layout, act=act)
+    x, _ = make(case)
+    x.tensors["weight"][1::2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x.tensors["x"][0, 5, 0] = torch.tensor(0x7FFF, dtype=torch.int16).view(torch.bfloat16)
+    y = run(cpu, case, x, None)["o"]
+    assert y[:, 3:, 1::2].isnan().all() and y[0, 5:9, 0].isnan().all()
+    assert y[1, :, ::2].isfinite().all() and y[0, 9:, ::2].isfinite().all()
 
 
 def test_wrong_boundaries_give_nan_on_the_device(impl):
