@@ -134,6 +134,25 @@ def mlstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
     C, n = torch.randn(2, 2, 64, 64, generator=draw), torch.randn(2, 2, 64, generator=draw)
     given = (q, k, v, i, f, C, n, m, 0.1, 1e-6, True, True)
     yield "mlstm step bfloat16", 1, partial(torch.ops.lsm_emu.mlstm_step, *given)
+    for kind, multiprocessors, T, V in (
+        ("whole", 1, 64, 64),
+        ("wide", 1, 64, 128),
+        ("cut", 64, 544, 64),
+    ):
+        q, k = (torch.randn(1, T, 1, 64, generator=draw).bfloat16() for _ in range(2))
+        v, grad = (torch.randn(1, T, 2, V, generator=draw).bfloat16() for _ in range(2))
+        i, f = (torch.randn(1, T, 2, generator=draw) for _ in range(2))
+        C, n = torch.randn(1, 2, 64, V, generator=draw), torch.rand(1, 2, 64, generator=draw)
+        given, options = (q, k, v, i, f, C, n, m[:1], None), (0.1, 1e-6, True)
+        forward = partial(torch.ops.lsm_emu.mlstm_fwd, *given, *options, True, True)
+        yield f"mlstm {kind} forward", multiprocessors, forward
+        tokens = (
+            torch.rand(4, 1, 2, T, generator=draw)
+            * torch.tensor([-1.0, 1, 1, 1])[:, None, None, None]
+        )
+        given = (q, k, v, C, n, None, *options, grad, tokens, grad, C, n)
+        backward = partial(torch.ops.lsm_emu.mlstm_bwd, *given)
+        yield f"mlstm {kind} backward", multiprocessors, backward
 
 
 def ssd_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -74,8 +74,8 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     // simple_gla with mLSTM's gates i, f [B,T,HV] before their activation: values are weighted by the input gate,
     // outputs divided; states C [N,HV,K,V], n [N,HV,K], m [N,HV]. tokens [4,B,HV,T] holds what the backward needs of
     // the gates: log decay, weight, scale q·n, exp(-m). The backward gives gradients of the first and, by its logarithm,
-    // of the second, [B,T,HV]; an empty tensor stands where a state is absent. Both are for CPU tensors; on CUDA they
-    // are composed.
+    // of the second, [B,T,HV]; an empty tensor stands where a state is absent. CUDA tensors are in bf16; other dtypes are
+    // composed there.
     m.def(
         "mlstm_fwd(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? "
         "m, Tensor? cu_seqlens, float scale, float eps, bool exponential, bool normalize, bool "

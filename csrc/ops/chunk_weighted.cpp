@@ -9,6 +9,12 @@
 namespace lsm {
 namespace {
 
+// Of what CUDA kernels have for tensor cores alone.
+void check_on_tensor_cores(Checks const& c, Tensor const& q) {
+    c.require(!kTensorCores || q.scalar_type() == ScalarType::BFloat16,
+              "q must be bfloat16, which goes to tensor cores, got ", name(q.scalar_type()));
+}
+
 // mLSTM's, before their activation.
 void check_input_gates(Checks const& c, Tensor const& i, Tensor const& f, Tensor const& q,
                        Tensor const& v, bool one_token) {
@@ -94,6 +100,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> polynomial_attn_fwd(
     return normalised_forward(c, kPolynomialNames, in, q, z, output_final_state);
 }
 
+// What a backward has of its forward and of gradients.
+void check_outputs(Checks const& c, NormalisedNames const& names, ChunkParams const& p,
+                   Tensor const& q, Tensor const& o, Tensor const& tokens, Tensor const& grad_o,
+                   OptionalTensor const& grad_state, OptionalTensor const& grad_n) {
+    auto const like_outputs = [&](Tensor const& t, char const* arg) {
+        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
+        c.dtype(t, arg, q.scalar_type(), " like q");
+        c.device(t, arg, q, "q");
+    };
+    like_outputs(o, names.o);
+    like_outputs(grad_o, names.grad_o);
+    check_sums(c, tokens, "tokens", "[4, B, HV, T]", {kGateRows, p.B, p.HV, p.T}, q);
+    check_state(c, grad_state, names.grad_state, q, p.N, p.HV, p.K, p.V);
+    check_sums(c, grad_n, names.grad_n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
+}
+
 struct NormalisedGradients {
     Tensor q, k, v, state, n;
 };
@@ -105,24 +127,17 @@ NormalisedGradients normalised_backward(Checks const& c, NormalisedNames const& 
                                         OptionalTensor const& grad_state,
                                         OptionalTensor const& grad_n) {
     ChunkParams& p = in.p;
-    auto const like_outputs = [&](Tensor const& t, char const* arg) {
-        c.shape(t, arg, "[B, T, HV, V]", {p.B, p.T, p.HV, p.V});
-        c.dtype(t, arg, q.scalar_type(), " like q");
-        c.device(t, arg, q, "q");
-    };
-    like_outputs(o, names.o);
-    like_outputs(grad_o, names.grad_o);
-    check_sums(c, tokens, "tokens", "[4, B, HV, T]", {kGateRows, p.B, p.HV, p.T}, q);
-    check_state(c, grad_state, names.grad_state, q, p.N, p.HV, p.K, p.V);
+    check_outputs(c, names, p, q, o, tokens, grad_o, grad_state, grad_n);
     check_sums(c, n, names.n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
-    check_sums(c, grad_n, names.grad_n, "[N, HV, K]", {p.N, p.HV, p.K}, q);
     DeviceScope const scope(q);
     ScalarType const type = q.scalar_type(), wide = state_type(q);
     Tensor const o_rows = kernel_layout(o), grad_rows = kernel_layout(grad_o),
                  gates = as_contiguous(tokens);
     OptionalTensor const n0 = contiguous_or_none(n), d_last = contiguous_or_none(grad_state),
                          dn_last = contiguous_or_none(grad_n);
-    auto const key_type = p.HV == p.H ? type : wide;
+    bool const swept =
+        kTensorCores && p.features == Features::none;  // gradients are like keys then
+    auto const key_type = swept || p.HV == p.H ? type : wide;
     Tensor dq = empty({p.B, p.T, p.HV, p.channels}, key_type, q);
     Tensor dk = empty({p.B, p.T, p.HV, p.channels}, key_type, q);
     Tensor dv = empty({p.B, p.T, p.HV, p.V}, type, q);
@@ -155,8 +170,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> polynomial_attn_bwd(
     return {d.q, d.k, d.v, d.state, d.n};
 }
 
-#if defined(LSM_BACKEND_CPU)
 constexpr NormalisedNames kMlstmNames{"h", "grad_h", "n", "grad_n", "grad_C"};
+
+Inputs prepare_mlstm(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v,
+                     OptionalTensor const& C, OptionalTensor const& n,
+                     OptionalTensor const& cu_seqlens, double scale) {
+    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
+    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    check_on_tensor_cores(c, q);
+    check_sums(c, n, kMlstmNames.n, "[N, HV, K]", {in.p.N, in.p.HV, in.p.K}, q);
+    return in;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
     Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& i, Tensor const& f,
@@ -164,11 +188,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_fwd(
     OptionalTensor const& cu_seqlens, double scale, double eps, bool exponential, bool normalize,
     bool output_final_state) {
     Checks const c("mlstm_fwd");
-    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
-    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    Inputs in = prepare_mlstm(c, q, k, v, C, n, cu_seqlens, scale);
     ChunkParams& p = in.p;
     check_input_gates(c, i, f, q, v, false);
     check_sums(c, m, "m", "[N, HV]", {p.N, p.HV}, q);
+    if (needs_padding(q, v)) {
+        int64_t const dK = padding(q), dV = padding(v);
+        auto [h, C_last, n_last, m_last, tokens] = mlstm_fwd(
+            pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), i, f, pad_state(C, dK, dV),
+            pad_last(n, dK), m, cu_seqlens, scale, eps, exponential, normalize, output_final_state);
+        return {cut(h, p.V), cut_state(C_last, p.K, p.V), cut_channels(n_last, p.K), m_last,
+                tokens};
+    }
     OptionalTensor const m0 = contiguous_or_none(m);
     Tensor m_last =
         output_final_state ? empty({p.N, p.HV}, state_type(q), q) : empty({0}, state_type(q), q);
@@ -187,9 +218,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
     bool normalize, Tensor const& h, Tensor const& tokens, Tensor const& grad_h,
     OptionalTensor const& grad_C, OptionalTensor const& grad_n) {
     Checks const c("mlstm_bwd");
-    static constexpr ChunkOperator op{"mlstm", Decay::none, false};
-    Inputs in = prepare(c, op, q, k, v, {}, C, cu_seqlens, scale);
+    Inputs in = prepare_mlstm(c, q, k, v, C, n, cu_seqlens, scale);
     ChunkParams& p = in.p;
+    check_outputs(c, kMlstmNames, p, q, h, tokens, grad_h, grad_C, grad_n);
+    if (needs_padding(q, v)) {
+        int64_t const dK = padding(q), dV = padding(v);
+        auto [dq, dk, dv, dlog_decay, dlog_weight, dC, dn] =
+            mlstm_bwd(pad_last(q, dK), pad_last(k, dK), pad_last(v, dV), pad_state(C, dK, dV),
+                      pad_last(n, dK), cu_seqlens, scale, eps, normalize, pad_last(h, dV), tokens,
+                      pad_last(grad_h, dV), pad_state(grad_C, dK, dV), pad_last(grad_n, dK));
+        return {cut(dq, p.K),         cut(dk, p.K), cut(dv, p.V),
+                dlog_decay,           dlog_weight,  cut_state(dC, p.K, p.V),
+                cut_channels(dn, p.K)};
+    }
     p.normaliser.gated = true;
     Tensor dlog_decay = empty({p.B, p.T, p.HV}, state_type(q), q);
     Tensor dlog_weight = empty({p.B, p.T, p.HV}, state_type(q), q);
@@ -200,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
     return {d.q, d.k, d.v, dlog_decay, dlog_weight, d.state, d.n};
 }
 
+#if defined(LSM_BACKEND_CPU)
 // simple_gla of weighted values; its names are its own arguments'.
 constexpr NormalisedNames kWeightedNames{"o", "grad_o", "n", "grad_n", "grad_final_state"};
 
@@ -258,8 +300,7 @@ SsdInputs prepare_ssd(Checks const& c, Tensor const& q, Tensor const& k, Tensor 
     static constexpr ChunkOperator op{"ssd", Decay::none, false};
     SsdInputs own{prepare(c, op, q, k, v, {}, initial_state, cu_seqlens, scale), D, z};
     ChunkParams& p = own.in.p;
-    c.require(q.scalar_type() == ScalarType::BFloat16,
-              "q must be bfloat16, which goes to tensor cores, got ", name(q.scalar_type()));
+    check_on_tensor_cores(c, q);
     check_sums(c, w, "w", "[B, T, HV]", {p.B, p.T, p.HV}, q);
     check_sums(c, g, "g", "[B, T, HV]", {p.B, p.T, p.HV}, q);
     p.decay = Decay::scalar;
@@ -483,9 +524,9 @@ Tensor ssd_step(Tensor const& x, Tensor const& dt, Tensor const& A, Tensor const
 }  // namespace lsm
 
 STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
-#if defined(LSM_BACKEND_CPU)
     m.impl("mlstm_fwd", TORCH_BOX(&lsm::mlstm_fwd));
     m.impl("mlstm_bwd", TORCH_BOX(&lsm::mlstm_bwd));
+#if defined(LSM_BACKEND_CPU)
     m.impl("weighted_gla_fwd", TORCH_BOX(&lsm::weighted_gla_fwd));
     m.impl("weighted_gla_bwd", TORCH_BOX(&lsm::weighted_gla_bwd));
 #else

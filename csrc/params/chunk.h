@@ -106,7 +106,7 @@ struct ChunkParams {
     Rows v;      // [B, T, HV, V]
     Rows g, gv;  // gates, shapes by `decay`; their last dimension is contiguous
     void const* initial_state = nullptr;  // [N, HV, K, V] contiguous, nullable (zeros)
-    Normaliser normaliser;  // g is then the first of its rows of tokens; on CUDA of features alone
+    Normaliser normaliser;                // g is then the first of its rows of tokens
 
     // Whole sequences on tensor cores, of a scalar decay: what a token writes is multiplied by w [B, T, HV], fp32, null if
     // there is none; then outputs are finished, and the backward leaves the gradients of g and of w.

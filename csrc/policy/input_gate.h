@@ -1,5 +1,5 @@
 // mLSTM's gates of one token and head, for the steps on CPU and CUDA, and its stabiliser for whole
-// sequences too. Where those are composed of other operators (lsm_cuda/ops/mlstm.py) it has the same
+// sequences too. Where these are composed of other operators (lsm_cuda/ops/mlstm.py) it has the same
 // limits.
 #pragma once
 
@@ -20,10 +20,18 @@ LSM_POLICY double sigmoid_of(double x) {
     return 1 / (1 + ::exp(-x));
 }
 
-// m after a token. -inf forgets everything or writes nothing, and m stays a number.
+// What m falls by and is raised to by a token. -inf forgets everything or writes nothing, and m stays
+// a number.
+LSM_POLICY double stabiliser_fall(double log_decay) {
+    return log_decay < -3e4 ? -3e4 : log_decay;
+}
+LSM_POLICY double stabiliser_level(double i) {
+    return i < -1e30 ? -1e4 : i;
+}
+
+// m after a token.
 LSM_POLICY double next_stabiliser(double i, double log_decay, double m) {
-    double const fallen = (log_decay < -3e4 ? -3e4 : log_decay) + m;
-    double const level = i < -1e30 ? -1e4 : i;
+    double const fallen = stabiliser_fall(log_decay) + m, level = stabiliser_level(i);
     return level > fallen ? level : fallen;
 }
 

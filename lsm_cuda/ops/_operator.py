@@ -27,7 +27,7 @@ BY_VALUE = {"gla_value": "g", "gla_both": "gv"}  # whose gates stand by values' 
 # Devices whose kernels weigh values and divide outputs themselves; elsewhere that is composed.
 FUSED = {"cpu"}
 
-# Devices whose bf16 kernels weigh values and finish outputs as Mamba-2 has it.
+# Devices whose bf16 kernels weigh values and finish outputs as Mamba-2 has it, or divide them.
 FINISHED = {"cuda"}
 
 

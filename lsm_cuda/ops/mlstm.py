@@ -17,7 +17,7 @@ from ._common import (
     check_shape,
     no_double_backward,
 )
-from ._operator import FUSED
+from ._operator import FINISHED, FUSED, VALUES
 from ._running import sequence_index
 from ._sums import quotient, sums
 
@@ -89,9 +89,9 @@ def chunk_mlstm(
 
     Note: differentiable once in everything but m: the stabiliser cancels in h but for eps, so no
         gradient flows through it. It is kept in fp64; gate logits up to ±100 over 1e5 tokens stay
-        finite and exact. On the CPU forward and backward are a pass of the engine each. On CUDA v
-        is read and written once around the engine for i', with eight columns more for n, and fp16
-        is computed in fp32.
+        finite and exact. On the CPU, and on CUDA in bf16 with V up to 256, forward and backward are
+        a pass of the engine each. Elsewhere on CUDA v is read and written once around the engine
+        for i', with eight columns more for n, and fp16 is computed in fp32.
 
     Source: xLSTM, arXiv:2405.04517, equations 19 to 27; the sigmoid gate: Tiled Flash Linear
         Attention, arXiv:2503.14376, section 4.
@@ -111,7 +111,7 @@ def chunk_mlstm(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     states = (None, None, None) if initial_state is None else initial_state
     rest = scale, states, output_final_state, cu_seqlens, eps, input_gate == "exp", normalize
-    run = _in_one_pass if q.device.type in FUSED else _composed
+    run = _in_one_pass if _divides(q, v) else _composed
     return run(q, k, v, i, f, *rest)
 
 
@@ -264,6 +264,12 @@ def _heads_first(
     )  # fmt: skip
     h = h.transpose(1, 2)
     return h if last is None else (h, (last[0], last[1], last[2][..., None]))
+
+
+def _divides(q: Tensor, v: Tensor) -> bool:
+    wide = v.shape[-1] > VALUES["cuda"]
+    on_tensor_cores = q.device.type in FINISHED and q.dtype == torch.bfloat16 and not wide
+    return q.device.type in FUSED or on_tensor_cores
 
 
 def _in_one_pass(

@@ -47,6 +47,11 @@ for T, K, V, bounds in ((75, 64, 128, None), (37, 10, 12, [0, 2, 2, 37]), (9, 25
     o, _, ungated = lsm.ssd_fwd(*given, S, cu_seqlens, 1.0, True, True)
     lsm.ssd_bwd(*given, ungated, S, cu_seqlens, 1.0, grad, S)
     print("ssd", V, "done")
+    i, f, n, options = w.log(), 3 * w, S[..., 0].abs(), (0.3, 1e-6, True)
+    given, ends = (q, k, v, i, f, S, n, n[..., 0], cu_seqlens, *options), (True, True)
+    h, *_, tokens = lsm.mlstm_fwd(*given, *ends)
+    lsm.mlstm_bwd(q, k, v, S, n, cu_seqlens, *options, h, tokens, grad, S, n)
+    print("mlstm", V, "done")
 for T, D, W, dtype, norm in (
     (75, 64, 4, torch.bfloat16, 32), (37, 7, 3, torch.float16, 0), (9, 24, 8, torch.float32, 4)
 ):

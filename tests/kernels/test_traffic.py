@@ -27,6 +27,7 @@ LAUNCHES = {
     "gla_value": ["forward", "o", "dv", "dq", "dk", "dg"],
     "rwkv6": ["forward", "first", "dq", "dk", "dv", "first_again", "dg"],
     "ssd": ["forward", "finish", "dq", "dk", "dv", "dg"],
+    "mlstm": ["gates", "forward", "divisor", "dq", "dk", "dv", "dg"],
 }
 ALL = [(op, name) for op, names in LAUNCHES.items() for name in names]
 OF_ONE_TOKEN = ("first", "first_again")
@@ -53,6 +54,16 @@ def launches(op: str, need_dg: bool = True) -> dict[str, dict]:
         emu.reset_counters()
         *_, ungated = torch.ops.lsm_emu.ssd_fwd(*given, None, None, 1.0, False, True)
         torch.ops.lsm_emu.ssd_bwd(*given, ungated, None, None, 1.0, grad_o, None)
+        return dict(zip(LAUNCHES[op], emu.counters()["launches"], strict=True))
+    if op == "mlstm":
+        i, f = (torch.randn(1, T, H, generator=generator) for _ in range(2))
+        scale = (1.0, 1e-6)
+        emu.reset_counters()
+        h, *_, tokens = torch.ops.lsm_emu.mlstm_fwd(
+            q, k, v, i, f, None, None, None, None, *scale, True, True, False
+        )
+        given = (None, None, None, *scale, True, h, tokens, grad_o, None, None)
+        torch.ops.lsm_emu.mlstm_bwd(q, k, v, *given)
         return dict(zip(LAUNCHES[op], emu.counters()["launches"], strict=True))
     shape = {"linear_attn": None, "simple_gla": (1, T, H)}.get(op, (1, T, H, D))
     gate = () if shape is None else (-torch.rand(shape, generator=generator) / 10,)
@@ -91,7 +102,7 @@ def test_a_gate_without_gradient_costs_no_more_than_none(op, total):
 OF_WHOLE_SECTORS = [
     (op, name)
     for op, name in ALL
-    if name not in OF_ONE_TOKEN and (op not in ("simple_gla", "ssd") or name == "forward")
+    if name not in OF_ONE_TOKEN and (op not in ("simple_gla", "ssd", "mlstm") or name == "forward")
 ]
 
 
@@ -104,23 +115,27 @@ def test_every_sector_is_used(op, name):
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [pair for pair in ALL if pair[1] not in ("dg", "finish", *OF_ONE_TOKEN)]
+    ("op", "name"),
+    [pair for pair in ALL if pair[1] not in ("dg", "finish", "gates", "divisor", *OF_ONE_TOKEN)],
 )
 def test_matrix_work(op, name):
-    """84 HMMA per warp and block; the strict sweeps by channels 88, dq with dg per head 90."""
+    """84 HMMA per warp and block; the strict sweeps by channels 88, dq with dg per head 90. Sums
+    are 16 more along the contraction, one per row tile on rows."""
     strict = {
         *(("gla", "dq"), ("gla", "dk"), ("gla_value", "o"), ("gla_value", "dv")),
         *(("rwkv6", "dq"), ("rwkv6", "dk")),
     }
-    pairs = (op, name) in {("simple_gla", "dq"), ("ssd", "dq")}
+    pairs = name == "dq" and op in ("simple_gla", "ssd", "mlstm")
     hmma = 90 if pairs else 88 if (op, name) in strict else 84
+    if op == "mlstm":
+        hmma += {"forward": 16, "dq": 2, "dk": 2, "dv": 0}[name]
     warps, blocks = 4 * H, T // 16
     launch = launches(op)[name]
     assert launch["mma_instructions"] == hmma * warps * blocks
     assert launch["ldmatrix_conflicts"] == 0
 
 
-@pytest.mark.parametrize("op", [*(op for op in LAUNCHES if op != "ssd"), "gla_both"])
+@pytest.mark.parametrize("op", [*(op for op in LAUNCHES if op not in ("ssd", "mlstm")), "gla_both"])
 def test_traffic_of_the_exact_recurrence(op):
     emu = emulator("_emu")
     emu.set_multiprocessors(1)

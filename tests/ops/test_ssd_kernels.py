@@ -3,7 +3,6 @@ all gradients by autograd."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
@@ -14,8 +13,8 @@ import torch
 from checks import assert_refused
 from emulators import emulator
 from families import FAMILIES, Call_, assert_rule, definition, draw, gradients, operator
-from impls import Emulator, Impl
-from inputs import Tensors
+from impls import Impl
+from in_place import in_place_of_cuda, of_cuda, on
 from torch import Tensor
 
 from lsm_cuda import ops
@@ -26,26 +25,15 @@ BF16 = torch.bfloat16
 OPERATORS = ("ssd_fwd", "ssd_bwd")
 
 
-@contextlib.contextmanager
-def in_place_of_cuda(flavour: str) -> Iterator[None]:
-    """lsm::ssd_fwd and its backward on CPU tensors are this flavour's, and are asked for."""
-    emulator(flavour)
-    with torch.library._scoped_library("lsm", "IMPL") as library, pytest.MonkeyPatch.context() as m:
-        m.setattr(ssd, "FINISHED", {"cpu"})
-        for name in OPERATORS:
-            library.impl(name, getattr(getattr(torch.ops, f"lsm{flavour}"), name).default, "CPU")
-        yield
-
-
 @pytest.fixture
 def _kernels() -> Iterator[None]:
-    with in_place_of_cuda("_emu"):
+    with in_place_of_cuda("_emu", ssd, OPERATORS):
         yield
 
 
 @pytest.fixture
 def _racing_kernels() -> Iterator[None]:
-    with in_place_of_cuda("_emu_race"):
+    with in_place_of_cuda("_emu_race", ssd, OPERATORS):
         yield
 
 
@@ -97,29 +85,11 @@ def call_of(case: dict[str, Any]) -> tuple[Any, Call_, int]:
     return family, x, multiprocessors
 
 
-def on(impl: Impl, family: Any, x: Call_, multiprocessors: int) -> Tensors:
-    """Results and gradients; those of the emulator under every schedule."""
-    if isinstance(impl, Emulator):
-        emulated = Emulator("emulator", seeds=(1, 2), multiprocessors=multiprocessors)
-        with in_place_of_cuda("_emu"):
-            return emulated.under_every_seed(lambda: gradients(operator(family), family, x))
-    tensors = {n: t.to(impl.device) for n, t in x.tensors.items()}
-    states = None if x.states is None else tuple(s.to(impl.device) for s in x.states)
-    cu_seqlens = None if x.cu_seqlens is None else x.cu_seqlens.to(impl.device)
-    results = gradients(operator(family), family, Call_(tensors, states, cu_seqlens))
-    return {n: t.cpu() for n, t in results.items()}
-
-
-def of_cuda(test: Any) -> Any:
-    test.only_impls = ("emulator", "cuda")
-    return test
-
-
 @of_cuda
 @pytest.mark.parametrize("name", CASES)
 def test_is_its_definition(impl: Impl, name: str) -> None:
     family, x, multiprocessors = call_of(CASES[name])
-    results = on(impl, family, x, multiprocessors)
+    results = on(impl, ssd, OPERATORS, family, x, multiprocessors)
     if x.tensors["A"].numel() == 1:  # of one head's sum over time too much may cancel
         del results["dA"], results["ddt_bias"]
     assert_rule(results, definition(family, x), x)
@@ -208,7 +178,7 @@ def test_refuses(name: str) -> None:
 @pytest.mark.usefixtures("_kernels")
 def test_goes_to_tensor_cores_alone() -> None:
     given = [t.float() if isinstance(t, Tensor) else t for t in raw_arguments()]
-    with pytest.raises(RuntimeError, match="ssd_fwd: q must be bfloat16, .*, got float32"):
+    with pytest.raises(RuntimeError, match=r"ssd_fwd: q must be bfloat16, .*, got float32"):
         torch.ops.lsm.ssd_fwd(*given)
 
 

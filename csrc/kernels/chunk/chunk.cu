@@ -1,9 +1,11 @@
 // The chunk engine on tensor cores: which sweeps make a forward and a backward, and how time is cut for them.
 #include "kernels/carver.h"
+#include "kernels/chunk/divisor_gradient.cuh"
 #include "kernels/chunk/finish_gradient.cuh"
 #include "kernels/chunk/first_token.cuh"
 #include "kernels/chunk/gate_gradient.cuh"
 #include "kernels/chunk/head_gate_gradient.cuh"
+#include "kernels/chunk/input_gates.cuh"
 #include "kernels/chunk/join.cuh"
 #include "kernels/chunk/launch.h"
 #include "kernels/polynomial/launch.h"
@@ -32,6 +34,9 @@ struct Plan {
     uint32_t* end_states = nullptr;
     float* end_flux = nullptr;
     uint8_t* end_tokenwise = nullptr;
+    // Of sums that outputs are divided by: what each segment starts from, anchors, and what divisor_gradient leaves.
+    float *forward_n = nullptr, *reverse_n = nullptr, *chunk_n = nullptr, *end_n = nullptr;
+    Rows reader, below;
     int row_tile, row_tiles, parts;
     int64_t bytes;
 
@@ -61,6 +66,7 @@ struct Plan {
         row_tiles = (static_cast<int>(rows) + row_tile - 1) / row_tile;
         parts = row_tiles * kSweepWarps;
         if (has_dg) carve_gate_gradient(p, carve);
+        if (p.normaliser.on) carve_sums(p, carve, backward);
         if (backward && p.finish.z.data != nullptr)
             ungated = {carve.take<uint16_t>(p.B * p.T * p.HV * p.V), p.T * p.HV * p.V, p.HV * p.V,
                        p.V};
@@ -68,6 +74,20 @@ struct Plan {
     }
 
   private:
+    static bool has_end_gradient(ChunkParams const& p) {
+        return p.grad_final_state != nullptr || p.normaliser.grad_n != nullptr;
+    }
+    void carve_sums(ChunkParams const& p, Carver& carve, bool backward) {
+        int64_t const boundaries = cut ? segments.count * p.HV * p.K : 0;
+        forward_n = carve.take<float>(boundaries);
+        if (!backward) return;
+        reverse_n = carve.take<float>(boundaries);
+        chunk_n = carve.take<float>(count_chunks(p, segments) * p.HV * p.K);
+        if (has_end_gradient(p)) end_n = carve.take<float>(p.N * p.HV * p.K);
+        auto const per_token = [&](float* data) { return Rows{data, p.HV * p.T, 1, p.T}; };
+        reader = per_token(carve.take<float>(p.B * p.HV * p.T));
+        below = per_token(carve.take<float>(p.B * p.HV * p.T));
+    }
     void carve_gate_gradient(ChunkParams const& p, Carver& carve) {
         bool const scalar = p.decay == Decay::scalar;
         int64_t const width = scalar ? parts : rows, tokens = p.B * p.T * p.HV;
@@ -81,7 +101,7 @@ struct Plan {
         chunk_states =
             anchors * 4 <= room ? static_cast<uint32_t*>(last.data) : carve.take<uint32_t>(anchors);
         chunk_flux = carve.take<float>(chunks * width);
-        if (p.grad_final_state != nullptr) {
+        if (has_end_gradient(p)) {
             end_states = carve.take<uint32_t>(p.N * p.HV * state_words);
             end_flux = carve.take<float>(p.N * p.HV * width);
         }
@@ -90,12 +110,11 @@ struct Plan {
         };
         if (scalar) {
             dots = per_token(carve.take<float>(tokens * parts * 2), parts);
-            split =
-                per_token(carve.take<float>(tokens * parts * (p.w.data != nullptr ? 2 : 1)), parts);
+            bool const weighted = p.w.data != nullptr || p.normaliser.on;
+            split = per_token(carve.take<float>(tokens * parts * (weighted ? 2 : 1)), parts);
         } else {
             tokenwise = carve.take<uint8_t>(chunks * row_tiles * (kChunk / 16));
-            if (p.grad_final_state != nullptr)
-                end_tokenwise = carve.take<uint8_t>(p.N * p.HV * row_tiles);
+            if (has_end_gradient(p)) end_tokenwise = carve.take<uint8_t>(p.N * p.HV * row_tiles);
             dots = p.dg;
             split = per_token(carve.take<uint32_t>(tokens * rows), rows);
         }
@@ -129,11 +148,18 @@ StateView contraction_over_v(ChunkParams const& p, void const* state) {
     return {static_cast<float*>(const_cast<void*>(state)), 1, static_cast<int>(p.V)};
 }
 
+// A row of Normaliser::tokens, [B, T, HV].
+Rows tokens_row(ChunkParams const& p, int row) {
+    int64_t const size = p.B * p.HV * p.T;
+    return {static_cast<float*>(p.normaliser.tokens) + row * size, p.HV * p.T, 1, p.T};
+}
+
 SweepParams common(ChunkParams const& p, bool reverse) {
     SweepParams s{};
     s.read_scale = s.write_scale = 1.f;
     s.gate = per_value_head(p.g);
-    s.weight = per_value_head(p.w);
+    s.weight = per_value_head(p.normaliser.on ? tokens_row(p, 1) : p.w);
+    s.eps = static_cast<float>(p.normaliser.eps);
     s.gate_is_fp32 = p.gate_dtype == Dtype::f32;
     s.heads = static_cast<int>(p.HV);
     s.tokens_per_row = p.T;
@@ -170,22 +196,28 @@ bool whole(ChunkParams const& p) {
     return p.decay == Decay::none || p.decay == Decay::scalar;
 }
 
-void sweep_all(SweepKind kind, SweepParams const& s, Segments const& segments, void* stream) {
-    (s.weight.rows.data != nullptr ? sweep_weighted : sweep_whole)(kind, s, segments, stream);
+void sweep_all(ChunkParams const& p, SweepKind kind, SweepParams const& s, Segments const& segments,
+               void* stream) {
+    (p.normaliser.on                 ? sweep_normalised
+     : s.weight.rows.data != nullptr ? sweep_weighted
+                                     : sweep_whole)(kind, s, segments, stream);
 }
 
 void sweep_over_k(ChunkParams const& p, SweepKind kind, SweepParams const& s,
                   Segments const& segments, void* stream) {
-    (whole(p)                ? sweep_all
-     : p.decay == Decay::key ? sweep_contraction
-                             : sweep_rows)(kind, s, segments, stream);
+    if (whole(p)) return sweep_all(p, kind, s, segments, stream);
+    (p.decay == Decay::key ? sweep_contraction : sweep_rows)(kind, s, segments, stream);
 }
 
 void sweep_over_v(ChunkParams const& p, SweepKind kind, SweepParams const& s,
                   Segments const& segments, void* stream) {
-    (whole(p)                  ? sweep_all
-     : p.decay == Decay::value ? sweep_contraction
-                               : sweep_rows)(kind, s, segments, stream);
+    if (whole(p)) return sweep_all(p, kind, s, segments, stream);
+    (p.decay == Decay::value ? sweep_contraction : sweep_rows)(kind, s, segments, stream);
+}
+
+// What stands beside gradients of divided outputs.
+void divide_gradients(Plan const& plan, SweepParams& s) {
+    s.reader = per_value_head(plan.reader), s.below = per_value_head(plan.below);
 }
 
 // Leaves in `states` what every segment starts from, walking forward or in reverse. A state without readers may lie
@@ -198,18 +230,33 @@ void join_boundaries(ChunkParams const& p, Plan const& plan, bool reverse, void*
     s.end = values ? contraction_over_v(p, states) : contraction_over_k(p, states);
     s.gate_sum = sums;
     if (reverse) s.weight = {};  // of what is read, and nothing is
-    (whole(p) ? sweep_all : sweep_contraction)(SweepKind::state, s, plan.segments, stream);
-    auto const* const initial =
-        static_cast<float const*>(reverse ? p.grad_final_state : p.initial_state);
-    run_join({states, sums, initial, static_cast<int>(p.HV), static_cast<int>(p.K),
-              static_cast<int>(p.V), static_cast<int>(plan.channels), p.decay, reverse},
-             plan.segments, stream);
+    float* const n = reverse ? plan.reverse_n : plan.forward_n;
+    s.sums_end = n;
+    if (reverse) divide_gradients(plan, s);
+    if (whole(p)) {
+        sweep_all(p, SweepKind::state, s, plan.segments, stream);
+    } else {
+        sweep_contraction(SweepKind::state, s, plan.segments, stream);
+    }
+    auto const join = [&](float* of, void const* initial, int64_t columns) {
+        run_join({of, sums, static_cast<float const*>(initial), static_cast<int>(p.HV),
+                  static_cast<int>(p.K), static_cast<int>(columns), static_cast<int>(plan.channels),
+                  p.decay, reverse},
+                 plan.segments, stream);
+    };
+    join(states, reverse ? p.grad_final_state : p.initial_state, p.V);
+    if (p.normaliser.on) join(n, reverse ? p.normaliser.grad_n : p.normaliser.n0, 1);
 }
 
 // Where a sweep's states come from: the joined boundaries, or the caller's initial (or final gradient) state.
 void const* start_of(ChunkParams const& p, Plan const& plan, bool reverse) {
     if (plan.cut) return reverse ? plan.reverse : plan.forward;
     return reverse ? p.grad_final_state : p.initial_state;
+}
+
+float const* sums_start_of(ChunkParams const& p, Plan const& plan, bool reverse) {
+    if (plan.cut) return reverse ? plan.reverse_n : plan.forward_n;
+    return static_cast<float const*>(reverse ? p.normaliser.grad_n : p.normaliser.n0);
 }
 
 // The sweep gets what the gate's gradient wants of it, and becomes of that kind.
@@ -221,6 +268,8 @@ SweepKind with_anchors(Plan const& plan, bool reverse, SweepParams& s) {
     s.end_states = plan.end_states;
     s.end_flux = plan.end_flux;
     s.end_tokenwise = plan.end_tokenwise;
+    s.chunk_sums = plan.chunk_n;
+    s.end_sums = plan.end_n;
     return reverse ? SweepKind::key_gradient : SweepKind::query_gradient;
 }
 
@@ -234,10 +283,10 @@ void gate_gradient_of(ChunkParams const& p, Plan const& plan, void* stream) {
                                 per_value_head(plan.split),
                                 per_value_head(p.g),
                                 per_value_head(p.dg),
-                                per_value_head(p.dw),
+                                per_value_head(p.normaliser.on ? p.normaliser.dweight : p.dw),
                                 plan.chunk_flux,
                                 plan.end_flux,
-                                p.initial_state == nullptr,
+                                p.initial_state == nullptr && p.normaliser.n0 == nullptr,
                                 plan.parts,
                                 static_cast<int>(p.HV),
                                 p.T};
@@ -285,6 +334,47 @@ void add_skip(ChunkParams const& p, SweepParams& s) {
     s.skip_by_row = p.finish.skip_channels;
 }
 
+// Every token's decay and weight, and what divides it at least; in forwards.
+void run_input_gates(ChunkParams const& p, Segments const& segments, void* stream) {
+    Normaliser const& own = p.normaliser;
+    int64_t const blocks = segments.count * p.HV;
+    if (!own.on || blocks == 0) return;
+    InputGateParams const ip{own.i,
+                             own.f,
+                             own.dtype == Dtype::f32,
+                             own.exponential,
+                             tokens_row(p, 0),
+                             tokens_row(p, 1),
+                             tokens_row(p, 3),
+                             static_cast<float const*>(own.m0),
+                             static_cast<float*>(own.m),
+                             static_cast<int>(p.HV)};
+    launch(input_gates, dim3(static_cast<unsigned>(blocks)), dim3(kInputGateThreads),
+           sizeof(InputGateStorage), stream, ip, segments);
+}
+
+void run_divisor_gradient(ChunkParams const& p, Plan const& plan, void* stream) {
+    int64_t const pieces = (p.B * p.T + kDivisorTokens - 1) / kDivisorTokens;
+    if (!p.normaliser.on || pieces == 0) return;
+    int const columns = static_cast<int>(p.V / 8);
+    int lanes = 1;
+    while (lanes < columns) lanes *= 2;
+    DivisorGradientParams const dp{p.grad_o,
+                                   p.o,
+                                   p.normaliser.divides ? tokens_row(p, 2) : Rows{},
+                                   tokens_row(p, 3),
+                                   plan.reader,
+                                   plan.below,
+                                   static_cast<float>(p.normaliser.eps),
+                                   static_cast<int>(p.HV),
+                                   columns,
+                                   lanes,
+                                   p.B * p.T,
+                                   p.T};
+    launch(divisor_gradient, dim3(static_cast<unsigned>(pieces * p.HV)), dim3(kDivisorThreads), 0,
+           stream, dp);
+}
+
 // Only bf16 goes to tensor cores: frames scale operands by powers of two far beyond fp16's range, and fp32 would lose
 // 16 bits. Both keep their precision on the recurrence. It also serves what sweeps do not: decays on either side, and gates
 // that are not log decays.
@@ -313,6 +403,7 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
     if (!on_tensor_cores(p)) return recurrence_fwd(p, workspace, stream);
     Plan const plan(p, false, workspace);
     build_segments(p, plan.segments, stream);
+    run_input_gates(p, plan.segments, stream);
     if (plan.cut) join_boundaries(p, plan, false, stream);
     SweepParams s = over_k(p, false);
     s.out = reading(p, per_value_head(p.o));
@@ -321,6 +412,12 @@ void chunk_fwd(ChunkParams const& p, void* workspace, void* stream) {
     s.end = contraction_over_k(p, p.final_state);
     add_skip(p, s);
     s.probe = per_value_head(p.finish.z), s.ungated = per_value_head(p.finish.ungated);
+    if (p.normaliser.on) {
+        s.reader = per_value_head(tokens_row(p, 3));
+        if (p.normaliser.divides) s.size = per_value_head(tokens_row(p, 2));
+        s.sums_start = sums_start_of(p, plan, false);
+        s.sums_end = static_cast<float*>(p.normaliser.n);
+    }
     sweep_over_k(p, SweepKind::output, s, plan.segments, stream);
     if (p.exclusive) run_first_token(first_token_of(p), plan.segments, false, stream);
 }
@@ -331,6 +428,7 @@ void chunk_bwd(ChunkParams const& given, void* workspace, void* stream) {
     Plan const plan(given, true, workspace);
     ChunkParams p = given;
     p.grad_o = run_finish_gradient(p, plan.ungated, stream);
+    run_divisor_gradient(p, plan, stream);
     build_segments(p, plan.segments, stream);
     if (plan.cut) {
         join_boundaries(p, plan, false, stream);
@@ -341,6 +439,10 @@ void chunk_bwd(ChunkParams const& given, void* workspace, void* stream) {
         void const* const states = start_of(p, plan, reverse);
         s.start = over_keys ? contraction_over_k(p, states) : contraction_over_v(p, states);
         s.start_per_record = plan.cut;
+        if (!p.normaliser.on) return;
+        s.sums_start = sums_start_of(p, plan, reverse);
+        divide_gradients(plan, s);
+        if (over_keys) s.below = {};  // beside channels of v alone
     };
 
     SweepParams dq = over_v(p, false), dk = over_v(p, true), dv = over_k(p, true);
@@ -353,6 +455,7 @@ void chunk_bwd(ChunkParams const& given, void* workspace, void* stream) {
     } else {
         dv.end = contraction_over_k(p, p.grad_initial_state);
     }
+    dk.sums_end = static_cast<float*>(p.normaliser.grad_n0);
     SweepKind dq_kind = SweepKind::output, dk_kind = dq_kind, dv_kind = dq_kind;
 
     // The anchors of the gate's gradient lie in the output of the sweep that has none and comes last.

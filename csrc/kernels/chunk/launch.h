@@ -12,6 +12,7 @@ void sweep_contraction(SweepKind kind, SweepParams const& p, Segments const& seg
 void sweep_rows(SweepKind kind, SweepParams const& p, Segments const& segments, void* stream);
 void sweep_whole(SweepKind kind, SweepParams const& p, Segments const& segments, void* stream);
 void sweep_weighted(SweepKind kind, SweepParams const& p, Segments const& segments, void* stream);
+void sweep_normalised(SweepKind kind, SweepParams const& p, Segments const& segments, void* stream);
 
 // Rows of the state that one block of a sweep owns, and the contraction size it is compiled for.
 // Warps of a block, each with its own rows; sizes what warps leave for the gate's gradient.

@@ -27,12 +27,12 @@
 
 namespace lsm {
 
-template <int Contraction, int RowsPerWarp, SweepKind Kind, DecayOn On, bool Weighted>
+template <int Contraction, int RowsPerWarp, SweepKind Kind, DecayOn On, Tokens Have>
 struct SweepConfig {
     static constexpr int kContraction = Contraction, kRowsPerWarp = RowsPerWarp;
     static constexpr SweepKind kKind = Kind;
     static constexpr DecayOn kDecayOn = On;
-    static constexpr bool kWeighted = Weighted;
+    static constexpr Tokens kTokens = Have;
 };
 
 // Exponents of a decay by channels, in log2 (sweep_frames.cuh).
@@ -58,8 +58,13 @@ struct Sweep {
     static constexpr bool kOnRows = Config::kDecayOn == DecayOn::rows;
     static constexpr bool kWhole = Config::kDecayOn == DecayOn::whole;
     // Weights of tokens; outputs then may have something added to them and be gated.
-    static constexpr bool kWeighted = Config::kWeighted;
-    static constexpr bool kFinished = kWeighted && kKind == SweepKind::output;
+    static constexpr bool kWeighted = Config::kTokens != Tokens::plain;
+    static constexpr bool kFinished =
+        Config::kTokens == Tokens::weighted && kKind == SweepKind::output;
+    // Sums beside the state (sweep_sums.cuh): on its rows in dq's and dk's sweeps, else on the contraction.
+    static constexpr bool kNormalised = Config::kTokens == Tokens::normalised;
+    static constexpr bool kSumsOnRows = kNormalised && kStrict;
+    static constexpr bool kSumsOnContraction = kNormalised && !kStrict;
     static_assert(kWhole || !kWeighted);
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kRows = kWarps * RowsPerWarp;
@@ -72,6 +77,10 @@ struct Sweep {
     static constexpr int kStripPitch = RowsPerWarp * 2 + 16;
     static constexpr float kLog2e = 1.4426950408889634f;
     static constexpr int kBlocksPerMultiprocessor = Contraction <= 128 ? 2 : 1;
+    // Numbers of a token, in their order.
+    static constexpr int kTokenNumbers = kNormalised ? 3 : kWeighted ? 1 : 0;
+    static constexpr int kWeight = 0, kReader = 1, kBelow = 2;
+    static constexpr int kSumTiles = (Contraction + 127) / 128;
     // Of exponents, in log2: a product of two scaled operands stays finite.
     static constexpr float kRange = 80.f;
 
@@ -83,8 +92,8 @@ struct Sweep {
         alignas(128) char key[kStageTokens * Contraction * 2];
         alignas(128) char value[kStageTokens * kRows * 2];
         alignas(128) char probe[(kWhole && kStrict) || kFinished ? kStageTokens * kRows * 2 : 16];
-        // As loaded: fp32, or bf16 in the first half; where the whole state decays, weights of tokens.
-        alignas(128) char gate[kWeighted ? kStageTokens * 4
+        // As loaded: fp32, or bf16 in the first half; where the whole state decays, numbers of tokens.
+        alignas(128) char gate[kWeighted ? kTokenNumbers * kStageTokens * 4
                                : kWhole  ? 16
                                          : kStageTokens * kGated * 4];
     };
@@ -92,6 +101,9 @@ struct Sweep {
         Stage stage[kStages];
         // With decay on the rows: 2^e, what brings outputs out of the frame. Where outputs are finished: skip, of every row.
         alignas(16) float factors[kOnRows ? kStageTokens * kFactorPitch : kFinished ? kRows : 4];
+        alignas(16) float sums[kSumsOnRows          ? kRows
+                               : kSumsOnContraction ? kWarps * kSumTiles * 128
+                                                    : 4];
         Frames<kGated, StateOnly> frames;
         Segment segment;
         i64 record;
@@ -158,6 +170,7 @@ struct Sweep {
     template <int Columns, class Address>
     LSM_DEVICE void load_tile(Operand const& x, int column0, int columns, int stage,
                               u32 destination, int element_bytes, int lag, Address address) const;
+    LSM_DEVICE void load_number(Operand const& x, int number, int stage) const;
     LSM_DEVICE void load_stage(int stage) const;
 
     // --- one gate for the whole state (sweep_whole.cuh)
@@ -173,7 +186,8 @@ struct Sweep {
     LSM_DEVICE BlockGates block_gates(float cumulative, int b) const;
     LSM_DEVICE void whole_block(int stage, int b, float cumulative);
     LSM_DEVICE void decay_scores(BlockGates const& gates, float (&scores)[2][4]) const;
-    LSM_DEVICE float weight_of(Stage const& tiles, int b, int i) const;
+    LSM_DEVICE static float number_of_token(Stage const& tiles, int number, int at);
+    LSM_DEVICE float number_of(Stage const& tiles, int number, int b, int i) const;
     LSM_DEVICE void load_skip();
     LSM_DEVICE void weigh_output(Stage const& tiles, int b, Output& o) const;
     LSM_DEVICE void finish(int stage, int b, Output& o);
@@ -184,6 +198,28 @@ struct Sweep {
     LSM_DEVICE void store_part(int stage, int b, int i, int number, float x) const;
     LSM_DEVICE void store_dots(int stage, int b, int number, float (&dots)[4]) const;
     LSM_DEVICE void store_crossing_pairs(int stage, int b, float const (&scores)[2][4]) const;
+
+    // --- sums beside the state (sweep_sums.cuh)
+
+    // What outputs are multiplied by, of the tokens that BlockGates has rows and columns of.
+    struct Readers {
+        float row[2], column[4];
+    };
+    template <class Visit>
+    LSM_DEVICE void for_sums(Visit visit);
+    LSM_DEVICE void start_sums(i64 owner);
+    LSM_DEVICE void end_sums(i64 owner);
+    LSM_DEVICE void scale_sums(float factor);
+    LSM_DEVICE void save_sums(float* sums, i64 owner, float exponent);
+    LSM_DEVICE float contract_sums(float const* sums, i64 owner);
+    LSM_DEVICE bool walks_sums() const;
+    LSM_DEVICE void relate_sums(Stage const& tiles, int b, float (&scores)[2][4], float (&read)[4]);
+    LSM_DEVICE void read_sums(Stage const& tiles, int b, int m, float (&out)[2][4]) const;
+    LSM_DEVICE Readers readers_of(Stage const& tiles, int b, int number) const;
+    LSM_DEVICE Readers divide(int stage, int b, BlockGates const& gates,
+                              float const (&scores)[2][4], float const (&read)[4]) const;
+    LSM_DEVICE void write_sums(Stage const& tiles, int b, float const (&write)[4]);
+
     LSM_DEVICE int part() const { return row0 / kRows * kWarps + warp; }
     LSM_DEVICE int parts() const { return (p.rows + kRows - 1) / kRows * kWarps; }
 
@@ -242,7 +278,13 @@ struct Sweep {
         return {smem_u32(tile) + (b * kBlock + (lane & 7) + (lane >> 4) * 8) * WideTile::kRowBytes,
                 u32(((lane >> 3) & 1) ^ (lane & 7)) * 16};
     }
-    LSM_DEVICE void relate_tokens(Stage const& tiles, int b, float (&scores)[2][4]) const;
+    struct Alone {
+        template <class Fragment>
+        LSM_DEVICE void operator()(int, Fragment&) const {}
+    };
+    template <class Query = Alone>
+    LSM_DEVICE void relate_tokens(Stage const& tiles, int b, float (&scores)[2][4],
+                                  Query query_too = {}) const;
     LSM_DEVICE void read_state(Stage const& tiles, int b, Output& o) const;
     template <class Keep>
     LSM_DEVICE void pack_scores(float const (&scores)[2][4], u32 (&packed)[2][2], Keep keep) const;
@@ -250,11 +292,8 @@ struct Sweep {
     LSM_DEVICE static void read_values(u32 const (&value)[4], u32 const (&packed)[2][2],
                                        float (&out)[2][4]);
     LSM_DEVICE void load_value(char const* tile, int b, int m, u32 (&value)[4]) const;
-    struct AsLoaded {
-        LSM_DEVICE void operator()(u32 (&)[4]) const {}
-    };
-    template <class Scale = AsLoaded>
-    LSM_DEVICE void write_state(Stage const& tiles, int b, Scale scale = {});
+    template <class Value = Alone, class Key = Alone>
+    LSM_DEVICE void write_state(Stage const& tiles, int b, Value value_too = {}, Key key_too = {});
     LSM_DEVICE void block(int stage, int b, int only, Output& o);
 
     // --- output
@@ -272,10 +311,11 @@ struct Sweep {
     LSM_DEVICE void save_state(uint4* to, float const* exponents, float all) const;
     LSM_DEVICE float2 contract_rows(uint4 const* from, int m) const;
     LSM_DEVICE void contract_saved_state(uint4 const* from, float* to, int stage, Mode mode) const;
-    LSM_DEVICE void contract_whole(uint4 const* from, float* to, float exponent) const;
-    LSM_DEVICE void save_chunk_end(int stage) const;
+    LSM_DEVICE void contract_whole(uint4 const* from, float const* sums, float* flux, i64 owner,
+                                   float exponent);
+    LSM_DEVICE void save_chunk_end(int stage);
     LSM_DEVICE void save_sequence_end(int stage, int b, int only) const;
-    LSM_DEVICE void save_whole_end(int stage, int b, float total) const;
+    LSM_DEVICE void save_whole_end(int stage, int b, float total);
     template <class Contract>
     LSM_DEVICE void visit_anchors(int stage, int b, Contract contract) const;
     LSM_DEVICE void note_anchors(int stage, int b, Mode mode) const;
@@ -362,6 +402,16 @@ LSM_DEVICE void Sweep<Config>::load_tile(Operand const& x, int column0, int colu
     }
 }
 
+// One fp32 number of every token; zeros where there is none.
+template <class Config>
+LSM_DEVICE void Sweep<Config>::load_number(Operand const& x, int number, int stage) const {
+    int const t = token(stage * kStageTokens + lane);
+    bool const valid = inside(t) && (!kNormalised || x.rows.data != nullptr);
+    i64 const offset = valid ? row_offset(x, t) : 0;
+    cp_async4(smem_u32(s.stage[stage % kStages].gate) + (number * kStageTokens + lane) * 4,
+              static_cast<float const*>(x.rows.data) + offset, valid);
+}
+
 template <class Config>
 LSM_DEVICE void Sweep<Config>::load_stage(int stage) const {
     Stage& to = s.stage[stage % kStages];
@@ -378,12 +428,12 @@ LSM_DEVICE void Sweep<Config>::load_stage(int stage) const {
             if (kStrict || p.probe.rows.data != nullptr)
                 load_tile<kRows>(p.probe, row0, rows, stage, smem_u32(to.probe), 2, 0, tall);
         }
-        if constexpr (kWeighted) {
-            int const t = token(stage * kStageTokens + tid);
-            float const* const weights = static_cast<float const*>(p.weight.rows.data);
-            i64 const offset = inside(t) ? row_offset(p.weight, t) : 0;
-            if (tid < kStageTokens)
-                cp_async4(smem_u32(to.gate) + tid * 4, weights + offset, inside(t));
+        if constexpr (kWeighted) {  // a warp per number
+            if (warp == 0) load_number(p.weight, 0, stage);
+            if constexpr (kNormalised) {
+                if (warp == 1) load_number(p.reader, 1, stage);
+                if (warp == 2) load_number(p.below, 2, stage);
+            }
         }
     } else {
         int const gate0 = kOnRows ? row0 : 0, gates = kOnRows ? rows : p.contraction;
@@ -439,6 +489,7 @@ LSM_DEVICE void Sweep<Config>::store_output(Operand const& out, int stage, int b
 #include "kernels/chunk/sweep_block.cuh"
 #include "kernels/chunk/sweep_frames.cuh"
 #include "kernels/chunk/sweep_state.cuh"
+#include "kernels/chunk/sweep_sums.cuh"
 #include "kernels/chunk/sweep_whole.cuh"
 
 namespace lsm {

@@ -116,10 +116,12 @@ LSM_DEVICE void Sweep<Config>::contract_saved_state(uint4 const* from, float* to
     }
 }
 
-// The same for a decay of the whole state: this warp's share of one number.
+// The same for a decay of the whole state and of sums beside it: this warp's share of one number.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::contract_whole(uint4 const* from, float* to, float by) const {
+LSM_DEVICE void Sweep<Config>::contract_whole(uint4 const* from, float const* sums, float* to,
+                                              i64 owner, float by) {
     float flux = 0.f;
+    if constexpr (kSumsOnRows) flux = contract_sums(sums, owner);
     LSM_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
         float2 const sum = contract_rows(from, m);
@@ -127,16 +129,18 @@ LSM_DEVICE void Sweep<Config>::contract_whole(uint4 const* from, float* to, floa
     }
     LSM_UNROLL
     for (int d = 1; d < 32; d *= 2) flux += __shfl_xor_sync(0xffffffffu, flux, d);
-    if (lane == 0) store_global(to, flux * exp2_approx(by));
+    if (lane == 0) store_global(to + owner * parts() + part(), flux * exp2_approx(by));
 }
 
 // dq's sweep, after a stage: the state at a chunk's end.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::save_chunk_end(int stage) const {
+LSM_DEVICE void Sweep<Config>::save_chunk_end(int stage) {
     if (stage + 1 != stages && (stage + 1) % kStagesPerChunk != 0) return;
-    uint4* const to = saved_state(p.chunk_states, chunk_index(stage / kStagesPerChunk));
+    i64 const chunk = chunk_index(stage / kStagesPerChunk);
+    uint4* const to = saved_state(p.chunk_states, chunk);
     if constexpr (kWhole) {
         save_state(to, nullptr, exponent);
+        if constexpr (kSumsOnRows) save_sums(p.chunk_sums, chunk, exponent);
     } else {
         save_state(to, s.frames.frame[(stage + 1) % 2], 0.f);
     }
@@ -158,13 +162,15 @@ LSM_DEVICE void Sweep<Config>::save_sequence_end(int stage, int b, int only) con
 }
 
 template <class Config>
-LSM_DEVICE void Sweep<Config>::save_whole_end(int stage, int b, float total) const {
+LSM_DEVICE void Sweep<Config>::save_whole_end(int stage, int b, float total) {
     bool const ends = stage * kStageTokens + b * kBlock == (t1 - 1 - t0) / kBlock * kBlock;
     if (!ends || p.end_states == nullptr || !segment.is_last || segment.sequence < 0) return;
     save_state(saved_state(p.end_states, segment.sequence), nullptr, exponent + total);
+    if constexpr (kSumsOnRows) save_sums(p.end_sums, segment.sequence, exponent + total);
 }
 
-// dk's sweep, before a block: contract(saved state, where its fluxes go, owner) at the end of a chunk and of the sequence.
+// dk's sweep, before a block: contract(saved state, saved sums, where fluxes go, owner) at the end of a chunk and of the
+// sequence.
 template <class Config>
 template <class Contract>
 LSM_DEVICE void Sweep<Config>::visit_anchors(int stage, int b, Contract contract) const {
@@ -172,18 +178,19 @@ LSM_DEVICE void Sweep<Config>::visit_anchors(int stage, int b, Contract contract
     if (b != 0) return;
     if (stage == 0 || stages_left % kStagesPerChunk == 0) {
         i64 const chunk = chunk_index((stages_left - 1) / kStagesPerChunk);
-        contract(saved_state(p.chunk_states, chunk), p.chunk_flux, chunk * p.heads + head);
+        contract(saved_state(p.chunk_states, chunk), p.chunk_sums, p.chunk_flux,
+                 chunk * p.heads + head);
     }
     if (stage == 0 && p.end_states != nullptr && segment.is_last && segment.sequence >= 0) {
         i64 const owner = static_cast<i64>(segment.sequence) * p.heads + head;
-        contract(saved_state(p.end_states, segment.sequence), p.end_flux, owner);
+        contract(saved_state(p.end_states, segment.sequence), p.end_sums, p.end_flux, owner);
     }
 }
 
 // dk's sweep, before a block: its mode, and its anchors.
 template <class Config>
 LSM_DEVICE void Sweep<Config>::note_anchors(int stage, int b, Mode mode) const {
-    visit_anchors(stage, b, [&](uint4 const* saved, float* flux, i64 owner) {
+    visit_anchors(stage, b, [&](uint4 const* saved, float const*, float* flux, i64 owner) {
         contract_saved_state(saved, flux + owner * p.rows, stage, mode);
     });
     if (tid == 0) {

@@ -5,10 +5,11 @@
 
 namespace lsm {
 
-// scores = query key^T.
+// scores = query key^T; what else is made of query is made of its fragments.
 template <class Config>
-LSM_DEVICE void Sweep<Config>::relate_tokens(Stage const& tiles, int b,
-                                             float (&scores)[2][4]) const {
+template <class Query>
+LSM_DEVICE void Sweep<Config>::relate_tokens(Stage const& tiles, int b, float (&scores)[2][4],
+                                             Query query_too) const {
     WideAddress const query = rows_first(tiles.query, b), key = columns_first(tiles.key, b);
     LSM_UNROLL_BY(8)
     for (int kk = 0; kk < Contraction / 16; ++kk) {
@@ -17,6 +18,7 @@ LSM_DEVICE void Sweep<Config>::relate_tokens(Stage const& tiles, int b,
         ldmatrix_x4(kb, key(kk));
         mma(scores[0], qa, kb[0], kb[1]);
         mma(scores[1], qa, kb[2], kb[3]);
+        query_too(kk, qa);
     }
 }
 
@@ -83,15 +85,16 @@ LSM_DEVICE void Sweep<Config>::load_value(char const* tile, int b, int m, u32 (&
     ldmatrix_x4_trans(value, smem_u32(tile) + RowTile::columns_first(b * kBlock, column, lane));
 }
 
-// S += value key^T, values scaled on the way.
+// S += value key^T; values may be scaled on the way, and fragments are there for what else is made of them.
 template <class Config>
-template <class Scale>
-LSM_DEVICE void Sweep<Config>::write_state(Stage const& tiles, int b, Scale scale) {
+template <class Value, class Key>
+LSM_DEVICE void Sweep<Config>::write_state(Stage const& tiles, int b, Value value_too,
+                                           Key key_too) {
     u32 value[kRowTiles][4];
     LSM_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
         load_value(tiles.value, b, m, value[m]);
-        scale(value[m]);
+        value_too(m, value[m]);
     }
     WideAddress const key = rows_first(tiles.key, b);
     LSM_UNROLL
@@ -103,6 +106,7 @@ LSM_DEVICE void Sweep<Config>::write_state(Stage const& tiles, int b, Scale scal
             mma(S[m][2 * kk], value[m], k[0], k[1]);
             mma(S[m][2 * kk + 1], value[m], k[2], k[3]);
         }
+        key_too(kk, k);
     }
 }
 

@@ -14,6 +14,10 @@ enum class SweepKind { output, state, query_gradient, key_gradient };
 // What a decay multiplies: channels of the contraction, rows of the state, or all of it.
 enum class DecayOn { contraction, rows, whole };
 
+// What tokens have of their own: nothing; weights, and outputs that are finished; weights, and sums that outputs are
+// divided by.
+enum class Tokens { plain, weighted, normalised };
+
 // An activation and how value heads find their head in it: head = value_head / heads_per_group.
 struct Operand {
     Rows rows;
@@ -38,7 +42,7 @@ struct SweepParams {
     // of the gate, dk's as two bf16 per element, from the state and from the block's other tokens. Decay of the whole
     // state: [.., parts] fp32 (a part is what one warp has), dots with `probe` (q or k) of what comes from the state; dq's
     // as two, the second being what pairs inside the block give to the gradient of the gate between them; dk's with weights
-    // as two, the second being the gradient of the weight.
+    // as two, the second being the gradient of the weight, or beside sums of its logarithm.
     Operand strict;
     Operand probe;           // [.., rows]; of weighted outputs z, nullable
     int contraction, rows;   // actual sizes, multiples of 8
@@ -53,6 +57,17 @@ struct SweepParams {
     Operand skip;     // nullable
     Operand ungated;  // [.., rows], nullable
     bool skip_is_fp32, skip_by_row;
+
+    // Sweeps with sums (sweep_normalised.cu): beside the state, n is the same sum with ones in the place of v. Outputs are
+    // multiplied by 1 / (max(|size|, least) + eps), size = read_scale query . n: o makes that of `reader`, which is least
+    // then, and leaves the sizes; of the others it is `reader`, fp32 [..]: times what dq reads, and what dk and dv write.
+    // `below` [..] is the gradient of size over that of outputs, and stands beside dO where ones stand beside v.
+    Operand reader, below;
+    Operand size;  // null: nothing is divided
+    float eps;
+    // n with `start` and `end`, with chunk_states and end_states: [.., heads, contraction], where v is [.., heads, rows].
+    float const* sums_start;
+    float *sums_end, *chunk_sums, *end_sums;
 
     // A sweep starts from start[record] where segments were joined, else from start[sequence], else from zeros, and
     // leaves its state in end[sequence] (state-only: in end[record], with the summed log2 gates in gate_sum[record]).

@@ -47,6 +47,7 @@ LSM_DEVICE void Sweep<Config>::scale_state(float by) {
             for (int e = 0; e < 4; ++e) S[m][n][e] = S[m][n][e] * factor * factor;
         }
     }
+    if constexpr (kNormalised) scale_sums(factor);
 }
 
 // visit(value, offset) for every element of the state that exists, offset into a [K, V] matrix.
@@ -88,6 +89,7 @@ LSM_DEVICE void Sweep<Config>::start_state() {
         float const* const from = p.start.data + state_offset(owner);
         for_state(p.start, [&](float& value, int offset) { value = load_global(from + offset); });
     }
+    if constexpr (kNormalised) start_sums(owner);
     if constexpr (!kWhole) {
         LSM_UNROLL_BY(1)
         for (int c = tid; c < kGated; c += kThreads) {
@@ -119,7 +121,7 @@ template <class Config>
 LSM_DEVICE void Sweep<Config>::end_state() {
     bool const owns =
         StateOnly || (segment.sequence >= 0 && (p.reverse ? segment.index == 0 : segment.is_last));
-    if (p.end.data == nullptr || !owns) return;
+    if (!owns || (p.end.data == nullptr && !(kNormalised && p.sums_end != nullptr))) return;
     if constexpr (kWhole) {
         float const trailing = gate_lag() != 0 && t0 != t1 ? whole_gate_of(t0) : 0.f;
         scale_state(exponent + trailing);
@@ -131,7 +133,10 @@ LSM_DEVICE void Sweep<Config>::end_state() {
         __syncthreads();
         scale_state(s.frames.shift[0]);
     }
-    float* const to = p.end.data + state_offset(StateOnly ? s.record : segment.sequence);
+    i64 const owner = StateOnly ? s.record : segment.sequence;
+    if constexpr (kNormalised) end_sums(owner);
+    if (kNormalised && p.end.data == nullptr) return;
+    float* const to = p.end.data + state_offset(owner);
     for_state(p.end, [&](float value, int offset) { store_global(to + offset, value); });
     if constexpr (StateOnly && kWhole) {
         if (row0 == 0 && tid == 0) store_global(p.gate_sum + s.record * p.heads + head, gate_total);

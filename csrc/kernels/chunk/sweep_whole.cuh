@@ -70,11 +70,14 @@ LSM_DEVICE void Sweep<Config>::decay_scores(BlockGates const& gates, float (&sco
     }
 }
 
-// Of the block's token 2 (lane % 4) + {0, 1, 8, 9}, i counting them.
+// A number of a token, by its place in the stage; of the block's token 2 (lane % 4) + {0, 1, 8, 9}, i counting them.
 template <class Config>
-LSM_DEVICE float Sweep<Config>::weight_of(Stage const& tiles, int b, int i) const {
-    float const* const weights = reinterpret_cast<float const*>(tiles.gate);
-    return weights[b * kBlock + lane % 4 * 2 + i / 2 * 8 + i % 2];
+LSM_DEVICE float Sweep<Config>::number_of_token(Stage const& tiles, int number, int at) {
+    return reinterpret_cast<float const*>(tiles.gate)[number * kStageTokens + at];
+}
+template <class Config>
+LSM_DEVICE float Sweep<Config>::number_of(Stage const& tiles, int number, int b, int i) const {
+    return number_of_token(tiles, number, b * kBlock + lane % 4 * 2 + i / 2 * 8 + i % 2);
 }
 
 // Outputs of tokens that read with weights.
@@ -82,7 +85,7 @@ template <class Config>
 LSM_DEVICE void Sweep<Config>::weigh_output(Stage const& tiles, int b, Output& o) const {
     LSM_UNROLL
     for (int i = 0; i < 4; ++i) {
-        float const weight = weight_of(tiles, b, i);
+        float const weight = number_of(tiles, kWeight, b, i);
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m)
             o[m][i / 2][i % 2] *= weight, o[m][i / 2][2 + i % 2] *= weight;
@@ -237,39 +240,56 @@ template <class Config>
 LSM_DEVICE void Sweep<Config>::whole_block(int stage, int b, float cumulative) {
     Stage const& tiles = s.stage[stage % kStages];
     BlockGates const gates = block_gates(cumulative, b);
-    // Weights are of what tokens write, or of what they read.
+    // Weights are of what tokens write, or of what they read; beside sums the others are of what readers take.
     constexpr bool kReads = kWeighted && kKind == SweepKind::key_gradient;
-    bool const writes = kWeighted && !kReads && !(kFinished && p.reverse);
+    bool const reverse = kReads || (kKind != SweepKind::query_gradient && p.reverse);
+    bool const writes = kNormalised || (kWeighted && !kReads && !(kFinished && p.reverse));
+    int const writer = kNormalised && reverse ? kReader : kWeight,
+              reader = kWeight + kReader - writer;
     if constexpr (kKind == SweepKind::query_gradient) save_whole_end(stage, b, gates.total);
     if constexpr (kKind == SweepKind::key_gradient) {
         float const first = __shfl_sync(0xffffffffu, cumulative, b * kBlock);
-        visit_anchors(stage, b, [&](uint4 const* saved, float* flux, i64 owner) {
-            contract_whole(saved, flux + owner * parts() + part(), exponent + first);
+        visit_anchors(stage, b, [&](uint4 const* saved, float const* sums, float* flux, i64 owner) {
+            contract_whole(saved, sums, flux, owner, exponent + first);
         });
     }
     if constexpr (!StateOnly) {
-        float scores[2][4] = {};
-        relate_tokens(tiles, b, scores);
+        float scores[2][4] = {}, read[4], read_n[4] = {};
+        bool const related = kSumsOnRows || (kSumsOnContraction && !reverse);
+        if constexpr (kNormalised) {
+            if (related) relate_sums(tiles, b, scores, read_n);
+        }
+        if (!related) relate_tokens(tiles, b, scores);
         decay_scores(gates, scores);
         if (writes) {
             LSM_UNROLL
             for (int i = 0; i < 4; ++i) {
-                float const weight = weight_of(tiles, b, i);
+                float const weight = number_of(tiles, writer, b, i);
                 scores[i / 2][i % 2] *= weight, scores[i / 2][2 + i % 2] *= weight;
             }
+        }
+        LSM_UNROLL
+        for (int i = 0; i < 4; ++i) read[i] = exp2_approx(gates.column[i] + exponent);
+        if constexpr (kNormalised) {
+            Readers const readers = kSumsOnContraction && !reverse
+                                        ? divide(stage, b, gates, scores, read_n)
+                                        : readers_of(tiles, b, reader);
+            LSM_UNROLL
+            for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= readers.row[i % 4 / 2];
+            LSM_UNROLL
+            for (int i = 0; i < 4; ++i) read[i] *= readers.column[i];
         }
         u32 packed[2][2];
         pack_scores(scores, packed, [](int i, int j) { return j <= i; });
         if constexpr (kKind == SweepKind::query_gradient) store_crossing_pairs(stage, b, scores);
         Output o = {};
         read_state(tiles, b, o);
-        float read[4], dots[4] = {}, all[4] = {};
-        LSM_UNROLL
-        for (int i = 0; i < 4; ++i) read[i] = exp2_approx(gates.column[i] + exponent);
+        float dots[4] = {}, all[4] = {};
         LSM_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             u32 value[4], probe[4];
             load_value(tiles.value, b, m, value);
+            if constexpr (kSumsOnRows) read_sums(tiles, b, m, o[m]);
             LSM_UNROLL
             for (int i = 0; i < 8; ++i) o[m][i / 4][i % 4] *= read[i / 4 * 2 + i % 2];
             if constexpr (kStrict) {
@@ -281,7 +301,7 @@ LSM_DEVICE void Sweep<Config>::whole_block(int stage, int b, float cumulative) {
         }
         if constexpr (kReads) {
             LSM_UNROLL
-            for (int i = 0; i < 4; ++i) dots[i] *= weight_of(tiles, b, i);
+            for (int i = 0; i < 4 && !kNormalised; ++i) dots[i] *= number_of(tiles, kWeight, b, i);
             store_dots(stage, b, 1, all);
         }
         if constexpr (kStrict) store_dots(stage, b, 0, dots);
@@ -295,9 +315,13 @@ LSM_DEVICE void Sweep<Config>::whole_block(int stage, int b, float cumulative) {
     LSM_UNROLL
     for (int i = 0; i < 4; ++i) {
         write[i] = p.write_scale * exp2_approx(end - gates.column[i]);
-        if (writes) write[i] *= weight_of(tiles, b, i);
+        if (writes) write[i] *= number_of(tiles, writer, b, i);
     }
-    write_state(tiles, b, [&](u32(&value)[4]) { scale_value(value, write); });
+    bool const sums = kSumsOnRows || (kSumsOnContraction && walks_sums());
+    if constexpr (kNormalised) {
+        if (sums) write_sums(tiles, b, write);
+    }
+    if (!sums) write_state(tiles, b, [&](int, u32(&value)[4]) { scale_value(value, write); });
     exponent = gates.leaves ? 0.f : exponent + gates.total;
     if constexpr (StateOnly) gate_total += gates.total;
 }
