@@ -36,7 +36,7 @@ from .regla import ReGLA
 from .retention import LightningAttention, MultiScaleRetention, TransNormerAttention
 from .rfa import RandomFeatureAttention
 from .rwkv import RWKV5Attention, RWKV6Attention
-from .rwkv4 import AFTSimple, RWKV4Attention
+from .rwkv4 import AFT, RWKV4Attention
 from .rwkv7 import RWKV7Attention
 from .simple_gla import SimpleGatedLinearAttention
 from .skyformer import SkyformerAttention
@@ -45,6 +45,7 @@ from .sparse_attention import MoBA, NativeSparseAttention
 from .ssm import DSS, H3, LMU, S4, S4D, LiquidS4
 
 __all__ = [
+    "AFT",
     "DSS",
     "H3",
     "LMU",
@@ -56,7 +57,6 @@ __all__ = [
     "SLSTM",
     "SS2D",
     "ABCAttention",
-    "AFTSimple",
     "Attention",
     "BasedLinearAttention",
     "BiMamba",

@@ -48,6 +48,11 @@ def _head_dim(config: ModelConfig) -> int:
     return config.hidden_size // config.num_heads
 
 
+def _positions(_: ModelConfig) -> int:
+    """Of sequences, where a layer has weights for each."""
+    return 1024
+
+
 def _none(_: ModelConfig) -> None:
     """Where the layer's default would decide the number of heads."""
 
@@ -90,7 +95,8 @@ MIXERS: dict[str, Builder] = {
     "mesa_net": _mixer(layers.MesaNet, head_dim=_head_dim),
     "moba": _mixer(layers.MoBA),
     "nsa": _mixer(layers.NativeSparseAttention, num_kv_heads=_none, head_dim=_head_dim),
-    "aft_simple": _mixer(layers.AFTSimple, heads=False),
+    "aft_full": _mixer(layers.AFT, heads=False, max_seqlen=_positions),
+    "aft_simple": _mixer(layers.AFT, heads=False),
     "gateloop": _mixer(layers.GateLoop, heads=False),
     "h3": _mixer(layers.H3, heads=False),
     "hgrn": _mixer(layers.HGRNAttention, heads=False),

@@ -14,6 +14,7 @@ from torch import Tensor
 from ._common import (
     accumulation_dtype,
     check_device_like,
+    check_last_queries,
     check_no_forward_ad,
     check_no_gradient,
     check_rank,
@@ -223,12 +224,14 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = True) ->
     r"""The attention-free transformer: ``σ(q_t) ⊙ Σ_s e^{k_s + w_ts} v_s / Σ_s e^{k_s + w_ts}``.
 
     Args:
-        q, k, v (Tensor): ``[B, T, D]``.
-        w (Tensor): learned biases of pairs of positions, ``[T, T]``.
+        q (Tensor): ``[B, TQ, D]``, the last of the T positions.
+        k, v (Tensor): ``[B, T, D]``.
+        w (Tensor): learned biases of pairs of positions, ``[TQ, T]``, or ``[B, TQ, T]`` where rows
+            of a batch have their own; ``-inf`` hides a key.
         causal (bool): sum over s ≤ t only.
 
     Returns:
-        ``o [B, T, D]`` in the dtype of v.
+        ``o [B, TQ, D]`` in the dtype of v.
 
     Note: two matrix products in fp64, whose exponents reach ±700: a row and a channel share no
         maximum that fp32 could be scaled by. Differentiable to any order.
@@ -241,15 +244,21 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = True) ->
         torch.Size([1, 20, 64])
     """
     _check("aft_full", k, v)
-    check_shape("aft_full", "q", q, "[B, T, D]", k.shape)
-    check_shape("aft_full", "w", w, "[T, T]", (k.shape[1], k.shape[1]))
-    if k.shape[1] == 0:
-        return v.clone()
+    check_rank("aft_full", "q", q, "[B, TQ, D]")
+    check_last_queries("aft_full", q, k)
+    (B, T, D), TQ = k.shape, q.shape[1]
+    check_shape("aft_full", "q", q, "[B, TQ, D]", (B, TQ, D))
+    if w.dim() == 3:
+        check_shape("aft_full", "w", w, "[B, TQ, T]", (B, TQ, T))
+    else:
+        check_shape("aft_full", "w", w, "[TQ, T]", (TQ, T))
+    if TQ == 0:
+        return v[:, :0].clone()
     pairs, keys = w.double(), k.double()
     if causal:
-        seen = torch.ones_like(pairs, dtype=torch.bool).tril()
+        seen = torch.ones_like(pairs, dtype=torch.bool).tril(T - TQ)
         pairs = pairs.masked_fill(~seen, -torch.inf)
-    pairs = torch.exp(pairs - pairs.amax(1, keepdim=True).detach())
+    pairs = torch.exp(pairs - pairs.amax(-1, keepdim=True).detach())
     keys = torch.exp(keys - keys.amax(1, keepdim=True).detach())
     o = (pairs @ (keys * v.double())) / (pairs @ keys)
     return (q.double().sigmoid() * o).to(v.dtype)

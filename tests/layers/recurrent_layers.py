@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from lsm_cuda.layers import (
+    AFT,
     DSS,
     H3,
     LMU,
@@ -14,7 +15,6 @@ from lsm_cuda.layers import (
     S4D,
     S5,
     SLSTM,
-    AFTSimple,
     GateLoop,
     HGRNAttention,
     LiquidS4,
@@ -33,7 +33,9 @@ LAYERS = {
     "rg-lru": (RGLRUBlock, {"lru_width": 12, "num_heads": 3}),
     "gateloop": (GateLoop, {}),
     "rwkv4": (RWKV4Attention, {"attention_hidden_size": 12}),
-    "aft": (AFTSimple, {}),
+    "aft": (AFT, {}),
+    "aft full": (AFT, {"max_seqlen": 40}),
+    "aft full rank": (AFT, {"max_seqlen": 40, "rank": 3}),
     "mamba": (Mamba, {"state_size": 3, "intermediate_size": 10, "conv_kernel": 3}),
     "s4d": (S4D, {"d_state": 6}),
     "s4d bilinear": (S4D, {"d_state": 6, "init": "legs", "disc": "bilinear"}),

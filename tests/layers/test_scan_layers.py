@@ -9,6 +9,7 @@ from recurrent_layers import D, assert_same_layer, close, make, tokens
 
 from lsm_cuda.cache import Cache
 from lsm_cuda.layers import (
+    AFT,
     HGRNAttention,
     RGLRUBlock,
 )
@@ -106,6 +107,35 @@ def test_aft_is_its_definition():
     q, k, v = (x @ w[f"{n}_proj.weight"].T for n in "qkv")
     rows = [(k[:, : t + 1].softmax(1) * v[:, : t + 1]).sum(1) for t in range(9)]
     close(layer(x)[0], (q.sigmoid() * torch.stack(rows, 1)) @ w["o_proj.weight"].T)
+
+
+@pytest.mark.parametrize("name", ["aft full", "aft full rank"])
+def test_aft_full_is_its_definition(name):
+    layer, x = make(name), tokens(2, 9)
+    w = layer.state_dict()
+    own = {"wbias"} if name == "aft full" else {"u", "v"}
+    assert set(w) == {f"{n}_proj.weight" for n in "qkvo"} | own
+    q, k, v = (x @ w[f"{n}_proj.weight"].T for n in "qkv")
+    pairs = w["wbias"] if "wbias" in w else w["u"] @ w["v"].T
+    assert pairs.shape == (40, 40)
+    rows = [
+        ((k[:, : t + 1] + pairs[t, : t + 1, None]).softmax(1) * v[:, : t + 1]).sum(1)
+        for t in range(9)
+    ]
+    close(layer(x)[0], (q.sigmoid() * torch.stack(rows, 1)) @ w["o_proj.weight"].T)
+
+
+@torch.no_grad()
+def test_aft_full_ends_with_its_positions():
+    layer, cache = make("aft full", max_seqlen=9), Cache()
+    layer(tokens(2, 8), past_key_values=cache, use_cache=True)
+    layer(tokens(2, 1), past_key_values=cache, use_cache=True)
+    message = r"AFT: a sequence of 10 tokens is longer than max_seqlen = 9"
+    for x, past in ((tokens(2, 10), None), (tokens(2, 1), cache), (tokens(2, 1), cache.clone())):
+        with pytest.raises(ValueError, match=message):
+            layer(x, past_key_values=past, use_cache=True)
+    with pytest.raises(ValueError, match="rank is of the weights of positions"):
+        AFT(D, rank=2)
 
 
 def test_errors():

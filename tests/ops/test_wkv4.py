@@ -177,6 +177,25 @@ def test_aft_full_is_its_definition(causal: bool) -> None:
     close((ops.aft_full(q, k, v, pairs, causal),), (want,))
 
 
+def test_aft_full_of_the_last_queries() -> None:
+    """Continued, and with pairs of each row: one hidden, which changes that row alone."""
+    q, k, v = torch.randn(3, 2, 9, 6, dtype=torch.float64)
+    pairs = torch.randn(9, 9).double()
+    want = ops.aft_full(q, k, v, pairs)
+    close((ops.aft_full(q[:, 5:], k, v, pairs[5:]),), (want[:, 5:],))
+    rows = pairs.repeat(2, 1, 1)
+    rows[1, :, 0] = -torch.inf
+    got = ops.aft_full(q[:, 5:], k, v, rows[:, 5:])
+    close(
+        (got[0], got[1]),
+        (want[0, 5:], ops.aft_full(q[1:, 5:], k[1:, 1:], v[1:, 1:], pairs[5:, 1:])[0]),
+    )
+    with pytest.raises(RuntimeError, match="q must be the last tokens of the T = 4 of k"):
+        ops.aft_full(q, k[:, :4], v[:, :4], pairs[:, :4])
+    with pytest.raises(RuntimeError, match=r"w must have shape \[B, TQ, T\] = \[2, 9, 9\]"):
+        ops.aft_full(q, k, v, rows[:1])
+
+
 def test_bi_wkv_is_its_definition() -> None:
     w, u, k, v, _ = draw()
     w, distance = w.exp(), (torch.arange(37)[:, None] - torch.arange(37)).abs().double()
