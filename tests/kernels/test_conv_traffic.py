@@ -66,6 +66,18 @@ def test_no_layout_is_transposed(name):
 
 
 @pytest.mark.parametrize("name", FLOOR)
+@pytest.mark.parametrize("length", [1001, 1002, 1004])
+def test_rows_of_any_length_are_read_and_written_in_pieces(name, length):
+    """But for their ends: each where it is aligned, which no two of an odd length need share."""
+
+    def sectors(T: int) -> int:
+        launch = count(name, channel_first=True, D=16, T=T)
+        return launch["global_read_sectors"] + launch["global_write_sectors"]
+
+    assert sectors(length) <= 1.1 * sectors(1008)
+
+
+@pytest.mark.parametrize("name", FLOOR)
 def test_a_norm_costs_no_pass(name):
     """Dividing heads by their length moves nothing more; a pass of its own would move two tensors
     forwards and three backwards."""

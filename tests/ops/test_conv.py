@@ -68,6 +68,9 @@ EDGES = [
     Conv(T=0, state="both"),
     Conv(T=0, state="both", batch="int32", layout="first"),
     Conv(batch=0, state="both"),
+    # Segments of a block, cut where rows are aligned: the last has fewer tokens than a cut moves.
+    Conv(T=1026, D=5, dtype="bf16", layout="first", state="both"),
+    Conv(T=2053, D=3, W=8, dtype="f16", layout="first", batch="int32", state="both"),
 ]
 NORMED = [
     Conv(T=33, D=32, norm=8),

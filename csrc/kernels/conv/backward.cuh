@@ -86,12 +86,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                     float* partial) {
     using T = typename C::T;
     auto& shared = *reinterpret_cast<SharedStorage<C>*>(dyn_smem());
-    Place<C> const place(p, segments, tiles);
+    Place<C> const place(p, segments, tiles, p.dx);
     if (place.segment.unused()) return;
     Filter<C> const filter(p, place, shared);
 
     int const reach = static_cast<int>(p.W) - 1;
-    i64 const t1 = place.segment.t1;
     float dweight[C::kTaps + 1][C::kVector] = {};
     float grad[C::kTaps][C::kVector] =
         {};  // before the activation, of the tokens from the current one on
@@ -101,28 +100,28 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
     // The batch behind the run is there for the gradients of its first tokens only.
     Batch<C> x, before, dy, dx;
-    int const tokens = clamp_count(t1 - place.t, C::kRun);
+    int const tokens = clamp_count(place.stop - place.t, C::kRun + C::kBatch);
     int const whole_batches = (tokens + C::kBatch - 1) / C::kBatch;
     i64 const readable =
         place.t + tokens + reach < place.end ? place.t + tokens + reach : place.end;
-    int const batches = tokens == 0 ? 0
-                                    : clamp_count((readable - place.t + C::kBatch - 1) / C::kBatch,
-                                                  C::kRun / C::kBatch + 1);
+    int const batches =
+        tokens == 0 ? 0 : static_cast<int>((readable - place.t + C::kBatch - 1) / C::kBatch);
     if (batches > 0)
-        load_batch(x, p.x, place, place.t + (batches - 1) * C::kBatch,
-                   clamp_count(readable - place.t - (batches - 1) * C::kBatch, C::kBatch), whole);
+        load_inputs(x, p, place, place.t + (batches - 1) * C::kBatch,
+                    clamp_count(readable - place.t - (batches - 1) * C::kBatch, C::kBatch), whole);
     LSM_UNROLL_BY(1)
     for (int b = batches - 1; b >= 0; --b) {
         i64 const t = place.t + b * C::kBatch;
         int const count = clamp_count(readable - t, C::kBatch);
         if (b > 0) {
-            load_batch(before, p.x, place, t - C::kBatch, C::kBatch, whole);
+            load_inputs(before, p, place, t - C::kBatch, C::kBatch, whole);
         } else {
             load_before(before, p, place, t, whole);
         }
         load_batch(dy, p.grad_y, place, t, count, whole);
         LSM_UNROLL
         for (int i = C::kBatch - 1; i >= 0; --i) {
+            if (!C::kChannelLast && t + i < place.begin) continue;
             int age = C::kTaps;
             if (p.seq_idx != nullptr && i < count) age = place.age(p, t + i);
             int const own = age < reach ? age : reach;

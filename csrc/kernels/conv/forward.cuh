@@ -9,7 +9,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     forward_kernel(ConvParams const p, Segments const segments, int tiles, bool whole) {
     auto& shared = *reinterpret_cast<SharedStorage<C>*>(dyn_smem());
-    Place<C> const place(p, segments, tiles);
+    Place<C> const place(p, segments, tiles, p.y);
     if (place.segment.unused()) return;
     Filter<C> const filter(p, place, shared);
     store_state(p, place);
@@ -18,11 +18,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     Batch<C> x, before, y;
     load_before(before, p, place, place.t, whole);
     LSM_UNROLL_BY(1)
-    for (int r = 0; r < C::kRun; r += C::kBatch) {
-        i64 const t = place.t + r;
-        int const count = clamp_count(place.segment.t1 - t, C::kBatch);
-        if (count == 0) break;
-        load_batch(x, p.x, place, t, count, whole);
+    for (i64 t = place.t; t < place.stop; t += C::kBatch) {
+        int const count = clamp_count(place.stop - t, C::kBatch);
+        load_inputs(x, p, place, t, count, whole);
         LSM_UNROLL
         for (int i = 0; i < C::kBatch; ++i) {
             int own = reach;

@@ -6,18 +6,14 @@
 
 namespace lsm::conv {
 
-inline bool aligned(Strided const& x, i64 bytes, i64 element, bool channel_last) {
-    i64 const unit = bytes / element;
-    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.batch % unit == 0 &&
-           (channel_last ? x.time : x.channel) % unit == 0;
-}
-
+// Whether the channels of a token, where they lie side by side, are aligned pieces.
 template <class C>
 bool is_whole(ConvParams const& p, Strided const& x, Strided const& y, Strided const& z) {
-    constexpr i64 kElement = sizeof(typename C::T);
-    i64 const bytes = C::kChannelLast ? C::kVector * kElement : 16;
-    bool ok = C::kChannelLast ? p.D % C::kVector == 0 : p.cu_seqlens == nullptr;
-    for (Strided const& t : {x, y, z}) ok = ok && aligned(t, bytes, kElement, C::kChannelLast);
+    bool ok = C::kChannelLast && p.D % C::kVector == 0;
+    for (Strided const& t : {x, y, z})
+        ok = ok &&
+             reinterpret_cast<uintptr_t>(t.data) % (C::kVector * sizeof(typename C::T)) == 0 &&
+             t.batch % C::kVector == 0 && t.time % C::kVector == 0;
     return ok;
 }
 

@@ -3,8 +3,12 @@
 // A thread owns kVector channels of a run of kRun tokens and walks it in batches of kBatch >= W - 1 tokens, with the
 // batch before in registers: forwards in time, or for the gradients backwards, so that dx_t is complete, and stored in
 // the place of the token just read, when the walk is at t. What lies side by side in memory, channels or tokens, decides
-// how threads are laid out and nothing else. A block owns a tile of channels of a segment (kernels/segments.cuh):
-// kLanes threads along channels, kRuns along time. Grid: (record, tile of channels).
+// how threads are laid out and where runs are cut, and nothing else. A block owns a tile of channels of a segment
+// (kernels/segments.cuh): kLanes threads along channels, kRuns along time. Grid: (record, tile of channels).
+//
+// Where tokens lie side by side, a run begins where the row that is written is aligned, which no two rows need agree
+// on: boundaries of runs, and of segments, are up to kPiece - 1 tokens later than kRun would have them. The first run of
+// a sequence has those tokens besides, as the end of a batch that begins before the sequence.
 #pragma once
 
 #include "kernels/platform.cuh"
@@ -28,7 +32,7 @@ struct Config {
     static constexpr int kTile = kLanes * kVector;  // channels of a block
     static constexpr int kSegment = kRuns * kRun;   // tokens of a block
     static constexpr int kPiece = 16 / sizeof(T);   // elements of an access along time
-    static_assert(kBatch >= W - 1 && kRun % kBatch == 0);
+    static_assert(kBatch >= W - 1 && kRun % kBatch == 0 && (kChannelLast || kBatch % kPiece == 0));
 };
 
 template <class C>
@@ -61,30 +65,38 @@ LSM_DEVICE float load_weight(ConvParams const& p, void const* from, i64 i) {
 template <class C>
 struct Place {
     Segment segment;
-    i64 begin, end;  // of the sequence; `end` only as far as this segment's last tokens can tell
-    i64 t;           // first token of the run
+    i64 begin, end;  // of the sequence
+    i64 t, stop;     // tokens of the run; what is before the sequence is not
     i64 channel;     // first of kVector
     int channels;    // of them inside D, at most kVector
     int lane, run;   // of the block
     i64 record, tile;
 
-    LSM_DEVICE Place(ConvParams const& p, Segments const& segments, int tiles) {
+    // `written`: what the walk stores.
+    LSM_DEVICE Place(ConvParams const& p, Segments const& segments, int tiles,
+                     Strided const& written) {
         record = blockIdx.x / static_cast<unsigned>(tiles);
         tile = blockIdx.x % static_cast<unsigned>(tiles);
         segment = segments[record];
         int const tid = threadIdx.x;
         lane = C::kChannelLast ? tid % C::kLanes : tid / C::kRuns;
         run = C::kChannelLast ? tid / C::kLanes : tid % C::kRuns;
-        t = segment.t0 + run * C::kRun;
         channel = tile * C::kTile + lane * C::kVector;
         i64 const left = p.D - channel;
         channels = left < 0 ? 0 : left < C::kVector ? static_cast<int>(left) : C::kVector;
-        begin = segments[segment.first].t0;
-        // Far enough to know of every token here whether the final state holds it.
-        i64 const known = segment.t1 + p.S + p.W;
-        i64 last = record;
-        end = segment.t1;
-        while (!segments[last].is_last && end < known) end = segments[++last].t1;
+        begin = segments[segment.first].t0, end = segment.end;
+        t = segment.t0 + run * C::kRun, stop = t + C::kRun;
+        i64 last = segment.t1;
+        if constexpr (!C::kChannelLast) {
+            auto const at = reinterpret_cast<uintptr_t>(static_cast<typename C::T*>(written.data) +
+                                                        offset(written, segment.t0));
+            int const past = static_cast<int>(at % 16 / sizeof(typename C::T));
+            int const shift = past == 0 ? 0 : C::kPiece - past;
+            if (!segment.is_last) last = last + shift < end ? last + shift : end;
+            t += shift, stop += shift;
+            if (shift > 0 && segment.index == 0 && run == 0) t -= C::kBatch;
+        }
+        stop = stop < last ? stop : last;
     }
 
     LSM_DEVICE i64 offset(Strided const& x, i64 token) const {
@@ -105,8 +117,14 @@ struct Place {
     }
 };
 
-// Tokens [token, token + count) of a run; zeros behind them and past the last channel. `whole`: every 16-byte piece of
-// a row is aligned and inside.
+// Whether a batch of tokens that lie side by side, from `at` on, is aligned and all there.
+template <class C>
+LSM_DEVICE bool is_line(Place<C> const& place, typename C::T const* at, i64 token, int count) {
+    return count == C::kBatch && token >= place.begin && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+}
+
+// Tokens [token, token + count) of a run; zeros behind them, before the sequence and past the last channel. `whole`: a
+// token's channels are aligned and inside.
 template <class C>
 LSM_DEVICE void load_batch(Batch<C>& x, Strided const& from, Place<C> const& place, i64 token,
                            int count, bool whole) {
@@ -130,7 +148,7 @@ LSM_DEVICE void load_batch(Batch<C>& x, Strided const& from, Place<C> const& pla
                                   : 0.f;
             }
         } else {
-            if (whole && count == C::kBatch) {
+            if (is_line(place, at, token, count)) {
                 if (i % C::kPiece != 0) continue;
                 Piece<T, C::kPiece> piece = {};
                 if (place.channels > 0)
@@ -139,8 +157,9 @@ LSM_DEVICE void load_batch(Batch<C>& x, Strided const& from, Place<C> const& pla
                 for (int j = 0; j < C::kPiece; ++j)
                     x[i + j][0] = static_cast<float>(piece.element[j]);
             } else {
-                x[i][0] =
-                    i < count && place.channels > 0 ? static_cast<float>(load_global(at + i)) : 0.f;
+                x[i][0] = i < count && token + i >= place.begin && place.channels > 0
+                              ? static_cast<float>(load_global(at + i))
+                              : 0.f;
             }
         }
     }
@@ -176,17 +195,41 @@ LSM_DEVICE void store_batch(Batch<C> const& x, Strided const& to, Place<C> const
             }
         } else {
             if (place.channels == 0) continue;
-            if (whole && count == C::kBatch) {
+            if (is_line(place, at, token, count)) {
                 if (i % C::kPiece != 0) continue;
                 Piece<T, C::kPiece> piece;
                 LSM_UNROLL
                 for (int j = 0; j < C::kPiece; ++j) piece.element[j] = static_cast<T>(x[i + j][0]);
                 store_global(reinterpret_cast<Piece<T, C::kPiece>*>(at + i), piece);
-            } else if (i < count) {
+            } else if (i < count && token + i >= place.begin) {
                 store_global(at + i, static_cast<T>(x[i][0]));
             }
         }
     }
+}
+
+// Rows before the sequence, of a batch from `token` on: what the initial state holds of them.
+template <class C>
+LSM_DEVICE void load_past(Batch<C>& x, ConvParams const& p, Place<C> const& place, i64 token) {
+    if (token >= place.begin || p.initial_state == nullptr || place.segment.sequence < 0) return;
+    LSM_UNROLL
+    for (int i = 0; i < C::kBatch; ++i) {
+        i64 const age = place.begin - token - i;
+        if (age <= 0 || age >= p.W) continue;
+        LSM_UNROLL
+        for (int v = 0; v < C::kVector; ++v) {
+            if (v < place.channels)
+                x[i][v] = load_float<typename C::T>(p.initial_state, place.state(p, v) + p.S - age);
+        }
+    }
+}
+
+// Inputs of a batch of a run.
+template <class C>
+LSM_DEVICE void load_inputs(Batch<C>& x, ConvParams const& p, Place<C> const& place, i64 token,
+                            int count, bool whole) {
+    load_batch(x, p.x, place, token, count, whole);
+    if constexpr (!C::kChannelLast) load_past(x, p, place, token);
 }
 
 // The last inputs before `token`, at the end of a batch: of the sequence, or of its initial state.
@@ -197,9 +240,9 @@ LSM_DEVICE void load_before(Batch<C>& x, ConvParams const& p, Place<C> const& pl
     LSM_UNROLL
     for (int i = 0; i < C::kBatch; ++i) {
         i64 const source = token - C::kBatch + i;
-        bool const wanted = C::kBatch - i < p.W && token < place.segment.t1;
+        bool const wanted = C::kBatch - i < p.W && token < place.stop && source >= place.begin;
         if constexpr (C::kChannelLast) {
-            if (whole && wanted && source >= place.begin && place.channels > 0) {
+            if (whole && wanted && place.channels > 0) {
                 auto const piece = load_global(reinterpret_cast<Piece<T, C::kVector> const*>(
                     static_cast<T const*>(p.x.data) + place.offset(p.x, source)));
                 LSM_UNROLL
@@ -209,16 +252,12 @@ LSM_DEVICE void load_before(Batch<C>& x, ConvParams const& p, Place<C> const& pl
         }
         LSM_UNROLL
         for (int v = 0; v < C::kVector; ++v) {
-            x[i][v] = 0.f;
-            if (!wanted || v >= place.channels) continue;
-            if (source >= place.begin) {
-                x[i][v] = load_float<T>(p.x.data, place.offset(p.x, source) + v * p.x.channel);
-            } else if (p.initial_state != nullptr && place.segment.sequence >= 0) {
-                x[i][v] =
-                    load_float<T>(p.initial_state, place.state(p, v) + p.S + source - place.begin);
-            }
+            x[i][v] = wanted && v < place.channels
+                          ? load_float<T>(p.x.data, place.offset(p.x, source) + v * p.x.channel)
+                          : 0.f;
         }
     }
+    if (token < place.stop) load_past(x, p, place, token - C::kBatch);
 }
 
 template <class C>
