@@ -354,6 +354,23 @@ def selective_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
             *_, states = forward()
             backward = partial(ops.selective_scan_bwd, *common, states, grad, None)
             yield f"{name} backward", multiprocessors, backward
+    # Many channels without a gate, and tokens side by side in rows of an odd length.
+    for kind, T, D, lay_out in (("wide", 40, 640, torch.clone), ("lines", 41, 64, tokens_first)):
+        draw = torch.Generator().manual_seed(0)
+        u, dt, grad = (lay_out(torch.randn(1, T, D, generator=draw).bfloat16()) for _ in range(3))
+        B, C = (torch.randn(1, T, 1, 16, generator=draw).bfloat16() for _ in range(2))
+        A = -torch.rand(D, 16, generator=draw)
+        common = (u, dt, A, B, C, None, None, None, None, None, None, True)
+        forward = partial(torch.ops.lsm_emu.selective_scan_fwd, *common, True, True)
+        yield f"selective_scan {kind} forward", 1, forward
+        *_, states = forward()
+        backward = partial(torch.ops.lsm_emu.selective_scan_bwd, *common, states, grad, None)
+        yield f"selective_scan {kind} backward", 1, backward
+
+
+def tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """The same with tokens side by side in memory."""
+    return x.mT.contiguous().mT
 
 
 def conv_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
@@ -365,6 +382,10 @@ def conv_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         name, ops = f"causal_conv1d {str(dtype)[6:]}", torch.ops.lsm_emu
         yield f"{name} forward", 1, partial(ops.causal_conv1d_fwd, *common, 0)
         yield f"{name} backward", 1, partial(ops.causal_conv1d_bwd, *common, grad, None)
+        x, grad = (tokens_first(t[:, :199]) for t in (x, grad))
+        common = (x, *common[1:])
+        yield f"{name} lines forward", 1, partial(ops.causal_conv1d_fwd, *common, 0)
+        yield f"{name} lines backward", 1, partial(ops.causal_conv1d_bwd, *common, grad, None)
 
 
 def slstm_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -36,6 +36,11 @@ SHAPES = [
     (36, 12, 16, "B", "dzc", 2, "bf16"),
     (40, 10, 70, 1, "dzbsc", 2, "f32"),
     (20, 20, 6, 1, "dzbsc", 2, "c64"),
+    (37, 20, 6, 1, "dzbsc", 2, "c64"),
+    (37, 600, 16, 1, "dbs", 1, "bf16"),  # B and C for 128 channels at once
+    (37, 600, 16, 1, "dbsc", 1, "f32"),
+    (20, 1160, 16, 2, "dbsc", 1, "f16"),
+    (21, 150, 16, 1, "dbs", 1, "c64"),
     (33, 24, 3, 2, "dzbsu", 1, "f16"),
     (33, 24, 3, 1, "dzsoc", 1, "f16"),
 ]
@@ -59,6 +64,7 @@ def run(emu: Emulator, x: Inputs, softplus: bool, order: Tensor | None) -> Tenso
 
 
 CUT = [  # for 64 multiprocessors: in segments of time
+    (530, 600, 16, 1, "dbs", 1, "bf16"),
     (600, 20, 16, 2, "dzbs", 1, "bf16"),
     (700, 9, 5, 1, "dzbso", "int32", "f32"),
     (300, 6, 3, 1, "dz", 2, "c64"),
@@ -161,6 +167,34 @@ def test_copies(first: str, copies: int) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         both("_emu", x, softplus)
     assert sum(event.name == "aten::copy_" for event in profile.events()) == copies
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_rows_of_any_length_are_read_and_written_in_lines(name: str) -> None:
+    """Channels first, of odd lengths: as many bytes, and only sectors that rows share, or tiles."""
+    emu, S = emulator("_emu"), 16
+    emu.set_seed(0)
+    emu.set_multiprocessors(1)
+
+    def count(T: int, D: int = 64) -> tuple[int, int]:
+        u, dt, z, dy = (t.mT.contiguous().mT for t in torch.randn(4, 1, T, D).bfloat16())
+        B, C = torch.randn(2, 1, T, 1, S).bfloat16()
+        given = (u, dt, -torch.rand(D, S), B, C, None, z, None, None, None, None, True)
+        *_, states = torch.ops.lsm_emu.selective_scan_fwd(*given, True, False)
+        emu.reset_counters()
+        if name == "forward":
+            torch.ops.lsm_emu.selective_scan_fwd(*given, False, False)
+        else:
+            torch.ops.lsm_emu.selective_scan_bwd(*given, states, dy, None)
+        launch = emu.counters()["launches"][0]
+        return tuple(
+            sum(launch[f"global_{kind}_{unit}"] for kind in ("read", "write"))
+            for unit in ("bytes", "sectors")
+        )
+
+    even, odd = count(256), count(257)
+    assert odd[0] <= 1.05 * even[0]
+    assert odd[1] <= 1.6 * even[1]
 
 
 BACKWARD = ("backward", "add dC", "add dB", "add dA")

@@ -19,7 +19,7 @@ LSM_DEVICE float softplus_slope(float dt) {
 }
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, K::kBlocks)
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     backward(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
              Scratch const scratch) {
     using N = typename K::N;
@@ -44,23 +44,26 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
                          x[s]);
         }
     };
-    auto const store_channel_shares = [&](int c, float skip, float bias) {
-        float* const to = scratch.channels + block.record() * p.D + block.first + c;
-        store_global(to, skip), store_global(to + plan.count * p.D, bias);
+    // Of dskip (0) and of the bias's (1).
+    auto const store_channel_share = [&](int which, int c, float x) {
+        if (c < block.count)
+            store_global(
+                scratch.channels + (which * plan.count + block.record()) * p.D + block.first + c,
+                x);
     };
     N h[kMine], g[kMine];
     if (block.segment.poison) {
         block.poison_tokens(p.du), block.poison_tokens(p.ddt), block.poison_tokens(p.dz);
         i64 const columns = p.S - block.s0 < K::kStates ? p.S - block.s0 : K::kStates;
-        for (i64 i = threadIdx.x; i < block.length * columns; i += kThreads) {
+        for (i64 i = threadIdx.x; i < block.length * columns; i += K::kThreads) {
             for (int which = 0; which < 2; ++which)
                 store_global(share(which, block.begin + i / columns, block.s0 + i % columns),
                              number<N>(nan_value()));
         }
         Block<K>::fill(h, nan_value());
         for (int which = 0; which < (K::kChannelBC ? 3 : 1); ++which) store_state_shares(which, h);
-        if (static_cast<int>(threadIdx.x) < block.count)
-            store_channel_shares(threadIdx.x, nan_value(), nan_value());
+        for (int which = 0; which < 2; ++which)
+            store_channel_share(which, threadIdx.x, nan_value());
         if (block.sequence >= 0) block.store_numbers(p.grad_initial_state, block.state_row(), h);
         return;
     }
@@ -74,9 +77,17 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
     N dA[kMine], dB[kMine], dC[kMine];
     Block<K>::fill(dA, 0.f), Block<K>::fill(dB, 0.f), Block<K>::fill(dC, 0.f);
     // Of dskip and dbias. Channels last, a thread's pieces are of the same channels, which threads kRow apart share;
-    // channels first, each is of a channel of its own, which kRow threads share: they meet at the end.
-    constexpr int kSums = K::kFirst ? K::kPieces : K::kVector;
-    using OverRows = Exchange<2 * kSums, K::kFirst ? 0 : 16, K::kFirst ? 1 : K::kRow>;
+    // channels first, each is of a channel of its own, or of four, which kRow threads share. Those of one they meet at
+    // the end.
+    constexpr int kSums = (K::kFirst ? K::kPieces : 1) * (K::kAlong ? 1 : K::kVector);
+    using OverRows = Exchange<2 * kSums,
+                              K::kAlong   ? 0
+                              : K::kFirst ? K::kRow / 2
+                                          : 16,
+                              K::kFirst ? 1 : K::kRow>;
+    auto const sum_of = [](Spot at) {
+        return K::kAlong ? at.i : K::kFirst ? at.i * K::kVector + at.e : at.e;
+    };
     float of_channels[OverRows::numbers_left()] = {};
     __syncthreads();
     LSM_UNROLL_BY(1)
@@ -106,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         __syncthreads();
         if (tile > 0) {
             block.find(t - K::kTile, token);
-            for (Rows const* r : {&p.u, &p.dt, &p.z, &p.grad_y}) block.ask(*r, token);
+            block.ask(p.u, token), block.ask(p.dt, token);
+            block.ask(p.z, token), block.ask(p.grad_y, token);
             block.ask_numbers(p.saved_states, block.tile_row(tile - 1));
         }
         LSM_UNROLL_BY(1)
@@ -183,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
             }
             __syncthreads();
             LSM_UNROLL_BY(1)
-            for (int i = threadIdx.x; i < K::kMicro * 2 * K::kStates; i += kThreads) {
+            for (int i = threadIdx.x; i < K::kMicro * 2 * K::kStates; i += K::kThreads) {
                 int const row = i / (2 * K::kStates), at = i % (2 * K::kStates);
                 int const which = at / K::kStates, s = at % K::kStates;
                 i64 const of = block.token_at(t + m * K::kMicro + row);
@@ -191,7 +203,8 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
                     continue;
                 N sum = number<N>(0.f);
                 LSM_UNROLL
-                for (int w = 0; w < kWarps; ++w) sum = add(sum, shared.shares[m % 2][row][w][at]);
+                for (int w = 0; w < K::kWarps; ++w)
+                    sum = add(sum, shared.shares[m % 2][row][w][at]);
                 store_global(share(which, of, block.s0 + s), sum);
             }
         }
@@ -210,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         float sums[2 * kSums] = {};  // of dskip, then of the bias's
         block.store(p.du, token, [&](Spot at) {
             float const grad = Block<K>::value(shared.dy, at);
-            float& skip = sums[K::kFirst ? at.i : at.e];
+            float& skip = sums[sum_of(at)];
             skip = fmaf(Block<K>::value(shared.u, at), grad, skip);
             return fmaf(Block<K>::value(shared.dt, at), sum_ddu(at), shared.skip[at.c] * grad);
         });
@@ -218,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
             float d = fmaf(Block<K>::value(shared.u, at), sum_ddu(at),
                            rounds_sum(scratch.ddt, shared.y, at));
             if (p.softplus) d *= softplus_slope(Block<K>::value(shared.dt, at));
-            sums[kSums + (K::kFirst ? at.i : at.e)] += block.exists(token, at) ? d : 0.f;
+            sums[kSums + sum_of(at)] += block.exists(token, at) ? d : 0.f;
             return d;
         });
         OverRows::add_up(sums);
@@ -229,22 +242,27 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
     store_state_shares(0, dA);
     if constexpr (K::kChannelBC) store_state_shares(1, dB), store_state_shares(2, dC);
     if (!is_last) return;
-    if constexpr (K::kFirst) {
+    if constexpr (K::kAlong) {
         LSM_UNROLL
         for (int n = 0; n < 2 * kSums; ++n) {
             LSM_UNROLL
             for (int d = 1; d < K::kRow; d *= 2) of_channels[n] += shuffle_xor(of_channels[n], d);
-        }
-        LSM_UNROLL
-        for (int i = 0; i < kSums; ++i) {
-            int const c = (threadIdx.x + i * kThreads) / K::kRow;
-            if (threadIdx.x % K::kRow == 0 && c < block.count)
-                store_channel_shares(c, of_channels[i], of_channels[kSums + i]);
+            int const c = (threadIdx.x + n % kSums * K::kThreads) / K::kRow;
+            if (threadIdx.x % K::kRow == 0) store_channel_share(n / kSums, c, of_channels[n]);
         }
         return;
     }
+    if constexpr (K::kLayout == Layout::lines) {
+        constexpr int kEqual = K::kRow / (2 * kSums);  // lanes that hold one sum
+        static_assert(OverRows::numbers_left() == 1 && kEqual > 0);
+        int const n = OverRows::first_left(), piece = n % kSums / K::kVector;
+        int const line = (threadIdx.x + piece * K::kThreads) / K::kRow;
+        if (threadIdx.x % kEqual == 0)
+            store_channel_share(n / kSums, line * K::kVector + n % K::kVector, of_channels[0]);
+        return;
+    }
     __syncthreads();
-    auto& all = *reinterpret_cast<float(*)[2][kWarps][K::kChannels]>(dyn_smem());
+    auto& all = *reinterpret_cast<float(*)[2][K::kWarps][K::kChannels]>(dyn_smem());
     LSM_UNROLL
     for (int n = 0; n < OverRows::numbers_left(); ++n) {
         int const i = OverRows::first_left() + n, which = i / K::kVector;
@@ -253,8 +271,8 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
     __syncthreads();
     if (int const c = threadIdx.x; c < block.count) {
         float skip = 0.f, bias = 0.f;
-        for (int w = 0; w < kWarps; ++w) skip += all[0][w][c], bias += all[1][w][c];
-        store_channel_shares(c, skip, bias);
+        for (int w = 0; w < K::kWarps; ++w) skip += all[0][w][c], bias += all[1][w][c];
+        store_channel_share(0, c, skip), store_channel_share(1, c, bias);
     }
 }
 

@@ -15,8 +15,6 @@
 
 namespace lsm::selective_kernel {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kMine = 4;  // states of a lane
 
 template <class T, int n>
@@ -90,30 +88,46 @@ struct Exchange {
     }
 };
 
-// Numbers N in registers of tensors of T; kChannelBC: B or C may be a channel's; kFirst: channels lie first in memory,
-// tokens side by side.
-template <class T_, class N_, int L_, bool kChannelBC_, bool kFirst_>
+// What lies side by side in memory, and so what a loader's piece is.
+enum class Layout {
+    last,   // channels: four of a token
+    first,  // tokens, in rows that are aligned: four of a channel
+    lines  // tokens, as they come: four channels of a token, whose neighbours are the neighbouring lanes'
+};
+
+// Numbers N in registers of tensors of T; kChannelBC: B or C may be a channel's.
+template <class T_, class N_, int L_, bool kChannelBC_, Layout kLayout_, int kThreads_ = 256>
 struct Kind {
     using T = T_;
     using N = N_;
+    // The same with twice as many channels to a block, which then read B and C once.
+    using Wide = Kind<T_, N_, L_, kChannelBC_, kLayout_, 2 * kThreads_>;
     static constexpr int L = L_;  // lanes of a channel
+    static constexpr int kThreads = kThreads_, kWarps = kThreads / 32;
     static constexpr bool kChannelBC = kChannelBC_;
-    static constexpr bool kFirst = kFirst_;
+    static constexpr Layout kLayout = kLayout_;
+    static constexpr bool kFirst = kLayout != Layout::last;   // channels are, in memory
+    static constexpr bool kAlong = kLayout == Layout::first;  // pieces go along tokens
     static constexpr bool kIsComplex = std::is_same_v<N, Complex>;
-    using TokenNumber = std::conditional_t<kIsComplex, N, T>;    // of B and C of tokens
-    static constexpr int kChannels = kThreads / L;               // of a block
-    static constexpr int kStates = L * kMine;                    // of a round
-    static constexpr bool kRounds = L == 16;                     // one may not do
-    static constexpr int kTile = selective_tile(kIsComplex);     // tokens
-    static constexpr int kNumbers = kTile * kStates / kThreads;  // of B that a thread loads
-    static constexpr int kVector = 4;                            // elements of a loader's piece
-    static constexpr int kRow = (kFirst ? kTile : kChannels) / kVector;  // pieces side by side
-    static constexpr int kAll = kTile * kChannels / kVector;             // pieces of a tile
+    using TokenNumber = std::conditional_t<kIsComplex, N, T>;  // of B and C of tokens
+    static constexpr int kChannels = kThreads / L;             // of a block
+    static constexpr int kStates = L * kMine;                  // of a round
+    static constexpr bool kRounds = L == 16;                   // one may not do
+    static constexpr int kTile = selective_tile(kIsComplex);   // tokens
+    static constexpr int kAllNumbers = kTile * kStates;        // of B, in a tile
+    static constexpr int kNumbers = (kAllNumbers + kThreads - 1) / kThreads;  // of a thread
+    static constexpr int kVector = 4;                       // elements of a loader's piece
+    static constexpr int kRow = kAlong   ? kTile / kVector  // pieces side by side
+                                : kFirst ? kTile
+                                         : kChannels / kVector;
+    static constexpr int kAll = kTile * kChannels / kVector;          // pieces of a tile
     static constexpr int kPieces = (kAll + kThreads - 1) / kThreads;  // of a thread, of one place
     static constexpr int kMicro = kIsComplex ? 4 : 8;  // tokens whose states the backward keeps
-    static constexpr int kBlocks = L == 4 && !kChannelBC ? 2 : 1;  // of a multiprocessor, at least
-    static constexpr float kReadFactor = kIsComplex ? 2.f : 1.f;   // y = 2 Re(C h) of pairs
-    static_assert(kTile * kStates % kThreads == 0 && kThreads % kRow == 0);
+    static constexpr int kBlocks =                     // of a multiprocessor, at least
+        L == 4 && !kChannelBC && kThreads == 256 ? 2 : 1;
+    static constexpr float kReadFactor = kIsComplex ? 2.f : 1.f;  // y = 2 Re(C h) of pairs
+    static_assert(kAllNumbers % kThreads == 0 || kThreads % kAllNumbers == 0);
+    static_assert(kThreads % kRow == 0);
     static_assert(kThreads % kStates == 0 && kThreads % kTile == 0);
 
     // Padded so that a warp's pieces, which begin four rows apart where channels lie first, are in banks of their own.
@@ -141,7 +155,7 @@ struct Scratch {
     void* states = nullptr;      // [1 or 3][S][records][D]: of dA, and of channels' dB and dC
     void* aggregates = nullptr;  // [records][D][S][2]: what a segment does; null: none is cut
     void* starts = nullptr;      // [records][D][S]: what comes to it
-    bool pieces = false;         // whether rows of memory lie in aligned pieces of four
+    bool pieces = false;         // channels last: whether rows lie in aligned pieces of four
 };
 
 // An element of a tile: number e of the thread's piece i, at a row (token) and channel of the block.
@@ -263,10 +277,12 @@ struct Block {
     LSM_DEVICE static void pieces(F const& f) {
         LSM_UNROLL
         for (int i = 0; i < K::kPieces; ++i) {
-            int const piece = threadIdx.x + i * kThreads;
-            if (K::kAll % kThreads != 0 && piece >= K::kAll) return;
-            int const line = piece / K::kRow, along = piece % K::kRow * K::kVector;
-            f(K::kFirst ? Spot{i, 0, along, line} : Spot{i, 0, line, along});
+            int const piece = threadIdx.x + i * K::kThreads;
+            if (K::kAll % K::kThreads != 0 && piece >= K::kAll) return;
+            int const line = piece / K::kRow, along = piece % K::kRow;
+            f(K::kAlong   ? Spot{i, 0, along * K::kVector, line}
+              : K::kFirst ? Spot{i, 0, along, line * K::kVector}
+                          : Spot{i, 0, line, along * K::kVector});
         }
     }
     // f(spot) of every element of a piece, given its first spot.
@@ -274,7 +290,7 @@ struct Block {
     LSM_DEVICE static void elements(Spot first, F const& f) {
         LSM_UNROLL
         for (int e = 0; e < K::kVector; ++e)
-            f(Spot{first.i, e, first.row + (K::kFirst ? e : 0), first.c + (K::kFirst ? 0 : e)});
+            f(Spot{first.i, e, first.row + (K::kAlong ? e : 0), first.c + (K::kAlong ? 0 : e)});
     }
     // The token of a position of the segment, or -1: past the end, or of an order that is none.
     LSM_DEVICE i64 token_at(int position) const {
@@ -289,20 +305,23 @@ struct Block {
     }
     // Whether there is such a token and such a channel.
     LSM_DEVICE bool exists(Tokens const& token, Spot at) const {
-        bool const inside = !K::kFirst || token[at.i] + at.e < begin + length;
+        bool const inside = !K::kAlong || token[at.i] + at.e < begin + length;
         return token[at.i] >= 0 && inside && at.c < count;
     }
     LSM_DEVICE bool is_piece(Rows const& r, Tokens const& token, Spot first) const {
-        if constexpr (K::kFirst) {
-            return scratch.pieces && r.time == 1 && begin % K::kVector == 0 && first.c < count &&
-                   token[first.i] + K::kVector <= begin + length;
+        if constexpr (K::kAlong) {
+            return r.time == 1 && first.c < count && token[first.i] + K::kVector <= begin + length;
         }
-        return scratch.pieces && first.c + K::kVector <= count;
+        return !K::kFirst && scratch.pieces && first.c + K::kVector <= count;
     }
     LSM_DEVICE T* place(Rows const& r, i64 token, int c) const {
         i64 const row = batch() * r.batch, channel = first + c;
         return static_cast<T*>(r.data) + row +
                (K::kFirst ? channel * r.head + token * r.time : token * r.time + channel);
+    }
+    // Between elements of a piece.
+    LSM_DEVICE static i64 step(Rows const& r) {
+        return K::kAlong ? r.time : K::kFirst ? r.head : 1;
     }
     LSM_DEVICE void load(Rows const& r, Tokens const& token, Elements& x) const {
         pieces([&](Spot first) {
@@ -317,7 +336,7 @@ struct Block {
             }
             elements(first, [&](Spot at) {
                 if (!exists(token, at)) return;
-                piece.element[at.e] = load_global(from + at.e * (K::kFirst ? r.time : 1));
+                piece.element[at.e] = load_global(from + at.e * step(r));
             });
         });
     }
@@ -327,8 +346,14 @@ struct Block {
             bool const is_line = !K::kFirst || r.time == 1;
             if (r.data == nullptr || !is_line || !exists(token, first)) return;
             T const* const from = place(r, token[first.i], first.c);
-            if (reinterpret_cast<std::uintptr_t>(from) % 32 < sizeof(Piece<T, K::kVector>))
-                prefetch_l2(from);
+            constexpr int kAsks = K::kLayout == Layout::lines ? K::kVector : 1;  // of a piece
+            constexpr int kBytes = static_cast<int>(sizeof(T)) * K::kVector / kAsks;
+            LSM_UNROLL
+            for (int e = 0; e < kAsks; ++e) {
+                T const* const own = from + e * step(r);
+                if (first.c + e < count && reinterpret_cast<std::uintptr_t>(own) % 32 < kBytes)
+                    prefetch_l2(own);
+            }
         });
     }
     // f(spot) to every element of a tensor.
@@ -344,7 +369,7 @@ struct Block {
                 return;
             }
             elements(first, [&](Spot at) {
-                if (exists(token, at)) store_global(to + at.e, x.element[at.e]);
+                if (exists(token, at)) store_global(to + at.e * step(r), x.element[at.e]);
             });
         });
     }
@@ -374,12 +399,13 @@ struct Block {
     // A pair's place in the sums of rounds.
     LSM_DEVICE i64 sum_at(Tokens const& token, Spot at) const {
         i64 const channel = first + at.c;
-        return K::kFirst ? (batch() * p.D + channel) * p.T + token[at.i] + at.e
-                         : (batch() * p.T + token[at.i]) * p.D + channel;
+        i64 const own = token[at.i] + (K::kAlong ? at.e : 0);
+        return K::kFirst ? (batch() * p.D + channel) * p.T + own
+                         : (batch() * p.T + own) * p.D + channel;
     }
 
     LSM_DEVICE void share_channels(typename K::Shared& shared) const {
-        for (int c = threadIdx.x; c < K::kChannels; c += kThreads) {
+        for (int c = threadIdx.x; c < K::kChannels; c += K::kThreads) {
             auto const load = [&](void const* data) {
                 return data != nullptr && c < count
                            ? load_global(static_cast<float const*>(data) + first + c)
@@ -403,10 +429,11 @@ struct Block {
     template <class F>
     LSM_DEVICE static void numbers(Projection const& r, F const& f) {
         bool const states_first = r.state == 1;
-        int const i = threadIdx.x, rows = states_first ? kThreads / K::kStates : 0;
+        int const i = threadIdx.x, rows = states_first ? K::kThreads / K::kStates : 0;
         int const row = states_first ? i / K::kStates : i % K::kTile;
         int const s = states_first ? i % K::kStates : i / K::kTile;
-        int const states = states_first ? 0 : kThreads / K::kTile;
+        int const states = states_first ? 0 : K::kThreads / K::kTile;
+        if (K::kAllNumbers < K::kThreads && i >= K::kAllNumbers) return;
         LSM_UNROLL
         for (int j = 0; j < K::kNumbers; ++j) f(j, row + j * rows, s + j * states);
     }
@@ -466,7 +493,7 @@ struct Block {
     // NaN to every token of a tensor.
     LSM_DEVICE void poison_tokens(Rows const& rows) const {
         if (rows.data == nullptr) return;
-        for (i64 i = threadIdx.x; i < i64(length) * count; i += kThreads)
+        for (i64 i = threadIdx.x; i < i64(length) * count; i += K::kThreads)
             store_global(place(rows, begin + i / count, static_cast<int>(i % count)),
                          static_cast<T>(nan_value()));
     }

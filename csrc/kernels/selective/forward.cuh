@@ -7,7 +7,7 @@
 namespace lsm::selective_kernel {
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, K::kBlocks)
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     forward(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
             Scratch const scratch) {
     auto& shared = *reinterpret_cast<typename K::Shared*>(dyn_smem());
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, K::kBlocks)
         if (is_last) block.load(p.z, token, z);
         ask(t + K::kTile);
         block.store_numbers(p.saved_states, block.tile_row(tile), h);
-        LSM_UNROLL_BY(4)
+        LSM_UNROLL_BY((K::kIsComplex ? 2 : 4))
         for (int i = 0; i < K::kTile; ++i) {
             float const y = block.over_states(block.walk(shared, i, h));
             if (block.lane == 0) shared.y[i][block.own] = y;

@@ -9,6 +9,18 @@
 
 namespace lsm::selective_kernel {
 
+// Whether pieces are aligned in all tensors that lie as u does.
+template <class K>
+bool are_aligned(SelectiveParams const& p) {
+    for (Rows const& r : {p.u, p.dt, p.z, p.y, p.grad_y, p.du, p.ddt, p.dz}) {
+        if (K::kFirst && r.time != 1) continue;
+        if (reinterpret_cast<std::uintptr_t>(r.data) % 16 != 0 || r.batch % K::kVector != 0 ||
+            (K::kFirst ? r.head : r.time) % K::kVector != 0)
+            return false;
+    }
+    return true;
+}
+
 template <class K>
 struct Launch {
     using N = typename K::N;
@@ -24,8 +36,9 @@ struct Launch {
         : p(p), back(direction == Direction::backward) {
         blocks_of_group = static_cast<unsigned>((p.D / p.G + K::kChannels - 1) / K::kChannels);
         i64 const blocks = blocks_of_group * p.G;
-        // Two blocks a multiprocessor; cutting costs a second walk over the inputs of states.
-        i64 const L = segment_length(p.T, p.N * blocks, 2 * multiprocessors(), 8 * K::kTile);
+        // 512 threads a multiprocessor; cutting costs a second walk over the inputs of states.
+        i64 const slots = 512 / K::kThreads * multiprocessors();
+        i64 const L = segment_length(p.T, p.N * blocks, slots, 8 * K::kTile);
         Carver carver(base);
         auto const floats = [&](i64 count) { return carver.take<float>(count); };
         plan = plan_segments(p, L, carver.take<char>(segments_bytes(p, L)));
@@ -45,21 +58,14 @@ struct Launch {
             scratch.states = carver.take<N>((K::kChannelBC ? 3 : 1) * numbers);
         }
         bytes = carver.used();
-        auto const aligned = [](Rows const& r) {
-            auto const whole = [](i64 elements) { return elements % K::kVector == 0; };
-            return reinterpret_cast<std::uintptr_t>(r.data) % 16 == 0 && whole(r.batch) &&
-                   whole(K::kFirst ? r.head : r.time);
-        };
-        scratch.pieces = K::kFirst || p.D / p.G % K::kVector == 0 || p.G == 1;
-        for (Rows const& r : {p.u, p.dt, p.z, p.y, p.grad_y, p.du, p.ddt, p.dz})
-            scratch.pieces = scratch.pieces && ((K::kFirst && r.time != 1) || aligned(r));
+        scratch.pieces = (p.D / p.G % K::kVector == 0 || p.G == 1) && are_aligned<K>(p);
     }
 
     dim3 grid() const { return dim3(static_cast<unsigned>(plan.count * p.G) * blocks_of_group); }
     template <class Kernel>
     void each_round(Kernel kernel, std::size_t shared, void* stream) const {
         for (int s0 = 0; s0 < p.S; s0 += K::kStates)
-            launch(kernel, grid(), dim3(kThreads), shared, stream, p, plan, blocks_of_group, s0,
+            launch(kernel, grid(), dim3(K::kThreads), shared, stream, p, plan, blocks_of_group, s0,
                    scratch);
     }
     static dim3 threads(i64 count) { return dim3(static_cast<unsigned>((count + 127) / 128)); }
@@ -111,25 +117,53 @@ struct Launch {
     }
 };
 
+// Whether blocks of K would read B and C again for more than a seventh of what a forward cannot avoid. Where they do
+// not, two smaller blocks hide each other's barriers.
+template <class K>
+bool wants_wide(SelectiveParams const& p) {
+    i64 const numbers =
+        (!p.channel_B + !p.channel_C) * p.S * static_cast<i64>(sizeof(typename K::TokenNumber));
+    i64 const channels = p.D / p.G, blocks = (channels + K::kChannels - 1) / K::kChannels;
+    i64 const rows =
+        (p.z.data == nullptr ? 3 : 4) * channels * static_cast<i64>(sizeof(typename K::T));
+    return 7 * (blocks - 1) * numbers > rows + numbers;
+}
+
+template <class K>
+int64_t launch_kind(SelectiveParams const& p, Direction direction, void* workspace, void* stream) {
+    auto const forward = [&](auto kind) -> int64_t {
+        Launch<decltype(kind)> const launcher(p, direction, workspace);
+        if (workspace != nullptr) launcher.forward(stream);
+        return launcher.bytes;
+    };
+    if (direction == Direction::forward)
+        return wants_wide<K>(p) ? forward(typename K::Wide{}) : forward(K{});
+    Launch<K> const launcher(p, direction, workspace);
+    if (workspace != nullptr) launcher.backward(stream);
+    return launcher.bytes;
+}
+
 template <class T, class N>
 int64_t launch_typed(SelectiveParams const& p, Direction direction, void* workspace, void* stream) {
-    auto const run = [&](auto kind) -> int64_t {
-        Launch<decltype(kind)> const launcher(p, direction, workspace);
-        if (workspace == nullptr) return launcher.bytes;
-        direction == Direction::forward ? launcher.forward(stream) : launcher.backward(stream);
-        return 0;
+    auto const run = [&](auto kind) {
+        return launch_kind<decltype(kind)>(p, direction, workspace, stream);
     };
-    auto const in_layout = [&](auto first) {
-        constexpr bool kFirst = decltype(first)::value;
+    auto const in_layout = [&](auto layout) {
+        constexpr Layout kLayout = decltype(layout)::value;
         bool const few = p.S <= 16;
         if constexpr (std::is_same_v<N, float>) {
             if (!p.channel_B && !p.channel_C)
-                return few ? run(Kind<T, N, 4, false, kFirst>{})
-                           : run(Kind<T, N, 16, false, kFirst>{});
+                return few ? run(Kind<T, N, 4, false, kLayout>{})
+                           : run(Kind<T, N, 16, false, kLayout>{});
         }
-        return few ? run(Kind<T, N, 4, true, kFirst>{}) : run(Kind<T, N, 16, true, kFirst>{});
+        return few ? run(Kind<T, N, 4, true, kLayout>{}) : run(Kind<T, N, 16, true, kLayout>{});
     };
-    return p.u.head == 1 ? in_layout(std::false_type{}) : in_layout(std::true_type{});
+    if (p.u.head == 1) return in_layout(std::integral_constant<Layout, Layout::last>{});
+    // Packed sequences begin anywhere.
+    bool const pieces =
+        p.cu_seqlens == nullptr && are_aligned<Kind<T, N, 4, true, Layout::first>>(p);
+    return pieces ? in_layout(std::integral_constant<Layout, Layout::first>{})
+                  : in_layout(std::integral_constant<Layout, Layout::lines>{});
 }
 
 }  // namespace lsm::selective_kernel

@@ -12,7 +12,7 @@ template <class N>
 using Aggregate = Piece<N, 2>;
 
 template <class K, bool kForwards>
-__global__ void __launch_bounds__(kThreads, K::kBlocks)
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     fold(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
          Scratch const scratch) {
     using N = typename K::N;

@@ -1,0 +1,177 @@
+"""What every forward of the scan engine and its kin moves, counted by the emulator, over every
+tensor once. docs/kernels/scan.md has the table; of whole sequences none is above 1.15."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from emulators import emulator
+from torch import Tensor
+
+MOST = 1.15
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("last", "first")  # channels
+DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "scan.md"
+
+
+class Call(NamedTuple):
+    run: Callable[[], object]
+    least: int  # bytes of every tensor once
+
+
+def call(op: str, given: tuple, rest: tuple, results: tuple[Tensor, ...]) -> Call:
+    """``results`` are like what comes out."""
+    run = partial(getattr(torch.ops.lsm_emu, op), *given, *rest)
+    tensors = [t for t in (*given, *results) if t is not None]
+    return Call(run, sum(t.numel() * t.element_size() for t in tensors))
+
+
+def lay_out(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    if layout == "last":
+        return tensors
+    return tuple(t.movedim(1, -1).contiguous().movedim(-1, 1) for t in tensors)
+
+
+def selective(
+    D: int, S: int, G: int, how: str, dtype: torch.dtype, layout: str, T: int = 256
+) -> Call:
+    """``how``: "z", "c"omplex A; "B", "C": those are channels'."""
+    is_complex = "c" in how
+    wide = torch.complex64 if is_complex else torch.float32
+    u, dt, z = torch.randn(3, 1, T, D).to(dtype)
+    B, C = torch.randn(2, 1, T, G, S, dtype=wide).to(wide if is_complex else dtype)
+    A, skip, bias = -torch.rand(D, S).to(wide), torch.randn(D), torch.randn(D)
+    u, dt, z, B, C = lay_out(layout, u, dt, z, B, C)
+    B = A.clone() if "B" in how else B
+    C = A.clone() if "C" in how else C
+    given = (u, dt, A, B, C, skip, z if "z" in how else None, bias)
+    rest = (None, None, None, True, False, True)
+    return call("selective_scan_fwd", given, rest, (u, A))
+
+
+def scan(gate: str, dtype: torch.dtype, layout: str) -> Call:
+    x = torch.randn(1, 256, 256).to(torch.complex64 if gate == "complex" else dtype)
+    a = torch.rand(256).to(x.dtype if x.is_complex() else torch.float32)
+    if gate != "constant":
+        a = torch.rand(x.shape).to(torch.float32 if gate == "fp32 gate" else x.dtype)
+    state = torch.zeros(256).to(torch.promote_types(x.dtype, torch.float32))
+    return call("scan_fwd", (x, a), (None, None, None, gate == "log", False, True), (x, state))
+
+
+def rg_lru(dtype: torch.dtype, layout: str) -> Call:
+    x, i, r = torch.randn(3, 1, 256, 256).to(dtype)
+    c = -torch.rand(256)
+    return call("rg_lru_fwd", (x, i, r, c), (None, None, None, False, True), (x, c))
+
+
+def wkv4(save: bool, dtype: torch.dtype, layout: str) -> Call:
+    k, v = torch.randn(2, 1, 256, 256).to(dtype)
+    r, u = torch.rand(2, 256)
+    results = (v, *(r,) * 3) + ((torch.zeros(8, 3, 256),) if save else ())
+    return call("wkv4_fwd", (r, u, k, v), (*(None,) * 4, save, True), results)
+
+
+def conv(W: int, norm: int, dtype: torch.dtype, layout: str, T: int = 512) -> Call:
+    D = 128 if layout == "last" else 16
+    (x,) = lay_out(layout, torch.randn(1, T, D).to(dtype))
+    weight, bias = torch.randn(D, W).to(dtype), torch.randn(D).to(dtype)
+    rest = (None, None, None, True, W - 1, norm)
+    return call("causal_conv1d_fwd", (x, weight, bias), rest, (x, x[:, : W - 1]))
+
+
+def slstm(save: bool, dtype: torch.dtype, layout: str) -> Call:
+    x, R = torch.randn(1, 64, 4, 1, 64).to(dtype), torch.randn(1, 64, 4, 64)
+    cells = (torch.zeros(1, 64, 4, 1, 64),) if save else ()
+    results = (x[:, :, 0], torch.zeros(4, 64), *cells)
+    return call("slstm_fwd", (x, R), (None, None, save, True), results)
+
+
+EVERY = tuple(DTYPES)
+# Row of the table: how a call is made, of which layouts and dtypes.
+FORWARDS: dict[str, tuple[Callable[[torch.dtype, str], Call], tuple[str, ...], tuple[str, ...]]] = {
+    "selective scan, gate z": (partial(selective, 2048, 16, 1, "z"), LAYOUTS, EVERY),
+    "selective scan": (partial(selective, 2048, 16, 1, ""), LAYOUTS, EVERY),
+    "selective scan, 320 channels": (partial(selective, 320, 16, 1, ""), LAYOUTS, EVERY),
+    "selective scan, 4 states": (partial(selective, 512, 4, 1, ""), LAYOUTS, EVERY),
+    "selective scan, 4 groups": (partial(selective, 512, 16, 4, ""), LAYOUTS, EVERY),
+    "selective scan, B of channels": (partial(selective, 512, 16, 1, "B"), LAYOUTS, EVERY),
+    "selective scan, B and C of channels": (
+        partial(selective, 512, 16, 1, "BC"), LAYOUTS, EVERY,
+    ),
+    "selective scan, complex, gate z": (partial(selective, 1024, 16, 1, "cz"), LAYOUTS, ("fp32",)),
+    "selective scan, complex": (partial(selective, 1024, 16, 1, "c"), LAYOUTS, ("fp32",)),
+    "selective scan, complex, 8 states": (
+        partial(selective, 512, 8, 1, "c"), LAYOUTS, ("fp32",),
+    ),
+    "selective scan, T odd": (partial(selective, 256, 16, 1, "z", T=257), LAYOUTS, EVERY),
+    "scan": (partial(scan, "token"), ("last",), EVERY),
+    "scan, fp32 gate": (partial(scan, "fp32 gate"), ("last",), ("bf16", "fp16")),
+    "scan, logarithm of the gate (HGRN, minGRU, minLSTM)": (
+        partial(scan, "log"), ("last",), EVERY,
+    ),
+    "scan, complex (GateLoop)": (partial(scan, "complex"), ("last",), ("fp32",)),
+    "scan, constant gate (LRU)": (partial(scan, "constant"), ("last",), EVERY),
+    "scan, RG-LRU": (rg_lru, ("last",), EVERY),
+    "WKV4, AFT-simple": (partial(wkv4, False), ("last",), EVERY),
+    "WKV4 with gradients": (partial(wkv4, True), ("last",), EVERY),
+    "convolution, 4 taps": (partial(conv, 4, 0), LAYOUTS, EVERY),
+    "convolution, 8 taps": (partial(conv, 8, 0), LAYOUTS, EVERY),
+    "convolution, unit length": (partial(conv, 4, 128), ("last",), EVERY),
+    "convolution, T odd": (partial(conv, 4, 0, T=1001), LAYOUTS, EVERY),
+    "sLSTM": (partial(slstm, False), ("last",), ("fp32",)),
+    "sLSTM with gradients": (partial(slstm, True), ("last",), ("fp32",)),
+}  # fmt: skip
+
+
+def counted(name: str, dtype: str, layout: str, multiprocessors: int = 1) -> tuple[float, float]:
+    """Bytes asked for, and 32 for every sector they are in, over the least."""
+    emu = emulator("_emu")
+    emu.set_seed(0)
+    emu.set_multiprocessors(multiprocessors)
+    make, *_ = FORWARDS[name]
+    run, least = make(DTYPES[dtype], layout)
+    emu.reset_counters()
+    run()
+    total = emu.counters()["total"]
+    asked = total["global_read_bytes"] + total["global_write_bytes"]
+    sectors = total["global_read_sectors"] + total["global_write_sectors"]
+    return asked / least, 32 * sectors / least
+
+
+COLUMNS = [(dtype, layout) for dtype in ("bf16", "fp32") for layout in LAYOUTS]
+
+
+def has(name: str, dtype: str, layout: str) -> bool:
+    _, layouts, dtypes = FORWARDS[name]
+    return layout in layouts and dtype in dtypes
+
+
+def row(name: str) -> str:
+    """Of the table."""
+    cells = [f"{counted(name, *c)[0]:.3f}" if has(name, *c) else "" for c in COLUMNS]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forwards_move_every_tensor_once(name: str) -> None:
+    text = re.search(rf"^\| {re.escape(name)} \|(.*)\|$", DOCUMENTED.read_text(), re.MULTILINE)
+    assert text, f"no row for {name}: {row(name)}"
+    documented = dict(zip(COLUMNS, (cell.strip() for cell in text[1].split("|")), strict=True))
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            if not has(name, dtype, layout):
+                continue
+            asked, _ = counted(name, dtype, layout)
+            assert asked <= MOST
+            column = ("bf16" if dtype == "fp16" else dtype, layout)
+            assert asked == pytest.approx(float(documented[column]), abs=0.002), column
+
+
+if __name__ == "__main__":
+    print("\n".join(map(row, FORWARDS)))
