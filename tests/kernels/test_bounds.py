@@ -53,7 +53,8 @@ for T, K, V, bounds in ((75, 64, 128, None), (37, 10, 12, [0, 2, 2, 37]), (9, 25
     lsm.mlstm_bwd(q, k, v, S, n, cu_seqlens, *options, h, tokens, grad, S, n)
     print("mlstm", V, "done")
 for T, D, W, dtype, norm in (
-    (75, 64, 4, torch.bfloat16, 32), (37, 7, 3, torch.float16, 0), (9, 24, 8, torch.float32, 4)
+    (75, 64, 4, torch.bfloat16, 32), (37, 7, 3, torch.float16, 0), (9, 24, 8, torch.float32, 4),
+    (1027, 3, 4, torch.float16, 0),
 ):
     for first in (False, True):
         x, grad = torch.randn(2, 2, T, D).to(dtype)
@@ -65,7 +66,9 @@ for T, D, W, dtype, norm in (
         lsm.causal_conv1d_bwd(*rows, grad, final, True, norm)
         lsm.causal_conv1d_step(x[:, :1], state, weight, bias, None, None, True)
         print("causal_conv1d", dtype, "done")
-for T, D, S, dtype in ((37, 7, 5, torch.float32), (300, 64, 16, torch.bfloat16)):
+for T, D, S, dtype in (
+    (37, 7, 5, torch.float32), (300, 64, 16, torch.bfloat16), (21, 600, 16, torch.bfloat16)
+):
     u, dt, z, grad = torch.randn(4, 1, T, D).to(dtype)
     B, C = torch.randn(2, 1, T, 1, S).to(dtype)
     A, skip, bias, h = -torch.rand(D, S), torch.rand(D), torch.rand(D), torch.zeros(1, D, S)
@@ -74,9 +77,10 @@ for T, D, S, dtype in ((37, 7, 5, torch.float32), (300, 64, 16, torch.bfloat16))
         if first:
             tokens = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in tokens)
         u, dt, z, grad, B, C = tokens
-        rows = (u, dt, A, B, C, skip, z, bias, h, None, None, True)
-        y, final, states = lsm.selective_scan_fwd(*rows, True, True)
-        lsm.selective_scan_bwd(*rows, states, grad, final)
+        for gate in (z, None):
+            rows = (u, dt, A, B, C, skip, gate, bias, h, None, None, True)
+            y, final, states = lsm.selective_scan_fwd(*rows, True, True)
+            lsm.selective_scan_bwd(*rows, states, grad, final)
     lsm.selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], skip, z[:, 0], bias, h, True)
     print("selective_scan", dtype, "done")
 for T, D, dtype in ((9, 64, torch.bfloat16), (5, 7, torch.float32)):

@@ -41,7 +41,7 @@ def lay_out(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 def selective(
     D: int, S: int, G: int, how: str, dtype: torch.dtype, layout: str, T: int = 256
 ) -> Call:
-    """``how``: "z", "c"omplex A; "B", "C": those are channels'."""
+    """``how``: "z", "c"omplex A, "s"aved states; "B", "C": those are channels'."""
     is_complex = "c" in how
     wide = torch.complex64 if is_complex else torch.float32
     u, dt, z = torch.randn(3, 1, T, D).to(dtype)
@@ -51,8 +51,9 @@ def selective(
     B = A.clone() if "B" in how else B
     C = A.clone() if "C" in how else C
     given = (u, dt, A, B, C, skip, z if "z" in how else None, bias)
-    rest = (None, None, None, True, False, True)
-    return call("selective_scan_fwd", given, rest, (u, A))
+    rest = (None, None, None, True, "s" in how, True)
+    saved = [torch.empty(T // 32, D, S)] if "s" in how else []
+    return call("selective_scan_fwd", given, rest, (u, A, *saved))
 
 
 def scan(gate: str, dtype: torch.dtype, layout: str) -> Call:
@@ -96,6 +97,9 @@ EVERY = tuple(DTYPES)
 # Row of the table: how a call is made, of which layouts and dtypes.
 FORWARDS: dict[str, tuple[Callable[[torch.dtype, str], Call], tuple[str, ...], tuple[str, ...]]] = {
     "selective scan, gate z": (partial(selective, 2048, 16, 1, "z"), LAYOUTS, EVERY),
+    "selective scan, gate z, with gradients": (
+        partial(selective, 2048, 16, 1, "zs"), LAYOUTS, EVERY,
+    ),
     "selective scan": (partial(selective, 2048, 16, 1, ""), LAYOUTS, EVERY),
     "selective scan, 320 channels": (partial(selective, 320, 16, 1, ""), LAYOUTS, EVERY),
     "selective scan, 4 states": (partial(selective, 512, 4, 1, ""), LAYOUTS, EVERY),

@@ -117,7 +117,7 @@ def assert_definition(
 
 @pytest.mark.parametrize(
     "shape",
-    [*(SHAPES[i] for i in (2, 8, 9, 13, 16)), (280, 10, 5, 1, "dzbs", 1, "bf16"),
+    [*(SHAPES[i] for i in (2, 8, 9, 12, 13, 16, 17, 18, 20)), (280, 10, 5, 1, "dzbs", 1, "bf16"),
      (280, 10, 5, 1, "dzbsc", 1, "bf16")],
     ids=str,
 )  # fmt: skip

@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     N dA[kMine], dB[kMine], dC[kMine];
     Block<K>::fill(dA, 0.f), Block<K>::fill(dB, 0.f), Block<K>::fill(dC, 0.f);
     // Of dskip and dbias. Channels last, a thread's pieces are of the same channels, which threads kRow apart share;
-    // channels first, each is of a channel of its own, or of four, which kRow threads share. Those of one they meet at
-    // the end.
+    // channels first, each is of a channel of its own, or of four in lines, which kRow threads share. The former meet at
+    // the end, the latter, of which a thread would keep too many, after every tile.
     constexpr int kSums = (K::kFirst ? K::kPieces : 1) * (K::kAlong ? 1 : K::kVector);
     using OverRows = Exchange<2 * kSums,
                               K::kAlong   ? 0
