@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -26,6 +26,16 @@ def sequences(
         runs.append(definition(*(None if x is None else x[:, start:end] for x in tokens), own))
     outputs, finals = zip(*runs, strict=True)
     return torch.cat(outputs, 1), tuple(torch.cat(f) for f in zip(*finals, strict=True))
+
+
+def each_token(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """``x[:, t]`` of every tensor, token by token; None stays.
+
+    Taken apart at once: the gradient of an index is as long as the sequence, for every token.
+    """
+    length = next(x.shape[1] for x in tensors if x is not None)
+    columns = ((None,) * length if x is None else x.unbind(1) for x in tensors)
+    return zip(*columns, strict=True)
 
 
 def stack(outputs: list[Tensor], like: Tensor) -> Tensor:
@@ -59,19 +69,19 @@ def recurrence(
             return v.new_empty(v.shape), v.new_empty(0, v.shape[2], q.shape[3], v.shape[3])
         return torch.cat([o for o, _ in runs], 1), torch.cat([s for _, s in runs], 0)
 
-    B, T, H, K = q.shape
+    B, _, H, K = q.shape
     HV, V = v.shape[2:]
     q, k = (x.repeat_interleave(HV // H, 2) for x in (q, k))
     S = q.new_zeros(B, HV, K, V) if initial_state is None else initial_state.to(q.dtype)
     outputs = []
-    for t in range(T):
+    for q_t, k_t, v_t, g_t in each_token(q, k, v, g):
         before = S
         if g is not None:
-            S = S * g[:, t].exp()
-        S = S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            S = S * g_t.exp()
+        S = S + outer(k_t, v_t)
         read = before if exclusive else S
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], read))
-    return torch.stack(outputs, 1) if outputs else v.new_empty(v.shape), S
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, read))
+    return stack(outputs, v), S
 
 
 def rank_one(
@@ -88,16 +98,16 @@ def rank_one(
 
     def definition(q, v, *given):  # type: ignore[no-untyped-def]
         *rest, states = given
-        B, T, _, K = q.shape
+        B, _, _, K = q.shape
         HV, V = v.shape[2:]
         q, *own = (
             None if x is None else x.repeat_interleave(HV // x.shape[2], 2) for x in (q, *rest)
         )
         S = q.new_zeros(B, HV, K, V) if states is None else states[0].to(q.dtype)
         outputs = []
-        for t in range(T):
-            S = update(S, v[:, t], *(None if x is None else x[:, t] for x in own))
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        for q_t, *token in each_token(q, v, *own):
+            S = update(S, *token)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
         return stack(outputs, v), (S,)
 
     states = None if initial_state is None else (initial_state,)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, silu, softplus
 
-from ._common import recurrence, sequences, stack
+from ._common import each_token, outer, recurrence, sequences, stack
 from .chunk import gated_linear_attention, linear_attention
 
 
@@ -45,14 +45,14 @@ def finch(
     def definition(r, k, v, w, states):  # type: ignore[no-untyped-def]
         group = v.shape[2] // r.shape[2]
         r, k = (x.repeat_interleave(group, 2) for x in (r, k))
-        B, T, H, K = r.shape
+        B, _, H, K = r.shape
         S = r.new_zeros(B, H, K, v.shape[-1]) if states is None else states[0].to(r.dtype)
         outputs = []
-        for t in range(T):
-            kv = k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        for r_t, k_t, v_t, w_t in each_token(r, k, v, w):
+            kv = outer(k_t, v_t)
             read = S + u.unsqueeze(-1) * kv
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", r[:, t], read))
-            S = S * w[:, t].exp().unsqueeze(-1) + kv
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", r_t, read))
+            S = S * w_t.exp().unsqueeze(-1) + kv
         return stack(outputs, v), (S,)
 
     states = None if initial_state is None else (initial_state,)
@@ -126,17 +126,17 @@ def lightnet(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def definition(q, k, v, states):  # type: ignore[no-untyped-def]
-        B, T, H, K = q.shape
+        B, _, H, K = q.shape
         S = q.new_zeros(B, H, K, v.shape[-1])
         z = q.new_full((B, H, K), -torch.inf)
         if states is not None:
             S, z = states[0].to(q.dtype), states[1][:, 0].to(q.dtype)
         outputs = []
-        for t in range(T):
-            new = torch.logaddexp(z, k[:, t])
-            write = (k[:, t] - new).exp().unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        for q_t, k_t, v_t in each_token(q, k, v):
+            new = torch.logaddexp(z, k_t)
+            write = outer((k_t - new).exp(), v_t)
             S, z = (z - new).exp().unsqueeze(-1) * S + write, new
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
         return stack(outputs, v), (S, z.unsqueeze(1))
 
     o, (S, z) = sequences(definition, (q, k, v), initial_state, cu_seqlens)
@@ -175,18 +175,18 @@ def regla(
     decay = (1 - r) * g**2 + r * (1 - (1 - g) ** 2)
 
     def definition(q, k, v, decay, states):  # type: ignore[no-untyped-def]
-        B, T, H, K = q.shape
+        B, _, H, K = q.shape
         S = q.new_zeros(B, H, K, v.shape[-1])
         c = q.new_full((B, H), -torch.inf if shift is None else shift)
         if states is not None:
             S, c = states[0].to(q.dtype), states[1].detach().to(q.dtype)
         outputs = []
-        for t in range(T):
-            new = c if shift is not None else c.maximum(k[:, t].detach().amax(-1).ceil())
-            S = S * (decay[:, t] * (c - new).exp().unsqueeze(-1)).unsqueeze(-1)
+        for q_t, k_t, v_t, decay_t in each_token(q, k, v, decay):
+            new = c if shift is not None else c.maximum(k_t.detach().amax(-1).ceil())
+            S = S * (decay_t * (c - new).exp().unsqueeze(-1)).unsqueeze(-1)
             c = new
-            S = S + (k[:, t] - c.unsqueeze(-1)).exp().unsqueeze(-1) * v[:, t].unsqueeze(-2)
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+            S = S + outer((k_t - c.unsqueeze(-1)).exp(), v_t)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
         return stack(outputs, v), (S, c)
 
     o, (S, c) = sequences(definition, (q, k, v, decay), initial_state, cu_seqlens)
@@ -236,11 +236,11 @@ def gsa(
         if states is not None:
             hk, hv = (x.to(q.dtype) for x in states)
         outputs = []
-        for t in range(T):
-            decay = g[:, t].exp()
-            hk = hk * decay.unsqueeze(-2) + k[:, t].unsqueeze(-1) * s[:, t].unsqueeze(-2)
-            hv = hv * decay.unsqueeze(-1) + s[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
-            p = _BETWEEN[activation](scale * torch.einsum("bhgk,bhkm->bhgm", q[:, t], hk))
+        for q_t, k_t, v_t, s_t, g_t in each_token(q, k, v, s, g):
+            decay = g_t.exp()
+            hk = hk * decay.unsqueeze(-2) + outer(k_t, s_t)
+            hv = hv * decay.unsqueeze(-1) + outer(s_t, v_t)
+            p = _BETWEEN[activation](scale * torch.einsum("bhgk,bhkm->bhgm", q_t, hk))
             outputs.append(torch.einsum("bhgm,bhmv->bhgv", p, hv).flatten(1, 2))
         like = v.new_empty(B, T, q.shape[2] * q.shape[3], v.shape[-1])
         return stack(outputs, like), (hk, hv)
@@ -277,12 +277,12 @@ def abc(
             hk, hv, z = (x.to(q.dtype) for x in states)
             z = z[:, 0]
         outputs = []
-        for t in range(T):
-            new = torch.logaddexp(z, s[:, t])
-            keep, write, z = (z - new).exp(), (s[:, t] - new).exp(), new
-            hk = hk * keep.unsqueeze(-2) + k[:, t].unsqueeze(-1) * write.unsqueeze(-2)
-            hv = hv * keep.unsqueeze(-1) + write.unsqueeze(-1) * v[:, t].unsqueeze(-2)
-            p = (scale * torch.einsum("bhgk,bhkm->bhgm", q[:, t], hk)).softmax(-1)
+        for q_t, k_t, v_t, s_t in each_token(q, k, v, s):
+            new = torch.logaddexp(z, s_t)
+            keep, write, z = (z - new).exp(), (s_t - new).exp(), new
+            hk = hk * keep.unsqueeze(-2) + outer(k_t, write)
+            hv = hv * keep.unsqueeze(-1) + outer(write, v_t)
+            p = (scale * torch.einsum("bhgk,bhkm->bhgm", q_t, hk)).softmax(-1)
             outputs.append(torch.einsum("bhgm,bhmv->bhgv", p, hv).flatten(1, 2))
         like = v.new_empty(B, T, q.shape[2] * q.shape[3], v.shape[-1])
         return stack(outputs, like), (hk, hv, z.unsqueeze(1))
@@ -405,18 +405,18 @@ def bidirectional_linear_attention(
 
     def definition(q, k, v, g, states):  # type: ignore[no-untyped-def]
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-        writes = k.unsqueeze(-1) * v.unsqueeze(-2)
-        decays = g.exp()[..., None, None]
-        T = q.shape[1]
+        tokens = list(each_token(outer(k, v), g.exp()[..., None, None]))
         S: list[Tensor] = []
+        for write, decay in tokens:
+            S.append(write + (decay * S[-1] if S else 0))
         R: list[tuple[Tensor, Tensor]] = []
-        for t in range(T):
-            S.append(writes[:, t] + (decays[:, t] * S[-1] if S else 0))
-            u = T - 1 - t
-            after = decays[:, u] * R[-1][1] if R else torch.zeros_like(writes[:, u])
-            R.append((after, after + writes[:, u]))
-        read = [s + r for s, (r, _) in zip(S, reversed(R), strict=True)]
-        outputs = [scale * torch.einsum("bhk,bhkv->bhv", q[:, t], read[t]) for t in range(T)]
+        for write, decay in reversed(tokens):
+            after = decay * R[-1][1] if R else torch.zeros_like(write)
+            R.append((after, after + write))
+        outputs = [
+            scale * torch.einsum("bhk,bhkv->bhv", q_t, s + r)
+            for (q_t,), s, (r, _) in zip(each_token(q), S, reversed(R), strict=True)
+        ]
         return stack(outputs, v), ()
 
     return sequences(definition, (q, k, v, g), None, cu_seqlens)[0]
@@ -459,19 +459,21 @@ def mamba2(
     dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
 
     def definition(x, dt, B, C, z, seq_idx, states):  # type: ignore[no-untyped-def]
-        batch, T, H, P = x.shape
+        batch, _, H, P = x.shape
         B, C = (t.repeat_interleave(H // t.shape[2], 2) for t in (B, C))
         h = x.new_zeros(batch, H, P, B.shape[3]) if states is None else states[0]
         outputs = []
-        for t in range(T):
-            if seq_idx is not None and t > 0:
-                h = h * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
-            h = (dt[:, t] * A).exp()[..., None, None] * h
-            h = h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-            y = torch.einsum("bhpn,bhn->bhp", h, C[:, t])
+        before = None
+        for x_t, dt_t, B_t, C_t, z_t, own in each_token(x, dt, B, C, z, seq_idx):
+            if before is not None:
+                h = h * (own == before)[:, None, None, None]
+            before = own
+            h = (dt_t * A).exp()[..., None, None] * h
+            h = h + outer(dt_t[..., None] * x_t, B_t)
+            y = torch.einsum("bhpn,bhn->bhp", h, C_t)
             if D is not None:
-                y = y + (D if D.dim() == 2 else D[:, None]) * x[:, t]
-            outputs.append(y if z is None else y * silu(z[:, t]))
+                y = y + (D if D.dim() == 2 else D[:, None]) * x_t
+            outputs.append(y if z is None else y * silu(z_t))
         return stack(outputs, x), (h,)
 
     states = None if initial_states is None else (initial_states,)
@@ -508,23 +510,23 @@ def mlstm(
 
     def definition(q, k, v, i, f, states):  # type: ignore[no-untyped-def]
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-        B, T, H, K = q.shape
+        B, _, H, K = q.shape
         C, n = q.new_zeros(B, H, K, v.shape[-1]), q.new_zeros(B, H, K)
         C, n, m = (C, n, q.new_zeros(B, H)) if states is None else states
         outputs = []
-        for t in range(T):
-            log_f = logsigmoid(f[:, t])
+        for q_t, k_t, v_t, i_t, f_t in each_token(q, k, v, i, f):
+            log_f = logsigmoid(f_t)
             if input_gate == "exp":
-                before, m = m.detach(), torch.maximum(log_f + m, i[:, t]).detach()
-                forget, write = (log_f + before - m).exp(), (i[:, t] - m).exp()
+                before, m = m.detach(), torch.maximum(log_f + m, i_t).detach()
+                forget, write = (log_f + before - m).exp(), (i_t - m).exp()
             else:
-                forget, write = log_f.exp(), i[:, t].sigmoid()
-            key = write[..., None] * k[:, t]
-            C = forget[..., None, None] * C + key[..., None] * v[:, t, :, None]
+                forget, write = log_f.exp(), i_t.sigmoid()
+            key = write[..., None] * k_t
+            C = forget[..., None, None] * C + outer(key, v_t)
             n = forget[..., None] * n + key
-            h = scale * torch.einsum("bhk,bhkv->bhv", q[:, t], C)
+            h = scale * torch.einsum("bhk,bhkv->bhv", q_t, C)
             if normalize:
-                size = (scale * (q[:, t] * n).sum(-1)).abs()
+                size = (scale * (q_t * n).sum(-1)).abs()
                 bound = (-m).exp() if input_gate == "exp" else torch.ones_like(m)
                 h = h / (torch.maximum(size, bound) + eps)[..., None]
             outputs.append(h)
@@ -563,14 +565,12 @@ def log_linear_attention(
         empty = q.new_zeros(q.shape[0], HV, q.shape[3], v.shape[3])
         buckets = [empty] * L
         outputs = []
-        for t in range(q.shape[1]):
-            buckets = [S * g[:, t, :, None, None].exp() for S in buckets]
-            fresh = k[:, t, :, :, None] * v[:, t, :, None]
-            scales = level_scales[:, t, :, :, None, None].unbind(2)
-            read = sum(
-                (a * S for a, S in zip(scales[1:], buckets, strict=False)), scales[0] * fresh
-            )
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], read))
+        for t, (q_t, k_t, v_t, g_t, scales) in enumerate(each_token(q, k, v, g, level_scales)):
+            buckets = [S * g_t[..., None, None].exp() for S in buckets]
+            fresh = outer(k_t, v_t)
+            own, *rest = scales[..., None, None].unbind(2)
+            read = sum((a * S for a, S in zip(rest, buckets, strict=False)), own * fresh)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, read))
             level = 0
             while (t >> level) & 1:
                 fresh, buckets[level] = fresh + buckets[level], empty

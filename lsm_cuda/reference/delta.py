@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import outer, rank_one, sequences, stack
+from ._common import each_token, outer, rank_one, sequences, stack
 
 
 def _delta(
@@ -31,17 +31,16 @@ def _delta(
     def definition(q, k, v, g, beta, states):  # type: ignore[no-untyped-def]
         HV, V = v.shape[-2:]
         q, k = (x.repeat_interleave(HV // x.shape[-2], -2) for x in (q, k))
-        B, T, _, K = q.shape
+        B, _, _, K = q.shape
         S = q.new_zeros(B, HV, K, V) if states is None else states[0].to(q.dtype)
         outputs = []
-        for t in range(T):
+        for q_t, g_t, *steps in each_token(q, g, k, v, beta):
             if g is not None:
-                S = S * g[:, t].exp()
-            for j in range(num_householder):
-                key = k[:, t, j].unsqueeze(-1)
-                error = v[:, t, j] - (key * S).sum(-2)
-                S = S + key * (beta[:, t, j] * error).unsqueeze(-2)
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+                S = S * g_t.exp()
+            for key, value, rate in each_token(*steps):
+                error = value - (key.unsqueeze(-1) * S).sum(-2)
+                S = S + outer(key, rate * error)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
         return stack(outputs, v[:, :, 0]), (S,)
 
     states = None if initial_state is None else (initial_state,)
@@ -199,15 +198,15 @@ def longhorn(
 
     def definition(q, k, v, beta, states):  # type: ignore[no-untyped-def]
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-        B, T, HV, K = q.shape
+        B, _, HV, K = q.shape
         S = q.new_zeros(B, HV, K, v.shape[-1]) if states is None else states[0]
         outputs = []
-        for t in range(T):
-            key = k[:, t].unsqueeze(-1)
-            rate = beta[:, t] / (1 + beta[:, t] * (key**2).sum(-2))
+        for q_t, k_t, v_t, beta_t in each_token(q, k, v, beta):
+            key = k_t.unsqueeze(-1)
+            rate = beta_t / (1 + beta_t * (key**2).sum(-2))
             held = key * S if diagonal else (key * S).sum(-2, keepdim=True)
-            S = S + key * rate.unsqueeze(-2) * (v[:, t].unsqueeze(-2) - held)
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+            S = S + key * rate.unsqueeze(-2) * (v_t.unsqueeze(-2) - held)
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
         return stack(outputs, v), (S,)
 
     states = None if initial_state is None else (initial_state,)
@@ -238,16 +237,16 @@ def mesa_net(
     """
 
     def definition(q, k, v, g, beta, states):  # type: ignore[no-untyped-def]
-        B, T, H, K = q.shape
+        B, _, H, K = q.shape
         kk, kv = q.new_zeros(B, H, K, K), q.new_zeros(B, H, K, v.shape[-1])
         if states is not None:
             kk, kv = states
         outputs = []
-        for t in range(T):
-            decay, key = g[:, t, :, None, None].exp(), beta[:, t, :, None] * k[:, t]
-            kk = decay * kk + k[:, t].unsqueeze(-1) * key.unsqueeze(-2)
-            kv = decay * kv + key.unsqueeze(-1) * v[:, t].unsqueeze(-2)
-            x = torch.linalg.solve(kk.mT + torch.diag_embed(lamb), q[:, t])
+        for q_t, k_t, v_t, g_t, beta_t in each_token(q, k, v, g, beta):
+            decay, key = g_t[..., None, None].exp(), beta_t[..., None] * k_t
+            kk = decay * kk + outer(k_t, key)
+            kv = decay * kv + outer(key, v_t)
+            x = torch.linalg.solve(kk.mT + torch.diag_embed(lamb), q_t)
             outputs.append(torch.einsum("bhk,bhkv->bhv", x, kv))
         return stack(outputs, v), (kk, kv)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, silu, softplus
 
-from ._common import sequences, stack
+from ._common import each_token, sequences, stack
 
 
 def scan(
@@ -38,13 +39,14 @@ def scan(
     starts = [(0, x.shape[1])] if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
     tokens = range(x.shape[1]) if order is None else order.tolist()
     h0 = x.new_zeros(N, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+    a_of, x_of = a.unbind(1), x.unbind(1)
     outputs: dict[int, Tensor] = {}
     final = []
     for n, (start, end) in enumerate(starts):
         h = h0 if cu_seqlens is None else h0[n, None]
         for p in reversed(range(start, end)) if reverse else range(start, end):
             t = tokens[p]
-            h = a[:, t] * h + x[:, t]
+            h = a_of[t] * h + x_of[t]
             outputs[t] = h
         final.append(h)
     state = torch.cat(final) if final else h0
@@ -130,13 +132,13 @@ def wkv4(
     outputs, ends = [], []
     for n, (start, end) in enumerate(pairwise(bounds)):
         a, b, m = state if cu_seqlens is None else (s[n, None] for s in state)
-        for t in range(start, end):
-            own = torch.maximum(m, u + k[:, t])
-            past, new = (m - own).exp(), (u + k[:, t] - own).exp()
-            outputs.append((past * a + new * v[:, t]) / (past * b + new))
-            after = torch.maximum(m - w.exp(), k[:, t])
-            past, new = (m - w.exp() - after).exp(), (k[:, t] - after).exp()
-            a, b, m = past * a + new * v[:, t], past * b + new, after
+        for k_t, v_t in each_token(k[:, start:end], v[:, start:end]):
+            own = torch.maximum(m, u + k_t)
+            past, new = (m - own).exp(), (u + k_t - own).exp()
+            outputs.append((past * a + new * v_t) / (past * b + new))
+            after = torch.maximum(m - w.exp(), k_t)
+            past, new = (m - w.exp() - after).exp(), (k_t - after).exp()
+            a, b, m = past * a + new * v_t, past * b + new, after
         ends.append((a, b, m))
     final = tuple(torch.cat(parts) for parts in zip(*ends, strict=True)) if ends else state
     o = torch.stack(outputs, 1) if outputs else v.new_empty(v.shape)
@@ -183,10 +185,13 @@ def selective_scan(
     channels = u.shape[2]
     walk = range(u.shape[1]) if order is None else order.tolist()
 
-    def at(t: int, x: Tensor) -> Tensor:
-        """B or C of a token, for every channel."""
-        return x if x.dim() == 2 else x[:, t].repeat_interleave(channels // x.shape[2], 1)
+    def per_channel(x: Tensor) -> Sequence[Tensor]:
+        """B or C of every token, for every channel."""
+        if x.dim() == 2:
+            return (x,) * u.shape[1]
+        return x.repeat_interleave(channels // x.shape[2], 2).unbind(1)
 
+    B_of, C_of, u_of, dt_of = per_channel(B), per_channel(C), u.unbind(1), dt.unbind(1)
     outputs: dict[int, Tensor] = {}
     final = []
     for n, (start, end) in enumerate(pairwise(bounds)):
@@ -194,9 +199,9 @@ def selective_scan(
         if initial_state is not None:
             h = initial_state if cu_seqlens is None else initial_state[n, None]
         for t in walk[start:end]:
-            drive = (dt[:, t] * u[:, t]).unsqueeze(-1)
-            h = (dt[:, t].unsqueeze(-1) * A).exp() * h + drive * at(t, B)
-            y = (at(t, C) * h).sum(-1)
+            drive = (dt_of[t] * u_of[t]).unsqueeze(-1)
+            h = (dt_of[t].unsqueeze(-1) * A).exp() * h + drive * B_of[t]
+            y = (C_of[t] * h).sum(-1)
             outputs[t] = 2 * y.real if y.is_complex() else y
         final.append(h)
     y = torch.stack([outputs[t] for t in sorted(outputs)], 1) if outputs else u.new_empty(u.shape)
@@ -248,9 +253,10 @@ def causal_conv1d(
     if initial_state is not None:
         before = torch.cat([before, initial_state.to(x.dtype)], 2)
     inputs = torch.cat([before.transpose(1, 2), x], 1)
+    rows = inputs.unbind(1)
     outputs = []
-    for t in range(inputs.shape[1] - x.shape[1], inputs.shape[1]):
-        y = (inputs[:, t - W + 1 : t + 1] * weight.T).sum(1)
+    for t in range(len(rows) - x.shape[1], len(rows)):
+        y = (torch.stack(rows[t - W + 1 : t + 1], 1) * weight.T).sum(1)
         y = y if bias is None else y + bias
         outputs.append(y if activation is None else silu(y))
     return stack(outputs, x), inputs[:, inputs.shape[1] - S :].transpose(1, 2)
@@ -275,12 +281,12 @@ def slstm(
     """
 
     def definition(x, state):  # type: ignore[no-untyped-def]
-        B, T, _, H, D = x.shape
+        B, _, _, H, D = x.shape
         zero = x.new_zeros(B, H, D)
         h, c, n, m = (zero,) * 4 if state is None else state[0].to(x.dtype).unbind(1)
         outputs = []
-        for t in range(T):
-            i, f, z, o = (x[:, t] + torch.einsum("bhd,hdge->bghe", h, R)).unbind(1)
+        for (x_t,) in each_token(x):
+            i, f, z, o = (x_t + torch.einsum("bhd,hdge->bghe", h, R)).unbind(1)
             carried = torch.where(n == 0, -torch.inf, logsigmoid(f) + m)
             m = torch.maximum(carried, i)
             keep, write = (carried - m).exp(), (i - m).exp()

@@ -36,8 +36,8 @@ def rms(y: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
 def over_time(f, *args: torch.Tensor) -> torch.Tensor:
     """``f(state, *tokens [B, H, ..])`` returns a new state and an output."""
     state, outputs = None, []
-    for t in range(args[0].shape[1]):
-        state, o = f(state, *(a[:, t] for a in args))
+    for token in zip(*(a.unbind(1) for a in args), strict=True):
+        state, o = f(state, *token)
         outputs.append(o)
     return torch.stack(outputs, 1)
 
