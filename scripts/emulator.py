@@ -19,25 +19,19 @@ def main() -> None:
     from headers import find_cuda_headers, find_cutlass
     from torch.utils.cpp_extension import TORCH_LIB_PATH
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    asan = os.environ.get("LSM_EMULATOR_ASAN") == "1"
-    parser.add_argument("--asan", action="store_true", default=asan, help="build _emu_asan too")
-    arguments = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     build = ROOT / "build" / "emulator"
     options = {
         "LSM_TORCH_DIR": Path(TORCH_LIB_PATH).parent,
         "LSM_BUILD_EMULATOR": "ON",
         "LSM_CUDA_INCLUDE_DIR": find_cuda_headers(ROOT / "build"),
         "LSM_CUTLASS_DIR": find_cutlass(ROOT / "build")[0],
-        "LSM_EMULATOR_ASAN": "ON" if arguments.asan else "OFF",
         "Python_EXECUTABLE": sys.executable,
     }
     define = [f"-D{key}={value}" for key, value in options.items()]
     run = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "--log-level=WARNING", *define]
     subprocess.run(run, check=True, stdout=sys.stderr)
-    flavours = ["", "_race"] + (["_asan"] if arguments.asan else [])
-    targets = [f"_emu{flavour}" for flavour in flavours]
-    targets += [f"kernel_tests{flavour or '_plain'}" for flavour in flavours]
+    targets = ["_emu", "_emu_race", "kernel_tests_plain", "kernel_tests_race"]
     targets += ["_C_example", "_emu_example"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     run = ["cmake", "--build", build, "-j", jobs, "--target", *targets]

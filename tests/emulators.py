@@ -1,9 +1,10 @@
-"""The emulator's Python modules by flavour: _emu (plain), _emu_race, _emu_asan."""
+"""The emulator's Python modules by flavour: _emu (plain), _emu_race."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +25,7 @@ def missing(name: str) -> str | None:
     if (BUILD / f"{name}.so").is_file():
         return None
     why = f"the emulator is not built (no {name}.so in {BUILD})"
-    wanted = name != "_emu_asan" or os.environ.get("LSM_EMULATOR_ASAN") == "1"
-    if wanted and os.environ.get("LSM_REQUIRE_EMULATOR") == "1":
+    if os.environ.get("LSM_REQUIRE_EMULATOR") == "1":
         raise FileNotFoundError(why)
     return why
 
@@ -37,3 +37,15 @@ def emulator(name: str) -> ModuleType:
     if str(BUILD) not in sys.path:
         sys.path.append(str(BUILD))
     return importlib.import_module(name)
+
+
+def checking_bounds() -> dict[str, str]:
+    """The environment of a process whose race build checks the bounds of global memory: under
+    AddressSanitizer's library, which has to come before the allocator of torch.
+
+    Faults and stacks stay the emulator's.
+    """
+    find = [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]
+    libasan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    options = "detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_sigill=0:use_sigaltstack=0"
+    return os.environ | {"LD_PRELOAD": libasan, "ASAN_OPTIONS": options}

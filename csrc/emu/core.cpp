@@ -111,8 +111,12 @@ void switch_to(Thread& next) {
 }
 
 u32 nth_set_bit(u32 bits, u32 n) {
-    while (n-- > 0) bits &= bits - 1;
-    return static_cast<u32>(std::countr_zero(bits));
+    u32 at = 0;
+    for (u32 half = 16; half > 0; half /= 2) {
+        u32 const below = static_cast<u32>(std::popcount((bits >> at) & ((1u << half) - 1)));
+        if (n >= below) n -= below, at += half;
+    }
+    return at;
 }
 
 u32 random_below(u32 n) {

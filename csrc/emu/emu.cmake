@@ -1,4 +1,4 @@
-# The emulator and the kernels on it: _emu (plain), _emu_race (race build), _emu_asan (bounds of global memory).
+# The emulator and the kernels on it: _emu (plain), _emu_race (race build).
 #
 # A .cu file is compiled through a generated .cpp that includes it, so that one CMake run can hand the same file to
 # nvcc as well. Needs CUDA's headers (no nvcc, no driver) and CUTLASS's.
@@ -10,14 +10,13 @@ find_path(LSM_CUTLASS_INCLUDE_DIR cute/tensor.hpp HINTS "${LSM_CUTLASS_DIR}" DOC
 if(NOT LSM_CUDA_INCLUDE_DIR OR NOT LSM_CUTLASS_INCLUDE_DIR)
   message(FATAL_ERROR "the emulator needs LSM_CUDA_INCLUDE_DIR (cuda_bf16.h) and LSM_CUTLASS_DIR (cute/)")
 endif()
-option(LSM_EMULATOR_ASAN "Build _emu_asan too" OFF)
 
 set(LSM_EMU_DIR "${CMAKE_CURRENT_LIST_DIR}")
 get_filename_component(LSM_CSRC_DIR "${LSM_EMU_DIR}" DIRECTORY)
 file(GLOB LSM_EMU_RUNTIME CONFIGURE_DEPENDS ${LSM_EMU_DIR}/*.cpp)
 list(REMOVE_ITEM LSM_EMU_RUNTIME ${LSM_EMU_DIR}/module.cpp)
 
-# Flags of one flavour (plain, race, asan), on every file that includes emulator headers.
+# Flags of one flavour (plain, race), on every file that includes emulator headers.
 function(lsm_emulator_flags target flavour)
   # The shadowed cute/arch headers come before CUTLASS's own.
   target_include_directories(${target} PRIVATE ${LSM_EMU_DIR}/shadow ${LSM_CSRC_DIR})
@@ -28,11 +27,6 @@ function(lsm_emulator_flags target flavour)
   target_compile_options(${target} PRIVATE -g1 -fno-strict-aliasing -fno-gnu-unique -Wall -Wextra)
   if(flavour STREQUAL "race")
     target_compile_definitions(${target} PRIVATE LSM_EMU_RACE=1)
-  elseif(flavour STREQUAL "asan")
-    # Instrumented stack frames are larger than a fiber's stack.
-    target_compile_definitions(${target} PRIVATE LSM_EMU_ASAN LSM_EMU_STACK_KIB=4096)
-    target_compile_options(${target} PRIVATE -fsanitize=address "SHELL:--param asan-stack=0")
-    target_link_options(${target} PRIVATE -fsanitize=address)
   endif()
 endfunction()
 
@@ -41,7 +35,7 @@ function(lsm_emulator_runtime flavour)
   if(NOT TARGET emulator_${flavour})
     add_library(emulator_${flavour} OBJECT ${LSM_EMU_RUNTIME})
     lsm_emulator_flags(emulator_${flavour} ${flavour})
-    target_compile_options(emulator_${flavour} PRIVATE -O2)
+    target_compile_options(emulator_${flavour} PRIVATE -O2 -mpopcnt)  # the schedulers count bits all the time
   endif()
 endfunction()
 
@@ -70,9 +64,6 @@ function(lsm_emulated_kernels target flavour)
   endif()
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_kernels> $<TARGET_OBJECTS:emulator_${flavour}>)
   target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
-  if(flavour STREQUAL "asan")
-    target_link_options(${target} PRIVATE -fsanitize=address)
-  endif()
 endfunction()
 
 # One Python module: the operators on CPU tensors as torch.ops.<namespace>, and the controls of module.cpp.
@@ -125,8 +116,5 @@ find_package(pybind11 CONFIG REQUIRED)
 lsm_emulator_module(_emu plain lsm_emu)
 lsm_emulator_module(_emu_race race lsm_emu_race)
 lsm_example_policy(examples/custom_policy/square_gate.h)
-if(LSM_EMULATOR_ASAN)
-  lsm_emulator_module(_emu_asan asan lsm_emu_asan)
-endif()
 
 add_subdirectory(${CMAKE_SOURCE_DIR}/tests/kernels ${CMAKE_BINARY_DIR}/kernel_tests)

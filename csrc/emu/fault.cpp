@@ -8,7 +8,6 @@
 namespace lsm::emu {
 namespace {
 
-#ifndef LSM_EMU_ASAN
 constexpr std::size_t kSignalStack = 64 * 1024;
 char signal_stack[kSignalStack];
 alignas(16) char report_stack[256 * 1024];
@@ -52,14 +51,8 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     registers[REG_RSP] = reinterpret_cast<greg_t>(report_stack + sizeof report_stack - 8);
 }
 
-#endif
-
 }  // namespace
 
-#ifdef LSM_EMU_ASAN
-void install_fault_handler() {}  // AddressSanitizer has its own
-void remove_fault_handler() {}
-#else
 void install_fault_handler() {
     stack_t mine{};
     mine.ss_sp = signal_stack;
@@ -76,6 +69,5 @@ void remove_fault_handler() {
     for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &previous[i], nullptr);
     sigaltstack(&previous_stack, nullptr);
 }
-#endif
 
 }  // namespace lsm::emu

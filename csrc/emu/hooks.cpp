@@ -22,7 +22,8 @@ bool is_builtin(void const* p) {
 
 inline void on_access(void* address, u32 bytes, race::Kind kind, bool aligned, void const* site) {
     Thread* const t = world.current;
-    if (t == nullptr || on_fiber_stack(*t, address) || is_builtin(address)) return;
+    if (t == nullptr) return race::check_bounds(address, bytes, kind, site);  // a launcher's own
+    if (on_fiber_stack(*t, address) || is_builtin(address)) return;
     t->site = site;
     if (aligned && reinterpret_cast<u64>(address) % bytes != 0) {
         fail_at("misaligned: a " + std::to_string(bytes) + "-byte access at " +

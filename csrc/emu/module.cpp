@@ -7,6 +7,7 @@
 #include <string>
 
 #include "emu/architecture.h"
+#include "emu/bounds.h"
 #include "emu/counters.h"
 #include "emu/emu.h"
 
@@ -72,5 +73,7 @@ PYBIND11_MODULE(LSM_EMU_MODULE, m) {
     m.def("reset_counters", &emu::reset_counters, "Forget the launches counted so far.");
     m.def("counters", &read_counters,
           "{'total': {name: count}, 'launches': [one dict per launch, in order]}.");
+    m.def("checks_bounds", &emu::checks_bounds,
+          "Whether accesses outside of every allocation are reported.");
     m.def("last_report", &emu::last_report, "Report of the last launch that failed, or ''.");
 }

@@ -15,9 +15,19 @@
 #include <tuple>
 #include <unordered_map>
 
+#include "emu/bounds.h"
 #include "emu/counters.h"
 
-namespace lsm::emu::race {
+extern "C" __attribute__((weak, visibility("default"))) void* __asan_region_is_poisoned(
+    void* begin, std::size_t bytes);
+
+namespace lsm::emu {
+
+bool checks_bounds() {
+    return kRace && __asan_region_is_poisoned != nullptr;
+}
+
+namespace race {
 namespace {
 
 struct Record {
@@ -367,11 +377,20 @@ void acquire(Thread const& t, Clock const& clock) {
     adopt(t, both);
 }
 
+void check_bounds(void const* address, u32 bytes, Kind kind, void const* site) {
+    if (!checks_bounds()) return;
+    if (__asan_region_is_poisoned(const_cast<void*>(address), bytes) == nullptr) return;
+    fail_at("out of bounds: " + std::string(verb(kind)) + " of " + std::to_string(bytes) +
+                " bytes at " + place(address, false) + ", which no allocation holds",
+            site);
+}
+
 void access(Thread const& t, void const* address, u32 bytes, Kind kind, void const* site) {
     Record mine = record(t, kind, site);
     if (in_shared(address)) {
         visit<true>(t, address, bytes, mine);
     } else {
+        check_bounds(address, bytes, kind, site);
         visit<false>(t, address, bytes, mine);
     }
 }
@@ -453,4 +472,5 @@ void global_atomic(Thread const& t, void const* address) {
     here = merge(here, k.fenced);
 }
 
-}  // namespace lsm::emu::race
+}  // namespace race
+}  // namespace lsm::emu

@@ -38,6 +38,8 @@ void join_warp(Warp const& warp, u32 mask);
 void release(Thread const& thread, std::shared_ptr<Clock>& clock);
 void acquire(Thread const& thread, Clock const& clock);
 
+// Of global memory (bounds.h).
+void check_bounds(void const* address, u32 bytes, Kind kind, void const* site);
 void access(Thread const& thread, void const* address, u32 bytes, Kind kind, void const* site);
 // The same by the asynchronous proxy (wgmma, TMA): shared bytes written by plain stores must have
 // been fenced for it.

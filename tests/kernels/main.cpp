@@ -16,6 +16,7 @@ std::vector<Case const*>& all_cases() {
 int main(int argc, char** argv) {
     using namespace lsm::test;
     bool const list = argc == 2 && std::strcmp(argv[1], "--list") == 0;
+    if (!list && lsm::emu::checks_bounds()) std::puts("bounds are checked");
     int failed = 0, run = 0;
     for (Case const* c : all_cases()) {
         bool wanted = argc == 1 || list;
