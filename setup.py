@@ -92,6 +92,9 @@ class CMakeBuild(build_ext):
         import torch
 
         info["torch_built_with"] = torch.__version__
+        # An isolated build's ninja goes away with it, and the build folder would remember it.
+        if ninja := shutil.which("ninja"):
+            options["CMAKE_MAKE_PROGRAM"] = ninja
         define = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *define], check=True)
         subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
