@@ -32,7 +32,7 @@ build:
 test:
 	@python=$$($(environment) --extras cli,test) && \
 		"$$python" scripts/emulator.py && \
-		LSM_REQUIRE_EMULATOR=1 "$$python" -m pytest -n $(JOBS) $(PYTEST)
+		LSM_REQUIRE_EMULATOR=1 "$$python" -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
 demo:
 	@python=$$($(environment) --extras cli) && \

@@ -37,6 +37,12 @@ SHAPE = Shape("B1 T40 H2 K16 V16 D24 S4")
 F32 = torch.float32
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """Of a millisecond: nothing here depends on how exact they are."""
+    monkeypatch.setattr("lsm_cuda.bench.measure.BLOCK", 1e-3)
+
+
 def rows(peer_rows=(), modes=MODES, shape=SHAPE, dtype=F32, op="gla"):
     return [*measure(OPS[op], shape, dtype, "cpu", modes, HostClock(), peer_rows, seconds=0.0)]
 

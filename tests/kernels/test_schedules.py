@@ -69,7 +69,7 @@ def call(request: pytest.FixtureRequest) -> tuple[Op, Call, Tensors]:
     return op, call, call.run(op, "_emu", 0)
 
 
-@pytest.mark.parametrize("seed", (1, 2, 3, 4, 6, 7))
+@pytest.mark.parametrize("seed", (5, 6, 7, 8))  # the race build has the first four
 def test_any_schedule_gives_the_same_bits(call, seed):
     op, call, expected = call
     assert_same_bits(call.run(op, "_emu", seed), expected)

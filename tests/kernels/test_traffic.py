@@ -169,23 +169,30 @@ EXACT = {  # of the delta engine, on CUDA cores
 }
 
 
-@pytest.mark.parametrize("op", EXACT)
-def test_traffic_of_the_exact_delta_recurrence(op):
+def delta_launches(op: str, dtype: torch.dtype, names: list[str]) -> dict[str, dict]:
+    """Counters of each launch of a forward and a backward of the delta engine."""
     emu = emulator("_emu")
     emu.set_seed(0)
     draw = torch.Generator().manual_seed(0)
     heads, keys = (1, T, 1), (1, T, 1, D)
-    q, k, v, grad_o, a, b = (torch.randn(keys, generator=draw) / D**0.5 for _ in range(6))
-    gate = -torch.rand(heads if op == "gated_delta_rule" else keys, generator=draw) / 10
+    q, k, v, grad_o, a, b = (
+        (torch.randn(keys, generator=draw) / D**0.5).to(dtype) for _ in range(6)
+    )
+    gate = -torch.rand(heads if op == "gated_delta_rule" else keys, generator=draw).to(dtype) / 10
     own = (a, b, gate) if op == "dplr" else (gate, torch.rand(heads, generator=draw))
     forward, backward = (getattr(torch.ops.lsm_emu, f"{op}_{kind}") for kind in ("fwd", "bwd"))
     emu.reset_counters()
     forward(q, k, v, *own, None, None, 1.0, False)
     backward(q, k, v, *own, None, None, 1.0, grad_o, None)
     counted = emu.counters()["launches"]
-    assert len(counted) == len(EXACT[op]), [launch["kernel"] for launch in counted]
+    assert len(counted) == len(names), [launch["kernel"] for launch in counted]
+    return dict(zip(names, counted, strict=True))
+
+
+@pytest.mark.parametrize("op", EXACT)
+def test_traffic_of_the_exact_delta_recurrence(op):
     documented = documented_traffic("delta")
-    for name, launch in zip(EXACT[op], counted, strict=True):
+    for name, launch in delta_launches(op, torch.float32, EXACT[op]).items():
         moved = [launch[f"global_{kind}_bytes"] / (T * D * 4) for kind in ("read", "write")]
         assert moved == pytest.approx(documented[op, name], rel=TOLERANCE, abs=0.005), name
 
@@ -195,23 +202,8 @@ CHUNKED = ["prepare", "chain", "prepare_again", "chain_states", "chain_reverse",
 
 @pytest.mark.parametrize("op", ["gated_delta_rule", "kda", "dplr"])
 def test_traffic_of_the_delta_rule_in_chunks(op):
-    emu = emulator("_emu")
-    emu.set_seed(0)
-    draw = torch.Generator().manual_seed(0)
-    heads, keys = (1, T, 1), (1, T, 1, D)
-    q, k, v, grad_o, a, b = (
-        (torch.randn(keys, generator=draw) / D**0.5).bfloat16() for _ in range(6)
-    )
-    gate = -torch.rand(heads if op == "gated_delta_rule" else keys, generator=draw).bfloat16() / 10
-    own = (a, b, gate) if op == "dplr" else (gate, torch.rand(heads, generator=draw))
-    forward, backward = (getattr(torch.ops.lsm_emu, f"{op}_{kind}") for kind in ("fwd", "bwd"))
-    emu.reset_counters()
-    forward(q, k, v, *own, None, None, 1.0, False)
-    backward(q, k, v, *own, None, None, 1.0, grad_o, None)
-    counted = emu.counters()["launches"]
-    assert len(counted) == len(CHUNKED), [launch["kernel"] for launch in counted]
     documented = documented_traffic("delta")
-    for name, launch in zip(CHUNKED, counted, strict=True):
+    for name, launch in delta_launches(op, torch.bfloat16, CHUNKED).items():
         moved = [launch[f"global_{kind}_bytes"] / (T * D * 2) for kind in ("read", "write")]
         assert moved == pytest.approx(documented[op, name], rel=TOLERANCE, abs=0.02), name
         if name.startswith("chain"):

@@ -40,3 +40,14 @@ def assert_same_attention(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Ten
 
     for a, b in zip(results(*ours), results(*theirs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+
+
+def same(a, b, *leaves):
+    """Values and gradients."""
+    weight = torch.randn_like(b)
+    for x, y in zip(
+        [a, *torch.autograd.grad((a * weight).sum(), leaves, retain_graph=True)],
+        [b, *torch.autograd.grad((b * weight).sum(), leaves)],
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-7)

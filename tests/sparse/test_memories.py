@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import dense_attention, qkv
+from dense import dense_attention, qkv, same
 
 from lsm_cuda import sparse
 
@@ -15,17 +15,6 @@ F64 = torch.float64
 
 def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=F64, requires_grad=True)
-
-
-def same(a, b, *leaves):
-    """Values and gradients."""
-    weight = torch.randn_like(b)
-    for x, y in zip(
-        [a, *torch.autograd.grad((a * weight).sum(), leaves, retain_graph=True)],
-        [b, *torch.autograd.grad((b * weight).sum(), leaves)],
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("memory", [0, 17])

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import dense_attention, qkv
+from dense import dense_attention, qkv, same
 
 from lsm_cuda import sparse
 
 B, T, H, K = 2, 48, 3, 8
 F64 = torch.float64
-
-
-def same(a, b, *leaves):
-    """Values and gradients."""
-    weight = torch.randn_like(b)
-    for x, y in zip(
-        [a, *torch.autograd.grad((a * weight).sum(), leaves, retain_graph=True)],
-        [b, *torch.autograd.grad((b * weight).sum(), leaves)],
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-7)
 
 
 def test_mosa():
