@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Segment const segment = plan[record];
     if (segment.unused()) return;
     Walk const walk(segment, plan.L, record, P::direction(p));
+    if (kAggregate && walk.ends) return;  // nothing comes after
     int const shift =
         P::kRecomputes ? static_cast<int>((C::kTile - walk.length % C::kTile) % C::kTile) : 0;
     Stream<P> const self{p, walk, i64(blockIdx.x % columns) * C::kColumn, shift};

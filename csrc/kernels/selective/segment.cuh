@@ -46,22 +46,28 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
         });
         Block<K>::share_numbers(numbers, kForwards ? shared.b : shared.c, of_state);
         __syncthreads();
+        float steps = 0.f;
         LSM_UNROLL_BY(4)
         for (int k = 0; k < K::kTile; ++k) {
             int const i = kForwards ? k : K::kTile - 1 - k;
             float const dt = shared.dt[i][block.own], value = shared.u[i][block.own];
+            steps += dt;
             LSM_UNROLL
             for (int s = 0; s < kMine; ++s) {
                 N const a = block.decay(dt, s);
                 if constexpr (kForwards) {
-                    product[s] = multiply(a, product[s]);
                     sum[s] = multiply_add(a, sum[s], scaled(block.b(shared, i, s), dt * value));
                 } else {
                     N const of_y = scaled(conj(block.c(shared, i, s)), K::kReadFactor * value);
-                    product[s] = multiply(conj(a), product[s]);
                     sum[s] = multiply(conj(a), add(sum[s], of_y));
                 }
             }
+        }
+        // Of a tile, not of the segment: angles of thousands of turns would have no digits left.
+        LSM_UNROLL
+        for (int s = 0; s < kMine; ++s) {
+            N const a = block.decay(steps, s);
+            product[s] = multiply(kForwards ? a : conj(a), product[s]);
         }
     }
     auto* const to = static_cast<Aggregate<N>*>(scratch.aggregates) + block.record_row() * p.S;
