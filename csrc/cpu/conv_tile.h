@@ -79,14 +79,8 @@ LSM_INLINE Vector<float> read_half(Bf16 const* p) {
     return Vector<float>(kHalf == Half::even ? both << 16 : both & 0xffff0000u);
 }
 
-// Rounds to nearest even, in the upper half of each lane. No NaN whose mantissa is all ones comes here (read_columns).
-LSM_INLINE Bits rounded_half(Vector<float> x) {
-    Bits const u = Bits(x);
-    return u + 0x7fff + (u >> 16 & 1);
-}
-
 LSM_INLINE void write_halves(Bf16* p, Vector<float> even, Vector<float> odd) {
-    Bits const both = rounded_half(even) >> 16 | (rounded_half(odd) & 0xffff0000u);
+    Bits const both = bf16_pairs(even, odd);
     std::memcpy(p, &both, sizeof(both));
 }
 

@@ -41,6 +41,22 @@ LSM_INLINE void narrow(Bf16* p, Vector<float> x) {
     std::memcpy(p, &half, sizeof(half));
 }
 
+// Each in the lower half of a lane.
+LSM_INLINE Bits spread_halves(Bf16 const* p) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    return Bits(_mm512_maskz_cvtepu16_epi32(0xffff, load_bytes<__m256i>(p)));
+#else
+    return __builtin_convertvector(load_bytes<HalfBits>(p), Bits);
+#endif
+}
+
+// Rounded to nearest even, in the lower and in the upper half of each lane. A NaN whose mantissa is all ones comes out as 0:
+// calculations do not make one.
+LSM_INLINE Bits bf16_pairs(Vector<float> low, Vector<float> high) {
+    auto const rounded = [](Vector<float> x) { return Bits(x) + 0x7fff + (Bits(x) >> 16 & 1); };
+    return rounded(low) >> 16 | (rounded(high) & 0xffff0000u);
+}
+
 #if LSM_CPU_HARDWARE_F16 && LSM_CPU_VECTOR_BYTES == 64
 // The masked forms: the plain ones pass an undefined register, of which g++ 12 warns.
 LSM_INLINE Vector<float> widen(F16 const* p) {

@@ -192,19 +192,38 @@ inline Seen keys_seen(AttnMask const& m, int64_t p, int64_t head, int64_t keys, 
 
 // ---- Softmax ----
 
-// Scores of a vector of queries, a key every kLaneCount numbers, to weights, relative to the largest score so far. What
-// came before is to be multiplied with the result. `highest`: of these keys.
+// 2^x to 2^-18, for weights that are rounded to bf16.
 template <class T>
-LSM_INLINE Vector<T> soften(T* S, int64_t keys, Vector<T>& most, Vector<T>& sum,
+LSM_INLINE Vector<T> rough_power_of_two(Vector<T> x) {
+#if LSM_CPU_VECTOR_BYTES == 64
+    constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    x = Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(splat(-150.0f)), __m512(x)));  // NaN passes
+    Vector<T> const rest = Vector<T>(_mm512_maskz_reduce_ps(0xffff, __m512(x), kDown));
+    Vector<T> y = rest * 0.0135341679f + 0.0520114606f;
+    y = (y * rest + 0.241442757f) * rest + 0.693003834f;
+    return scale_by_power_of_two(y * rest + 1.00000259f, x);
+#else
+    return exp(x * T(0.693147180559945309));
+#endif
+}
+
+// Scores of a vector of queries times `scale`, a key every kLaneCount numbers, to weights, relative to the largest so far.
+// What came before is to be multiplied with the result. `highest`: of these keys.
+template <bool kRough = false, class T>
+LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, Vector<T>& most, Vector<T>& sum,
                             Vector<T>& highest) {
+    constexpr T kLog2e = T(1.44269504088896340736);
     Vector<T> const before = most, none = splat(T(-INFINITY));
-    highest = none;
-    for (int64_t j = 0; j < keys; ++j) highest = max_of(load(S + j * kLaneCount), highest);
+    Vector<T> part[4] = {none, none, none, none};  // a chain of one would wait for itself
+    for (int64_t j = 0; j < keys; ++j) part[j % 4] = max_of(load(S + j * kLaneCount), part[j % 4]);
+    highest = max_of(max_of(part[0], part[1]), max_of(part[2], part[3])) * scale;
     most = max_of(highest, before);
-    Vector<T> const base = most == none ? Vector<T>{} : most;
+    Vector<T> const base = most == none ? Vector<T>{} : most, power = base * -kLog2e;
     Vector<T> total = {};
     for (int64_t j = 0; j < keys; ++j) {
-        Vector<T> const weight = exp(load(S + j * kLaneCount) - base);
+        Vector<T> const s = load(S + j * kLaneCount);
+        Vector<T> const weight =
+            kRough ? rough_power_of_two<T>(s * (scale * kLog2e) + power) : exp(s * scale - base);
         total += weight;
         store(S + j * kLaneCount, weight);
     }
@@ -282,6 +301,9 @@ class TileRoom {
     char* row(Rows const& rows, int i) const {
         return access_.at(rows, task_.batch, task_.first_q + token_ + i / task_.heads, head(i));
     }
+    char* row_of(Rows const& rows, int64_t key) const {
+        return access_.at(rows, task_.batch, task_.first_k + key, task_.kv_head);
+    }
     int64_t head(int i) const { return task_.head + i % task_.heads; }
     // Its place in a [B, Hq, Tq] tensor.
     int64_t scalar(int i) const {
@@ -358,11 +380,8 @@ class TileRoom {
     // Keys [first, first + count) of the sequence, and their values.
     void read_keys(int64_t first, int64_t count) {
         for (int64_t j = 0; j < count; ++j) {
-            int64_t const token = task_.first_k + first + j;
-            access_.read(keys_ + j * K_, access_.at(p_.k, task_.batch, token, task_.kv_head), p_.K,
-                         T(1));
-            access_.read(values_ + j * V_, access_.at(p_.v, task_.batch, token, task_.kv_head),
-                         p_.V, T(1));
+            access_.read(keys_ + j * K_, row_of(p_.k, first + j), p_.K, T(1));
+            access_.read(values_ + j * V_, row_of(p_.v, first + j), p_.V, T(1));
         }
     }
 

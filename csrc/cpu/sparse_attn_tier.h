@@ -15,7 +15,7 @@ class AttnForward {
     static constexpr int W = kLanes<T>;
 
     AttnForward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch)
-        : p_(p), task_(task), arena_(scratch), tile_(p, task) {
+        : p_(p), task_(task), arena_(scratch), tile_(p, task, true) {
         tile_.take(arena_);
         scores_ = arena_.take(p.lists.block_k * kLaneCount);
         turned_ = arena_.take(tile_.V() * kLaneCount);
@@ -24,6 +24,7 @@ class AttnForward {
     int64_t scratch_bytes() const { return arena_.used(); }
 
     void run() {
+        Tiles const tiles(tile_.pairs());
         int64_t const step = tokens_of_tile(p_);
         for (int64_t token = task_.begin; token < task_.end; token += step) {
             tile_.start(token);
@@ -34,11 +35,8 @@ class AttnForward {
                 bool const finite = !tile_.partial() || tile_.finite_values();
                 tile_.over_runs([&](Run run) {
                     for (int v = run.begin; v < run.end; ++v) softmax(v);
-                    over_heavy(run, [&](Run heavy) {
-                        add_weighed<true>(finite, turned_ + heavy.begin * W, kLaneCount,
-                                          tile_.values(), tile_.V(), scores_ + heavy.begin * W,
-                                          kLaneCount, p_.V, heavy.end - heavy.begin, tile_.size());
-                    });
+                    over_heavy(
+                        run, [&](Run heavy) { tile_.add_values(turned_, scores_, heavy, finite); });
                 });
             }
             finish();
@@ -67,7 +65,11 @@ class AttnForward {
     void softmax(int v) {
         Vector<T> const before = load(most_ + v * W);
         Vector<T> most = before, sum = load(sum_ + v * W), highest;
-        Vector<T> const fade = soften(scores_ + v * W, tile_.size(), most, sum, highest);
+        T* const s = scores_ + v * W;
+        T const scale = tile_.score_scale();
+        Vector<T> const fade = tile_.pairs()
+                                   ? soften<true>(s, tile_.size(), scale, most, sum, highest)
+                                   : soften(s, tile_.size(), scale, most, sum, highest);
         store(most_ + v * W, most), store(sum_ + v * W, sum);
         heavy_[v] = weighs<T>(p_, highest, most, tile_.lanes() - v * W);
         bool moved = false;
@@ -112,7 +114,7 @@ class AttnBackward {
         : p_(p),
           task_(task),
           arena_(scratch),
-          tile_(p, task),
+          tile_(p, task, false),
           dk_(static_cast<T*>(sums.dk)),
           dv_(static_cast<T*>(sums.dv)),
           d_bias_(static_cast<T*>(sums.block_bias)),

@@ -2,6 +2,7 @@
 // keys and values lie in rows as in memory, so that nothing but queries is turned.
 #pragma once
 
+#include "pairs.h"
 #include "sparse_attn_room.h"
 
 namespace lsm::cpu {
@@ -19,20 +20,36 @@ class AttnTile : public TileRoom<T> {
         Room::values_, Room::token_, Room::tokens_, Room::lanes_;
 
   public:
-    using Room::W, Room::Room, Room::head;
+    using Room::W, Room::head;
     static constexpr int kVectors = kLaneCount / W;
+    static constexpr bool kPairs = kPairProducts && std::is_same_v<T, float>;
+
+    // `pairs`: products are those of pairs.h where that can be.
+    AttnTile(SparseAttnParams const& p, SparseAttnTask const& task, bool pairs)
+        : Room(p, task),
+          pairs_(kPairs && pairs && p.dtype == Dtype::bf16 && p.K % kPairDepth == 0 &&
+                 p.V % W == 0 && has_pair_products()) {}
 
     void take(Arena<T>& arena) {
         Room::take(arena, kLaneCount);
         turned_ = arena.take(K_ * kLaneCount);
+        if (!pairs_) return;
+        int64_t const depth = pair_depth(block_k_);
+        rows_of_pairs_ = arena.take(max_of(kLaneCount * K_, depth * V_) / 2);
+        arena.take_each(depth / 2 * V_, value_pairs_);
+        arena.take_each(depth / 2 * kLaneCount, weight_pairs_);
     }
 
     void start(int64_t token) {
         this->place(token);
         vectors_ = (lanes_ + W - 1) / W;
-        std::memset(queries_, 0, size_t(vectors_ * W * K_) * sizeof(T));
-        this->read_queries();
-        turn(turned_, kLaneCount, queries_, K_, vectors_ * W, K_);
+        if (pairs_) {
+            read_query_pairs();
+        } else {
+            std::memset(queries_, 0, size_t(vectors_ * W * K_) * sizeof(T));
+            this->read_queries();
+            turn(turned_, kLaneCount, queries_, K_, vectors_ * W, K_);
+        }
         find_bounds();
         find_lists();
     }
@@ -47,15 +64,38 @@ class AttnTile : public TileRoom<T> {
         }
     }
 
-    // Keys and values of the block, of which [from, from + size()) are seen by any.
-    void read_keys() { Room::read_keys(key(), size_); }
+    // Keys and values of the block, of which [from, from + size()) are seen by any. Pairs need numbers only where values
+    // might not be finite.
+    void read_keys() {
+        if (!pairs_ || partial()) Room::read_keys(key(), size_);
+        if (pairs_) read_value_pairs();
+    }
+
+    // What the scores are still to be multiplied with: of products of pairs, whose queries are as in memory, where no other
+    // term wants them scaled.
+    T score_scale() const {
+        bool const plain = p_.softcap == 0 && p_.lists.bias == nullptr &&
+                           p_.alibi_slopes == nullptr && p_.ramp == nullptr && p_.scale > 0;
+        return pairs_ && plain ? T(p_.scale) : T(1);
+    }
 
     // Scores of the block, [size()][lanes], -inf where a query does not see a key; with a softcap `capped` keeps
     // tanh(s / softcap), if it is not null.
     void scores(T* S, T* capped) const {
         over_runs([&](Run run) {
-            multiply<false>(S + run.begin * W, kLaneCount, keys_, K_, turned_ + run.begin * W,
-                            kLaneCount, size_, run.end - run.begin, p_.K, false);
+            T* const to = S + run.begin * W;
+            T const* const queries = turned_ + run.begin * W;
+            int64_t const vectors = run.end - run.begin;
+            if (pairs_) {
+                multiply_by_pairs(to, this->row_of(p_.k, key()), p_.k.time * 2, queries, size_,
+                                  vectors, p_.K, false);
+                for (int64_t j = 0; j < size_ && score_scale() == T(1); ++j)
+                    for (int64_t i = j * kLaneCount; i < j * kLaneCount + vectors * W; i += W)
+                        store(to + i, load(to + i) * T(p_.scale));
+            } else {
+                multiply<false>(to, kLaneCount, keys_, K_, queries, kLaneCount, size_, vectors,
+                                p_.K, false);
+            }
             for (int v = run.begin; v < run.end; ++v) {
                 if (p_.softcap > 0) cap(S, capped, v);
                 if (p_.lists.bias != nullptr) add_bias(S, v);
@@ -65,6 +105,27 @@ class AttnTile : public TileRoom<T> {
             }
         });
     }
+
+    // O[c][lane] += sum over keys of their values times the weights S[key][lane], for vectors of lanes.
+    void add_values(T* O, T const* S, Run lanes, bool finite) const {
+        int64_t const at = lanes.begin * W, vectors = lanes.end - lanes.begin;
+        if (!pairs_ || !finite)
+            return add_weighed<true>(finite, O + at, kLaneCount, values_, V_, S + at, kLaneCount,
+                                     p_.V, vectors, size_);
+        int64_t const depth = pair_depth(size_);
+        for (int64_t j = 0; j < depth; j += 2) {
+            for (int64_t i = at; i < at + vectors * W; i += W) {
+                auto const weight = [&](int64_t key) {
+                    return key < size_ ? load(S + key * kLaneCount + i) : Vector<T>{};
+                };
+                store(weight_pairs_ + j / 2 * kLaneCount + i, pair(weight(j), weight(j + 1)));
+            }
+        }
+        multiply_by_pairs(O + at, value_pairs_, depth * 2, weight_pairs_ + at, p_.V, vectors, depth,
+                          true);
+    }
+
+    bool pairs() const { return pairs_; }
 
     template <class F>
     void over_runs(F const& f) const {
@@ -107,6 +168,47 @@ class AttnTile : public TileRoom<T> {
     int vectors() const { return vectors_; }
 
   private:
+    // multiply_pairs with C and B by lanes. Numbers that are pairs of bf16 lie in room for one number each.
+    static void multiply_by_pairs(T* C, void const* A, int64_t a_bytes, T const* B, int64_t rows,
+                                  int64_t vectors, int64_t depth, bool add) {
+        if constexpr (kPairs)
+            multiply_pairs(C, kLaneCount, A, a_bytes, reinterpret_cast<Pair const*>(B), kLaneCount,
+                           rows, vectors, depth, add);
+    }
+    static Vector<T> pair(Vector<T> first, Vector<T> second) {
+        if constexpr (std::is_same_v<T, float>) return Vector<T>(bf16_pairs(first, second));
+        return first;
+    }
+    static int64_t pair_depth(int64_t keys) {
+        return (keys + kPairDepth - 1) / kPairDepth * kPairDepth;
+    }
+
+    void read_query_pairs() {
+        int64_t const row = p_.K / 2;
+        std::memset(rows_of_pairs_, 0, size_t(vectors_ * W * row) * sizeof(T));
+        for (int i = 0; i < lanes_; ++i)
+            std::memcpy(rows_of_pairs_ + i * row, this->row(p_.q, i), size_t(row) * sizeof(T));
+        turn(turned_, kLaneCount, rows_of_pairs_, row, vectors_ * W, row);
+    }
+
+    // Values of two keys side by side, then turned: [V][keys / 2], zeros behind the last key.
+    void read_value_pairs() {
+        int64_t const depth = pair_depth(size_);
+        auto const value = [&](int64_t j, int64_t c) {
+            if (j >= size_) return Bits{};
+            auto const* const row = reinterpret_cast<Bf16 const*>(this->row_of(p_.v, key() + j));
+            return spread_halves(row + c);
+        };
+        for (int64_t j = 0; j < depth; j += 2) {
+            T* const to = rows_of_pairs_ + j / 2 * V_;
+            for (int64_t c = 0; c < V_; c += W) {
+                Bits const both = value(j, c) | value(j + 1, c) << 16;
+                std::memcpy(to + c, &both, sizeof(both));
+            }
+        }
+        turn(value_pairs_, depth / 2, rows_of_pairs_, V_, depth / 2, V_);
+    }
+
     T const* number(void const* per_head, int64_t h) const {
         return static_cast<T const*>(per_head) + h;
     }
@@ -278,7 +380,9 @@ class AttnTile : public TileRoom<T> {
         }
     }
 
-    T* turned_;
+    bool const pairs_;
+    T* turned_;  // queries [K][lanes], or pairs of them [K / 2][lanes]
+    T *rows_of_pairs_, *value_pairs_, *weight_pairs_;
 
     // Of the tile.
     int vectors_;

@@ -175,7 +175,7 @@ class AttnTokensForward {
         tile_.pack(most, most_), tile_.pack(sum, sum_);
         for (int v = 0; v < tile_.vectors(); ++v) {
             Vector<T> top = load(most + v * W), total = load(sum + v * W), highest;
-            store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), top, total, highest));
+            store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), T(1), top, total, highest));
             store(most + v * W, top), store(sum + v * W, total);
             heavy_[v] = weighs<T>(p_, highest, top, count - v * W);
         }
