@@ -179,10 +179,13 @@ def ssd_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
 
 
 def polynomial_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """Based's: its features in one block, whole and cut; then with shares of slices and columns."""
+    """Based's: on tensor cores, whole and cut with shares of columns; in fp32 its features in one
+    block, whole and cut, then with shares of slices and columns."""
     ops = torch.ops.lsm_emu
     for kind, multiprocessors, T, K, V, dtype in (
-        ("whole", 1, 64, 16, 64, torch.bfloat16),
+        ("tensor", 1, 64, 16, 64, torch.bfloat16),
+        ("tensor cut", 8, 288, 16, 96, torch.bfloat16),
+        ("whole", 1, 64, 16, 64, torch.float16),
         ("cut", 64, 160, 16, 64, torch.float32),
         ("small", 1, 24, 8, 64, torch.float32),
         ("shared", 1, 24, 24, 96, torch.float32),

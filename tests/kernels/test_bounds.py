@@ -31,7 +31,7 @@ import torch
 
 lsm = torch.ops.lsm_emu_race
 for T, K, V, dtype in (
-    (75, 5, 7, torch.float32), (9, 16, 64, torch.bfloat16), (9, 24, 70, torch.float16)
+    (75, 5, 7, torch.float32), (37, 8, 72, torch.bfloat16), (9, 24, 70, torch.float16)
 ):
     q, k, v = (torch.randn(1, T, 2, D).to(dtype) for D in (K, K, V))
     cu_seqlens = torch.tensor([0, 2, 2, T])

@@ -14,7 +14,10 @@ from torch import Tensor
 T, H, K, V = 96, 2, 16, 64
 X = T * H * V * 2  # bytes of v in bf16
 DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "chunk.md"
-LAUNCHES = ("forward", "divisors", "dq", "dk_dv")
+LAUNCHES = {
+    torch.float16: ("forward", "divisors", "dq", "dk_dv"),
+    torch.bfloat16: ("bf16 forward", "divisors", "bf16 dq", "bf16 dv", "bf16 dk"),
+}
 
 
 def call(
@@ -39,17 +42,19 @@ def documented(name: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
-def test_features_are_written_nowhere() -> None:
+@pytest.mark.parametrize("dtype", LAUNCHES, ids=str)
+def test_features_are_written_nowhere(dtype: torch.dtype) -> None:
     """Launch by launch, bytes as documented: of 160 features of q and of k, those written alone
     would be 5 tensors as large as v."""
     emu = emulator("_emu")
     emu.set_multiprocessors(1)
     emu.set_seed(0)
     emu.reset_counters()
-    call(torch.ops.lsm_emu, T, K, V, torch.bfloat16)
+    call(torch.ops.lsm_emu, T, K, V, dtype)
     launches = emu.counters()["launches"]
-    assert len(launches) == len(LAUNCHES), [launch["kernel"] for launch in launches]
-    for name, launch in zip(LAUNCHES, launches, strict=True):
+    names = LAUNCHES[dtype]
+    assert len(launches) == len(names), [launch["kernel"] for launch in launches]
+    for name, launch in zip(names, launches, strict=True):
         reads, writes = documented(name)
         assert launch["global_read_bytes"] / X == pytest.approx(reads, rel=0.02), name
         assert launch["global_write_bytes"] / X == pytest.approx(writes, rel=0.02), name
@@ -58,7 +63,12 @@ def test_features_are_written_nowhere() -> None:
 
 @pytest.mark.parametrize(
     ("T", "K", "V", "dtype"),
-    [(70, 5, 9, torch.float32), (19, 16, 70, torch.bfloat16), (9, 24, 5, torch.float16)],
+    [
+        (70, 5, 9, torch.float32),
+        (19, 16, 70, torch.bfloat16),
+        (9, 24, 5, torch.float16),
+        (150, 16, 72, torch.bfloat16),
+    ],
 )
 def test_no_races(T: int, K: int, V: int, dtype: torch.dtype) -> None:
     emu = emulator("_emu_race")
@@ -69,11 +79,14 @@ def test_no_races(T: int, K: int, V: int, dtype: torch.dtype) -> None:
         call(torch.ops.lsm_emu_race, T, K, V, dtype, cu_seqlens)
 
 
+@pytest.mark.parametrize(("K", "V", "dtype"), [(5, 9, torch.float32), (8, 72, torch.bfloat16)])
 @pytest.mark.parametrize("cuts", [[0, 5, 3, 20], [1, 20], [0, 19]])
-def test_bad_boundaries_give_nan_everywhere(cuts: list[int]) -> None:
+def test_bad_boundaries_give_nan_everywhere(
+    cuts: list[int], K: int, V: int, dtype: torch.dtype
+) -> None:
     emu = emulator("_emu")
     emu.set_seed(1)
-    results = call(torch.ops.lsm_emu, 20, 5, 9, torch.float32, torch.tensor(cuts))
+    results = call(torch.ops.lsm_emu, 20, K, V, dtype, torch.tensor(cuts))
     for t in results[:4]:
         assert t.isnan().all()
     S, z = results[4:6]

@@ -145,7 +145,15 @@ SIZES_ON_CUDA: dict[str, dict[str, Any]] = {
     "parts and columns": {"T": 9, "K": 24, "V": 70, "B": 1, "H": 1, "HV": 1},
     "more than one block of columns": {"T": 12, "K": 3, "V": 300, "B": 1, "H": 1, "HV": 1},
     "no tokens": {"T": 0},
-}
+    # On tensor cores, as "bf16":
+    "bf16, packed and cut": {
+        "dtype": torch.bfloat16, "cu_seqlens": [0, 3, 3, 300], "T": 300, "K": 16, "V": 64, "H": 1,
+        "HV": 1,
+    },
+    "bf16, more than one block of columns": {
+        "dtype": torch.bfloat16, "T": 37, "K": 8, "V": 72, "B": 1, "H": 1,
+    },
+}  # fmt: skip
 
 
 def started(x: Call_, taylor: bool) -> Call_:
@@ -161,10 +169,10 @@ def started(x: Call_, taylor: bool) -> Call_:
     return replace(x, states=tuple(states))
 
 
-def whole(lsm: Any, x: Call_, taylor: bool, normalize: bool) -> Tensors:
+def whole(lsm: Any, x: Call_, taylor: bool, normalize: bool, scale: float = 0.3) -> Tensors:
     """Forward and backward of one call, by hand: the emulator has no autograd."""
     states = (None, None) if x.states is None else x.states
-    inputs = (*x.tensors.values(), *states, x.cu_seqlens, 0.3, 1e-2, taylor, normalize)
+    inputs = (*x.tensors.values(), *states, x.cu_seqlens, scale, 1e-2, taylor, normalize)
     o, S, z, tokens = lsm.polynomial_attn_fwd(*inputs, True)
     results = {"o": o, "final_state 0": S, "final_state 1": z}
     up = [upstream(name, t) for name, t in results.items()]
@@ -206,8 +214,8 @@ def test_cuda_kernels_are_the_cpus(impl: Impl, taylor: bool, kind: str) -> None:
     """Against the same operator in fp64, which test_families.py holds to the definition and
     differences to its gradients."""
     given = dict(SIZES_ON_CUDA[kind])
-    if not taylor and given.get("dtype"):
-        given["dtype"] = torch.float32  # in half precision they come in fp32
+    if not taylor and given.get("dtype") == torch.float16:
+        given["dtype"] = torch.float32  # as they come
     normalize = kind != "packed"
     x = draw(POLYNOMIAL[0], **({"HV": 2} | given))
     if kind not in ("bf16", "parts and columns"):  # first tokens alone, and after others
@@ -216,6 +224,19 @@ def test_cuda_kernels_are_the_cpus(impl: Impl, taylor: bool, kind: str) -> None:
     results = on(impl, lambda lsm: whole(lsm, there, taylor, normalize))
     truth, same = (
         whole(torch.ops.lsm, typed(x, t), taylor, normalize) for t in (torch.float64, torch.float32)
+    )
+    assert_rule(results, (truth, same), x)
+
+
+@of_cuda
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-15, 1e3])
+def test_cuda_kernels_take_any_scale(impl: Impl, scale: float) -> None:
+    """Tensor cores have it as a factor of their states, which divide by it."""
+    x = started(draw(POLYNOMIAL[0], dtype=torch.bfloat16, T=21, K=16, V=16, B=1, H=1, HV=1), True)
+    there = moved(x, impl.device)
+    results = on(impl, lambda lsm: whole(lsm, there, True, True, scale))
+    truth, same = (
+        whole(torch.ops.lsm, typed(x, t), True, True, scale) for t in (torch.float64, torch.float32)
     )
     assert_rule(results, (truth, same), x)
 

@@ -1,5 +1,5 @@
-// Polynomial attention: how a call cuts time, features and columns, and the launches it takes.
-#include <algorithm>
+// Polynomial attention: which kernels a call has, how it cuts time, features and columns, and the launches it takes.
+#include <cmath>
 
 #include "kernels/carver.h"
 #include "kernels/chunk/join.cuh"
@@ -7,17 +7,27 @@
 #include "kernels/polynomial/launch.h"
 #include "kernels/polynomial/step.cuh"
 #include "kernels/polynomial/sums.cuh"
+#include "kernels/polynomial/tensor.h"
 
 namespace lsm {
 namespace polynomial {
 namespace {
 
-constexpr i64 kLeastSegment = 64;  // tokens; below that the join costs more than it frees
+// Tokens; below that the join costs more than it frees. On tensor cores below that a state has more bytes than its tokens.
+constexpr i64 kLeastSegment = 64, kLeastTensorSegment = 128;
 constexpr i64 kMostFeatures = 256;
 
 using FeatureBuckets = Buckets<64, 160, 256>;
 
+// States on tensor cores are of channels without the scale, which is a factor of what they take and give, squared.
+bool fits_tensor_cores(ChunkParams const& p) {
+    double const scale = std::fabs(p.scale);
+    return p.dtype == Dtype::bf16 && p.channels <= kTensorChannels && p.channels % 8 == 0 &&
+           p.V % 8 == 0 && scale >= 0x1p-40 && scale <= 0x1p40;
+}
+
 struct Plan {
+    bool const tensor;
     i64 width, slices, tiles;
     Segments segments;
     StatePair forward, reverse;  // what segments start from; null: sequences are not cut
@@ -25,14 +35,17 @@ struct Plan {
     float *columns = nullptr, *totals = nullptr, *dq = nullptr, *dk = nullptr;  // shares
     i64 bytes;
 
-    Plan(ChunkParams const& p, bool backward, void* workspace) {
+    Plan(ChunkParams const& p, bool backward, void* workspace) : tensor(fits_tensor_cores(p)) {
         slices = (p.K + kMostFeatures - 1) / kMostFeatures;
         width = p.K / slices;  // features_of cuts them into equal parts
         tiles = (p.V + kColumns - 1) / kColumns;
         i64 const chains = (p.cu_seqlens != nullptr ? 1 : p.B) * p.HV * slices * tiles;
-        i64 const per_multiprocessor = width <= 64 ? 3 : width <= 160 ? 2 : 1;
-        i64 const L =
-            segment_length(p.T, chains, per_multiprocessor * multiprocessors(), kLeastSegment);
+        i64 const per_multiprocessor = tensor         ? kTensorBlocks
+                                       : width <= 64  ? 3
+                                       : width <= 160 ? 2
+                                                      : 1;
+        i64 const L = segment_length(p.T, chains, per_multiprocessor * multiprocessors(),
+                                     tensor ? kLeastTensorSegment : kLeastSegment);
         Carver carve(workspace);
         segments = plan_segments(
             p, L, carve.take<Segment>(segments_bytes(p, L) / static_cast<i64>(sizeof(Segment))));
@@ -68,7 +81,7 @@ class Passes {
     void join(bool reverse) const {
         StatePair const& boundary = reverse ? plan_.reverse : plan_.forward;
         if (boundary.S == nullptr) return;
-        WalkParams w = params(reverse);
+        PassParams w = params(reverse);
         w.start = {}, w.end = boundary;
         run<Pass::state>(w);
         StatePair const initial = given(reverse);
@@ -82,7 +95,7 @@ class Passes {
     }
 
     void outputs() const {
-        WalkParams w = params(false);
+        PassParams w = params(false);
         w.columns = {p_.o, p_.dtype, plan_.columns};
         w.totals = plan_.totals;
         w.tokens = static_cast<float*>(p_.normaliser.tokens);
@@ -95,7 +108,7 @@ class Passes {
     }
 
     void gradients() const {
-        WalkParams w = params(false);
+        PassParams w = params(false);
         w.rows = {p_.dq, p_.key_grad_dtype, plan_.dq};
         run<Pass::dq>(w);
         run_sum(sum_of(w.rows, plan_.slices * plan_.tiles, p_.channels), stream_);
@@ -103,7 +116,12 @@ class Passes {
         w.rows = {p_.dk, p_.key_grad_dtype, plan_.dk};
         w.columns = {p_.dv, p_.dtype, plan_.columns};
         w.end = states(p_.grad_initial_state, p_.normaliser.grad_n0);
-        run<Pass::dkv>(w);
+        if (plan_.tensor) {
+            run<Pass::dv>(w);
+            run<Pass::dk>(w);
+        } else {
+            run<Pass::dkv>(w);
+        }
         run_sum(sum_of(w.rows, plan_.slices * plan_.tiles, p_.channels), stream_);
         run_sum(sum_of(w.columns, plan_.slices, p_.V), stream_);
     }
@@ -124,8 +142,8 @@ class Passes {
                        : states(p_.initial_state, p_.normaliser.n0);
     }
 
-    WalkParams params(bool reverse) const {
-        WalkParams w{.basis = {p_.features, p_.channels}};
+    PassParams params(bool reverse) const {
+        PassParams w{.basis = {p_.features, p_.channels}};
         Side const keys{p_.k, 1.f, p_.v, {}, {}};
         Side const queries{p_.q,
                            static_cast<float>(p_.scale),
@@ -147,9 +165,14 @@ class Passes {
     }
 
     template <Pass pass>
-    void run(WalkParams const& w) const {
-        dispatch(FeatureBuckets{}, w.width,
-                 [&](auto F) { run_walk<F, pass>(w, plan_.segments, stream_); });
+    void run(PassParams const& w) const {
+        if constexpr (pass != Pass::dkv) {
+            if (plan_.tensor) return run_tensor<pass>(w, plan_.segments, stream_);
+        }
+        if constexpr (pass != Pass::dv && pass != Pass::dk) {
+            dispatch(FeatureBuckets{}, w.width,
+                     [&](auto F) { run_walk<F, pass>(w, plan_.segments, stream_); });
+        }
     }
 
     SumParams sum_of(Result const& to, i64 shares, i64 width) const {

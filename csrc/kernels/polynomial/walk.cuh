@@ -1,94 +1,19 @@
-// Polynomial attention (Based, ReBased): linear attention whose state [F, V] is made of features of q and k
-// (policy/features.h), with sums z [F] of the features of k beside it that outputs are divided by. A feature is a product
-// of two channels, made in shared memory of the rows at hand: no feature of a token is in global memory.
-//
-// One kernel walks a segment of a value head, forward or in reverse, and at each token reads and then writes:
-//
-//     S += phi(writer) value^T,   z += weight phi(writer)
-//     columns = S^T phi(reader),  total = z . phi(reader)
-//     rows    = S read + z read_weight,   which is a gradient of phi(reader), taken through phi at once
-//
-//              walks      writer   value          weight   reader   columns   read           read_weight   rows
-//     o        forward    k        v              1        q        o         -              -             -
-//     dq       forward    k        v              1        q        -         dO / divisor   below         dq
-//     dkv      reverse    q        dO / divisor   below    k        dv        v              1             dk
-//     state    either, from zero, for the join of segments
-//
-// What a token has of its own write is added to that as the polynomial p(s) of s = reader . writer, and p'(s) for rows: as
-// features it would be a sum of large products, of which little may be left, with nothing else in the sum of a first token.
-// Here q is scaled, divisor = |total| + eps and below is the gradient of total (1 and 0 where nothing is divided).
+// The passes of polynomial attention (passes.cuh) in fp32, for any type and any number of channels and columns.
 //
 // A block has up to F features and 64 columns of V, a thread 8 by 4 of them: 16 threads lie along V. More features than a
 // block has, or columns, are slices and tiles of the state in blocks of their own; what they have in one result is added
 // up by sum_shares, in their order. Stages of 8 tokens go through shared memory.
 #pragma once
 
-#include "kernels/polynomial/common.cuh"
+#include "kernels/polynomial/passes.cuh"
 #include "kernels/recurrence/common.cuh"
-#include "kernels/segments.cuh"
 
 namespace lsm::polynomial {
 
 using recurrence::load4;
 using recurrence::scatter_sums;
 
-enum class Pass { state, o, dq, dkv };
-
-constexpr int kColumns = 64;  // of V, per block
-constexpr int kTokens = 8;    // per stage
-
-// A number per token and value head, [B, HV, T], or the same for all.
-struct Numbers {
-    float const* data = nullptr;
-    float otherwise = 1.f;
-
-    LSM_DEVICE float at(i64 i) const { return data == nullptr ? otherwise : load_global(data + i); }
-};
-
-// A token's rows on one side: q and dO, or k and v.
-struct Side {
-    Rows raw;  // [B, T, H, channels]
-    float scale;
-    Rows value;              // [B, T, HV, V]
-    Numbers factor, weight;  // what multiplies value; the number beside it, which meets z
-};
-
-// Where sums of one kind go, [B, T, HV, width]: to rows if one block has the whole sum, else to shares.
-struct Result {
-    Rows rows;
-    Dtype type;
-    float* shares = nullptr;  // [blocks that share, B T HV, width]
-};
-
-// [N or records, HV, F, V] and [N or records, HV, F]; nullable: zeros, or not wanted.
-struct StatePair {
-    float *S = nullptr, *z = nullptr;
-    bool per_record = false;
-};
-
-struct WalkParams {
-    Basis basis;
-    Side writer, reader;
-    Result columns, rows;
-    float* totals;         // shares of total, [slices, B T HV], where o's columns are shared
-    float* tokens;         // o: [kGateRows, B, HV, T]
-    StatePair start, end;  // of a state pass end is per record
-    Dtype type;            // of rows and values
-    i64 B, T;
-    int H, HV, V, channels, width, slices, tiles;  // width: features in a slice
-    float eps;
-    bool reverse, divides;
-
-    LSM_DEVICE i64 number(i64 batch, i64 t, int head) const { return (batch * HV + head) * T + t; }
-    LSM_DEVICE i64 row(i64 batch, i64 t, int head) const { return (batch * T + t) * HV + head; }
-};
-
-// Rows of Normaliser::tokens.
-LSM_DEVICE void store_token(float* tokens, i64 at, i64 size, float total) {
-    float const numbers[kGateRows] = {0.f, 1.f, total, 0.f};
-    LSM_UNROLL
-    for (int i = 0; i < kGateRows; ++i) store_global(tokens + i * size + at, numbers[i]);
-}
+constexpr int kTokens = 8;  // per stage
 
 // F: features that a block has room for; two threads for each.
 template <int F>
@@ -122,7 +47,7 @@ struct Walk {
                                              : (kToRows ? 3 : 2);
     using Storage = Shared<F>;
 
-    WalkParams const& p;
+    PassParams const& p;
     Storage& shared;
     Segment const& segment;
     i64 record;
@@ -133,7 +58,7 @@ struct Walk {
     Pair const pair;                                        // that it makes, of one of the sides
     float S[8][4], z = 0.f;
 
-    LSM_DEVICE Walk(WalkParams const& params, Storage& storage, i64 unit)
+    LSM_DEVICE Walk(PassParams const& params, Storage& storage, i64 unit)
         : p(params),
           shared(storage),
           segment(storage.segment),
@@ -144,9 +69,7 @@ struct Walk {
           steps(static_cast<int>(segment.t1 - segment.t0)),
           pair(p.basis, tid % F < p.width ? slice * p.width + tid % F : p.basis.pairs) {}
 
-    LSM_DEVICE i64 token(int step) const {
-        return p.reverse ? segment.t1 - 1 - step : segment.t0 + step;
-    }
+    LSM_DEVICE i64 token(int step) const { return p.token(segment, step); }
     LSM_DEVICE float* row_of(int stage, int n) const {
         return shared.stage + (stage % 2 * kTokens + n) * Storage::pitch(p.basis.n);
     }
@@ -157,7 +80,7 @@ struct Walk {
     // --- the state
 
     LSM_DEVICE i64 owner(StatePair const& state) const {
-        return (state.per_record ? record : segment.sequence) * i64(p.HV) + head;
+        return state.owner(segment, record) * p.HV + head;
     }
     // Each four columns of S that are there: four(row, at) where they are one piece of 16 bytes, else one(number, at).
     template <class Four, class One>
@@ -199,8 +122,7 @@ struct Walk {
     }
 
     LSM_DEVICE void end() {
-        bool const last = p.reverse ? segment.index == 0 : segment.is_last;
-        if (!p.end.per_record && (!last || segment.sequence < 0)) return;
+        if (!p.ends_with(segment)) return;
         i64 const size = i64(p.slices) * p.width;
         if (p.end.S != nullptr) {
             for_state(
@@ -498,12 +420,11 @@ template <int F, Pass pass>
 __global__ void __launch_bounds__(2 * F, F == 256   ? 1
                                          : F == 160 ? 2
                                                     : 3)
-    walk(WalkParams const p, Segments const segments) {
+    walk(PassParams const p, Segments const segments) {
     i64 const unit = blockIdx.x / static_cast<unsigned>(p.tiles * p.slices);
     Segment const segment = segments[unit / p.HV];
     if (segment.unused()) return;
-    bool const last = p.reverse ? segment.index == 0 : segment.is_last;
-    if (pass == Pass::state && (last || segment.poison)) return;  // nothing starts from it
+    if (pass == Pass::state && (p.is_last(segment) || segment.poison)) return;
     auto& shared = *reinterpret_cast<Shared<F>*>(dyn_smem());
     if (threadIdx.x == 0) shared.segment = segment;
     __syncthreads();
@@ -511,7 +432,7 @@ __global__ void __launch_bounds__(2 * F, F == 256   ? 1
 }
 
 template <int F, Pass pass>
-void run_walk(WalkParams const& p, Segments const& segments, void* stream) {
+void run_walk(PassParams const& p, Segments const& segments, void* stream) {
     i64 const blocks = segments.count * p.HV * p.slices * p.tiles;
     if (blocks == 0) return;
     launch(walk<F, pass>, dim3(static_cast<unsigned>(blocks)), dim3(2 * F),
