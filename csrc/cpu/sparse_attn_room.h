@@ -197,7 +197,8 @@ template <class T>
 LSM_INLINE Vector<T> rough_power_of_two(Vector<T> x) {
 #if LSM_CPU_VECTOR_BYTES == 64
     constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    x = Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(splat(-150.0f)), __m512(x)));  // NaN passes
+    // The least is far enough down for a 0: any other weight of a hidden key would let inf and NaN in. NaN passes.
+    x = Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(splat(-160.0f)), __m512(x)));
     Vector<T> const rest = Vector<T>(_mm512_maskz_reduce_ps(0xffff, __m512(x), kDown));
     Vector<T> y = rest * 0.0135341679f + 0.0520114606f;
     y = (y * rest + 0.241442757f) * rest + 0.693003834f;
