@@ -33,10 +33,14 @@ LSM_INLINE Vector<float> widen(Bf16 const* p) {
     return Vector<float>(__builtin_convertvector(load_bytes<HalfBits>(p), Bits) << 16);
 }
 
-// Round to nearest even; a NaN keeps its upper bits and is made quiet.
+// To nearest even in the upper half of each lane, for any number but NaN.
+LSM_INLINE Bits rounded_to_bf16(Vector<float> x) {
+    return Bits(x) + 0x7fff + (Bits(x) >> 16 & 1);
+}
+
+// A NaN keeps its upper bits and is made quiet.
 LSM_INLINE void narrow(Bf16* p, Vector<float> x) {
-    Bits const u = Bits(x), rounded = u + 0x7fff + ((u >> 16) & 1);
-    Bits const bits = x == x ? rounded : u | 0x400000;
+    Bits const bits = x == x ? rounded_to_bf16(x) : Bits(x) | 0x400000;
     HalfBits const half = __builtin_convertvector(bits >> 16, HalfBits);
     std::memcpy(p, &half, sizeof(half));
 }
@@ -50,11 +54,10 @@ LSM_INLINE Bits spread_halves(Bf16 const* p) {
 #endif
 }
 
-// Rounded to nearest even, in the lower and in the upper half of each lane. A NaN whose mantissa is all ones comes out as 0:
-// calculations do not make one.
+// In the lower and in the upper half of each lane. A NaN whose mantissa is all ones comes out as 0: calculations do not make
+// one.
 LSM_INLINE Bits bf16_pairs(Vector<float> low, Vector<float> high) {
-    auto const rounded = [](Vector<float> x) { return Bits(x) + 0x7fff + (Bits(x) >> 16 & 1); };
-    return rounded(low) >> 16 | (rounded(high) & 0xffff0000u);
+    return rounded_to_bf16(low) >> 16 | (rounded_to_bf16(high) & 0xffff0000u);
 }
 
 #if LSM_CPU_HARDWARE_F16 && LSM_CPU_VECTOR_BYTES == 64

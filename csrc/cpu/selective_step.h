@@ -106,7 +106,7 @@ void selective_step(SelectiveParams const& p, SelectiveTask const& task) {
             int64_t s = 0;
             for (; s + W <= p.S; s += W) {
                 walk(
-                    s, widen(b + s), widen(c + s), [](T const* x) { return load(x); },
+                    s, widen(b + s), widen(c + s), [&](T const* x) { return load(x); },
                     [](T* x, V h) { store(x, h); });
             }
             if (int64_t const rest = p.S - s; rest > 0) {

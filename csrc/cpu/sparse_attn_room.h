@@ -192,11 +192,13 @@ inline Seen keys_seen(AttnMask const& m, int64_t p, int64_t head, int64_t keys, 
 
 // ---- Softmax ----
 
-// 2^x to 2^-18, for weights that are rounded to bf16.
+// e^(s scale - base) to 2^-18 and what base is rounded to, for weights that are rounded to bf16.
 template <class T>
-LSM_INLINE Vector<T> rough_power_of_two(Vector<T> x) {
+LSM_INLINE Vector<T> rough_exp(Vector<T> s, T scale, Vector<T> base) {
 #if LSM_CPU_VECTOR_BYTES == 64
+    constexpr T kLog2e = T(1.44269504088896340736);
     constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    Vector<T> x = s * (scale * kLog2e) - base * kLog2e;
     // The least is far enough down for a 0: any other weight of a hidden key would let inf and NaN in. NaN passes.
     x = Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(splat(-160.0f)), __m512(x)));
     Vector<T> const rest = Vector<T>(_mm512_maskz_reduce_ps(0xffff, __m512(x), kDown));
@@ -204,27 +206,34 @@ LSM_INLINE Vector<T> rough_power_of_two(Vector<T> x) {
     y = (y * rest + 0.241442757f) * rest + 0.693003834f;
     return scale_by_power_of_two(y * rest + 1.00000259f, x);
 #else
-    return exp(x * T(0.693147180559945309));
+    return exp(s * scale - base);
 #endif
 }
 
-// Scores of a vector of queries times `scale`, a key every kLaneCount numbers, to weights, relative to the largest so far.
-// What came before is to be multiplied with the result. `highest`: of these keys.
+// Weights are relative to a score at least this near to the largest so far, or to that one where its distance counts: what
+// came before seldom has to be multiplied then.
+inline double softmax_slack(SparseAttnParams const& p) {
+    return p.pv_threshold == 0 ? 8 : 0;
+}
+
+// Scores of a vector of queries times `scale`, a key every kLaneCount numbers, to weights, relative to `most`. What came
+// before is to be multiplied with the result. `highest`: of these keys.
 template <bool kRough = false, class T>
-LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, Vector<T>& most, Vector<T>& sum,
+LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, T slack, Vector<T>& most, Vector<T>& sum,
                             Vector<T>& highest) {
-    constexpr T kLog2e = T(1.44269504088896340736);
     Vector<T> const before = most, none = splat(T(-INFINITY));
     Vector<T> part[4] = {none, none, none, none};  // a chain of one would wait for itself
-    for (int64_t j = 0; j < keys; ++j) part[j % 4] = max_of(load(S + j * kLaneCount), part[j % 4]);
+    int64_t first = 0;
+    for (; first + 4 <= keys; first += 4)
+        for (int i = 0; i < 4; ++i) part[i] = max_of(load(S + (first + i) * kLaneCount), part[i]);
+    for (; first < keys; ++first) part[0] = max_of(load(S + first * kLaneCount), part[0]);
     highest = max_of(max_of(part[0], part[1]), max_of(part[2], part[3])) * scale;
-    most = max_of(highest, before);
-    Vector<T> const base = most == none ? Vector<T>{} : most, power = base * -kLog2e;
+    most = highest > before + slack ? highest : before;
+    Vector<T> const base = most == none ? Vector<T>{} : most;
     Vector<T> total = {};
     for (int64_t j = 0; j < keys; ++j) {
         Vector<T> const s = load(S + j * kLaneCount);
-        Vector<T> const weight =
-            kRough ? rough_power_of_two<T>(s * (scale * kLog2e) + power) : exp(s * scale - base);
+        Vector<T> const weight = kRough ? rough_exp(s, scale, base) : exp(s * scale - base);
         total += weight;
         store(S + j * kLaneCount, weight);
     }
@@ -330,12 +339,9 @@ class TileRoom {
         }
     }
 
-    // dq [lanes()][K()], not yet scaled.
-    void write_gradients(T* dq) const {
-        for (int i = 0; i < lanes_; ++i, dq += K_) {
-            for (int64_t c = 0; c < K_; c += W) store(dq + c, load(dq + c) * T(p_.scale));
-            access_.write(row(p_.dq, i), dq, p_.K);
-        }
+    // dq [lanes()][K()].
+    void write_gradients(T const* dq) const {
+        for (int i = 0; i < lanes_; ++i) access_.write(row(p_.dq, i), dq + i * K_, p_.K);
     }
 
     int lanes() const { return lanes_; }
@@ -357,9 +363,8 @@ class TileRoom {
         token_ = token, tokens_ = min_of(tokens_of_tile(p_), task_.end - token);
         lanes_ = int(tokens_ * task_.heads);
     }
-    void read_queries() {
-        for (int i = 0; i < lanes_; ++i)
-            access_.read(queries_ + i * K_, row(p_.q, i), p_.K, T(p_.scale));
+    void read_queries(T scale) {
+        for (int i = 0; i < lanes_; ++i) access_.read(queries_ + i * K_, row(p_.q, i), p_.K, scale);
     }
     // How far positions of queries are ahead of their numbers.
     int64_t shift() const {

@@ -15,7 +15,7 @@ class AttnForward {
     static constexpr int W = kLanes<T>;
 
     AttnForward(SparseAttnParams const& p, SparseAttnTask const& task, void* scratch)
-        : p_(p), task_(task), arena_(scratch), tile_(p, task, true) {
+        : p_(p), task_(task), arena_(scratch), tile_(p, task, false) {
         tile_.take(arena_);
         scores_ = arena_.take(p.lists.block_k * kLaneCount);
         turned_ = arena_.take(tile_.V() * kLaneCount);
@@ -31,6 +31,7 @@ class AttnForward {
             start_softmax();
             while (tile_.next()) {
                 tile_.read_keys();
+                tile_.pair_values();
                 tile_.scores(scores_, nullptr);
                 bool const finite = !tile_.partial() || tile_.finite_values();
                 tile_.over_runs([&](Run run) {
@@ -66,10 +67,10 @@ class AttnForward {
         Vector<T> const before = load(most_ + v * W);
         Vector<T> most = before, sum = load(sum_ + v * W), highest;
         T* const s = scores_ + v * W;
-        T const scale = tile_.score_scale();
+        T const scale = tile_.score_scale(), slack = T(softmax_slack(p_));
         Vector<T> const fade = tile_.pairs()
-                                   ? soften<true>(s, tile_.size(), scale, most, sum, highest)
-                                   : soften(s, tile_.size(), scale, most, sum, highest);
+                                   ? soften<true>(s, tile_.size(), scale, slack, most, sum, highest)
+                                   : soften(s, tile_.size(), scale, slack, most, sum, highest);
         store(most_ + v * W, most), store(sum_ + v * W, sum);
         heavy_[v] = weighs<T>(p_, highest, most, tile_.lanes() - v * W);
         bool moved = false;
@@ -103,7 +104,7 @@ class AttnForward {
 };
 
 // With s the scores, P = exp(s - lse) and D = rowsum(dO * O) - dlse:
-//   dS = P (dO V^T - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO
+//   dS = scale P (dO V^T - D),  dq = dS k,  dk = dS^T q,  dv = P^T dO
 template <class T>
 class AttnBackward {
   public:
@@ -114,22 +115,30 @@ class AttnBackward {
         : p_(p),
           task_(task),
           arena_(scratch),
-          tile_(p, task, false),
+          tile_(p, task, true),
           dk_(static_cast<T*>(sums.dk)),
           dv_(static_cast<T*>(sums.dv)),
           d_bias_(static_cast<T*>(sums.block_bias)),
           d_sink_(static_cast<T*>(sums.sink_logits)),
           d_ramp_(static_cast<T*>(sums.ramp)) {
-        int64_t const block = p.lists.block_k * kLaneCount;
+        int64_t const keys = p.lists.block_k, K = tile_.K(), V = tile_.V();
         tile_.take(arena_);
-        arena_.take_each(block, weights_, grads_);
-        capped_ = p.softcap > 0 ? arena_.take(block) : nullptr;
-        arena_.take_each(kLaneCount * tile_.V(), grad_o_, grad_o_turned_, output_);
-        arena_.take_each(kLaneCount * tile_.K(), dq_, dq_turned_);
+        arena_.take_each(keys * kLaneCount, weights_, grads_);
+        capped_ = p.softcap > 0 ? arena_.take(keys * kLaneCount) : nullptr;
+        arena_.take_each(kLaneCount * V, grad_o_, grad_o_turned_, output_);
+        dq_ = arena_.take(kLaneCount * K);
+        if (!tile_.pairs()) return;
+        int64_t const pairs = pair_depth(keys) / 2;
+        arena_.take_each(keys * kLaneCount / 2, weight_rows_, grad_rows_);
+        arena_.take_each(pairs * kLaneCount, grad_pairs_, grads_by_query_);
+        key_pairs_ = arena_.take(pairs * K);
+        query_pairs_ = arena_.take(kLaneCount / 2 * K);
+        grad_o_pairs_ = arena_.take(kLaneCount / 2 * V);
     }
     int64_t scratch_bytes() const { return arena_.used(); }
 
     void run() {
+        Tiles const tiles(tile_.pairs());
         int64_t const step = tokens_of_tile(p_);
         for (int64_t token = task_.begin; token < task_.end; token += step) {
             tile_.start(token);
@@ -146,45 +155,92 @@ class AttnBackward {
         std::memset(grad_o_, 0, size_t(lanes * V) * sizeof(T));
         for (int i = 0; i < lanes; ++i) lse_[i] = 0, dot_[i] = 0, ramp_sum_[i] = 0;
         tile_.read_gradients(grad_o_, lse_, dot_, d_sink_, output_);
-        turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
+        if (tile_.pairs()) {
+            tile_.turn_pairs(grad_o_turned_, p_.grad_o, p_.V);
+            tile_.pair_lanes(grad_o_pairs_, p_.grad_o, p_.V);
+            tile_.pair_lanes(query_pairs_, p_.q, p_.K);
+        } else {
+            turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
+        }
         finite_grads_ = all_finite(grad_o_, lanes * V), finite_queries_ = tile_.finite_queries();
-        for (int64_t c = 0; c < tile_.K(); ++c)
-            std::memset(dq_turned_ + c * kLaneCount, 0, size_t(lanes) * sizeof(T));
+        std::memset(dq_, 0, size_t(lanes * tile_.K()) * sizeof(T));
     }
 
     void block() {
-        int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
-        T* const dk = dk_ + tile_.key() * K;
-        T* const dv = dv_ + tile_.key() * V;
         tile_.read_keys();
         tile_.scores(weights_, capped_);
+        tile_.over_runs([&](Run run) { tile_.value_products(grads_, grad_o_turned_, run); });
         bool const full = !tile_.partial(), finite_keys = full || tile_.finite_keys();
+        // Pairs multiply what no query sees with weights of 0.
+        if (tile_.pairs() && (full || (finite_keys && finite_grads_ && finite_queries_)))
+            return add_by_pairs();
         tile_.over_runs([&](Run run) {
-            int64_t const at = run.begin * W, lanes = (run.end - run.begin) * W;
-            int64_t const vectors = run.end - run.begin;
-            multiply<false>(grads_ + at, kLaneCount, tile_.values(), V, grad_o_turned_ + at,
-                            kLaneCount, keys, vectors, p_.V, false);
-            for (int v = run.begin; v < run.end; ++v) softmax(v);
-            add_weighed<false>(full || finite_grads_, dv, V, weights_ + at, kLaneCount,
-                               grad_o_ + at * V, V, keys, V / W, lanes);
-            add_weighed<false>(full || finite_queries_, dk, K, grads_ + at, kLaneCount,
-                               tile_.queries() + at * K, K, keys, K / W, lanes);
-            add_weighed<true>(finite_keys, dq_turned_ + at, kLaneCount, tile_.keys(), K,
-                              grads_ + at, kLaneCount, p_.K, vectors, keys);
+            for (int v = run.begin; v < run.end; ++v) softmax<false>(v);
+            add(run, full, finite_keys);
         });
     }
 
-    // Scores to weights and dP to dS, of vector v; on the way what the scores' other terms take.
+    void add(Run run, bool full, bool finite_keys) {
+        int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
+        int64_t const at = run.begin * W, lanes = (run.end - run.begin) * W;
+        add_weighed<false>(full || finite_grads_, dv_ + tile_.key() * V, V, weights_ + at,
+                           kLaneCount, grad_o_ + at * V, V, keys, V / W, lanes);
+        add_weighed<false>(full || finite_queries_, dk_ + tile_.key() * K, K, grads_ + at,
+                           kLaneCount, tile_.queries() + at * K, K, keys, K / W, lanes);
+        add_weighed<true, true>(finite_keys, dq_ + at * K, K, grads_ + at, kLaneCount, tile_.keys(),
+                                K, lanes, K / W, keys);
+    }
+
+    void add_by_pairs() {
+        int64_t const K = tile_.K(), V = tile_.V(), keys = tile_.size();
+        if (!tile_.every_lane()) {
+            std::memset(weight_rows_, 0, size_t(keys * kRowBytes));
+            std::memset(grad_rows_, 0, size_t(keys * kRowBytes));
+        }
+        Run all{kLaneCount, 0};
+        tile_.over_runs([&](Run run) {
+            for (int v = run.begin; v < run.end; ++v) softmax<true>(v);
+            all = {std::min(all.begin, run.begin), std::max(all.end, run.end)};
+        });
+        int64_t const at = all.begin * W / kPairDepth * kPairDepth;
+        int64_t const depth = pair_depth(all.end * W - at);
+        auto const over_lanes = [&](T* to, T const* rows, T const* pairs, int64_t columns) {
+            multiply_by_pairs(to + tile_.key() * columns, columns,
+                              reinterpret_cast<Bf16 const*>(rows) + at, kRowBytes,
+                              pairs + at / 2 * columns, columns, keys, columns / W, depth, true);
+        };
+        over_lanes(dv_, weight_rows_, grad_o_pairs_, V);
+        over_lanes(dk_, grad_rows_, query_pairs_, K);
+
+        int64_t const pairs = pair_depth(keys) / 2;
+        pair_rows(grad_pairs_, kLaneCount, keys, [&](int64_t j) {
+            return reinterpret_cast<Bf16 const*>(grad_rows_) + j * kLaneCount;
+        });
+        turn(grads_by_query_, pairs, grad_pairs_, kLaneCount, pairs, kLaneCount);
+        pair_rows(key_pairs_, K, keys,
+                  [&](int64_t j) { return tile_.row_of(p_.k, tile_.key() + j); });
+        tile_.over_runs([&](Run run) {
+            int64_t const first = run.begin * W;
+            multiply_by_pairs(dq_ + first * K, K, grads_by_query_ + first * pairs, pairs * 4,
+                              key_pairs_, K, (run.end - run.begin) * W, K / W, pairs * 2, true);
+        });
+    }
+
+    // Scores to weights and dP to dS, of vector v, rounded where products of pairs take them; on the way what the scores'
+    // other terms take.
+    template <bool kPairs>
     void softmax(int v) {
         Vector<T> const lse = load(lse_ + v * W), dot = load(dot_ + v * W);
         Vector<T> const none = {}, hidden = splat(T(-INFINITY));
         Vector<T> sum = {}, ramp_sum = {};
+        T const scale = tile_.score_scale();
         for (int64_t j = 0; j < tile_.size(); ++j) {
             int64_t const at = j * kLaneCount + v * W;
             Vector<T> const s = load(weights_ + at);
-            Vector<T> const weight = s == hidden ? none : exp(s - lse);
+            Vector<T> const weight = kPairs        ? rough_exp<T>(s, scale, lse)
+                                     : s == hidden ? none
+                                                   : exp(s * scale - lse);
             Vector<T> grad = s == hidden ? none : weight * (load(grads_ + at) - dot);
-            store(weights_ + at, weight);
             sum += grad;
             if (d_ramp_ != nullptr) {
                 Vector<T> const factor = tile_.ramp(v, j);
@@ -195,7 +251,13 @@ class AttnBackward {
                 Vector<T> const x = load(capped_ + at);
                 grad = grad == none ? none : grad * (T(1) - x * x);
             }
-            store(grads_ + at, grad);
+            grad *= T(p_.scale);
+            if constexpr (kPairs && std::is_same_v<T, float>) {
+                narrow(reinterpret_cast<Bf16*>(weight_rows_) + at, weight);
+                narrow(reinterpret_cast<Bf16*>(grad_rows_) + at, grad);
+            } else {
+                store(weights_ + at, weight), store(grads_ + at, grad);
+            }
         }
         if (d_bias_ != nullptr) {
             tile_.over_entries([&](int64_t entry, int begin, int end) {
@@ -207,19 +269,25 @@ class AttnBackward {
     }
 
     void write_query_gradients() {
-        turn(dq_, tile_.K(), dq_turned_, kLaneCount, tile_.K(), tile_.vectors() * W);
         tile_.write_gradients(dq_);
         for (int i = 0; d_ramp_ != nullptr && i < tile_.lanes(); ++i)
             d_ramp_[i % task_.heads] += ramp_sum_[i];
     }
+
+    static constexpr int64_t kRowBytes = kLaneCount * 2;  // of rows in bf16
 
     SparseAttnParams const& p_;
     SparseAttnTask const& task_;
     Arena<T> arena_;
     AttnTile<T> tile_;
     T *dk_, *dv_, *d_bias_, *d_sink_, *d_ramp_;
-    T *weights_, *grads_, *capped_;
-    T *grad_o_, *grad_o_turned_, *output_, *dq_, *dq_turned_;
+    T *weights_, *grads_, *capped_;  // [keys][lanes]
+    T *grad_o_, *grad_o_turned_, *output_, *dq_;
+    // For products of pairs.
+    T *weight_rows_, *grad_rows_;      // weights and grads in bf16
+    T *grad_pairs_, *grads_by_query_;  // [keys / 2][lanes], [lanes][keys / 2]
+    T* key_pairs_;                     // [keys / 2][K]
+    T *query_pairs_, *grad_o_pairs_;   // [lanes / 2][K or V]
     bool finite_grads_, finite_queries_;
     T lse_[kLaneCount], dot_[kLaneCount], ramp_sum_[kLaneCount];
 };

@@ -13,6 +13,36 @@ struct Run {
     int begin, end;
 };
 
+// ---- Pairs ----
+
+// multiply_pairs for numbers of any type: pairs of bf16 lie in room for a number each.
+template <class T>
+void multiply_by_pairs(T* C, int64_t c_row, void const* A, int64_t a_bytes, T const* B,
+                       int64_t b_row, int64_t rows, int64_t vectors, int64_t depth, bool add) {
+    if constexpr (kPairProducts && std::is_same_v<T, float>)
+        multiply_pairs(C, c_row, A, a_bytes, reinterpret_cast<Pair const*>(B), b_row, rows, vectors,
+                       depth, add);
+}
+
+inline int64_t pair_depth(int64_t count) {
+    return (count + kPairDepth - 1) / kPairDepth * kPairDepth;
+}
+
+// Rows of bf16 two by two, their numbers side by side: [pair_depth(count) / 2][columns], zeros behind the last row.
+template <class T, class Row>
+void pair_rows(T* to, int64_t columns, int64_t count, Row const& row) {
+    for (int64_t i = 0; i < pair_depth(count); i += 2, to += columns) {
+        auto const numbers = [&](int64_t of, int64_t c) {
+            if (of >= count) return Bits{};
+            return spread_halves(reinterpret_cast<Bf16 const*>(row(of)) + c);
+        };
+        for (int64_t c = 0; c < columns; c += kLanes<float>) {
+            Bits const both = numbers(i, c) | numbers(i + 1, c) << 16;
+            std::memcpy(to + c, &both, sizeof(both));
+        }
+    }
+}
+
 template <class T>
 class AttnTile : public TileRoom<T> {
     using Room = TileRoom<T>;
@@ -24,18 +54,19 @@ class AttnTile : public TileRoom<T> {
     static constexpr int kVectors = kLaneCount / W;
     static constexpr bool kPairs = kPairProducts && std::is_same_v<T, float>;
 
-    // `pairs`: products are those of pairs.h where that can be.
-    AttnTile(SparseAttnParams const& p, SparseAttnTask const& task, bool pairs)
+    AttnTile(SparseAttnParams const& p, SparseAttnTask const& task, bool backward)
         : Room(p, task),
-          pairs_(kPairs && pairs && p.dtype == Dtype::bf16 && p.K % kPairDepth == 0 &&
-                 p.V % W == 0 && has_pair_products()) {}
+          backward_(backward),
+          pairs_(kPairs && p.dtype == Dtype::bf16 && p.K % kPairDepth == 0 &&
+                 p.V % (backward ? kPairDepth : W) == 0 && has_pair_products()) {}
 
     void take(Arena<T>& arena) {
         Room::take(arena, kLaneCount);
         turned_ = arena.take(K_ * kLaneCount);
         if (!pairs_) return;
-        int64_t const depth = pair_depth(block_k_);
-        rows_of_pairs_ = arena.take(max_of(kLaneCount * K_, depth * V_) / 2);
+        int64_t const depth = pair_depth(block_k_), columns = max_of(K_, V_);
+        rows_of_pairs_ = arena.take(max_of(kLaneCount * columns, depth * V_) / 2);
+        if (backward_) return;
         arena.take_each(depth / 2 * V_, value_pairs_);
         arena.take_each(depth / 2 * kLaneCount, weight_pairs_);
     }
@@ -43,13 +74,12 @@ class AttnTile : public TileRoom<T> {
     void start(int64_t token) {
         this->place(token);
         vectors_ = (lanes_ + W - 1) / W;
-        if (pairs_) {
-            read_query_pairs();
-        } else {
+        if (pairs_) turn_pairs(turned_, p_.q, p_.K);
+        if (!pairs_ || backward_) {
             std::memset(queries_, 0, size_t(vectors_ * W * K_) * sizeof(T));
-            this->read_queries();
-            turn(turned_, kLaneCount, queries_, K_, vectors_ * W, K_);
+            this->read_queries(T(1));
         }
+        if (!pairs_) turn(turned_, kLaneCount, queries_, K_, vectors_ * W, K_);
         find_bounds();
         find_lists();
     }
@@ -68,16 +98,14 @@ class AttnTile : public TileRoom<T> {
     // might not be finite.
     void read_keys() {
         if (!pairs_ || partial()) Room::read_keys(key(), size_);
-        if (pairs_) read_value_pairs();
     }
 
-    // What the scores are still to be multiplied with: of products of pairs, whose queries are as in memory, where no other
-    // term wants them scaled.
-    T score_scale() const {
-        bool const plain = p_.softcap == 0 && p_.lists.bias == nullptr &&
-                           p_.alibi_slopes == nullptr && p_.ramp == nullptr && p_.scale > 0;
-        return pairs_ && plain ? T(p_.scale) : T(1);
+    // Whether scores are still to be multiplied with the scale: no other term wants them scaled.
+    bool plain() const {
+        return p_.softcap == 0 && p_.lists.bias == nullptr && p_.alibi_slopes == nullptr &&
+               p_.ramp == nullptr && p_.scale > 0;
     }
+    T score_scale() const { return plain() ? T(p_.scale) : T(1); }
 
     // Scores of the block, [size()][lanes], -inf where a query does not see a key; with a softcap `capped` keeps
     // tanh(s / softcap), if it is not null.
@@ -86,16 +114,10 @@ class AttnTile : public TileRoom<T> {
             T* const to = S + run.begin * W;
             T const* const queries = turned_ + run.begin * W;
             int64_t const vectors = run.end - run.begin;
-            if (pairs_) {
-                multiply_by_pairs(to, this->row_of(p_.k, key()), p_.k.time * 2, queries, size_,
-                                  vectors, p_.K, false);
-                for (int64_t j = 0; j < size_ && score_scale() == T(1); ++j)
-                    for (int64_t i = j * kLaneCount; i < j * kLaneCount + vectors * W; i += W)
-                        store(to + i, load(to + i) * T(p_.scale));
-            } else {
-                multiply<false>(to, kLaneCount, keys_, K_, queries, kLaneCount, size_, vectors,
-                                p_.K, false);
-            }
+            multiply_rows_of(p_.k, keys_, p_.K, to, queries, vectors);
+            for (int64_t j = 0; j < size_ && !plain(); ++j)
+                for (int64_t i = j * kLaneCount; i < j * kLaneCount + vectors * W; i += W)
+                    store(to + i, load(to + i) * T(p_.scale));
             for (int v = run.begin; v < run.end; ++v) {
                 if (p_.softcap > 0) cap(S, capped, v);
                 if (p_.lists.bias != nullptr) add_bias(S, v);
@@ -104,6 +126,21 @@ class AttnTile : public TileRoom<T> {
                 if (!full_[v]) mask(S, v);
             }
         });
+    }
+
+    // Of the block's values and a matrix that lies as the queries do once turned: [size()][lanes], for vectors of lanes.
+    void value_products(T* to, T const* turned, Run lanes) const {
+        int64_t const at = lanes.begin * W;
+        multiply_rows_of(p_.v, values_, p_.V, to + at, turned + at, lanes.end - lanes.begin);
+    }
+
+    // Of the block, for add_values: [V][keys / 2].
+    void pair_values() {
+        if (!pairs_) return;
+        int64_t const pairs = pair_depth(size_) / 2;
+        pair_rows(rows_of_pairs_, V_, size_,
+                  [&](int64_t j) { return this->row_of(p_.v, key() + j); });
+        turn(value_pairs_, pairs, rows_of_pairs_, V_, pairs, V_);
     }
 
     // O[c][lane] += sum over keys of their values times the weights S[key][lane], for vectors of lanes.
@@ -121,8 +158,21 @@ class AttnTile : public TileRoom<T> {
                 store(weight_pairs_ + j / 2 * kLaneCount + i, pair(weight(j), weight(j + 1)));
             }
         }
-        multiply_by_pairs(O + at, value_pairs_, depth * 2, weight_pairs_ + at, p_.V, vectors, depth,
-                          true);
+        multiply_by_pairs(O + at, kLaneCount, value_pairs_, depth * 2, weight_pairs_ + at,
+                          kLaneCount, p_.V, vectors, depth, true);
+    }
+
+    // Rows of the tile in memory as products want them on their right: over their columns, [columns / 2][lanes] ...
+    void turn_pairs(T* to, Rows const& rows, int64_t columns) {
+        int64_t const row = columns / 2;
+        std::memset(rows_of_pairs_, 0, size_t(vectors_ * W * row) * sizeof(T));
+        for (int i = 0; i < lanes_; ++i)
+            std::memcpy(rows_of_pairs_ + i * row, this->row(rows, i), size_t(row) * sizeof(T));
+        turn(to, kLaneCount, rows_of_pairs_, row, vectors_ * W, row);
+    }
+    // ... or over the lanes, [lanes / 2][columns].
+    void pair_lanes(T* to, Rows const& rows, int64_t columns) const {
+        pair_rows(to, columns, lanes_, [&](int64_t i) { return this->row(rows, int(i)); });
     }
 
     bool pairs() const { return pairs_; }
@@ -131,6 +181,9 @@ class AttnTile : public TileRoom<T> {
     void over_runs(F const& f) const {
         for (int r = 0; r < runs_; ++r) f(run_[r]);
     }
+
+    // Whether vectors of the whole tile are in runs, whatever its number of queries.
+    bool every_lane() const { return runs_ == 1 && run_[0].begin == 0 && run_[0].end == kVectors; }
 
     // f(entry of the lists, first lane, last lane) for every row of the lists that has the block.
     template <class F>
@@ -168,47 +221,19 @@ class AttnTile : public TileRoom<T> {
     int vectors() const { return vectors_; }
 
   private:
-    // multiply_pairs with C and B by lanes. Numbers that are pairs of bf16 lie in room for one number each.
-    static void multiply_by_pairs(T* C, void const* A, int64_t a_bytes, T const* B, int64_t rows,
-                                  int64_t vectors, int64_t depth, bool add) {
-        if constexpr (kPairs)
-            multiply_pairs(C, kLaneCount, A, a_bytes, reinterpret_cast<Pair const*>(B), kLaneCount,
-                           rows, vectors, depth, add);
+    // C[key][lane] = keys' rows, in memory or as numbers, times B, which lies as those are.
+    void multiply_rows_of(Rows const& rows, T const* numbers, int64_t columns, T* C, T const* B,
+                          int64_t vectors) const {
+        if (pairs_)
+            return multiply_by_pairs(C, kLaneCount, this->row_of(rows, key()), rows.time * 2, B,
+                                     kLaneCount, size_, vectors, columns, false);
+        multiply<false>(C, kLaneCount, numbers, panels(columns, W) * W, B, kLaneCount, size_,
+                        vectors, columns, false);
     }
     static Vector<T> pair(Vector<T> first, Vector<T> second) {
         if constexpr (std::is_same_v<T, float>) return Vector<T>(bf16_pairs(first, second));
         return first;
     }
-    static int64_t pair_depth(int64_t keys) {
-        return (keys + kPairDepth - 1) / kPairDepth * kPairDepth;
-    }
-
-    void read_query_pairs() {
-        int64_t const row = p_.K / 2;
-        std::memset(rows_of_pairs_, 0, size_t(vectors_ * W * row) * sizeof(T));
-        for (int i = 0; i < lanes_; ++i)
-            std::memcpy(rows_of_pairs_ + i * row, this->row(p_.q, i), size_t(row) * sizeof(T));
-        turn(turned_, kLaneCount, rows_of_pairs_, row, vectors_ * W, row);
-    }
-
-    // Values of two keys side by side, then turned: [V][keys / 2], zeros behind the last key.
-    void read_value_pairs() {
-        int64_t const depth = pair_depth(size_);
-        auto const value = [&](int64_t j, int64_t c) {
-            if (j >= size_) return Bits{};
-            auto const* const row = reinterpret_cast<Bf16 const*>(this->row_of(p_.v, key() + j));
-            return spread_halves(row + c);
-        };
-        for (int64_t j = 0; j < depth; j += 2) {
-            T* const to = rows_of_pairs_ + j / 2 * V_;
-            for (int64_t c = 0; c < V_; c += W) {
-                Bits const both = value(j, c) | value(j + 1, c) << 16;
-                std::memcpy(to + c, &both, sizeof(both));
-            }
-        }
-        turn(value_pairs_, depth / 2, rows_of_pairs_, V_, depth / 2, V_);
-    }
-
     T const* number(void const* per_head, int64_t h) const {
         return static_cast<T const*>(per_head) + h;
     }
@@ -380,7 +405,7 @@ class AttnTile : public TileRoom<T> {
         }
     }
 
-    bool const pairs_;
+    bool const backward_, pairs_;
     T* turned_;  // queries [K][lanes], or pairs of them [K / 2][lanes]
     T *rows_of_pairs_, *value_pairs_, *weight_pairs_;
 

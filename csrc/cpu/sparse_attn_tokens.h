@@ -22,7 +22,7 @@ class TokensTile : public TileRoom<T> {
 
     void start(int64_t token) {
         this->place(token);
-        this->read_queries();
+        this->read_queries(T(p_.scale));
         for (int t = 0; t < tokens_; ++t) {
             seen_[t] =
                 keys_seen(p_.mask, token + t + this->shift(), task_.head, task_.keys, INFINITY);
@@ -175,7 +175,8 @@ class AttnTokensForward {
         tile_.pack(most, most_), tile_.pack(sum, sum_);
         for (int v = 0; v < tile_.vectors(); ++v) {
             Vector<T> top = load(most + v * W), total = load(sum + v * W), highest;
-            store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), T(1), top, total, highest));
+            store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), T(1), T(softmax_slack(p_)),
+                                        top, total, highest));
             store(most + v * W, top), store(sum + v * W, total);
             heavy_[v] = weighs<T>(p_, highest, top, count - v * W);
         }
@@ -293,7 +294,7 @@ class AttnTokensBackward {
         for (int n = 0; n < count; ++n) {
             T* const dq = dq_ + tile_.lane(n) * K;
             for (int64_t c = 0; c < K; c += W)
-                store(dq + c, load(dq + c) + load(part_ + n * K + c));
+                store(dq + c, load(dq + c) + load(part_ + n * K + c) * T(p_.scale));
         }
     }
 

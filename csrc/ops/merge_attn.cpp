@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> merge_backward(Tensor const& o_parts, Tensor const& l
     DeviceScope const scope(o_parts);
     Tensor const whole = last_contiguous(o), grad = last_contiguous(grad_o),
                  whole_lse = as_contiguous(lse);
-    OptionalTensor const d_lse = grad_lse ? OptionalTensor(as_contiguous(*grad_lse)) : grad_lse;
+    OptionalTensor const d_lse = contiguous_or_none(grad_lse);
     Tensor d_parts = empty(o_parts.sizes(), type, o_parts);
     Tensor d_scores = empty(lse_parts.sizes(), wide, o_parts);
     p.o = rows(whole), p.grad_o = rows(grad);
