@@ -70,7 +70,11 @@ Plan make_plan(DeltaParams const& p, bool backward) {
         plan.tasks.begin(), plan.tasks.end(),
         [](DeltaTask const& a, DeltaTask const& b) { return a.end - a.begin > b.end - b.begin; });
     plan.threads = std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(plan.tasks.size())));
-    plan.scratch = round_up(kernels(p.dtype).scratch_bytes(p, longest, columns, backward), kAlign);
+    // The last columns may be fewer, which is no less scratch: the blocks of their tokens can be longer.
+    auto const bytes = [&](int64_t width) {
+        return kernels(p.dtype).scratch_bytes(p, longest, width, backward);
+    };
+    plan.scratch = round_up(std::max(bytes(columns), bytes(p.V % columns)), kAlign);
     return plan;
 }
 

@@ -35,3 +35,12 @@ def test_steps_take_any_number_of_values(impl: Impl, op: Op, dtype) -> None:
     results = {"o": torch.stack(steps, 1), "final_state": state.cpu()}
     truth, same = ({n: t[n] for n in results} for t in definition(op, x))
     assert_accepted(results, truth, same, x)
+
+
+def test_columns_of_threads_are_the_whole(impl: Impl, op: Op) -> None:
+    """Of one head, where the last thread has fewer columns than the others."""
+    x = make_inputs(Case(op, T=64, dims=(48, 100), state="both"))
+    assert_accepted(impl.run(op, x), *definition(op, x), x)
+
+
+test_columns_of_threads_are_the_whole.only_impls = ("cpu", "cuda")
