@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def functional() -> bool:
+    """Whether one of torch.func's transforms is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
     """Forward-mode AD through a custom operator would silently give zero tangents, and torch.func's
     gradients end in words about autograd.Function; say so instead."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if functional():
         _check_no_functional_gradient(op, tensors)
     if forward_ad._current_level < 0:
         return
@@ -47,11 +52,7 @@ def _check_no_functional_gradient(op: str, tensors: Mapping[str, Tensor | None])
 def call(op: Callable[..., Any], *arguments: Any) -> Any:
     """An operator with a registered gradient. Where none is asked for, below autograd, whose Python
     is a third of a short call's time."""
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or functional():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)

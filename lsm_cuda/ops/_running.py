@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype
+from ._common import accumulation_dtype, check_no_forward_ad
 
 _LARGEST = 2.0**30  # |c|; beyond it, decays of e^-(2^30) make no difference
 
@@ -107,6 +107,7 @@ def running_softmax(x: Tensor, z: Tensor | None, cu_seqlens: Tensor | None) -> R
     Beyond the engine's own reads, this passes over x, c, the weights and n a few times, and scans
     two of them along time: the maximum, and n_t by the engine's value-decay operator at K = 1.
     """
+    check_no_forward_ad("running_softmax", x=x, z=z)
     dtype = accumulation_dtype(x)
     z = None if z is None else z.to(dtype).squeeze(1)
     c, decay, before, after = bounds(x, None if z is None else z.detach(), cu_seqlens)

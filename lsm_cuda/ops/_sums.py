@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from . import _chunk
-from ._common import accumulation_dtype, check_in_place, check_rank, check_shape
+from ._common import (
+    accumulation_dtype,
+    check_in_place,
+    check_no_forward_ad,
+    check_rank,
+    check_shape,
+)
 
 _WIDEST = 256  # columns of values that the CUDA kernels take
 ROW = 8  # columns that make rows of values whole 16-byte pieces in every dtype
@@ -44,6 +50,7 @@ def sums(
     """
     check_rank(name, "q", q, "[B, T, H, K]")
     check_rank(name, "v", v, "[B, T, HV, V]")
+    check_no_forward_ad(f"{name}_fwd", q=q, k=k, v=v, g=g, weight=weight)
     if q.dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
     column = v.new_ones(1) if weight is None else weight[..., None].to(v.dtype)
@@ -113,13 +120,27 @@ class _WithWeights(torch.autograd.Function):
     """One pass over v where a product and a concatenation are two."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, column: Tensor, more: int) -> Tensor:
+    def forward(v: Tensor, column: Tensor, more: int) -> Tensor:
         V = v.shape[-1]
         out = v.new_empty(*v.shape[:-1], V + more)
         torch.mul(v, column, out=out[..., :V])
         out[..., V:] = column
-        ctx.save_for_backward(v, column)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], v: Tensor, column: Tensor, more: int
+    ) -> tuple[Tensor, int]:
+        """One more leading dimension."""
+        rows = (
+            x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+            for x, d in zip((v, column), in_dims, strict=False)
+        )
+        return _WithWeights.apply(*rows, more), 0  # type: ignore[no-untyped-call]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -145,11 +166,15 @@ class Quotient(torch.autograd.Function):
     """``above / below``, ``[..., V]`` by ``[..., 1]``; keeps the result for backward instead of
     above, and its gradient of below is one sum in fp32, not a chain of roundings."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, above: Tensor, below: Tensor) -> Tensor:
-        o = above / below
-        ctx.save_for_backward(o, below)
-        return o
+    def forward(above: Tensor, below: Tensor) -> Tensor:
+        return above / below
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

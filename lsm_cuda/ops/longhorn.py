@@ -170,10 +170,15 @@ class _Rate(torch.autograd.Function):
     """``β / (1 + β s)``, whose gradient ``1 / (1 + β s)²`` the quotient rule would take for the
     difference of two nearly equal numbers where ``β s`` is large."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, beta: Tensor, size: Tensor) -> Tensor:
-        ctx.save_for_backward(beta, size)
+    def forward(beta: Tensor, size: Tensor) -> Tensor:
         return beta / (1 + beta * size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

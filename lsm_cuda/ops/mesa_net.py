@@ -17,6 +17,7 @@ from ._common import (
     check_no_gradient,
     check_rank,
     check_shape,
+    functional,
     no_autocast,
 )
 from .gates import unit_rows
@@ -198,9 +199,10 @@ class _Solve(torch.autograd.Function):
     engine has the gradients of ``H_tᵀ x_t`` for an upstream −u, which are those of H.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         w: Tensor,
@@ -215,9 +217,12 @@ class _Solve(torch.autograd.Function):
         state = q.new_empty(0)
         if output_final_state:
             state = torch.ops.lsm.simple_gla_fwd(q, k, w, g, h0, cu_seqlens, 1.0, True)[1]
-        ctx.save_for_backward(x, k, w, g, lamb, h0, cu_seqlens)
-        ctx.iterations, ctx.output_final_state = iterations, output_final_state
         return x, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, *saved, ctx.iterations, ctx.output_final_state = inputs
+        ctx.save_for_backward(output[0], *saved)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -254,10 +259,11 @@ def _conjugate_gradients(matvec: Callable[[Tensor], Tensor], q: Tensor, iteratio
     x, r, p = torch.zeros_like(q), q, q
     size = (r * r).sum(-1, keepdim=True)
     least = size * torch.finfo(q.dtype).eps ** 2
-    eager_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Only where it is known without waiting whether all are done.
+    known = q.device.type == "cpu" and not torch.compiler.is_compiling() and not functional()
     for _ in range(iterations):
         done = size <= least
-        if eager_cpu and bool(done.all()):
+        if known and bool(done.all()):
             break
         y = matvec(p)
         a = torch.where(done, 0, size / (p * y).sum(-1, keepdim=True))

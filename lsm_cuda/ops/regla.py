@@ -13,6 +13,7 @@ from . import _chunk
 from ._common import (
     accumulation_dtype,
     check_in_place,
+    check_no_forward_ad,
     check_no_gradient,
     check_rank,
     check_shape,
@@ -28,15 +29,20 @@ _SATURATED = 60.0  # e^-60 is nothing beside what any of the formats resolves
 class _LogRefinedGate(torch.autograd.Function):
     """Both directions in closed form: all terms positive, and nothing but g and r is kept."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, g: Tensor, r: Tensor) -> Tensor:
-        ctx.save_for_backward(g, r)
+    def forward(g: Tensor, r: Tensor) -> Tensor:
         dtype = accumulation_dtype(g)
         a, b = (x.to(dtype).clamp(-_SATURATED, _SATURATED) for x in (g, r))
         on, off = a.sigmoid(), (-a).sigmoid()
         lost = off * (off + 2 * on * (-b).sigmoid())  # 1 - F
         kept = logsigmoid(a) + (on + 2 * b.sigmoid() * off).log()  # log F
         return torch.where(lost < 0.5, (-lost).log1p(), kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +71,7 @@ def log_refined_gate(g: Tensor, r: Tensor) -> Tensor:
         tensor([0.5000])
     """
     check_shape("log_refined_gate", "r", r, "that of g", g.shape)
+    check_no_forward_ad("log_refined_gate", g=g, r=r)
     return _LogRefinedGate.apply(g, r)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -240,3 +240,34 @@ def test_upstream_is_seeded(family: Family) -> None:
     like = torch.zeros(3, 4)
     assert torch.equal(upstream("o", like), upstream("o", like.double()).float())
     assert not torch.equal(upstream("o", like), upstream("final_state 0", like))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_functional_transforms(family: Family) -> None:
+    """vmap loops over calls. Gradients are right, or refused in words about operators."""
+    x = draw(family, T=3, states=False)
+
+    def call(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return operator(family)(**(x.tensors | tensors))[0].square().sum()
+
+    twice = {name: torch.stack([t, t / 2]) for name, t in x.tensors.items()}
+    singly = [call({name: t[i] for name, t in twice.items()}) for i in range(2)]
+    torch.testing.assert_close(torch.vmap(call)(twice), torch.stack(singly))
+    for name, t in x.tensors.items():
+
+        def alone(t: torch.Tensor, name: str = name) -> torch.Tensor:
+            return call({name: t})
+
+        leaf = t.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(alone(leaf), leaf)
+        modes = {
+            partial(torch.func.grad(alone), t): grad,
+            partial(torch.func.jvp, alone, (t,), (torch.ones_like(t),)): (alone(t), grad.sum()),
+        }
+        for mode, expected in modes.items():
+            try:
+                actual = mode()
+            except RuntimeError as error:
+                assert str(error).startswith("lsm::"), name
+            else:
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
