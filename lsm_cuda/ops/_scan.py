@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._common import call, check_no_forward_ad, check_same_device, no_double_backward
+from ._common import call, check_device_like, check_no_forward_ad, no_double_backward
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -45,7 +45,7 @@ def _register(op: Operator) -> None:
     def same_device(kind: str, tensors, **rest: Tensor | None) -> None:  # type: ignore[no-untyped-def]
         named = dict(zip(op.tensors, tensors, strict=True))
         x = named.pop("x")
-        check_same_device(f"{name}_{kind}", x, **named, **rest)
+        check_device_like(f"{name}_{kind}", "x", x, named | rest)
 
     def fwd_fake(*inputs):  # type: ignore[no-untyped-def]
         tensors, (h0, cu_seqlens, order, *_, output_final_state) = inputs[:count], inputs[count:]

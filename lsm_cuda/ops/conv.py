@@ -62,6 +62,7 @@ def _bwd_fake(  # type: ignore[no-untyped-def]
 
 def _step_fake(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu):  # type: ignore[no-untyped-def]
     named = {"conv_state": conv_state, "weight": weight, "bias": bias}
+    named |= {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}
     check_device_like(f"{_NAME}_step", "x", x, named)
     return x.new_empty(x.shape)
 

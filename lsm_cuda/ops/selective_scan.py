@@ -9,10 +9,10 @@ from . import _scan
 from ._common import (
     accumulation_dtype,
     autocast_dtype,
+    check_device_like,
     check_no_forward_ad,
     check_no_gradient,
     check_rank,
-    check_same_device,
     check_shape,
     in_dtype,
     no_double_backward,
@@ -31,7 +31,7 @@ def _same_device(kind: str, tensors: tuple[Tensor | None, ...]) -> None:
     named = dict(zip(_TENSORS, tensors, strict=False))
     u = named.pop("u")
     assert u is not None
-    check_same_device(f"selective_scan_{kind}", u, **named)
+    check_device_like(f"selective_scan_{kind}", "u", u, named)
 
 
 def _like_tokens(u: Tensor, order: Tensor | None) -> Tensor:

@@ -575,6 +575,12 @@ def test_errors_of_steps_and_names():
         "conv_state_indices must be below N = 2, got 2": lambda: ops.causal_conv1d_update(
             x, state, WEIGHT, conv_state_indices=torch.tensor([0, 2])
         ),
+        "cache_seqlens must be on cpu like x, got meta": lambda: ops.causal_conv1d_update(
+            x, torch.zeros(2, 6, 4), WEIGHT, cache_seqlens=torch.zeros(2, device="meta")
+        ),
+        "conv_state_indices must be on cpu like x, got meta": lambda: ops.causal_conv1d_update(
+            x, state, WEIGHT, conv_state_indices=torch.zeros(2, device="meta")
+        ),
         "requires grad": lambda: ops.causal_conv1d_update(
             x.clone().requires_grad_(), state, WEIGHT
         ),

@@ -401,6 +401,7 @@ ERRORS = {
     "x must be bfloat16, float16, float32, float64, complex64 or complex128, got int64": (
         lambda x, a, h: ops.scan(x.long(), a.long())
     ),
+    "a must be on cpu like x, got meta": lambda x, a, h: ops.scan(x, a.to("meta")),
     "initial_state must have shape [N, D] = [2, 12], got [1, 12]": lambda x, a, h: ops.scan(
         x, a, h[:1]
     ),

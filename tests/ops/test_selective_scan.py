@@ -243,6 +243,7 @@ ERRORS = {
     "z must have shape [B, D, T] = [2, 12, 37], got [2, 11, 37]": {6: lambda t: t[:, 1:]},
     "A must have shape [D, S] with D = 12, got [11, 5]": {2: lambda t: t[1:]},
     "dt_bias must have shape [D] = [12], got [3]": {7: lambda t: t[:3]},
+    "A must be on cpu like u, got meta": {2: lambda t: t.to("meta")},
 }
 
 
