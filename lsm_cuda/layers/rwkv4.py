@@ -179,7 +179,8 @@ class AFT(RecurrentLayer):
 
     def _full_step(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
         keys, values, length = state
-        self._check_length(int(length.max()) + 1)
+        if len(length):
+            self._check_length(int(length.max()) + 1)
         row = torch.arange(len(length), device=length.device)
         keys[row, length], values[row, length] = k.to(keys.dtype), v.to(values.dtype)
         o = self._read(q[:, None], keys, values, self._pairs(), length[:, None])[:, 0]
@@ -189,7 +190,7 @@ class AFT(RecurrentLayer):
     @staticmethod
     def _read(q: Tensor, keys: Tensor, values: Tensor, pairs: Tensor, place: Tensor) -> Tensor:
         """Queries at ``place [N, T]`` of what is there."""
-        S = int(place.max()) + 1 if place.numel() else 0
+        S = int(place.max()) + 1 if place.numel() else place.shape[1]
         seen = torch.arange(S, device=q.device) <= place[..., None]
         pairs = pairs[:, :S][place].masked_fill(~seen, -torch.inf)
         return aft_full(q, keys[:, :S], values[:, :S], pairs, causal=False).to(q.dtype)

@@ -202,6 +202,10 @@ def test_empty_inputs(case):
     layer = case.make()
     assert layer(case.tokens(2, 0))[0].shape == (2, 0, case.D)
     assert layer(case.tokens(0, 3))[0].shape == (0, 3, case.D)
+    cache = Cache()
+    for T in (3, 1, 2):
+        o, _, _ = layer(case.tokens(0, T), past_key_values=cache, use_cache=True)
+        assert o.shape == (0, T, case.D)
 
 
 @every_layer
