@@ -216,8 +216,9 @@ inline double softmax_slack(SparseAttnParams const& p) {
     return p.pv_threshold == 0 ? 8 : 0;
 }
 
-// Scores of a vector of queries times `scale`, a key every kLaneCount numbers, to weights, relative to `most`. What came
-// before is to be multiplied with the result. `highest`: of these keys.
+// Scores of a vector of queries, a key every kLaneCount numbers, to weights, relative to `most`. What came before is to be
+// multiplied with the result. `highest`: of these keys. All are still to be multiplied with `scale`, as differences are: the
+// product of a large score is off by more than a whole number.
 template <bool kRough = false, class T>
 LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, T slack, Vector<T>& most, Vector<T>& sum,
                             Vector<T>& highest) {
@@ -227,28 +228,28 @@ LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, T slack, Vector<T>& mos
     for (; first + 4 <= keys; first += 4)
         for (int i = 0; i < 4; ++i) part[i] = max_of(load(S + (first + i) * kLaneCount), part[i]);
     for (; first < keys; ++first) part[0] = max_of(load(S + first * kLaneCount), part[0]);
-    highest = max_of(max_of(part[0], part[1]), max_of(part[2], part[3])) * scale;
+    highest = max_of(max_of(part[0], part[1]), max_of(part[2], part[3]));
     most = highest > before + slack ? highest : before;
     Vector<T> const base = most == none ? Vector<T>{} : most;
     Vector<T> total = {};
     for (int64_t j = 0; j < keys; ++j) {
-        Vector<T> const s = load(S + j * kLaneCount);
-        Vector<T> const weight = kRough ? rough_exp(s, scale, base) : exp(s * scale - base);
+        Vector<T> const above = load(S + j * kLaneCount) - base;
+        Vector<T> const weight = kRough ? rough_exp(above, scale, {}) : exp(above * scale);
         total += weight;
         store(S + j * kLaneCount, weight);
     }
-    Vector<T> const fade = exp(before - base);
+    Vector<T> const fade = exp((before - base) * scale);
     sum = sum * fade + total;
     return fade;
 }
 
-// Whether the values of keys with these highest scores count, of the first `count` queries of a vector.
+// Whether the values of keys count whose highest scores are so far above the largest so far, of the first `count` queries
+// of a vector.
 template <class T>
-bool weighs(SparseAttnParams const& p, Vector<T> highest, Vector<T> most, int count) {
+bool weighs(SparseAttnParams const& p, Vector<T> above, int count) {
     if (p.pv_threshold == 0) return true;
     bool some = false;
-    for (int i = 0; i < kLanes<T> && i < count; ++i)
-        some |= highest[i] - most[i] > -T(p.pv_threshold);
+    for (int i = 0; i < kLanes<T> && i < count; ++i) some |= above[i] > -T(p.pv_threshold);
     return some;
 }
 
@@ -259,6 +260,13 @@ void start_row(SparseAttnParams const& p, int64_t head, T& most, T& sum) {
     if (p.sink_logits == nullptr) return;
     most = static_cast<T const*>(p.sink_logits)[head];
     sum = most > T(-INFINITY) ? 1 : 0;
+}
+
+// In the backward a weight is at most 1, however lse was rounded, or scores summed.
+template <class V>
+LSM_INLINE V at_most_one(V weight) {
+    V const most = V{} + 1;
+    return weight > most ? most : weight;
 }
 
 // What a row's gradients need beside it: its lse, 0 if it sees nothing, and D = sum dO O - dlse.

@@ -46,8 +46,10 @@ class AttnForward {
 
   private:
     void start_softmax() {
-        for (int i = 0; i < tile_.vectors() * W; ++i)
+        for (int i = 0; i < tile_.vectors() * W; ++i) {
             start_row(p_, tile_.head(i), most_[i], sum_[i]);
+            most_[i] /= tile_.score_scale();
+        }
         for (int64_t c = 0; c < tile_.V(); ++c)
             std::memset(turned_ + c * kLaneCount, 0, size_t(tile_.vectors() * W) * sizeof(T));
     }
@@ -67,12 +69,12 @@ class AttnForward {
         Vector<T> const before = load(most_ + v * W);
         Vector<T> most = before, sum = load(sum_ + v * W), highest;
         T* const s = scores_ + v * W;
-        T const scale = tile_.score_scale(), slack = T(softmax_slack(p_));
+        T const scale = tile_.score_scale(), slack = T(softmax_slack(p_)) / scale;
         Vector<T> const fade = tile_.pairs()
                                    ? soften<true>(s, tile_.size(), scale, slack, most, sum, highest)
                                    : soften(s, tile_.size(), scale, slack, most, sum, highest);
         store(most_ + v * W, most), store(sum_ + v * W, sum);
-        heavy_[v] = weighs<T>(p_, highest, most, tile_.lanes() - v * W);
+        heavy_[v] = weighs<T>(p_, (highest - most) * scale, tile_.lanes() - v * W);
         bool moved = false;
         for (int i = 0; i < W; ++i) moved |= most[i] != before[i];
         if (!moved) return;
@@ -85,6 +87,7 @@ class AttnForward {
         for (int v = 0; v < tile_.vectors(); ++v) {
             Vector<T> const sum = load(sum_ + v * W);
             Vector<T> const share = sum == T(0) ? Vector<T>{} : T(1) / sum;
+            store(most_ + v * W, load(most_ + v * W) * tile_.score_scale());
             T* const o = turned_ + v * W;
             for (int64_t c = 0; c < p_.V; ++c)
                 store(o + c * kLaneCount, load(o + c * kLaneCount) * share);
@@ -98,8 +101,8 @@ class AttnForward {
     Arena<T> arena_;
     AttnTile<T> tile_;
     T *scores_, *turned_, *output_;
-    T most_[kLaneCount],
-        sum_[kLaneCount];  // of each query: the largest score, and the weights' sum
+    // Of each query: the score that weights are relative to, not yet scaled, and the weights' sum.
+    T most_[kLaneCount], sum_[kLaneCount];
     bool heavy_[kLaneCount / W];
 };
 
@@ -237,9 +240,9 @@ class AttnBackward {
         for (int64_t j = 0; j < tile_.size(); ++j) {
             int64_t const at = j * kLaneCount + v * W;
             Vector<T> const s = load(weights_ + at);
-            Vector<T> const weight = kPairs        ? rough_exp<T>(s, scale, lse)
-                                     : s == hidden ? none
-                                                   : exp(s * scale - lse);
+            Vector<T> const weight = at_most_one(kPairs        ? rough_exp<T>(s, scale, lse)
+                                                 : s == hidden ? none
+                                                               : exp(s * scale - lse));
             Vector<T> grad = s == hidden ? none : weight * (load(grads_ + at) - dot);
             sum += grad;
             if (d_ramp_ != nullptr) {

@@ -53,6 +53,7 @@ class AttnTile : public TileRoom<T> {
     using Room::W, Room::head;
     static constexpr int kVectors = kLaneCount / W;
     static constexpr bool kPairs = kPairProducts && std::is_same_v<T, float>;
+    static constexpr double kLeastScale = 1e-20;  // so that a sink's logit can be divided by it
 
     AttnTile(SparseAttnParams const& p, SparseAttnTask const& task, bool backward)
         : Room(p, task),
@@ -103,7 +104,7 @@ class AttnTile : public TileRoom<T> {
     // Whether scores are still to be multiplied with the scale: no other term wants them scaled.
     bool plain() const {
         return p_.softcap == 0 && p_.lists.bias == nullptr && p_.alibi_slopes == nullptr &&
-               p_.ramp == nullptr && p_.scale > 0;
+               p_.ramp == nullptr && p_.scale > kLeastScale;
     }
     T score_scale() const { return plain() ? T(p_.scale) : T(1); }
 

@@ -178,7 +178,7 @@ class AttnTokensForward {
             store(fade_ + v * W, soften(scores_ + v * W, tile_.size(), T(1), T(softmax_slack(p_)),
                                         top, total, highest));
             store(most + v * W, top), store(sum + v * W, total);
-            heavy_[v] = weighs<T>(p_, highest, top, count - v * W);
+            heavy_[v] = weighs<T>(p_, highest - top, count - v * W);
         }
         for (int n = 0; n < count; ++n)
             most_[tile_.lane(n)] = most[n], sum_[tile_.lane(n)] = sum[n];
@@ -304,7 +304,7 @@ class AttnTokensBackward {
         for (int64_t j = 0; j < tile_.size(); ++j) {
             int64_t const at = j * kLaneCount + v * W;
             Vector<T> const s = load(weights_ + at);
-            Vector<T> const weight = s == hidden ? none : exp(s - lse);
+            Vector<T> const weight = s == hidden ? none : at_most_one(exp(s - lse));
             store(weights_ + at, weight);
             store(grads_ + at, s == hidden ? none : weight * (load(grads_ + at) - dot));
         }
