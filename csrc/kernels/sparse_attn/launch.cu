@@ -213,6 +213,31 @@ void invert_lists(Layout const& layout, void* stream) {
         launch(sort_rows, chunks, dim3(32), 0, stream, layout.work, true);
 }
 
+// Of queries, keys, values and biases; sink logits and ramps are still to be summed over queries.
+void differentiate(SparseAttnParams const& p, Layout const& layout, void* stream) {
+    Work const& work = layout.work;
+    map(work, stream);
+    invert_lists(layout, stream);
+    if (int64_t const rows = p.B * p.Tq * p.Hq; rows > 0)
+        launch(row_stats, blocks_for(rows, kPrepareThreads / 32), dim3(kPrepareThreads), 0, stream,
+               work);
+    int64_t const entries = p.lists.entries, parts = layout.bias_parts * entries;
+    fill(work.bias_parts, static_cast<i64>(parts), 0.f, stream);
+    auto const run = !on_tensor_cores(p)      ? exact_backward
+                     : p.dtype == Dtype::bf16 ? backward_bf16
+                                              : backward_f16;
+    if (work.items != nullptr)
+        launch(list_items, dim3(1), dim3(kPrepareThreads), kSmallSmem, stream, work);
+    if (!on_warpgroups(work, true, stream)) run(work, stream);
+    if (dim3 const grid = key_grid(work); work.items != nullptr && grid.x > 0)
+        launch(join_pieces, grid, dim3(kPrepareThreads), 0, stream, work,
+               work.inverse.section_k / work.section_tiles);
+    if (parts > 0)
+        launch(sum_parts, blocks_for(entries, kPrepareThreads), dim3(kPrepareThreads), 0, stream,
+               static_cast<float const*>(work.bias_parts), layout.bias_parts,
+               static_cast<i64>(entries), static_cast<float*>(p.grad_block_bias));
+}
+
 }  // namespace
 }  // namespace sparse_attn
 
@@ -238,32 +263,12 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void* stream) {
 }
 
 void sparse_attn_bwd(SparseAttnParams const& p, void* workspace, void* stream) {
-    if (p.B * p.Hq == 0) return;
+    if (p.Hq == 0) return;
     Layout const layout = plan_backward(p, workspace);
-    Work const& work = layout.work;
-    map(work, stream);
-    invert_lists(layout, stream);
-    if (int64_t const rows = p.B * p.Tq * p.Hq; rows > 0)
-        launch(row_stats, blocks_for(rows, kPrepareThreads / 32), dim3(kPrepareThreads), 0, stream,
-               work);
-    int64_t const entries = p.lists.entries, parts = layout.bias_parts * entries;
-    fill(work.bias_parts, static_cast<i64>(parts), 0.f, stream);
-    auto const run = !on_tensor_cores(p)      ? exact_backward
-                     : p.dtype == Dtype::bf16 ? backward_bf16
-                                              : backward_f16;
-    if (work.items != nullptr)
-        launch(list_items, dim3(1), dim3(kPrepareThreads), kSmallSmem, stream, work);
-    if (!on_warpgroups(work, true, stream)) run(work, stream);
-    if (dim3 const grid = key_grid(work); work.items != nullptr && grid.x > 0)
-        launch(join_pieces, grid, dim3(kPrepareThreads), 0, stream, work,
-               work.inverse.section_k / work.section_tiles);
-    if (parts > 0)
-        launch(sum_parts, blocks_for(entries, kPrepareThreads), dim3(kPrepareThreads), 0, stream,
-               static_cast<float const*>(work.bias_parts), layout.bias_parts,
-               static_cast<i64>(entries), static_cast<float*>(p.grad_block_bias));
+    if (p.B > 0) differentiate(p, layout, stream);
     if (p.grad_sink_logits != nullptr || p.grad_ramp != nullptr)
         launch(sum_queries, dim3(static_cast<unsigned>(p.Hq)), dim3(kPrepareThreads), kSmallSmem,
-               stream, work);
+               stream, layout.work);
 }
 
 }  // namespace lsm
