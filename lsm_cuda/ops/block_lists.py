@@ -108,7 +108,7 @@ class BlockLists:
             order = torch.nn.functional.pad(order, (0, capacity - order.shape[-1]), value=blocks)
             index = torch.where(order < blocks, order, -1).to(torch.int32)
             if bias is not None:
-                bias = bias.gather(-1, index.clamp(min=0).long()).masked_fill(index < 0, 0.0)
+                bias = torch.nn.functional.pad(bias, (0, 1)).gather(-1, order)
         return cls(index, row_ptr, (B, heads, rows), Tq, Tk, block_q, block_k, bias, **given)
 
     @classmethod

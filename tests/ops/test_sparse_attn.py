@@ -71,6 +71,7 @@ CASES = [
          dtype="bf16", dims=(256, 40)),
     Attn(scale=0.7, layout="transposed"),
     Attn(scale=300.0, mask=CAUSAL, dtype="bf16"),  # weights of 0 and 1
+    Attn(scale=1e-50, mask=CAUSAL, dtype="bf16", dims=(32, 16), lists="none"),  # 0 in fp32
     Attn(layout="sliced", dtype="bf16", heads=(2, 2, 1)),
     Attn(layout="offset", dims=(5, 3), batch=2),
 ]  # fmt: skip
@@ -185,6 +186,30 @@ def test_deterministic_whatever_the_threads():
         return {"o": o, "lse": lse} | dict(zip(leaves, grads, strict=True))
 
     assert_same_bits(results(1), results(2))
+
+
+@pytest.mark.parametrize("K", [64, 256])
+def test_large_scores(impl, K):
+    """Whose differences are lost, but not that there are some: nothing overflows."""
+    attn = Attn(Tq=70, Tk=70, lists="none", mask=CAUSAL, dims=(K, 32), dtype="bf16")
+    call = make(attn)
+    for name in ("q", "k"):
+        call.x.tensors[name].fill_(3e4)
+    got, v = run(impl, call), call.x.tensors["v"].float()
+    mean = v.cumsum(1) / torch.arange(1, 71)[:, None, None]
+    torch.testing.assert_close(got["o"].float(), mean.expand(got["o"].shape), rtol=0, atol=2e-2)
+    most = torch.full_like(got["lse"], 3e4**2 * K**0.5)
+    torch.testing.assert_close(got["lse"], most, rtol=1e-2, atol=0)
+    assert all(got[name].isfinite().all() for name in ("dq", "dk", "dv"))
+
+
+def test_no_rows_no_gradients(impl):
+    """Of sink logits and ramps, which have no batch: 0, and not what memory holds."""
+    call = make(Attn(batch=0, lists="none", heads=(50, 1, 1), extras=("sinks", "ramp")))
+    spoilt = [torch.full((50,), torch.nan) for _ in range(20)]
+    del spoilt  # what is allocated next lies there
+    got = run(impl, call)
+    assert not any(got[name].any() for name in ("dsink_logits", "dramp"))
 
 
 def test_what_is_not_seen_is_not_read():
@@ -376,6 +401,8 @@ def test_lists_keep_their_bitmap():
         every = AttnMask(causal=True).to_dense(70, 61).expand(pairs.shape)
         density = lists.density(AttnMask(causal=True))
         assert density == pytest.approx((pairs.sum() / every.sum()).item())
+    nothing = torch.zeros(1, 1, 5, 0, dtype=torch.bool)  # keys of an empty sequence
+    assert BlockLists.from_bitmap(nothing, 70, 0, 16, 16, 3, nothing.float()).bias.shape[-1] == 3
     with pytest.raises(ValueError, match="capacity is 1"):
         BlockLists.from_bitmap(torch.ones(2, 2, dtype=torch.bool), 32, 32, 16, 16, 1)
 
