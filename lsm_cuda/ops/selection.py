@@ -180,21 +180,29 @@ def _map_shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, rule: list[int])
     return B, k.shape[2] if rule[1] else Hq, rows
 
 
+_TENSORS = ("k", "lse", "taps", "cu_seqlens_q", "cu_seqlens_k", "cu_rows", "lengths")
+
+
+def _same_device(op: str, q: Tensor, *tensors: Tensor | None) -> None:
+    check_device_like(op, "q", q, dict(zip(_TENSORS, tensors, strict=True)))
+
+
 @torch.library.register_fake("lsm::block_scores")
 def _scores_fake(q, k, lse, taps, cu_q, cu_k, cu_rows, lengths, scale, rule):  # type: ignore[no-untyped-def]
-    check_device_like("block_scores", "q", q, {"k": k, "lse": lse, "taps": taps})
+    _same_device("block_scores", q, k, lse, taps, cu_q, cu_k, cu_rows, lengths)
     return q.new_empty(*_map_shape(q, k, cu_q, rule), rule[14], dtype=accumulation_dtype(q))
 
 
 @torch.library.register_fake("lsm::block_select")
 def _select_fake(q, k, lse, taps, cu_q, cu_k, cu_rows, lengths, scale, rule, choice, cuts):  # type: ignore[no-untyped-def]
-    check_device_like("block_select", "q", q, {"k": k, "lse": lse, "taps": taps})
+    _same_device("block_select", q, k, lse, taps, cu_q, cu_k, cu_rows, lengths)
     return q.new_empty(*_map_shape(q, k, cu_q, rule), choice[3], dtype=torch.int32)
 
 
 @torch.library.register_fake("lsm::block_topk")
 def _topk_fake(scores, cu_q, cu_rows, lengths, Tq, rule, choice, cuts):  # type: ignore[no-untyped-def]
-    check_device_like("block_topk", "scores", scores, {"lengths": lengths})
+    named = {"cu_seqlens_q": cu_q, "cu_rows": cu_rows, "lengths": lengths}
+    check_device_like("block_topk", "scores", scores, named)
     return scores.new_empty(*scores.shape[:3], choice[3], dtype=torch.int32)
 
 

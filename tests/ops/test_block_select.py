@@ -448,6 +448,10 @@ TOP = BlockChoice(top_k=1)
          "float16"),
         (lambda: ops.block_scores(Q, KEYS, MOBA, lse=torch.zeros(1, 4, 3)), "lse must have shape "
          "[B, Hq, Tq] = [1, 4, 20], got [1, 4, 3]"),
+        (lambda: ops.block_scores(Q, KEYS, MOBA, lengths=torch.empty(1, device="meta").int()),
+         "lengths must be on cpu like q, got meta"),
+        (lambda: ops.block_select(Q, KEYS, MOBA, TOP, cu_seqlens=torch.empty(2, device="meta")),
+         "cu_seqlens_q must be on cpu like q, got meta"),
         (lambda: ops.block_select(Q, KEYS, replace(MOBA, block_k=0), TOP), "block_q and block_k "
          "must be at least 1, got 1 and 0"),
         (lambda: ops.block_select(Q, KEYS, MOBA, BlockChoice(top_p=1.5)), "top_p must be in "
