@@ -234,7 +234,7 @@ LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, T slack, Vector<T>& mos
     Vector<T> total = {};
     for (int64_t j = 0; j < keys; ++j) {
         Vector<T> const above = load(S + j * kLaneCount) - base;
-        Vector<T> const weight = kRough ? rough_exp(above, scale, {}) : exp(above * scale);
+        Vector<T> const weight = kRough ? rough_exp(above, scale, Vector<T>{}) : exp(above * scale);
         total += weight;
         store(S + j * kLaneCount, weight);
     }

@@ -166,6 +166,7 @@ class AttnBackward {
             turn(grad_o_turned_, kLaneCount, grad_o_, V, lanes, V);
         }
         finite_grads_ = all_finite(grad_o_, lanes * V), finite_queries_ = tile_.finite_queries();
+        finite_lse_ = all_finite(lse_, lanes);
         std::memset(dq_, 0, size_t(lanes * tile_.K()) * sizeof(T));
     }
 
@@ -174,9 +175,11 @@ class AttnBackward {
         tile_.scores(weights_, capped_);
         tile_.over_runs([&](Run run) { tile_.value_products(grads_, grad_o_turned_, run); });
         bool const full = !tile_.partial(), finite_keys = full || tile_.finite_keys();
-        // Pairs multiply what no query sees with weights of 0.
-        if (tile_.pairs() && (full || (finite_keys && finite_grads_ && finite_queries_)))
+        // Pairs multiply what no query sees, and queries that see nothing, with weights of 0; where lse is NaN they are not 0.
+        bool const finite_rows = finite_grads_ && finite_queries_ && finite_lse_;
+        if (tile_.pairs() && ((full && tile_.every_lane()) || (finite_keys && finite_rows)))
             return add_by_pairs();
+        if (tile_.pairs() && full) tile_.read_numbers();
         tile_.over_runs([&](Run run) {
             for (int v = run.begin; v < run.end; ++v) softmax<false>(v);
             add(run, full, finite_keys);
@@ -291,7 +294,7 @@ class AttnBackward {
     T *grad_pairs_, *grads_by_query_;  // [keys / 2][lanes], [lanes][keys / 2]
     T* key_pairs_;                     // [keys / 2][K]
     T *query_pairs_, *grad_o_pairs_;   // [lanes / 2][K or V]
-    bool finite_grads_, finite_queries_;
+    bool finite_grads_, finite_queries_, finite_lse_;
     T lse_[kLaneCount], dot_[kLaneCount], ramp_sum_[kLaneCount];
 };
 

@@ -98,8 +98,9 @@ class AttnTile : public TileRoom<T> {
     // Keys and values of the block, of which [from, from + size()) are seen by any. Pairs need numbers only where values
     // might not be finite.
     void read_keys() {
-        if (!pairs_ || partial()) Room::read_keys(key(), size_);
+        if (!pairs_ || partial()) read_numbers();
     }
+    void read_numbers() { Room::read_keys(key(), size_); }
 
     // Whether scores are still to be multiplied with the scale: no other term wants them scaled.
     bool plain() const {

@@ -17,7 +17,7 @@ from test_kv_cache import run as run_decode
 from torch import Tensor
 
 from lsm_cuda import reference
-from lsm_cuda.ops import AttnMask
+from lsm_cuda.ops import AttnMask, BlockLists
 
 WINDOW = {"causal": True, "left": 9}
 EVERYTHING = ("softcap", "sinks", "alibi", "ramp", "bias")
@@ -101,6 +101,30 @@ def test_attention(impl: Impl, attn: Attn):
     # Who sees them has them.
     sees = pairs[:, :group, :, keys].any(-1)
     assert not got["o"].isfinite().all(-1).transpose(1, 2)[:, :group][sees].any()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_blocks_of_other_queries(cpu: Impl, dtype: str):
+    """A query that is NaN has no part in a block that all others of its tile see whole."""
+    call = make(Attn(Tq=32, Tk=32, heads=(16, 1, 1), dims=(32, 32), dtype=dtype, lists="none",
+                     extras=("softcap",)))  # fmt: skip
+    every = torch.eye(2, dtype=torch.bool).repeat(16, 1)  # even queries: block 0, odd ones: 1
+    call = replace(call, lists=BlockLists.from_bitmap(every, 32, 32, 1, 16))
+    call.x.tensors["q"][:, 0] = torch.nan
+    got = run(cpu, call)
+    for name in ("dk", "dv"):
+        assert got[name][:, :16].isnan().any() and got[name][:, 16:].isfinite().all(), name
+    assert got["dq"][:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_keys_behind_a_query_that_saw_nan(cpu: Impl, dtype: str):
+    """In a block of their own, of finite queries and keys."""
+    call = make(Attn(Tq=48, Tk=48, dims=(32, 32), dtype=dtype, lists="all", mask=WINDOW))
+    call.x.tensors["k"][:, 10] = torch.nan
+    got = run(cpu, call)
+    for name in ("dq", "dk", "dv"):
+        assert got[name][:, 10:20].isnan().any() and got[name][:, 20:].isfinite().all(), name
 
 
 @pytest.mark.skipif(bool(missing("_emu")), reason=str(missing("_emu")))
