@@ -120,7 +120,7 @@ class LongformerSelfAttention(nn.Module):
         reach = self.attention_window // 2 * self.dilation
         window = AttnMask(left=reach, right=reach, dilation=self.dilation)
         local = attend_unless(q, k, v, padding | is_global, window, scale)
-        count = int(is_global.sum(1).max())
+        count = max(is_global.sum(1).tolist(), default=0)
         if not count:
             return self._out(local[0], padding)
         # global tokens of every row in front, and how many they are

@@ -149,6 +149,7 @@ def test_longformer_rows_may_have_any_number_of_global_tokens():
     both = layer(x, mask)[0]
     for n in range(3):
         torch.testing.assert_close(both[n : n + 1], layer(x[n : n + 1], mask[n : n + 1])[0])
+    assert layer(x[:0], mask[:0])[0].shape == layer(x[:0])[0].shape == (0, 40, D)
 
 
 @torch.no_grad()
