@@ -35,7 +35,7 @@ struct SparseAttnKernels {
 };
 
 // Queries of one pass over key blocks: tokens by heads that share lists.
-inline constexpr int64_t kQueryLanes = 64;
+inline constexpr int64_t kQueryLanes = 128;
 
 // Query heads of a pass, all of one key/value head and one list.
 inline int64_t heads_of_tile(SparseAttnParams const& p) {
@@ -59,7 +59,13 @@ inline int64_t tokens_of_tile(SparseAttnParams const& p) {
         while (2 * tokens * heads_of_tile(p) <= kTokenLanes && tokens < kTokensOfTile) tokens *= 2;
         return tokens;
     }
-    while (2 * tokens * heads_of_tile(p) <= kQueryLanes) tokens *= 2;
+    int64_t const heads = heads_of_tile(p);
+    // Half of the lanes are enough for not walking the blocks of another row.
+    auto const whole_row = [&] {
+        return p.lists.index != nullptr && tokens >= p.lists.block_q &&
+               2 * tokens * heads >= kQueryLanes;
+    };
+    while (2 * tokens * heads <= kQueryLanes && !whole_row()) tokens *= 2;
     return tokens;
 }
 
