@@ -243,7 +243,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_bwd(
 
 #if defined(LSM_BACKEND_CPU)
 // simple_gla of weighted values; its names are its own arguments'.
-constexpr NormalisedNames kWeightedNames{"o", "grad_o", "n", "grad_n", "grad_final_state"};
+// The backward needs no outputs; grad_o stands in their place.
+constexpr NormalisedNames kWeightedNames{"grad_o", "grad_o", "n", "grad_n", "grad_final_state"};
 
 Inputs weighted(Checks const& c, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& w,
                 Tensor const& g, OptionalTensor const& initial_state,

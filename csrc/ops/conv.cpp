@@ -192,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor const& grad_final_state, bool need_dweight, int64_t norm, double norm_eps,
     std::optional<int64_t> norm_channels) {
     Checks const c(kBwd);
+    if (grad_final_state) c.rank(*grad_final_state, "grad_final_state", "[N, D, S]", 3);
     int64_t const state_size = grad_final_state ? grad_final_state->size(2) : 0;
     Inputs in = prepare(c, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size,
                         {norm, norm_eps, norm_channels});
