@@ -218,11 +218,11 @@ class AttnBackward {
         over_lanes(dv_, weight_rows_, grad_o_pairs_, V);
         over_lanes(dk_, grad_rows_, query_pairs_, K);
 
-        int64_t const pairs = pair_depth(keys) / 2;
-        pair_rows(grad_pairs_, kLaneCount, keys, [&](int64_t j) {
+        int64_t const pairs = pair_depth(keys) / 2, lanes = tile_.vectors() * W;
+        pair_rows(grad_pairs_, lanes, keys, [&](int64_t j) {
             return reinterpret_cast<Bf16 const*>(grad_rows_) + j * kLaneCount;
         });
-        turn(grads_by_query_, pairs, grad_pairs_, kLaneCount, pairs, kLaneCount);
+        turn(grads_by_query_, pairs, grad_pairs_, lanes, pairs, lanes);
         pair_rows(key_pairs_, K, keys,
                   [&](int64_t j) { return tile_.row_of(p_.k, tile_.key() + j); });
         tile_.over_runs([&](Run run) {
@@ -291,7 +291,7 @@ class AttnBackward {
     T *grad_o_, *grad_o_turned_, *output_, *dq_;
     // For products of pairs.
     T *weight_rows_, *grad_rows_;      // weights and grads in bf16
-    T *grad_pairs_, *grads_by_query_;  // [keys / 2][lanes], [lanes][keys / 2]
+    T *grad_pairs_, *grads_by_query_;  // [keys / 2][vectors' lanes], [lanes][keys / 2]
     T* key_pairs_;                     // [keys / 2][K]
     T *query_pairs_, *grad_o_pairs_;   // [lanes / 2][K or V]
     bool finite_grads_, finite_queries_, finite_lse_;
