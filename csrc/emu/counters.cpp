@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "emu/cache.h"
 #include "emu/internal.h"
 
 namespace lsm::emu {
@@ -21,6 +22,8 @@ CounterField const kCounterFields[] = {
     LSM_FIELD(global_reads),
     LSM_FIELD(global_writes),
     LSM_FIELD(async_bytes),
+    LSM_FIELD(memory_read_bytes),
+    LSM_FIELD(memory_write_bytes),
     LSM_FIELD(mma_flops),
     LSM_FIELD(mma_instructions),
     LSM_FIELD(ldmatrix),
@@ -44,6 +47,10 @@ constexpr std::size_t kMostRecords = 4096;    // of launches; older ones go
 constexpr std::size_t kLongestQueue = 65536;  // accesses of one lane between two warp-wide points
 
 std::vector<LaunchRecord> records;
+
+bool is_shared(AccessKind kind) {
+    return kind == AccessKind::shared_read || kind == AccessKind::shared_write;
+}
 
 struct LaneAccess {
     u64 address;
@@ -94,45 +101,60 @@ void count_global(LaneAccess const* lanes, std::size_t count, bool write) {
 }
 
 void count_instruction(Access const& example, LaneAccess const* lanes, std::size_t count) {
-    if (example.shared) {
-        count_shared(lanes, count, example.bytes);
-    } else {
-        count_global(lanes, count, example.write);
+    AccessKind const kind = example.kind;
+    if (is_shared(kind)) return count_shared(lanes, count, example.bytes);
+    bool const written = kind == AccessKind::global_write;
+    if (written || kind == AccessKind::global_read) count_global(lanes, count, written);
+    if (!has_cache()) return;
+    for (std::size_t i = 0; i < count; ++i) {
+        cache_access(lanes[i].address, lanes[i].bytes, !written,
+                     written || kind == AccessKind::atomic);
     }
 }
 
 // Lanes took different paths: match the k-th access of one source position with the k-th of the
-// other lanes.
+// other lanes. The cache sees each instruction where the first of its lanes came to it.
 void flush_diverged(Warp& warp) {
     struct Queued {
         u64 key;
-        u32 occurrence;
+        u32 occurrence, position;
         LaneAccess access;
         Access const* full;
     };
     std::vector<Queued> all;
+    std::vector<std::pair<u32, std::size_t>> instructions;  // position, first in `all`
     std::vector<std::pair<u64, u32>> seen;
     for (u32 lane = 0; lane < 32 && (warp.existing >> lane & 1); ++lane) {
         seen.clear();
+        u32 position = 0;
         for (Access const& a : world.threads[warp.first_thread + lane].accesses) {
             auto it = std::find_if(seen.begin(), seen.end(),
                                    [&](auto const& s) { return s.first == a.key(); });
             if (it == seen.end()) it = seen.insert(seen.end(), {a.key(), 0});
-            all.push_back({a.key(), it->second++, {a.address, a.bytes, lane}, &a});
+            all.push_back({a.key(), it->second++, position++, {a.address, a.bytes, lane}, &a});
         }
     }
     std::stable_sort(all.begin(), all.end(), [](Queued const& a, Queued const& b) {
         return a.key != b.key ? a.key < b.key : a.occurrence < b.occurrence;
     });
-    for (std::size_t i = 0; i < all.size();) {
-        LaneAccess lanes[32];
-        std::size_t n = 0, j = i;
-        while (j < all.size() && all[j].key == all[i].key &&
-               all[j].occurrence == all[i].occurrence) {
-            lanes[n++] = all[j++].access;
+    auto const same = [](Queued const& a, Queued const& b) {
+        return a.key == b.key && a.occurrence == b.occurrence;
+    };
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        if (i == 0 || !same(all[i - 1], all[i])) {
+            instructions.push_back({all[i].position, i});
+        } else {
+            u32& first = instructions.back().first;
+            first = std::min(first, all[i].position);
         }
-        count_instruction(*all[i].full, lanes, n);
-        i = j;
+    }
+    std::sort(instructions.begin(), instructions.end());
+    for (auto const& [position, first] : instructions) {
+        LaneAccess lanes[32];
+        std::size_t n = 0;
+        for (std::size_t i = first; i < all.size() && same(all[first], all[i]); ++i)
+            lanes[n++] = all[i].access;
+        count_instruction(*all[first].full, lanes, n);
     }
 }
 
@@ -162,6 +184,7 @@ bool flush_uniform(Warp& warp) {
 
 void reset_counters() {
     records.clear();
+    empty_cache();
 }
 
 std::vector<LaunchRecord> const& launch_records() {
@@ -180,11 +203,11 @@ void end_counting(Launch const& config) {
                        world.schedule, counters});
 }
 
-void log_access(Thread& t, void const* address, u32 bytes, bool write, bool shared,
-                void const* site) {
-    if (!shared) (write ? counters.global_write_bytes : counters.global_read_bytes) += bytes;
-    u64 const at = shared ? offset_of(address) : reinterpret_cast<u64>(address);
-    t.accesses.push_back({at, site, static_cast<u16>(bytes), write, shared});
+void log_access(Thread& t, void const* address, u32 bytes, AccessKind kind, void const* site) {
+    if (kind == AccessKind::global_read) counters.global_read_bytes += bytes;
+    if (kind == AccessKind::global_write) counters.global_write_bytes += bytes;
+    u64 const at = is_shared(kind) ? offset_of(address) : reinterpret_cast<u64>(address);
+    t.accesses.push_back({at, site, static_cast<u16>(bytes), kind});
     Warp& warp = world.warps[t.warp];
     warp.has_accesses = true;
     if (t.accesses.size() >= kLongestQueue) flush_accesses(warp);

@@ -13,6 +13,7 @@ namespace lsm::emu {
 
 struct Thread;
 struct Warp;
+enum class AccessKind : u8;
 
 struct Counters {
     u64 launches, blocks;
@@ -20,6 +21,7 @@ struct Counters {
     u64 global_read_sectors, global_write_sectors;  // 32-byte sectors touched per warp instruction
     u64 global_reads, global_writes;                // warp instructions
     u64 async_bytes;  // the part of the reads that came by cp.async or TMA
+    u64 memory_read_bytes, memory_write_bytes;  // past the cache (cache.h), if there is one
     u64 mma_flops, mma_instructions;
     u64 ldmatrix, ldmatrix_wavefronts,
         ldmatrix_conflicts;  // stmatrix too; conflicts: wavefronts above the ideal
@@ -55,8 +57,7 @@ void begin_counting();
 void end_counting(Launch const& config);
 
 // Queues one lane's access; flush_accesses() then counts those of a warp as instructions.
-void log_access(Thread& thread, void const* address, u32 bytes, bool write, bool shared,
-                void const* site);
+void log_access(Thread& thread, void const* address, u32 bytes, AccessKind kind, void const* site);
 void flush_accesses(Warp& warp);
 
 // Wavefronts of rows of 16 bytes read or written together, eight at a time.

@@ -34,7 +34,9 @@ inline void on_access(void* address, u32 bytes, race::Kind kind, bool aligned, v
     if (in_shared(p)) {
         if (!in_shared(p + bytes - 1))
             fail_at("out of bounds: access past the end of shared memory", site);
-        log_access(*t, p, bytes, kind != race::Kind::read, true, site);
+        log_access(*t, p, bytes,
+                   kind == race::Kind::read ? AccessKind::shared_read : AccessKind::shared_write,
+                   site);
     } else if (p >= world.shared - (1 << 18) && p < world.shared + world.shared_bytes + (1 << 20)) {
         fail_at("out of bounds: access to shared memory + " + std::to_string(p - world.shared) +
                     ", which has " + std::to_string(world.shared_bytes) + " bytes",

@@ -50,16 +50,24 @@ struct BulkCopy {
     std::shared_ptr<struct Clock> clock;  // race build: what the issuing thread knew
 };
 
+enum class AccessKind : u8 {
+    global_read,
+    global_write,
+    shared_read,
+    shared_write,
+    atomic,  // on global memory; like a prefetch, of interest to the cache only
+    prefetch
+};
+
 // One lane's access to memory, kept until its whole warp has passed the same point.
 struct Access {
     u64 address;
     void const* site;
     u16 bytes;
-    bool write;
-    bool shared;
+    AccessKind kind;
 
     // Of the instruction: a cp.async is a global read and a shared write at one site.
-    u64 key() const { return reinterpret_cast<u64>(site) << 2 | u64{write} << 1 | u64{shared}; }
+    u64 key() const { return reinterpret_cast<u64>(site) << 3 | static_cast<u64>(kind); }
 };
 
 // One wgmma instruction of a warpgroup, not yet executed.

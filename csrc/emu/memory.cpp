@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "emu/cache.h"
 #include "emu/counters.h"
 #include "emu/internal.h"
 #include "emu/mma.h"
@@ -57,7 +58,8 @@ void note_global(void const* address, u32 bytes, bool write) {
     void const* const site = LSM_EMU_SITE;
     if (in_shared(address)) fail_at("a global access was given a pointer to shared memory", site);
     check_global_alignment(address, bytes, site);
-    log_access(*world.current, address, bytes, write, false, site);
+    log_access(*world.current, address, bytes,
+               write ? AccessKind::global_write : AccessKind::global_read, site);
 }
 
 namespace {
@@ -67,7 +69,7 @@ char* shared_access(void const* pointer, u32 bytes, bool write, void const* site
     char* const p = shared_pointer(shared_offset(pointer), bytes, write ? "store" : "load", site);
     if constexpr (kRace)
         race::access(t, p, bytes, write ? race::Kind::write : race::Kind::read, site);
-    log_access(t, p, bytes, write, true, site);
+    log_access(t, p, bytes, write ? AccessKind::shared_write : AccessKind::shared_read, site);
     return p;
 }
 
@@ -159,6 +161,8 @@ u64 atomic(Atomic operation, Number type, void* address, u64 value, u64 compare)
     check_global_alignment(address, bytes, site);
     ++counters.atomics;
     ++world.progress;
+    if (has_cache() && world.current != nullptr && !in_shared(address))
+        log_access(*world.current, address, bytes, AccessKind::atomic, site);
     if constexpr (kRace) {
         if (world.current != nullptr) {
             race::access(*world.current, address, bytes, race::Kind::atomic, site);
@@ -199,14 +203,14 @@ void cp_async(u32 destination, void const* source, u32 bytes, u32 source_bytes) 
     if (source_bytes > 0) {
         check_global_alignment(source, bytes, t.site);
         if (in_shared(source)) fail_at("cp.async: the source is in shared memory", t.site);
-        log_access(t, source, source_bytes, false, false, t.site);
+        log_access(t, source, source_bytes, AccessKind::global_read, t.site);
         counters.async_bytes += source_bytes;
     }
     if constexpr (kRace) {
         if (source_bytes > 0) race::access(t, source, source_bytes, race::Kind::read, t.site);
         race::async_issue(t, to, bytes, t.site);
     }
-    log_access(t, to, bytes, true, true, t.site);
+    log_access(t, to, bytes, AccessKind::shared_write, t.site);
     std::memset(to, 0xff, bytes);
     t.copies.push_back({to, static_cast<char const*>(source), bytes, source_bytes, t.site});
 }

@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "emu/architecture.h"
 #include "emu/bounds.h"
+#include "emu/cache.h"
 #include "emu/counters.h"
 #include "emu/emu.h"
 
@@ -70,7 +72,12 @@ PYBIND11_MODULE(LSM_EMU_MODULE, m) {
           "What multiprocessors() tells launchers.");
     m.def("set_architecture", &emu::set_architecture, py::arg("number"),
           "What architecture() tells launchers: 80, or 90 for Hopper's kernels.");
-    m.def("reset_counters", &emu::reset_counters, "Forget the launches counted so far.");
+    m.def(
+        "set_cache", [](std::optional<emu::u64> bytes) { emu::set_cache(bytes.value_or(0)); },
+        py::arg("bytes"),
+        "Size of the second-level cache behind the memory_* counters; 0 or None (default): none.");
+    m.def("reset_counters", &emu::reset_counters,
+          "Forget the launches counted so far, and empty the cache.");
     m.def("counters", &read_counters,
           "{'total': {name: count}, 'launches': [one dict per launch, in order]}.");
     m.def("checks_bounds", &emu::checks_bounds,

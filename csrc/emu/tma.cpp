@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "emu/cache.h"
 #include "emu/counters.h"
 #include "emu/internal.h"
 #include "emu/mma.h"
@@ -91,6 +92,7 @@ void each_piece(Map const& m, u32 shared, int const* coordinate, char const* op,
 
 // Sectors of consecutive pieces are counted once.
 struct SectorCount {
+    bool reads, writes;  // both: a reduction, in the cache
     u64 last = ~0ull, sectors = 0, bytes = 0;
     void add(void const* p, u32 n) {
         u64 const first = reinterpret_cast<u64>(p) / 32,
@@ -100,6 +102,7 @@ struct SectorCount {
             last = s;
         }
         bytes += n;
+        cache_access(reinterpret_cast<u64>(p), n, reads, writes);
     }
 };
 
@@ -186,7 +189,7 @@ void tma_load(void const* map, u32 barrier, u32 destination, int rank, int const
     Thread& t = *world.current;
     Map const& m = decode(map, rank, "TMA load", site);
     std::vector<BulkCopy> pieces;
-    SectorCount count;
+    SectorCount count{true, false};
     each_piece(m, destination, coordinate, "TMA load", site,
                [&](char* global, u32 shared, u32 bytes) {
                    char* const to = world.shared + (shared - kSharedWindow);
@@ -203,7 +206,7 @@ void tma_store(void const* map, u32 source, int rank, int const* coordinate, boo
     void const* const site = LSM_EMU_SITE;
     Thread& t = *world.current;
     Map const& m = decode(map, rank, "TMA store", site);
-    SectorCount count;
+    SectorCount count{add, true};
     each_piece(m, source, coordinate, "TMA store", site, [&](char* global, u32 shared, u32 bytes) {
         if (global == nullptr) return;
         char* const from = world.shared + (shared - kSharedWindow);
@@ -221,7 +224,7 @@ void bulk_load(void const* source, u32 barrier, u32 destination, u32 bytes) {
     char* const to = world.shared + (destination - kSharedWindow);
     auto const* const from = static_cast<char const*>(source);
     begin_load(t, to, from, bytes, site);
-    SectorCount count;
+    SectorCount count{true, false};
     count.add(from, bytes);
     count_read(count);
     std::vector<BulkCopy> pieces;
@@ -235,7 +238,7 @@ void bulk_store(void* destination, u32 source, u32 bytes) {
     check_bulk(source, destination, bytes, "bulk store", site);
     char const* const from = world.shared + (source - kSharedWindow);
     if constexpr (kRace) race::async_proxy_read(t, from, bytes, site);
-    SectorCount count;
+    SectorCount count{false, true};
     count.add(destination, bytes);
     count_write(count);
     t.bulk_stores.push_back(

@@ -1,4 +1,5 @@
 // TMA, mbarriers, named barriers, setmaxnreg: through CuTe's own layouts and tensor maps.
+#include "emu/cache.h"
 #include "harness.h"
 
 #include <cute/tensor.hpp>
@@ -151,6 +152,18 @@ bool run_double_box(bool add = false) {
 Case const tma_store("tma/load_and_store_4d",
                      [] { expect_silence([] { return run_double_box(); }); });
 Case const tma_add("tma/reduce_add", [] { expect_silence([] { return run_double_box(true); }); });
+Case const tma_cached("cache/tma_boxes", [] {
+    constexpr uint64_t kBytes = sizeof(float) * 2 * 13 * 3 * 16;
+    for (bool add : {false, true}) {
+        emu::set_cache(1 << 16);
+        run_double_box(add);
+        auto const& c = last_counters();
+        emu::set_cache(0);
+        // A tensor may begin and end with half a sector.
+        require(c.memory_read_bytes - kBytes * (add ? 2 : 1) <= 64, "read ", c.memory_read_bytes);
+        require(c.memory_write_bytes - kBytes <= 32, "wrote ", c.memory_write_bytes);
+    }
+});
 Case const store_unfenced("planted/fence_proxy_missing_before_tma_store", [] {
     expect_only_race("fence.proxy.async", [] { return run_double_box<false>(); });
 });
