@@ -43,6 +43,7 @@ inline void on_access(void* address, u32 bytes, race::Kind kind, bool aligned, v
                 site);
     }
     race::access(*t, address, bytes, kind, site);
+    if (kind == race::Kind::atomic) race::global_atomic(*t, address);
 }
 
 // A structure that is copied whole goes in vectors, as on a device.

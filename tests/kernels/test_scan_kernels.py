@@ -51,6 +51,9 @@ CALLS = [
     (1, ScanCase(SCAN, T=70, D=40, dtype="c64", state="both", form="constant", order=True)),
     (64, ScanCase(SCAN, T=600, D=16, dtype="f32", state="both", batch="int64")),
     (64, ScanCase(SCAN, T=600, D=16, dtype="bf16", state="both", form="constant", reverse=True)),
+    # More segments than a group of them.
+    (64, ScanCase(SCAN, T=2500, D=8, dtype="f32", state="both", reverse=True)),
+    (64, ScanCase(SCAN, T=5000, D=8, dtype="c64", state="both", batch="int32")),
     (1, ScanCase(RG_LRU, T=150, D=72, dtype="bf16", batch=2)),
     (64, ScanCase(RG_LRU, T=300, D=8, dtype="f32", state="both", batch="int64", reverse=True)),
 ]

@@ -44,6 +44,7 @@ CASES = [
     ((100, 16, 1, 27.0, False, "f16"), 1),
     ((300, 16, 1, 1.0, True, "f32"), 64),  # in segments
     ((300, 8, "int64", 27.0, True, "bf16"), 64),
+    ((2300, 8, 1, 1.0, True, "f32"), 64),  # more than a group of them
     ((0, 8, 2, 1.0, True, "f32"), 1),
 ]
 

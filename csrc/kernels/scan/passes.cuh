@@ -107,10 +107,6 @@ struct Forward : AffinePass<T, kInputs, -1> {
     LSM_DEVICE static void start(ScanParams const& p, i64 sequence, i64 channel, V (&h)[kLane]) {
         Base::load_state(p.initial_state, sequence, p.D, channel, h);
     }
-    LSM_DEVICE static void start_one(ScanParams const& p, i64 sequence, i64 channel, V& h) {
-        if (p.initial_state != nullptr)
-            h = load_global(static_cast<V const*>(p.initial_state) + sequence * p.D + channel);
-    }
     LSM_DEVICE static void end(ScanParams const& p, i64 sequence, i64 channel,
                                V const (&h)[kLane]) {
         Base::store_state(p.final_state, sequence, p.D, channel, h);
@@ -245,10 +241,6 @@ struct Backward : AffinePass<T, kInputs, kBefore> {
     LSM_DEVICE static int direction(ScanParams const& p) { return p.reverse ? 1 : -1; }
     LSM_DEVICE static void start(ScanParams const& p, i64 sequence, i64 channel, V (&c)[kLane]) {
         Base::load_state(p.grad_final_state, sequence, p.D, channel, c);
-    }
-    LSM_DEVICE static void start_one(ScanParams const& p, i64 sequence, i64 channel, V& c) {
-        if (p.grad_final_state != nullptr)
-            c = load_global(static_cast<V const*>(p.grad_final_state) + sequence * p.D + channel);
     }
     LSM_DEVICE static void end(ScanParams const& p, i64 sequence, i64 channel,
                                V const (&c)[kLane]) {

@@ -5,8 +5,10 @@
 //   - publishes it, and after a barrier walks all warps' aggregates in order: so it knows the state before its own
 //     positions, and the state after the tile without asking again,
 //   - steps through its positions from the right state and stores what they give.
-// The order is fixed, so results repeat to the last bit. What an element is, how it changes the state and what it
-// gives is the pass P (passes.cuh):
+// The order is fixed, so results repeat to the last bit. Where few channels and sequences would leave multiprocessors
+// idle, segments are as long as the stages hold: they are folded first, blocks tell each other what their segments do
+// (link), and then steps go through what is still in the stages. What an element is, how it changes the state and what
+// it gives is the pass P (passes.cuh):
 //
 //     T, Monoid                    element type of most tensors; Aggregate and State of one channel
 //     kInputs, Input<I>            streamed tensors and their types; Input I of kBefore == I is read one position
@@ -19,6 +21,7 @@
 
 #include <type_traits>
 
+#include "kernels/chain.cuh"
 #include "kernels/scan/numbers.cuh"
 #include "kernels/segments.cuh"
 #include "params/scan.h"
@@ -49,6 +52,10 @@ struct Config {
     }
     static constexpr int kStageBytes = offset<P::kInputs>();
     using Aggregate = typename P::Monoid::Aggregate;
+    // Segments of a sequence in a group. A segment waits for the aggregates of those of its group before it, all at once,
+    // and for the state after the group before: a sixteenth, or an eighth, of the waits that one after another would be.
+    // Their aggregates are 8 KiB, a twelfth of what a segment moves.
+    static constexpr int kGroup = 8192 / (kColumn * static_cast<int>(sizeof(Aggregate)));
     static constexpr int kSharedBytes =
         kStages * kStageBytes +
         (P::kRecomputes ? 2 : 1) * kThreads * kLane * static_cast<int>(sizeof(Aggregate));
@@ -62,6 +69,7 @@ struct Walk {
     i64 first;   // position of step 0
     i64 length;  // steps
     i64 record;  // of the segment
+    i64 before;  // segments of the sequence that the pass meets first
     int direction;
     bool starts, ends;  // the sequence does, with this segment
 
@@ -71,6 +79,7 @@ struct Walk {
           first(direction > 0 ? s.t0 : s.t1 - 1),
           length(s.t1 - s.t0),
           record(record),
+          before(direction > 0 ? s.index : (s.end - s.t1 + L - 1) / L),
           direction(direction),
           starts(direction > 0 ? s.index == 0 : s.is_last),
           ends(direction > 0 ? s.is_last : s.index == 0) {}
@@ -167,30 +176,87 @@ struct TileRow {
     }
 };
 
-// What the two passes over segments leave for each other, [record][D].
+// What blocks leave for those after them where sequences are cut, [record][D].
 template <class Monoid>
-struct Boundaries {
-    typename Monoid::Aggregate* aggregates = nullptr;  // null: segments are whole sequences
-    typename Monoid::State* states = nullptr;
+struct Links {
+    Chain chain;
+    typename Monoid::Aggregate* aggregates = nullptr;
+    typename Monoid::State* states = nullptr;  // after the last segment of a group
+    unsigned columns = 1;                      // blocks of a record
 };
 
-// kAggregate: only folds, and leaves the segment's aggregate.
-template <class P, bool kAggregate>
-__global__ void __launch_bounds__(kThreads, 2)
-    stream(typename P::Params const p, Segments const plan,
-           Boundaries<typename P::Monoid> const boundaries, void* partial, unsigned columns) {
+// By one warp: leaves `total`, what the segment does to a state, for the segments after it, and finds the state that
+// comes to it.
+template <class P>
+LSM_DEVICE void link(typename P::Params const& p, Walk const& walk,
+                     Links<typename P::Monoid> const& links, unsigned column, i64 channel,
+                     bool inside, typename P::Monoid::Aggregate const (&total)[P::kLane],
+                     typename P::Monoid::State (&state)[P::kLane]) {
+    using Monoid = typename P::Monoid;
+    constexpr int kGroup = Config<P>::kGroup;
+    static_assert(kGroup <= 32);  // a lane waits for each
+    int const lane = threadIdx.x % 32, place = static_cast<int>(walk.before % kGroup);
+    bool const is_first = walk.before == place;  // the group is
+    bool const closes = place == kGroup - 1;     // its group
+    auto const earlier = [&](int n) { return walk.record - walk.direction * n; };
+    auto const leave = [&](auto* to, auto const& x) {
+        if (walk.ends) return;  // nobody comes after
+        LSM_UNROLL
+        for (int j = 0; j < P::kLane; ++j) {
+            if (inside) store_global(to + walk.record * p.D + channel + j, x[j]);
+        }
+        __syncwarp();
+        if (lane == 0) links.chain.raise(walk.record * links.columns + column);
+    };
+    if (!closes) leave(links.aggregates, total);
+    if (lane < place + !is_first) links.chain.await(earlier(lane + 1) * links.columns + column);
+    __syncwarp();
+    if (is_first && inside) P::start(p, walk.segment.sequence, channel, state);
+    for (int n = place + !is_first; inside && n > 0; --n) {
+        LSM_UNROLL
+        for (int j = 0; j < P::kLane; ++j) {
+            i64 const at = earlier(n) * p.D + channel + j;
+            if (n > place) {
+                state[j] = load_global(links.states + at);
+            } else {
+                Monoid::apply(state[j], load_global(links.aggregates + at));
+            }
+        }
+    }
+    if (closes) {
+        typename Monoid::State after[P::kLane];
+        LSM_UNROLL
+        for (int j = 0; j < P::kLane; ++j) after[j] = state[j], Monoid::apply(after[j], total[j]);
+        leave(links.states, after);
+    }
+}
+
+// Blocks of a multiprocessor, at least. What recomputes and folds before it walks takes a few registers more than two
+// leave it, and on sm_80 shared memory for one.
+template <class P, bool kIsCut>
+constexpr int kBlocks = kIsCut && P::kRecomputes ? 1 : 2;
+
+template <class P, bool kIsCut>
+__global__ void __launch_bounds__(kThreads, kBlocks<P, kIsCut>)
+    stream(typename P::Params const p, Segments const plan, Links<typename P::Monoid> const links,
+           void* partial) {
     using C = Config<P>;
     using Monoid = typename P::Monoid;
     using Aggregate = typename Monoid::Aggregate;
+    using State = typename Monoid::State;
     constexpr int kLane = C::kLane;
-    unsigned const record = blockIdx.x / columns;
+    unsigned place = blockIdx.x;
+    if constexpr (kIsCut) {
+        place = links.chain.take_place(reinterpret_cast<u32*>(dyn_smem()));
+        if (P::direction(p) < 0) place = gridDim.x - 1 - place;  // in the order of the walk
+    }
+    unsigned const record = place / links.columns, block_column = place % links.columns;
     Segment const segment = plan[record];
     if (segment.unused()) return;
     Walk const walk(segment, plan.L, record, P::direction(p));
-    if (kAggregate && walk.ends) return;  // nothing comes after
     int const shift =
         P::kRecomputes ? static_cast<int>((C::kTile - walk.length % C::kTile) % C::kTile) : 0;
-    Stream<P> const self{p, walk, i64(blockIdx.x % columns) * C::kColumn, shift};
+    Stream<P> const self{p, walk, i64(block_column) * C::kColumn, shift};
     int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     i64 const channel = self.column + lane * kLane;
     bool const inside = channel < p.D;
@@ -198,128 +264,107 @@ __global__ void __launch_bounds__(kThreads, 2)
     pass.begin(p, walk, channel, inside);
 
     if (segment.poison) {
-        if constexpr (!kAggregate) {
-            for (i64 t = segment.t0 + warp; inside && t < segment.t1; t += kWarps)
-                pass.poison(p, segment.batch, t, channel);
-            if (inside && warp == 0)
-                pass.poison_ends(p, segment.sequence, channel, partial, record);
-        }
+        for (i64 t = segment.t0 + warp; inside && t < segment.t1; t += kWarps)
+            pass.poison(p, segment.batch, t, channel);
+        if (inside && warp == 0) pass.poison_ends(p, segment.sequence, channel, partial, record);
         return;
     }
 
-    typename Monoid::State state[kLane];
+    State state[kLane];
     Aggregate total[kLane];
     LSM_UNROLL
     for (int j = 0; j < kLane; ++j) state[j] = Monoid::nothing(), total[j] = Monoid::identity();
-    if (!kAggregate && inside) {
-        if (!walk.starts) {
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j)
-                state[j] = boundaries.states[i64(record) * p.D + channel + j];
-        } else {
-            P::start(p, segment.sequence, channel, state);
-        }
-    }
 
     i64 const tiles = (walk.length + shift + C::kTile - 1) / C::kTile;
     LSM_UNROLL_BY(1)
     for (int tile = 0; tile < C::kStages - 1; ++tile) self.ask_all(tile, tiles);
-    LSM_UNROLL_BY(1)
-    for (i64 tile = 0; tile < tiles; ++tile) {
-        cp_async_wait<C::kStages - 2>();
-        __syncthreads();  // the tile is there for all, and all have left the one before
-        self.ask_all(tile + C::kStages - 1, tiles);
-        char const* const stage = self.stage(tile);
-        i64 const first = self.step_of(tile, warp);
+    // Through all tiles. kFolds: leaves `total`, and all tiles in the stages; else steps, from `state` on.
+    auto const go = [&](auto folds) {
+        constexpr bool kFolds = decltype(folds)::value, kAsks = kFolds || !kIsCut;
+        LSM_UNROLL_BY(1)
+        for (i64 tile = 0; tile < tiles; ++tile) {
+            if (kAsks) cp_async_wait<C::kStages - 2>();
+            __syncthreads();  // the tile is there for all, and all have left the one before
+            if (kAsks) self.ask_all(tile + C::kStages - 1, tiles);
+            char const* const stage = self.stage(tile);
+            i64 const first = self.step_of(tile, warp);
 
-        // kWhole: no bounds in the loops.
-        auto const run = [&](auto whole) {
-            constexpr bool kWhole = decltype(whole)::value;
-            auto const outside = [&](int i) {
-                return !kWhole && (first + i >= walk.length || (P::kRecomputes && first + i < 0));
-            };
-            typename P::Element element[C::kTokens];
-            if constexpr (P::kRecomputes) pass.recompute(self, stage, tile, outside, element);
-            Aggregate mine[kLane];
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) mine[j] = Monoid::identity();
-            LSM_UNROLL
-            for (int i = 0; i < C::kTokens; ++i) {
-                if (outside(i)) continue;
-                TileRow<P> const row{stage, warp * C::kTokens + i};
-                pass.read(row, walk, first + i, element[i]);
+            // kWhole: no bounds in the loops.
+            auto const run = [&](auto whole) {
+                constexpr bool kWhole = decltype(whole)::value;
+                auto const outside = [&](int i) {
+                    return !kWhole &&
+                           (first + i >= walk.length || (P::kRecomputes && first + i < 0));
+                };
+                typename P::Element element[C::kTokens];
+                if constexpr (P::kRecomputes) pass.recompute(self, stage, tile, outside, element);
+                Aggregate mine[kLane];
                 LSM_UNROLL
-                for (int j = 0; j < kLane; ++j) pass.fold(mine[j], element[i], j);
-            }
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) self.carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
-            __syncthreads();
-            typename Monoid::State before[kLane];
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) {
-                LSM_UNROLL
-                for (int w = 0; w < kWarps; ++w) {
-                    if (w == warp) before[j] = state[j];
-                    Aggregate const other = self.carry()[(j * kWarps + w) * 32 + lane];
-                    if (kAggregate) {
-                        Monoid::combine(total[j], other);
-                    } else {
-                        Monoid::apply(state[j], other);
-                    }
-                }
-            }
-            if constexpr (!kAggregate) {
+                for (int j = 0; j < kLane; ++j) mine[j] = Monoid::identity();
                 LSM_UNROLL
                 for (int i = 0; i < C::kTokens; ++i) {
                     if (outside(i)) continue;
-                    i64 const token = token_at(p, walk.position(first + i));
-                    pass.step(p, walk, TileRow<P>{stage, warp * C::kTokens + i}, first + i, token,
-                              channel, inside && token >= 0, element[i], before);
+                    TileRow<P> const row{stage, warp * C::kTokens + i};
+                    pass.read(row, walk, first + i, element[i]);
+                    LSM_UNROLL
+                    for (int j = 0; j < kLane; ++j) pass.fold(mine[j], element[i], j);
                 }
+                LSM_UNROLL
+                for (int j = 0; j < kLane; ++j)
+                    self.carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
+                __syncthreads();
+                State before[kLane];
+                LSM_UNROLL
+                for (int j = 0; j < kLane; ++j) {
+                    LSM_UNROLL
+                    for (int w = 0; w < kWarps; ++w) {
+                        if (w == warp) before[j] = state[j];
+                        Aggregate const other = self.carry()[(j * kWarps + w) * 32 + lane];
+                        if (kFolds) {
+                            Monoid::combine(total[j], other);
+                        } else {
+                            Monoid::apply(state[j], other);
+                        }
+                    }
+                }
+                if constexpr (!kFolds) {
+                    LSM_UNROLL
+                    for (int i = 0; i < C::kTokens; ++i) {
+                        if (outside(i)) continue;
+                        i64 const token = token_at(p, walk.position(first + i));
+                        pass.step(p, walk, TileRow<P>{stage, warp * C::kTokens + i}, first + i,
+                                  token, channel, inside && token >= 0, element[i], before);
+                    }
+                }
+            };
+            i64 const tile_step = self.step_of(tile, 0);
+            if (tile_step >= 0 && walk.length - tile_step >= C::kTile) {
+                run(std::true_type{});
+            } else {
+                run(std::false_type{});
             }
-        };
-        i64 const tile_step = self.step_of(tile, 0);
-        if (tile_step >= 0 && walk.length - tile_step >= C::kTile) {
-            run(std::true_type{});
-        } else {
-            run(std::false_type{});
         }
-    }
-    cp_async_wait<0>();
-
-    if constexpr (kAggregate) {
-        if (inside && warp == 0) {
+    };
+    if constexpr (kIsCut) {
+        go(std::true_type{});
+        State* const shared = reinterpret_cast<State*>(self.carry());
+        __syncthreads();  // the carries have been read
+        if (warp == 0) {
+            link<P>(p, walk, links, block_column, channel, inside, total, state);
             LSM_UNROLL
-            for (int j = 0; j < kLane; ++j)
-                boundaries.aggregates[i64(record) * p.D + channel + j] = total[j];
+            for (int j = 0; j < kLane; ++j) shared[j * 32 + lane] = state[j];
         }
-    } else {
-        if (inside && warp == 0 && walk.ends) P::end(p, segment.sequence, channel, state);
-        if constexpr (P::kChannelSums > 0) {
-            pass.store_sums(p, reinterpret_cast<char*>(self.carry()), partial, record, channel,
-                            inside);
-        }
+        __syncthreads();
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j) state[j] = shared[j * 32 + lane];
+        pass.begin(p, walk, channel, inside);  // rather than be kept in registers
+    } else if (inside) {
+        P::start(p, segment.sequence, channel, state);
     }
-}
-
-// The states before every segment of a sequence, from its aggregates; one thread per channel and sequence.
-template <class P>
-__global__ void __launch_bounds__(128) join(typename P::Params const p, Segments const plan,
-                                            Boundaries<typename P::Monoid> const boundaries) {
-    using Monoid = typename P::Monoid;
-    i64 const index = i64(blockIdx.x) * 128 + threadIdx.x;
-    i64 const first = index / p.D, channel = index % p.D;
-    if (first >= plan.count) return;
-    Segment segment = plan[first];
-    if (segment.unused() || segment.poison) return;
-    int const direction = P::direction(p);
-    if (!(direction > 0 ? segment.index == 0 : segment.is_last)) return;
-    typename Monoid::State state = Monoid::nothing();
-    P::start_one(p, segment.sequence, channel, state);
-    for (i64 record = first;; record += direction) {
-        boundaries.states[record * p.D + channel] = state;
-        if (direction > 0 ? plan[record].is_last : plan[record].index == 0) break;
-        Monoid::apply(state, boundaries.aggregates[record * p.D + channel]);
+    go(std::false_type{});
+    if (inside && warp == 0 && walk.ends) P::end(p, segment.sequence, channel, state);
+    if constexpr (P::kChannelSums > 0) {
+        pass.store_sums(p, reinterpret_cast<char*>(self.carry()), partial, record, channel, inside);
     }
 }
 
@@ -342,67 +387,53 @@ template <class P>
 struct Plan {
     using Monoid = typename P::Monoid;
     Segments segments;
-    Boundaries<Monoid> boundaries;
+    Links<Monoid> links;
     void* partial = nullptr;
     i64 bytes = 0;
-    unsigned columns = 0;
 
     // Lays the workspace out; with a null base it only counts its bytes.
     Plan(typename P::Params const& p, void* base) {
         using C = Config<P>;
-        auto const take = [&](i64 size) {
-            void* const at = static_cast<char*>(base) + bytes;
-            bytes += (size + 255) / 256 * 256;
-            return base == nullptr ? nullptr : at;
-        };
-        columns = static_cast<unsigned>((p.D + C::kColumn - 1) / C::kColumn);
-        // One block per multiprocessor keeps enough bytes in flight; cutting costs a second pass.
-        i64 const L = segment_length(p.T, p.N * columns, multiprocessors(), 4 * C::kTile);
-        segments = plan_segments(p, L, take(segments_bytes(p, L)));
-        if (L < p.T) {
-            i64 const numbers = segments.count * p.D;
-            boundaries.aggregates = static_cast<typename Monoid::Aggregate*>(
-                take(numbers * static_cast<i64>(sizeof(typename Monoid::Aggregate))));
-            boundaries.states = static_cast<typename Monoid::State*>(
-                take(numbers * static_cast<i64>(sizeof(typename Monoid::State))));
+        Carver carver(base);
+        links.columns = static_cast<unsigned>((p.D + C::kColumn - 1) / C::kColumn);
+        // One block per multiprocessor keeps enough bytes in flight.
+        i64 const stages = C::kStages * C::kTile;
+        bool const is_cut = p.T > stages && 10 * p.N * links.columns < 9 * multiprocessors();
+        i64 const L = is_cut ? stages : p.T;
+        segments = plan_segments(p, L, carver.take<char>(segments_bytes(p, L)));
+        i64 const numbers = segments.count * p.D;
+        if (is_cut) {
+            links.chain = Chain(carver, segments.count * links.columns);
+            links.aggregates = carver.take<typename Monoid::Aggregate>(numbers);
+            links.states = carver.take<typename Monoid::State>(numbers);
         }
-        if constexpr (P::kChannelSums > 0) {
-            partial = take(P::kChannelSums * segments.count * p.D *
-                           static_cast<i64>(sizeof(typename P::V)));
-        }
+        if constexpr (P::kChannelSums > 0)
+            partial = carver.take<typename P::V>(P::kChannelSums * numbers);
+        bytes = carver.used();
     }
 };
 
-template <class P>
-void run_stream(typename P::Params const& p, void* workspace, void* stream_) {
-    using C = Config<P>;
-    Plan<P> const plan(p, workspace);
-    if (plan.segments.count == 0) return;
-    build_segments(p, plan.segments, stream_);
-    dim3 const grid(static_cast<unsigned>(plan.segments.count) * plan.columns);
-    if (plan.boundaries.aggregates != nullptr) {
-        launch(stream<P, true>, grid, dim3(kThreads), C::kSharedBytes, stream_, p, plan.segments,
-               plan.boundaries, plan.partial, plan.columns);
-        i64 const threads = plan.segments.count * p.D;
-        launch(join<P>, dim3(static_cast<unsigned>((threads + 127) / 128)), dim3(128), 0, stream_,
-               p, plan.segments, plan.boundaries);
-    }
-    launch(stream<P, false>, grid, dim3(kThreads), C::kSharedBytes, stream_, p, plan.segments,
-           plan.boundaries, plan.partial, plan.columns);
-}
-
 // A pass of an operator; a null workspace: only counts its bytes.
 template <class P>
-int64_t run_pass(typename P::Params const& p, void* workspace, void* stream) {
-    if (workspace == nullptr) return Plan<P>(p, nullptr).bytes;
-    run_stream<P>(p, workspace, stream);
+int64_t run_pass(typename P::Params const& p, void* workspace, void* stream_) {
+    using C = Config<P>;
+    Plan<P> const plan(p, workspace);
+    if (workspace == nullptr) return plan.bytes;
+    if (plan.segments.count > 0) {
+        build_segments(p, plan.segments, stream_);
+        bool const is_cut = plan.segments.L < p.T;
+        if (is_cut) plan.links.chain.reset(stream_);
+        launch(is_cut ? stream<P, true> : stream<P, false>,
+               dim3(static_cast<unsigned>(plan.segments.count) * plan.links.columns),
+               dim3(kThreads), C::kSharedBytes, stream_, p, plan.segments, plan.links,
+               plan.partial);
+    }
     if constexpr (P::kChannelSums > 0) {
         using V = typename P::V;
-        Plan<P> const plan(p, workspace);
         i64 const count = P::kChannelSums * p.D;
         if (p.channel_grad != nullptr) {
             launch(add_shares<V>, dim3(static_cast<unsigned>((count + 127) / 128)), dim3(128), 0,
-                   stream, plan.segments, static_cast<V const*>(plan.partial),
+                   stream_, plan.segments, static_cast<V const*>(plan.partial),
                    static_cast<V*>(p.channel_grad), count);
         }
     }

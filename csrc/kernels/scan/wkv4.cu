@@ -21,7 +21,7 @@ struct FadingSums {
     struct alignas(16) Aggregate {
         float fade, scale, numerator, denominator;
     };
-    struct State {
+    struct alignas(16) State {
         float scale, numerator, denominator;
     };
     LSM_DEVICE static State nothing() { return {-__uint_as_float(0x7f800000u), 0.f, 0.f}; }

@@ -8,7 +8,7 @@
 // walked.
 #pragma once
 
-#include "kernels/selective/block.cuh"
+#include "kernels/selective/segment.cuh"
 
 namespace lsm::selective_kernel {
 
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
              Scratch const scratch) {
     using N = typename K::N;
     auto& shared = *reinterpret_cast<typename K::SharedBackward*>(dyn_smem());
-    Block<K> const block(p, plan, blocks_of_group, s0, scratch);
+    Block<K> const block(p, plan, blocks_of_group, s0, scratch, false);
     if (block.segment.unused()) return;
     int const warp = threadIdx.x / 32;
     i64 const parts = i64(blocks_of_group) * p.G;
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
         for (int s = 0; s < kMine; ++s) {
             if (!block.inside(s)) continue;
             store_global(static_cast<N*>(scratch.states) +
-                             (which * p.S + block.state(s)) * plan.count * p.D + block.record_row(),
+                             (which * p.S + block.state(s)) * plan.count * p.D +
+                             block.row_of(block.record()),
                          x[s]);
         }
     };
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     int const sum = OverChannels::first_left();
     int const share_at = sum / kMine * K::kStates + block.column(sum % kMine);
     block.share_channels(shared);
-    block.load_start(p.grad_final_state, g);
+    find_start<K, false>(block, shared, p.grad_final_state, g);
     N dA[kMine], dB[kMine], dC[kMine];
     Block<K>::fill(dA, 0.f), Block<K>::fill(dB, 0.f), Block<K>::fill(dC, 0.f);
     // Of dskip and dbias. Channels last, a thread's pieces are of the same channels, which threads kRow apart share;
@@ -101,8 +102,8 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
             typename Block<K>::Numbers b, c;
             block.load(p.u, token, u), block.load(p.dt, token, dt);
             block.load(p.z, token, z), block.load(p.grad_y, token, dy);
-            block.load_numbers_of_tokens(p.b, !p.channel_B, t, b);
-            block.load_numbers_of_tokens(p.c, !p.channel_C, t, c);
+            block.load_numbers_of_tokens(p.b, !p.channel_B, t, block.s0, b);
+            block.load_numbers_of_tokens(p.c, !p.channel_C, t, block.s0, c);
             block.load_numbers(p.saved_states, block.tile_row(tile), h);
             block.share_steps(shared, token, dt);
             Block<K>::share(shared.u, [&](Spot at) { return Block<K>::value(u, at); });

@@ -4,10 +4,11 @@
 // each. Per tile of tokens the block's threads first take the roles of loaders, four channels of a token each, or four
 // tokens of a channel where channels lie first: softplus once, dt and u to shared memory, B and C widened beside them,
 // from there on tokens are rows whatever the layout. Then every lane walks the tile's tokens with
-// its states in registers; sums over states go through shuffles. More states than fit go in rounds, whose sums over
-// states meet in the workspace.
+// its states in registers; sums over states go through shuffles. More states than fit go in rounds: of a tile in the
+// forward; of all tokens in the backward, whose sums over states meet in the workspace.
 #pragma once
 
+#include "kernels/chain.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/scan/numbers.cuh"
 #include "kernels/segments.cuh"
@@ -146,16 +147,19 @@ struct Kind {
     };
 };
 
-// The workspace. Sums over the states of earlier rounds are null where there is one round.
+// The workspace.
 struct Scratch {
-    float* y = nullptr;  // [B T][D], or [B][D][T] where channels lie first
-    float *ddt = nullptr, *ddu = nullptr;
-    void* tokens = nullptr;      // [2][blocks of channels][B T][S]: shares of dB and dC
-    float* channels = nullptr;   // [2][records][D]: of dD and the bias
-    void* states = nullptr;      // [1 or 3][S][records][D]: of dA, and of channels' dB and dC
-    void* aggregates = nullptr;  // [records][D][S][2]: what a segment does; null: none is cut
-    void* starts = nullptr;      // [records][D][S]: what comes to it
-    bool pieces = false;         // channels last: whether rows lie in aligned pieces of four
+    // The backward's sums over the states of earlier rounds, [B T][D], or [B][D][T] where channels lie first; null where
+    // there is one round.
+    float *y = nullptr, *ddt = nullptr, *ddu = nullptr;
+    void* walked =
+        nullptr;  // [records][D][S]: states between rounds of the forward; null where there is one
+    void* tokens = nullptr;     // [2][blocks of channels][B T][S]: shares of dB and dC
+    float* channels = nullptr;  // [2][records][D]: of dD and the bias
+    void* states = nullptr;     // [1 or 3][S][records][D]: of dA, and of channels' dB and dC
+    Chain chain;           // of the blocks of a sequence's segments, where it has more than one
+    void* ends = nullptr;  // [records][D][S]: the states that they leave
+    bool pieces = false;   // channels last: whether rows lie in aligned pieces of four
 };
 
 // An element of a tile: number e of the thread's piece i, at a row (token) and channel of the block.
@@ -175,6 +179,7 @@ struct Block {
     Scratch const& scratch;
     Segment segment;
     unsigned per_record, part;  // blocks of a segment, and which of them
+    unsigned record_;
     int sequence;
     i64 begin;  // tokens [begin, begin + length) of the segment
     int length;
@@ -185,12 +190,15 @@ struct Block {
     N a_log2[kMine];
     N own_b[kMine], own_c[kMine];  // where they are the channel's
 
+    // Blocks of segments are in the order of the walk.
     LSM_DEVICE Block(SelectiveParams const& p, Segments const& plan, unsigned blocks_of_group,
-                     int s0, Scratch const& scratch)
+                     int s0, Scratch const& scratch, bool forwards)
         : p(p), scratch(scratch), s0(K::kRounds ? s0 : 0) {
         per_record = blocks_of_group * static_cast<unsigned>(p.G);
-        segment = plan[record()];
-        part = blockIdx.x % per_record;
+        unsigned place = scratch.chain.take_place(reinterpret_cast<u32*>(dyn_smem()), round());
+        if (!forwards && scratch.chain.exists()) place = gridDim.x - 1 - place;
+        record_ = place / per_record, part = place % per_record;
+        segment = plan[record_];
         int const channels = static_cast<int>(p.D / p.G);
         int const at = static_cast<int>(part % blocks_of_group) * K::kChannels;
         group = static_cast<int>(part / blocks_of_group);
@@ -205,6 +213,9 @@ struct Block {
                                                       : start / K::kTile + sequence) +
                              segment.index * plan.L / K::kTile);
         lane = threadIdx.x % K::L, own = threadIdx.x / K::L;
+        load_channel();
+    }
+    LSM_DEVICE void load_channel() {
         int const row = first + own;
         load_numbers(p.A, row, a_log2);
         LSM_UNROLL
@@ -214,7 +225,12 @@ struct Block {
             load_numbers(p.channel_C ? p.c.data : nullptr, row, own_c);
         }
     }
-    LSM_DEVICE i64 record() const { return blockIdx.x / per_record; }
+    LSM_DEVICE void begin_round(int round) {
+        s0 = round * K::kStates;
+        load_channel();
+    }
+    LSM_DEVICE i64 record() const { return record_; }
+    LSM_DEVICE int round() const { return s0 / K::kStates; }
     LSM_DEVICE i64 batch() const { return p.cu_seqlens == nullptr ? sequence : 0; }
     LSM_DEVICE bool is_last() const { return !K::kRounds || s0 + K::kStates >= p.S; }
     LSM_DEVICE int column(int s) const { return lane * kMine + s; }  // of the round's states
@@ -263,15 +279,9 @@ struct Block {
         }
     }
     LSM_DEVICE i64 state_row() const { return sequence * p.D + first + own; }
-    LSM_DEVICE i64 record_row() const { return record() * p.D + first + own; }
+    LSM_DEVICE i64 row_of(i64 record) const { return record * p.D + first + own; }
     LSM_DEVICE int tiles() const { return (length + K::kTile - 1) / K::kTile; }
     LSM_DEVICE i64 tile_row(int tile) const { return i64(tile0 + tile) * p.D + first + own; }
-    // What comes to the segment: from `edge` [N][D][S] if no segment is before it.
-    LSM_DEVICE void load_start(void const* edge, N (&h)[kMine]) const {
-        bool const cut = scratch.starts != nullptr;
-        load_numbers(cut ? scratch.starts : edge, cut ? record_row() : state_row(), h);
-    }
-
     // f(the first spot of every piece of the thread)
     template <class F>
     LSM_DEVICE static void pieces(F const& f) {
@@ -437,7 +447,7 @@ struct Block {
         LSM_UNROLL
         for (int j = 0; j < K::kNumbers; ++j) f(j, row + j * rows, s + j * states);
     }
-    LSM_DEVICE void load_numbers_of_tokens(Projection const& r, bool wanted, int t,
+    LSM_DEVICE void load_numbers_of_tokens(Projection const& r, bool wanted, int t, int s0,
                                            Numbers& x) const {
         numbers(r, [&](int j, int row, int s) {
             i64 const token = wanted && s0 + s < p.S ? token_at(t + row) : -1;

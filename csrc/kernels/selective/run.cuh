@@ -5,7 +5,6 @@
 #include "kernels/selective/backward.cuh"
 #include "kernels/selective/forward.cuh"
 #include "kernels/selective/launch.h"
-#include "kernels/selective/segment.cuh"
 
 namespace lsm::selective_kernel {
 
@@ -19,6 +18,18 @@ bool are_aligned(SelectiveParams const& p) {
             return false;
     }
     return true;
+}
+
+// Tokens of a segment whose tensors are still in the second-level cache when its block reads them again, while all
+// multiprocessors walk segments.
+template <class K>
+i64 longest_segment(i64 states) {
+    i64 const bytes =
+        640 * K::kThreads;  // 42 MB for 512 threads on each of an H200's multiprocessors
+    i64 const token = 4 * K::kChannels * static_cast<i64>(sizeof(typename K::T)) +
+                      2 * states * static_cast<i64>(sizeof(typename K::TokenNumber));
+    i64 const tiles = bytes / token / K::kTile;
+    return (tiles > 4 ? tiles : 4) * K::kTile;
 }
 
 template <class K>
@@ -38,20 +49,23 @@ struct Launch {
         i64 const blocks = blocks_of_group * p.G;
         // 512 threads a multiprocessor; cutting costs a second walk over the inputs of states.
         i64 const slots = 512 / K::kThreads * multiprocessors();
-        i64 const L = segment_length(p.T, p.N * blocks, slots, 8 * K::kTile);
+        i64 const fills = segment_length(p.T, p.N * blocks, slots, 8 * K::kTile);
+        i64 const most = longest_segment<K>(p.S);
+        i64 const L = fills < p.T && fills > most ? most : fills;
         Carver carver(base);
         auto const floats = [&](i64 count) { return carver.take<float>(count); };
         plan = plan_segments(p, L, carver.take<char>(segments_bytes(p, L)));
         bool const rounds = p.S > K::kStates;
         i64 const numbers = plan.count * p.D * p.S;
         if (L < p.T) {
-            scratch.aggregates = carver.take<Aggregate<N>>(numbers);
-            scratch.starts = carver.take<N>(numbers);
+            scratch.chain = Chain(carver, plan.count * blocks, (p.S + K::kStates - 1) / K::kStates);
+            scratch.ends = carver.take<N>(numbers);
         }
-        if (rounds) scratch.y = floats(p.B * p.T * p.D);
         if (rounds && back) {
-            scratch.ddt = floats(p.B * p.T * p.D), scratch.ddu = floats(p.B * p.T * p.D);
+            for (float** sums : {&scratch.y, &scratch.ddt, &scratch.ddu})
+                *sums = floats(p.B * p.T * p.D);
         }
+        if (rounds && !back) scratch.walked = carver.take<N>(numbers);
         if (back) {
             scratch.tokens = carver.take<N>(2 * blocks * p.B * p.T * p.S);
             scratch.channels = floats(2 * plan.count * p.D);
@@ -62,33 +76,23 @@ struct Launch {
     }
 
     dim3 grid() const { return dim3(static_cast<unsigned>(plan.count * p.G) * blocks_of_group); }
-    template <class Kernel>
-    void each_round(Kernel kernel, std::size_t shared, void* stream) const {
-        for (int s0 = 0; s0 < p.S; s0 += K::kStates)
-            launch(kernel, grid(), dim3(K::kThreads), shared, stream, p, plan, blocks_of_group, s0,
-                   scratch);
-    }
     static dim3 threads(i64 count) { return dim3(static_cast<unsigned>((count + 127) / 128)); }
 
-    // What comes to each segment, where sequences are cut.
-    template <bool kForwards>
-    void find_starts(void const* edge, void* stream) const {
-        if (scratch.starts == nullptr) return;
-        each_round(fold<K, kForwards>, sizeof(typename K::Shared), stream);
-        launch(join<N, kForwards>, threads(plan.count * p.D * p.S), dim3(128), 0, stream, p, plan,
-               static_cast<N const*>(edge), scratch);
-    }
     void forward(void* stream) const {
         if (plan.count == 0) return;
         build_segments(p, plan, stream);
-        find_starts<true>(p.initial_state, stream);
-        each_round(selective_kernel::forward<K>, sizeof(typename K::Shared), stream);
+        scratch.chain.reset(stream);
+        launch(selective_kernel::forward<K>, grid(), dim3(K::kThreads), sizeof(typename K::Shared),
+               stream, p, plan, blocks_of_group, scratch);
     }
     void backward(void* stream) const {
         if (plan.count > 0) {
             build_segments(p, plan, stream);
-            find_starts<false>(p.grad_final_state, stream);
-            each_round(selective_kernel::backward<K>, sizeof(typename K::SharedBackward), stream);
+            scratch.chain.reset(stream);
+            for (int s0 = 0; s0 < p.S; s0 += K::kStates)
+                launch(selective_kernel::backward<K>, grid(), dim3(K::kThreads),
+                       sizeof(typename K::SharedBackward), stream, p, plan, blocks_of_group, s0,
+                       scratch);
         }
         auto const states = [&](int which) {
             return static_cast<N const*>(scratch.states) + which * plan.count * p.D * p.S;

@@ -1,6 +1,7 @@
-// Segments of time, where blocks are fewer than the card holds: what each segment does to a state that comes to it, and
-// then, sequence by sequence, the states that come to each. Forwards a state is h, backwards the gradient of h before a
-// token.
+// Segments of time, where blocks are fewer than the card holds: a block folds its segment into what that does to a
+// state, waits for the state that comes to it, leaves the state after it for the next block, and only then walks. Forwards
+// a state is h, backwards the gradient of h before a token. The inputs are read twice by the same block, a segment's walk
+// apart, which the second-level cache bridges.
 #pragma once
 
 #include "kernels/selective/block.cuh"
@@ -8,25 +9,16 @@
 namespace lsm::selective_kernel {
 
 // state <- product state + sum
-template <class N>
-using Aggregate = Piece<N, 2>;
-
 template <class K, bool kForwards>
-__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
-    fold(SelectiveParams const p, Segments const plan, unsigned blocks_of_group, int s0,
-         Scratch const scratch) {
+LSM_DEVICE void fold(Block<K> const& block, typename K::Shared& shared,
+                     typename K::N (&product)[kMine], typename K::N (&sum)[kMine]) {
     using N = typename K::N;
-    auto& shared = *reinterpret_cast<typename K::Shared*>(dyn_smem());
-    Block<K> const block(p, plan, blocks_of_group, s0, scratch);
-    if (block.segment.unused() || block.segment.poison) return;
-    // Nothing comes from the last.
-    if (kForwards ? block.segment.is_last : block.segment.index == 0) return;
+    SelectiveParams const& p = block.p;
     Rows const& rows = kForwards ? p.u : p.grad_y;
     Projection const& numbers = kForwards ? p.b : p.c;
     bool const of_tokens = kForwards ? !p.channel_B : !p.channel_C;
-    N product[kMine], sum[kMine];
     Block<K>::fill(product, 1.f), Block<K>::fill(sum, 0.f);
-    block.share_channels(shared);
+    LSM_UNROLL_BY(1)
     for (int step = 0, tiles = block.tiles(); step < tiles; ++step) {
         int const t = (kForwards ? step : tiles - 1 - step) * K::kTile;
         typename Block<K>::Tokens token;
@@ -35,7 +27,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
         block.find(t, token);
         block.load(rows, token, x), block.load(p.dt, token, dt);
         if (!kForwards) block.load(p.z, token, z);
-        block.load_numbers_of_tokens(numbers, of_tokens, t, of_state);
+        block.load_numbers_of_tokens(numbers, of_tokens, t, block.s0, of_state);
         __syncthreads();  // the tile before has been walked
         block.share_steps(shared, token, dt);
         Block<K>::share(shared.u, [&](Spot at) {
@@ -70,33 +62,34 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
             product[s] = multiply(kForwards ? a : conj(a), product[s]);
         }
     }
-    auto* const to = static_cast<Aggregate<N>*>(scratch.aggregates) + block.record_row() * p.S;
-    LSM_UNROLL
-    for (int s = 0; s < kMine; ++s) {
-        if (block.inside(s)) store_global(to + block.state(s), Aggregate<N>{product[s], sum[s]});
-    }
 }
 
-// The states that come to every segment, one thread per channel and state of a sequence; `edge` [N][D][S] is what
-// comes to the sequence, nullable.
-template <class N, bool kForwards>
-__global__ void __launch_bounds__(128)
-    join(SelectiveParams const p, Segments const plan, N const* edge, Scratch const scratch) {
-    i64 const index = i64(blockIdx.x) * 128 + threadIdx.x, numbers = p.D * p.S;
-    i64 const first = index / numbers, at = index % numbers;
-    if (first >= plan.count) return;
-    Segment const segment = plan[first];
-    if (segment.unused() || segment.poison) return;
-    if (kForwards ? segment.index != 0 : !segment.is_last) return;
-    N state =
-        edge == nullptr ? number<N>(0.f) : load_global(edge + segment.sequence * numbers + at);
-    for (i64 record = first;; record += kForwards ? 1 : -1) {
-        store_global(static_cast<N*>(scratch.starts) + record * numbers + at, state);
-        if (kForwards ? plan[record].is_last : plan[record].index == 0) return;
-        auto const* const does = static_cast<Aggregate<N> const*>(scratch.aggregates);
-        Aggregate<N> const both = load_global(does + record * numbers + at);
-        state = multiply_add(both.element[0], state, both.element[1]);
+// The state that comes to the block's segment; `edge` [N][D][S] is what comes to the sequence, nullable.
+template <class K, bool kForwards>
+LSM_DEVICE void find_start(Block<K> const& block, typename K::Shared& shared, void const* edge,
+                           typename K::N (&state)[kMine]) {
+    Chain const& chain = block.scratch.chain;
+    void* const ends = block.scratch.ends;
+    bool const begins = kForwards ? block.segment.index == 0 : block.segment.is_last;
+    bool const finishes = kForwards ? block.segment.is_last : block.segment.index == 0;
+    bool const leaves = chain.exists() && !finishes;
+    typename K::N product[kMine], sum[kMine];
+    if (leaves) fold<K, kForwards>(block, shared, product, sum);
+    if (begins) {
+        block.load_numbers(edge, block.state_row(), state);
+    } else {
+        i64 const before = block.record() + (kForwards ? -1 : 1);
+        if (threadIdx.x == 0) chain.await(before * block.per_record + block.part, block.round());
+        __syncthreads();
+        block.load_numbers(ends, block.row_of(before), state);
     }
+    if (!leaves) return;
+    LSM_UNROLL
+    for (int s = 0; s < kMine; ++s) sum[s] = multiply_add(product[s], state[s], sum[s]);
+    block.store_numbers(ends, block.row_of(block.record()), sum);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        chain.raise(block.record() * block.per_record + block.part, block.round());
 }
 
 }  // namespace lsm::selective_kernel
