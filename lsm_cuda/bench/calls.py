@@ -68,7 +68,7 @@ class Peer:
 
     ``calls``: by operator and kind ("sequence" or "step"). ``same``: it computes our function and
     must agree in value; else it is what people use instead. ``longest``: T beyond which it is not
-    tried, or not trained. ``fits``: shapes it takes.
+    tried, or not trained by who has not a minute's patience. ``fits``: shapes it takes.
     """
 
     name: str
@@ -81,13 +81,13 @@ class Peer:
     longest_training: int = 2**40
     fits: Callable[[Shape], bool] = field(default=lambda shape: not shape.packed)
 
-    def call(self, op: Op, shape: Shape, mode: str) -> Call | None:
-        """What to time in a mode, or None if the row has nothing there."""
+    def call(self, op: Op, shape: Shape, mode: str, patience: float = 0.0) -> Call | None:
+        """What to time in a mode, or None if the row has nothing there; ``patience`` in seconds."""
         if (mode == "training" and not self.backward) or not self.fits(shape):
             return None
         if mode != "step" and shape["T"] > self.longest:
             return None
-        if mode == "training" and shape["T"] > self.longest_training:
+        if mode == "training" and shape["T"] > self.longest_training and patience < 60:
             return None
         return self.calls.get((op.name, "step" if mode == "step" else "sequence"))
 

@@ -347,7 +347,7 @@ def measure(
 
     for mode in modes:
         common = {"op": op.name, "shape": str(shape), "dtype": str(dtype)[6:], "mode": mode}
-        wanted = [(p, reason, c) for p, reason in found if (c := p.call(op, shape, mode))]
+        wanted = [(p, reason, c) for p, reason in found if (c := p.call(op, shape, mode, patience))]
         whole = inputs(shape) if mode != "step" or wanted or op.cached else []
         alone = mode == "step" and not op.cached  # no context is ours to read
         mine = inputs(shape.at(1)) if alone else whole
