@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 #include "ops/layout.h"
@@ -74,6 +76,10 @@ void read_rule(Checks const& c, Ints const& rule, ScoreParams& p) {
     c.require(p.tap_step >= 1 && p.tap_count >= 1,
               "tap_step and the number of taps must be at least 1, got ", p.tap_step, " and ",
               p.tap_count);
+    constexpr int64_t kMost = int64_t{1} << 31;  // so that places are sums of numbers that fit
+    c.require(std::max({p.tap_step, p.tap_count, std::abs(p.tap_first), p.blocks}) < kMost,
+              "tap_step, tap_first, the number of taps and blocks must be below 2^31, got ",
+              p.tap_step, ", ", p.tap_first, ", ", p.tap_count, " and ", p.blocks);
     c.require(p.blocks >= 0, "blocks must not be negative, got ", p.blocks);
 }
 

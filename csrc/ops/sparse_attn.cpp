@@ -1,6 +1,7 @@
 // The sparse attention engine's operators: check, allocate, fill the params, run. Compiled once per backend.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "ops/sparse_attn.h"
@@ -15,7 +16,8 @@ void read_scores(Checks const& c, Arguments const& a, Tensor const& q, Inputs& i
     p.scale = a.scores[0], p.softcap = a.scores[1], p.ramp_length = a.scores[2];
     p.pv_threshold = a.scores[3];
     c.require(p.pv_threshold >= 0, "pv_threshold must not be negative, got ", p.pv_threshold);
-    c.require(p.softcap >= 0, "softcap must not be negative, got ", p.softcap);
+    c.require(p.softcap >= 0 && std::isfinite(p.softcap),
+              "softcap must not be negative or infinite, got ", p.softcap);
     c.require(!a.ramp || p.ramp_length > 0, "ramp_length must be above 0, got ", p.ramp_length);
     check_tensor(c, a.head_left, "head_left", "[Hq]", {p.Hq}, ScalarType::Int, q);
     check_tensor(c, a.sink_logits, "sink_logits", "[Hq]", {p.Hq}, wide, q);

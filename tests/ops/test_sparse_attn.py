@@ -366,7 +366,8 @@ def test_bad_tensors_are_refused():
         ({"k": k.half()}, "k must have dtype float32 like q, got float16"),
         ({"sink_logits": torch.zeros(3)}, r"sink_logits must have shape \[Hq\] = \[2\], got \[3\]"),
         ({"ramp": torch.zeros(2)}, "ramp_length must be above 0, got 0"),
-        ({"softcap": -1.0}, "softcap must not be negative"),
+        ({"softcap": -1.0}, "softcap must not be negative or infinite, got -1"),
+        ({"softcap": torch.inf}, "softcap must not be negative or infinite, got inf"),
         ({"mask": AttnMask(dilation=0)}, "causal_block and dilation must be at least 1"),
         ({"cu_seqlens": bounds, "cu_seqlens_k": torch.tensor([0, 9])}, "cu_seqlens_k must end at"),
         (
