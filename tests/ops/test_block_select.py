@@ -454,8 +454,8 @@ TOP = BlockChoice(top_k=1)
          "cu_seqlens_q must be on cpu like q, got meta"),
         (lambda: ops.block_select(Q, KEYS, replace(MOBA, block_k=0), TOP), "block_q and block_k "
          "must be at least 1, got 1 and 0"),
-        (lambda: ops.block_scores(Q, KEYS, replace(MOBA, tap_step=2**40)), "must be below 2^31, got "
-         "1099511627776"),
+        (lambda: ops.block_scores(Q, KEYS, replace(MOBA, tap_step=2**40)), "must be below 2^31, "
+         "got 1099511627776"),
         (lambda: ops.block_select(Q, KEYS, MOBA, BlockChoice(top_p=1.5)), "top_p must be in "
          "[0, 1], got 1.5"),
         (lambda: ops.block_topk(torch.rand(1, 2, 3, 4), MOBA, TOP, Tq=5), "scores must have 5 rows "
