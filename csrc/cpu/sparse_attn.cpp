@@ -226,6 +226,9 @@ void sparse_attn_fwd(SparseAttnParams const& p, void* workspace, void*) {
         }
     }
     int64_t const scratch = round_up(kernels(p.dtype).scratch_bytes(p, false), kAlign);
+    // What a thread keeps from task to task begins its scratch: so far nothing.
+    for (int64_t thread = 0; thread < threads_for(p); ++thread)
+        std::memset(static_cast<char*>(workspace) + thread * scratch, 0, kAlign);
     cpu::run_tasks(tasks, threads_for(p), [&](SparseAttnTask const& task, int64_t thread) {
         kernels(p.dtype).forward(p, task, static_cast<char*>(workspace) + thread * scratch);
     });

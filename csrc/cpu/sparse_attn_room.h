@@ -198,13 +198,15 @@ LSM_INLINE Vector<T> rough_exp(Vector<T> s, T scale, Vector<T> base) {
 #if LSM_CPU_VECTOR_BYTES == 64
     constexpr T kLog2e = T(1.44269504088896340736);
     constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    Vector<T> x = s * (scale * kLog2e) - base * kLog2e;
-    // The least is far enough down for a 0: any other weight of a hidden key would let inf and NaN in. NaN passes.
-    x = Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(splat(-160.0f)), __m512(x)));
+    Vector<T> const x = s * (scale * kLog2e) - base * kLog2e;
+    // What is below the normal numbers is 0, as products take it to be, and hidden keys must not weigh anything. By a mask:
+    // a result down there takes the processor ten times as long as everything else. NaN passes.
+    __mmask16 const normal = _mm512_cmp_ps_mask(__m512(x), __m512(splat(-126.0f)), _CMP_NLT_UQ);
     Vector<T> const rest = Vector<T>(_mm512_maskz_reduce_ps(0xffff, __m512(x), kDown));
     Vector<T> y = rest * 0.0135341679f + 0.0520114606f;
     y = (y * rest + 0.241442757f) * rest + 0.693003834f;
-    return scale_by_power_of_two(y * rest + 1.00000259f, x);
+    y = y * rest + 1.00000259f;
+    return Vector<T>(_mm512_maskz_scalef_ps(normal, __m512(y), __m512(x)));
 #else
     return exp(s * scale - base);
 #endif
@@ -218,10 +220,11 @@ inline double softmax_slack(SparseAttnParams const& p) {
 
 // Scores of a vector of queries, a key every kLaneCount numbers, to weights, relative to `most`. What came before is to be
 // multiplied with the result. `highest`: of these keys. All are still to be multiplied with `scale`, as differences are: the
-// product of a large score is off by more than a whole number.
+// product of a large score is off by more than a whole number. Rough weights go to `pairs`, if it is not null, two keys of
+// bf16 side by side.
 template <bool kRough = false, class T>
 LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, T slack, Vector<T>& most, Vector<T>& sum,
-                            Vector<T>& highest) {
+                            Vector<T>& highest, [[maybe_unused]] T* pairs = nullptr) {
     Vector<T> const before = most, none = splat(T(-INFINITY));
     Vector<T> part[4] = {none, none, none, none};  // a chain of one would wait for itself
     int64_t first = 0;
@@ -232,11 +235,22 @@ LSM_INLINE Vector<T> soften(T* S, int64_t keys, T scale, T slack, Vector<T>& mos
     most = highest > before + slack ? highest : before;
     Vector<T> const base = most == none ? Vector<T>{} : most;
     Vector<T> total = {};
-    for (int64_t j = 0; j < keys; ++j) {
+    auto const weight = [&](int64_t j) {
         Vector<T> const above = load(S + j * kLaneCount) - base;
-        Vector<T> const weight = kRough ? rough_exp(above, scale, Vector<T>{}) : exp(above * scale);
-        total += weight;
-        store(S + j * kLaneCount, weight);
+        return kRough ? rough_exp(above, scale, Vector<T>{}) : exp(above * scale);
+    };
+    int64_t j = 0;
+    if constexpr (kRough && std::is_same_v<T, float>) {
+        for (; j < keys && pairs != nullptr; j += 2, pairs += kLaneCount) {
+            Vector<T> const one = weight(j), two = j + 1 < keys ? weight(j + 1) : Vector<T>{};
+            total += one, total += two;
+            store(pairs, Vector<T>(bf16_pairs(one, two)));
+        }
+    }
+    for (; j < keys; ++j) {
+        Vector<T> const w = weight(j);
+        total += w;
+        store(S + j * kLaneCount, w);
     }
     Vector<T> const fade = exp((before - base) * scale);
     sum = sum * fade + total;

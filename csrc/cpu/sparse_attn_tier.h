@@ -31,13 +31,16 @@ class AttnForward {
             start_softmax();
             while (tile_.next()) {
                 tile_.read_keys();
-                tile_.pair_values();
+                tile_.pack();
                 tile_.scores(scores_, nullptr);
                 bool const finite = !tile_.partial() || tile_.finite_values();
+                bool const pairs = tile_.pairs() && finite;
                 tile_.over_runs([&](Run run) {
-                    for (int v = run.begin; v < run.end; ++v) softmax(v);
-                    over_heavy(
-                        run, [&](Run heavy) { tile_.add_values(turned_, scores_, heavy, finite); });
+                    for (int v = run.begin; v < run.end; ++v) softmax(v, pairs);
+                    over_heavy(run, [&](Run heavy) {
+                        if (pairs) return tile_.add_paired_values(turned_, heavy);
+                        tile_.add_values(turned_, scores_, heavy, finite);
+                    });
                 });
             }
             finish();
@@ -65,13 +68,14 @@ class AttnForward {
         }
     }
 
-    void softmax(int v) {
+    void softmax(int v, bool pairs) {
         Vector<T> const before = load(most_ + v * W);
         Vector<T> most = before, sum = load(sum_ + v * W), highest;
         T* const s = scores_ + v * W;
         T const scale = tile_.score_scale(), slack = T(softmax_slack(p_)) / scale;
         Vector<T> const fade = tile_.pairs()
-                                   ? soften<true>(s, tile_.size(), scale, slack, most, sum, highest)
+                                   ? soften<true>(s, tile_.size(), scale, slack, most, sum, highest,
+                                                  pairs ? tile_.weight_pairs(v) : nullptr)
                                    : soften(s, tile_.size(), scale, slack, most, sum, highest);
         store(most_ + v * W, most), store(sum_ + v * W, sum);
         heavy_[v] = weighs<T>(p_, (highest - most) * scale, tile_.lanes() - v * W);

@@ -43,6 +43,53 @@ void pair_rows(T* to, int64_t columns, int64_t count, Row const& row) {
     }
 }
 
+// Keys and values of blocks as the forward's products of pairs want them, packed once for all tiles that a thread goes
+// through: blocks of one key/value head, the first ones asked for that have room. Kept from task to task, in scratch that
+// begins with zeros before a thread's first.
+template <class T>
+class PackedBlocks {
+  public:
+    void take(Arena<T>& arena, SparseAttnParams const& p, int64_t K, int64_t V) {
+        int64_t const keys = p.lists.block_k;
+        auto const bytes = [&](int64_t count) { return panels(count, int64_t(sizeof(T))); };
+        blocks_ = panels(p.Tk, keys);
+        size_ = (keys * K + pair_depth(keys) * V) / 2;
+        room_ = min_of(blocks_, kBytes / (size_ * int64_t(sizeof(T))));
+        kept_ = reinterpret_cast<Kept*>(arena.take(bytes(sizeof(Kept))));
+        slots_ = reinterpret_cast<int32_t*>(arena.take(bytes(blocks_ * int64_t(sizeof(int32_t)))));
+        packs_ = arena.take((room_ + 1) * size_);
+    }
+
+    struct Pack {
+        T* at;
+        bool filled;
+    };
+    // Of a block of the task's head, or, with -1, one that is not kept.
+    Pack of(SparseAttnTask const& task, int64_t block) {
+        if (!kept_->any || kept_->batch != task.batch || kept_->kv_head != task.kv_head ||
+            kept_->first_k != task.first_k) {
+            *kept_ = {true, 0, task.batch, task.kv_head, task.first_k};
+            std::fill(slots_, slots_ + blocks_, int32_t(-1));
+        }
+        int64_t slot = block < 0 ? -1 : slots_[block];
+        bool const filled = slot >= 0;
+        if (!filled && block >= 0 && kept_->count < room_) slot = slots_[block] = kept_->count++;
+        return {packs_ + (slot < 0 ? room_ : slot) * size_, filled};
+    }
+
+  private:
+    static constexpr int64_t kBytes = int64_t(1) << 20;  // half of a second-level cache
+    struct Kept {
+        bool any;
+        int32_t count;
+        int64_t batch, kv_head, first_k;
+    };
+    Kept* kept_;
+    int32_t* slots_;  // of every block; -1: not kept
+    T* packs_;        // the last one is for those that are not
+    int64_t blocks_, room_, size_;
+};
+
 template <class T>
 class AttnTile : public TileRoom<T> {
     using Room = TileRoom<T>;
@@ -59,16 +106,17 @@ class AttnTile : public TileRoom<T> {
         : Room(p, task),
           backward_(backward),
           pairs_(kPairs && p.dtype == Dtype::bf16 && p.K % kPairDepth == 0 &&
-                 p.V % (backward ? kPairDepth : W) == 0 && has_pair_products()) {}
+                 p.V % (backward ? kPairDepth : W) == 0 && has_pair_products()),
+          packed_(pairs_ && !backward) {}
 
     void take(Arena<T>& arena) {
+        if (packed_) packs_.take(arena, p_, K_, V_);
         Room::take(arena, kLaneCount);
         turned_ = arena.take(K_ * kLaneCount);
         if (!pairs_) return;
         int64_t const depth = pair_depth(block_k_), columns = max_of(K_, V_);
         rows_of_pairs_ = arena.take(max_of(kLaneCount * columns, depth * V_) / 2);
         if (backward_) return;
-        arena.take_each(depth / 2 * V_, value_pairs_);
         arena.take_each(depth / 2 * kLaneCount, weight_pairs_);
     }
 
@@ -100,7 +148,7 @@ class AttnTile : public TileRoom<T> {
     void read_keys() {
         if (!pairs_ || partial()) read_numbers();
     }
-    void read_numbers() { Room::read_keys(key(), size_); }
+    void read_numbers() { Room::read_keys(key(), pairs_size()); }
 
     // Whether scores are still to be multiplied with the scale: no other term wants them scaled.
     bool plain() const {
@@ -116,7 +164,8 @@ class AttnTile : public TileRoom<T> {
             T* const to = S + run.begin * W;
             T const* const queries = turned_ + run.begin * W;
             int64_t const vectors = run.end - run.begin;
-            multiply_rows_of(p_.k, keys_, p_.K, to, queries, vectors);
+            void const* const keys = packed_ ? key_rows_ : this->row_of(p_.k, key());
+            multiply_rows_of(keys, packed_ ? p_.K : p_.k.time, keys_, p_.K, to, queries, vectors);
             for (int64_t j = 0; j < size_ && !plain(); ++j)
                 for (int64_t i = j * kLaneCount; i < j * kLaneCount + vectors * W; i += W)
                     store(to + i, load(to + i) * T(p_.scale));
@@ -133,35 +182,46 @@ class AttnTile : public TileRoom<T> {
     // Of the block's values and a matrix that lies as the queries do once turned: [size()][lanes], for vectors of lanes.
     void value_products(T* to, T const* turned, Run lanes) const {
         int64_t const at = lanes.begin * W;
-        multiply_rows_of(p_.v, values_, p_.V, to + at, turned + at, lanes.end - lanes.begin);
+        multiply_rows_of(this->row_of(p_.v, key()), p_.v.time, values_, p_.V, to + at, turned + at,
+                         lanes.end - lanes.begin);
     }
 
-    // Of the block, for add_values: [V][keys / 2].
-    void pair_values() {
-        if (!pairs_) return;
-        int64_t const pairs = pair_depth(size_) / 2;
-        pair_rows(rows_of_pairs_, V_, size_,
-                  [&](int64_t j) { return this->row_of(p_.v, key() + j); });
-        turn(value_pairs_, pairs, rows_of_pairs_, V_, pairs, V_);
+    // Of the block, for scores and add_paired_values: keys in rows, values [V][keys / 2].
+    void pack() {
+        if (!packed_) return;
+        // The whole block, if the keys that are seen begin with a pair of it and end with what products take at once.
+        bool const whole = from_ % 2 == 0 && from_ + pair_depth(size_) <= pair_depth(count_);
+        int64_t const first = whole ? first_ : key(), count = whole ? count_ : size_;
+        auto const [pack, filled] = packs_.of(task_, whole ? block_ : -1);
+        int64_t const row = K_ / 2;
+        T* const values = pack + block_k_ * row;
+        value_pairs_of_row_ = pair_depth(count) / 2;
+        key_rows_ = pack + (key() - first) * row, value_pairs_ = values + (key() - first) / 2;
+        if (filled) return;
+        for (int64_t j = 0; j < count; ++j)
+            std::memcpy(pack + j * row, this->row_of(p_.k, first + j), size_t(row) * sizeof(T));
+        pair_rows(rows_of_pairs_, V_, count,
+                  [&](int64_t j) { return this->row_of(p_.v, first + j); });
+        turn(values, value_pairs_of_row_, rows_of_pairs_, V_, value_pairs_of_row_, V_);
     }
 
-    // O[c][lane] += sum over keys of their values times the weights S[key][lane], for vectors of lanes.
+    // Where soften leaves a vector's weights for add_paired_values.
+    T* weight_pairs(int v) const { return weight_pairs_ + v * W; }
+
+    // O[c][lane] += sum over keys of their values times the weights S[key][lane], for vectors of lanes ...
     void add_values(T* O, T const* S, Run lanes, bool finite) const {
         int64_t const at = lanes.begin * W, vectors = lanes.end - lanes.begin;
-        if (!pairs_ || !finite)
-            return add_weighed<true>(finite, O + at, kLaneCount, values_, V_, S + at, kLaneCount,
-                                     p_.V, vectors, size_);
+        add_weighed<true>(finite, O + at, kLaneCount, values_, V_, S + at, kLaneCount, p_.V,
+                          vectors, size_);
+    }
+    // ... or the weights that are there in pairs.
+    void add_paired_values(T* O, Run lanes) const {
+        int64_t const at = lanes.begin * W, vectors = lanes.end - lanes.begin;
         int64_t const depth = pair_depth(size_);
-        for (int64_t j = 0; j < depth; j += 2) {
-            for (int64_t i = at; i < at + vectors * W; i += W) {
-                auto const weight = [&](int64_t key) {
-                    return key < size_ ? load(S + key * kLaneCount + i) : Vector<T>{};
-                };
-                store(weight_pairs_ + j / 2 * kLaneCount + i, pair(weight(j), weight(j + 1)));
-            }
-        }
-        multiply_by_pairs(O + at, kLaneCount, value_pairs_, depth * 2, weight_pairs_ + at,
-                          kLaneCount, p_.V, vectors, depth, true);
+        for (int64_t j = (size_ + 1) / 2; j < depth / 2; ++j)
+            std::memset(weight_pairs_ + j * kLaneCount + at, 0, size_t(vectors * W) * sizeof(T));
+        multiply_by_pairs(O + at, kLaneCount, value_pairs_, value_pairs_of_row_ * 4,
+                          weight_pairs_ + at, kLaneCount, p_.V, vectors, depth, true);
     }
 
     // Rows of the tile in memory as products want them on their right: over their columns, [columns / 2][lanes] ...
@@ -215,26 +275,26 @@ class AttnTile : public TileRoom<T> {
         return some || p_.ramp != nullptr;
     }
     bool finite_keys() const { return all_finite(keys_, size_ * K_); }
-    bool finite_values() const { return all_finite(values_, size_ * V_); }
+    bool finite_values() const { return all_finite(values_, pairs_size() * V_); }
     bool finite_queries() const { return all_finite(queries_, vectors_ * W * K_); }
 
     int64_t key() const { return first_ + from_; }  // of the sequence
     int64_t size() const { return size_; }
+    // With the keys of the block that products of pairs meet with weights of 0.
+    int64_t pairs_size() const {
+        return packed_ ? min_of(count_ - from_, pair_depth(size_)) : size_;
+    }
     int vectors() const { return vectors_; }
 
   private:
-    // C[key][lane] = keys' rows, in memory or as numbers, times B, which lies as those are.
-    void multiply_rows_of(Rows const& rows, T const* numbers, int64_t columns, T* C, T const* B,
-                          int64_t vectors) const {
+    // C[key][lane] = keys' rows, of bf16 a `stride` apart or as numbers, times B, which lies as those are.
+    void multiply_rows_of(void const* rows, int64_t stride, T const* numbers, int64_t columns, T* C,
+                          T const* B, int64_t vectors) const {
         if (pairs_)
-            return multiply_by_pairs(C, kLaneCount, this->row_of(rows, key()), rows.time * 2, B,
-                                     kLaneCount, size_, vectors, columns, false);
+            return multiply_by_pairs(C, kLaneCount, rows, stride * 2, B, kLaneCount, size_, vectors,
+                                     columns, false);
         multiply<false>(C, kLaneCount, numbers, panels(columns, W) * W, B, kLaneCount, size_,
                         vectors, columns, false);
-    }
-    static Vector<T> pair(Vector<T> first, Vector<T> second) {
-        if constexpr (std::is_same_v<T, float>) return Vector<T>(bf16_pairs(first, second));
-        return first;
     }
     T const* number(void const* per_head, int64_t h) const {
         return static_cast<T const*>(per_head) + h;
@@ -407,9 +467,10 @@ class AttnTile : public TileRoom<T> {
         }
     }
 
-    bool const backward_, pairs_;
+    bool const backward_, pairs_, packed_;
     T* turned_;  // queries [K][lanes], or pairs of them [K / 2][lanes]
-    T *rows_of_pairs_, *value_pairs_, *weight_pairs_;
+    T *rows_of_pairs_, *weight_pairs_;
+    PackedBlocks<T> packs_;
 
     // Of the tile.
     int vectors_;
@@ -422,6 +483,9 @@ class AttnTile : public TileRoom<T> {
 
     // Of the block.
     int64_t block_, first_, count_, from_, size_;
+    void const* key_rows_;  // packed
+    T* value_pairs_;        // packed
+    int64_t value_pairs_of_row_;
     T relative_[kLaneCount];  // positions, from that of the block's first key
     T sink_end_[kLaneCount], begin_[kLaneCount], end_[kLaneCount];
     bool full_[kVectors];

@@ -212,6 +212,34 @@ def test_no_rows_no_gradients(impl):
     assert not any(got[name].any() for name in ("dsink_logits", "dramp"))
 
 
+def test_heads_and_sequences_do_not_meet():
+    """The CPU packs a head for many tiles: bits are those of a call for it alone."""
+    T, parts = 2300, ((0, 2300), (0, 70), (70, 1500), (1500, 2300))
+    q, k, v = torch.randn(3, 2, T, 2, 128).bfloat16()
+    q = torch.cat([q, -q], 2)
+    cu = torch.tensor([0, 70, 70, 1500, T])
+    both = ops.flash_attn_func(q, k, v, causal=True)
+    packed = ops.block_sparse_attn(q[:1], k[:1], v[:1], mask=AttnMask(causal=True), cu_seqlens=cu)
+    for b, h, (begin, end) in itertools.product((0, 1), (0, 1), parts):
+        heads, tokens = slice(2 * h, 2 * h + 2), slice(begin, end)
+        own = [x[b : b + 1, tokens, n] for x, n in ((q, heads), (k, [h]), (v, [h]))]
+        o = ops.flash_attn_func(*own, causal=True)
+        if (begin, end) == (0, T):
+            assert torch.equal(both[b : b + 1, :, heads], o)
+        elif b == 0:
+            assert torch.equal(packed[:, tokens, heads], o)
+
+
+def test_values_behind_the_last_key_seen_do_not_count():
+    """A tile sees the first keys of a block; products of pairs meet more, with weights of 0."""
+    q, k, v = (torch.randn(1, 64, h, 64).bfloat16() for h in (32, 1, 1))
+    for key in (9, 22, 41):
+        spoilt = v.clone()
+        spoilt[:, key] = torch.nan
+        o = ops.flash_attn_func(q, k, spoilt, causal=True)
+        assert not o[:, :key].isnan().any() and o[:, key:].isnan().all()
+
+
 def test_what_is_not_seen_is_not_read():
     """NaN in keys of blocks on no list, and beyond the sequences, stays where it is."""
     T = 96
