@@ -11,10 +11,27 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_transform = torch._C._functorch.peek_interpreter_stack
+_autocasts = torch._C._is_any_autocast_enabled
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
 
 def functional() -> bool:
     """Whether one of torch.func's transforms is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _transform() is not None
+
+
+def plain() -> bool:
+    """Whether nothing traces, differentiates, transforms or casts what is called. Asked once, it
+    spares a call the single questions: what a kernel streams drives Python out of the caches, and
+    every line of it then takes several times as long."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or _autocasts()
+        or forward_ad._current_level >= 0
+        or _transform() is not None
+    )
 
 
 def check_no_forward_ad(op: str, **tensors: Tensor | None) -> None:
@@ -54,7 +71,11 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
     is a third of a short call's time."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or functional():
         return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    return below_autograd(op, *arguments)
+
+
+def below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
+    with _BelowAutograd():
         return op(*arguments)
 
 
@@ -65,7 +86,7 @@ _AUTOCAST = ("cpu", "cuda")
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
-    if device_type in _AUTOCAST and torch.is_autocast_enabled(device_type):
+    if _autocasts() and device_type in _AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

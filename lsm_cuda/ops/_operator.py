@@ -11,6 +11,7 @@ from torch import Tensor
 from ._common import (
     accumulation_dtype,
     autocast_dtype,
+    call,
     check_no_forward_ad,
     check_no_gradient,
     check_same_device,
@@ -135,10 +136,12 @@ def sequences(
     if initial_state is not None and initial_state.dtype in (torch.bfloat16, torch.float16):
         initial_state = initial_state.float()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    operator = getattr(torch.ops.lsm, f"{name}_fwd")
+    operator = getattr(torch.ops.lsm, f"{name}_fwd").default
 
     def run(v: Tensor, own: Mapping[str, Tensor | None], h0: Tensor | None):  # type: ignore[no-untyped-def]
-        return operator(q, k, v, *own.values(), h0, cu_seqlens, scale, output_final_state, *more)
+        return call(
+            operator, q, k, v, *own.values(), h0, cu_seqlens, scale, output_final_state, *more
+        )
 
     most = VALUES.get(q.device.type)
     if most is None or v.shape[-1] <= most:

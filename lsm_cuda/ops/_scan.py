@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._common import call, check_device_like, check_no_forward_ad, no_double_backward
+from ._common import (
+    below_autograd,
+    call,
+    check_device_like,
+    check_no_forward_ad,
+    no_double_backward,
+    plain,
+)
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -121,14 +128,17 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Whole sequences through operator ``op``."""
     x = tensors[0]
-    check_no_forward_ad(f"{op}_fwd", x=x, gate=tensors[1], initial_state=initial_state)
+    forward = below_autograd
+    if not plain():
+        forward = call
+        check_no_forward_ad(f"{op}_fwd", x=x, gate=tensors[1], initial_state=initial_state)
     if x.is_complex():
         tensors = tuple(t.resolve_conj() for t in tensors)
     if initial_state is not None:
         if initial_state.dtype in (torch.bfloat16, torch.float16):
             initial_state = initial_state.float()
         initial_state = initial_state.resolve_conj()
-    h, state = call(
+    h, state = forward(
         _FORWARD[op], *tensors, initial_state, cu_seqlens, order, *options, output_final_state
     )
     return h, state if output_final_state else None

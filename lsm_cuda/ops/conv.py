@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._common import (
     autocast_dtype,
+    below_autograd,
     call,
     check_device_like,
     check_no_forward_ad,
@@ -15,6 +16,7 @@ from ._common import (
     check_rank,
     in_dtype,
     no_double_backward,
+    plain,
 )
 from .gates import L2_EPS, l2norm
 
@@ -131,18 +133,22 @@ def convolve(
     norm_channels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator, in the dtypes it takes; ``x [B, T, D]``."""
-    check_no_forward_ad(f"{_NAME}_fwd", x=x, weight=weight, bias=bias, initial_state=initial_state)
-    if (dtype := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
-        x = x.to(dtype)
-        initial_state = None if initial_state is None else initial_state.to(dtype)
+    run = below_autograd
+    if not plain():
+        run = call
+        check_no_forward_ad(
+            f"{_NAME}_fwd", x=x, weight=weight, bias=bias, initial_state=initial_state
+        )
+        if (dtype := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
+            x = x.to(dtype)
+            initial_state = None if initial_state is None else initial_state.to(dtype)
     weight, bias = _weights(x, weight, bias)
     if seq_idx is not None:
         seq_idx = seq_idx.to(torch.int32)
-    y, state = call(
+    return run(  # type: ignore[no-any-return]
         _FORWARD, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, state_size, norm,
         L2_EPS, norm_channels,
     )  # fmt: skip
-    return y, state
 
 
 def _norm_fits(x: Tensor, weight: Tensor, norm: int) -> bool:
@@ -231,11 +237,13 @@ def causal_conv1d(
     """
     check_rank(_NAME, "x", x, "[B, T, D]")
     check_rank(_NAME, "weight", weight, "[D, W]")
-    S = weight.shape[1] if initial_state is None else initial_state.shape[-1]
-    silu, size = _silu(_NAME, activation), S if output_final_state else 0
-    norm = 0 if l2norm_dim is None else l2norm_dim
-    _check_norm(_NAME, x, norm, l2norm_channels)
-    fused = norm if norm and _norm_fits(x, weight, norm) else 0
+    silu, size, norm, fused = _silu(_NAME, activation), 0, 0, 0
+    if output_final_state:
+        size = weight.shape[1] if initial_state is None else initial_state.shape[-1]
+    if l2norm_dim is not None or l2norm_channels is not None:
+        norm = 0 if l2norm_dim is None else l2norm_dim
+        _check_norm(_NAME, x, norm, l2norm_channels)
+        fused = norm if norm and _norm_fits(x, weight, norm) else 0
     y, state = convolve(
         x, weight, bias, initial_state, cu_seqlens, None, silu, size, fused, l2norm_channels
     )
@@ -356,7 +364,8 @@ def causal_conv1d_step(
     """
     silu = _silu("causal_conv1d_step", activation)
     norm = 0 if l2norm_dim is None else l2norm_dim
-    _check_norm("causal_conv1d_step", x, norm, l2norm_channels)
+    if norm or l2norm_channels is not None:
+        _check_norm("causal_conv1d_step", x, norm, l2norm_channels)
     y = _step(x.unsqueeze(1), state, weight, bias, silu).squeeze(1)
     return unit_heads(y, norm, l2norm_channels) if norm else y
 
