@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "conv_kernels.h"
 #include "schedule.h"
@@ -97,10 +98,13 @@ int64_t conv_bwd_workspace(ConvParams const& p) {
 
 void conv_fwd(ConvParams const& p, void* workspace, void*) {
     Plan const plan(p);
-    int64_t const scratch = scratch_bytes(p);
-    cpu::run_tasks(plan.tasks, threads_for(p), [&](ConvTask const& task, int64_t thread) {
+    int64_t const scratch = scratch_bytes(p), threads = threads_for(p);
+    std::vector<int64_t> tiles(size_t(threads), -1);  // whose weights each thread's scratch has
+    cpu::run_tasks(plan.tasks, threads, [&](ConvTask const& task, int64_t thread) {
+        bool const ready = std::exchange(tiles[size_t(thread)], task.channel) == task.channel;
         kernels(p.dtype).forward(p, plan.segments.data() + task.first, task.last - task.first,
-                                 task.channel, static_cast<char*>(workspace) + thread * scratch);
+                                 task.channel, ready,
+                                 static_cast<char*>(workspace) + thread * scratch);
     });
 }
 

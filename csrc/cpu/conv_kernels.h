@@ -29,11 +29,12 @@ inline int64_t conv_segment_tokens(ConvParams const& p) {
     return share < least ? least : share > 256 ? 256 : share;
 }
 
-// `first` is a channel, the first of a tile. Sums are of the accumulation type, float64 for float64.
+// `first` is a channel, the first of a tile, whose weights a forward leaves in scratch; `ready`: they are there. Sums are
+// of the accumulation type, float64 for float64.
 struct ConvKernels {
     int64_t (*scratch_bytes)(ConvParams const& p);
     void (*forward)(ConvParams const& p, ConvSegment const* segments, int64_t count, int64_t first,
-                    void* scratch);
+                    bool ready, void* scratch);
     // record: [W + 1][D], of the weight's and below them the bias's gradient; written if they are wanted.
     void (*backward)(ConvParams const& p, ConvSegment const* segments, int64_t count, int64_t first,
                      void* record, void* scratch);

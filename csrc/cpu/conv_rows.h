@@ -66,6 +66,7 @@ class Rows : public Tile<Number, Elem, kTaps> {
     static constexpr int kStep = kTaps > 0 ? 4 : 1;  // tokens
     // In the forward, bf16's channels go by pairs of vectors, weights and bias of even channels before those of odd ones.
     static constexpr bool kPairs = Base::kPaired && !kNormed;
+    static constexpr bool kAsks = kNormed || sizeof(Element) < sizeof(float);
     static constexpr int kReach = kTaps > 0 ? kTaps - 1 + kStep : kMaxTaps;
 
     using Base::bias_, Base::channels_, Base::first_, Base::p_, Base::past, Base::pitch_,
@@ -132,7 +133,7 @@ class Rows : public Tile<Number, Elem, kTaps> {
         this->activate(sum);
     }
 
-    // The next step's inputs are asked for meanwhile: the walk along four rows is more than prefetchers follow.
+    // The next step's inputs are asked for meanwhile, but where memory is what takes the time: asking only adds to it.
     template <int U>
     void forward_step(ConvSegment const& s, int64_t t) {
         Element const* x[kReach];
@@ -143,7 +144,7 @@ class Rows : public Tile<Number, Elem, kTaps> {
             y[u] = this->at(p_.y, s, t + u), next[u] = this->at(p_.x, s, t + U + u);
         auto const prefetch = [&](int64_t c) {
 #pragma GCC unroll 4
-            for (int u = 0; u < U; ++u) __builtin_prefetch(next[u] + c);
+            for (int u = 0; u < U && kAsks; ++u) __builtin_prefetch(next[u] + c);
         };
         int64_t first = 0;
         if constexpr (kPairs) {

@@ -58,9 +58,9 @@ int64_t conv_scratch_bytes(ConvParams const& p) {
 }
 
 void conv_forward(ConvParams const& p, ConvSegment const* segments, int64_t count, int64_t first,
-                  void* scratch) {
+                  bool ready, void* scratch) {
     with_tile(p, first, scratch, [&](auto&& tile, auto&) {
-        tile.begin(true);
+        if (!ready) tile.begin(true);
         for (int64_t i = 0; i < count; ++i) tile.forward(segments[i]);
     });
 }
