@@ -402,7 +402,7 @@ def tried(
             took = clock.once(runs[0])
     except Exception as error:  # out of memory, an unsupported size: the reason is the result
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return runs if took < patience else f"{took:.2g} s a call"
+    return runs if took < patience else f"{float(f'{took:.2g}'):g} s a call"
 
 
 # --- where
