@@ -11,9 +11,9 @@
 namespace lsm {
 
 struct Chain {
-    u32* tickets =
-        nullptr;  // of each round, how many blocks have begun; null: blocks are on their own
-    u32* flags = nullptr;  // [places]: the rounds that are done with it
+    u32* tickets = nullptr;  // [rounds]: how many blocks have begun
+    u32* flags =
+        nullptr;  // [places]: the rounds that are done with it; null: blocks are on their own
     i64 rounds = 0, places = 0;
 
     Chain() = default;

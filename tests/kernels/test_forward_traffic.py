@@ -192,6 +192,7 @@ def counted(name: str, dtype: str, layout: str) -> tuple[float, float]:
     emu.set_cache(cache)
     emu.reset_counters()
     run()
+    assert (len(emu.counters()["launches"]) > 1) == (name in CUT)
     total = emu.counters()["total"]
     emu.set_cache(None)
     found = (

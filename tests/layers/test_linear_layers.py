@@ -3,6 +3,9 @@ code."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 from linear_definitions import DEFINITIONS, TOLERANCE
@@ -122,10 +125,19 @@ def test_lightning_is_the_attention_of_minimax(layer_idx):
     torch.testing.assert_close(ours(x)[0], theirs(x, (None, None), None)[0], atol=1e-5, rtol=1e-4)
 
 
-def test_mlstm_is_the_layer_of_transformers():
-    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
-    if not hasattr(modeling, "xLSTMLayer"):
-        pytest.skip("transformers has no layer of its own where xlstm is installed")
+def transformers_own_xlstm(monkeypatch):
+    """The module as it is where the package xlstm, whose layers it prefers, is not installed."""
+    name = "transformers.models.xlstm.modeling_xlstm"
+    monkeypatch.setattr("transformers.utils.is_xlstm_available", lambda: False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    modeling = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    return modeling
+
+
+def test_mlstm_is_the_layer_of_transformers(monkeypatch):
+    pytest.importorskip("transformers")
+    modeling = transformers_own_xlstm(monkeypatch)
     config = modeling.xLSTMConfig(
         hidden_size=D,
         num_heads=4,

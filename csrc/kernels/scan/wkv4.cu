@@ -102,16 +102,16 @@ struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
         return I == 0 ? p.a : p.x;
     }
     LSM_DEVICE static int direction(Wkv4Params const&) { return 1; }
-    LSM_DEVICE static void start_one(Wkv4Params const& p, i64 sequence, i64 channel, State& state) {
-        i64 const at = sequence * p.D + channel;
-        if (p.initial_state == nullptr) return;
-        state = {kLog2e * Base::number_at(p.initial_scale, at),
-                 Base::number_at(p.initial_state, at), Base::number_at(p.initial_denominator, at)};
-    }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
+        if (p.initial_state == nullptr) return;
         LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) start_one(p, sequence, channel + j, state[j]);
+        for (int j = 0; j < kLane; ++j) {
+            i64 const at = sequence * p.D + channel + j;
+            state[j] = {kLog2e * Base::number_at(p.initial_scale, at),
+                        Base::number_at(p.initial_state, at),
+                        Base::number_at(p.initial_denominator, at)};
+        }
     }
     LSM_DEVICE static void end(Wkv4Params const& p, i64 sequence, i64 channel,
                                State const (&state)[kLane]) {
@@ -192,17 +192,16 @@ struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
         return I == 0 ? p.grad_h : I == 1 ? p.a : p.x;
     }
     LSM_DEVICE static int direction(Wkv4Params const&) { return -1; }
-    LSM_DEVICE static void start_one(Wkv4Params const& p, i64 sequence, i64 channel, State& state) {
-        i64 const at = sequence * p.D + channel;
-        if (p.grad_final_state == nullptr) return;
-        state = {-kLog2e * Base::number_at(p.final_scale, at),
-                 Base::number_at(p.grad_final_state, at),
-                 Base::number_at(p.grad_final_denominator, at)};
-    }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
+        if (p.grad_final_state == nullptr) return;
         LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) start_one(p, sequence, channel + j, state[j]);
+        for (int j = 0; j < kLane; ++j) {
+            i64 const at = sequence * p.D + channel + j;
+            state[j] = {-kLog2e * Base::number_at(p.final_scale, at),
+                        Base::number_at(p.grad_final_state, at),
+                        Base::number_at(p.grad_final_denominator, at)};
+        }
     }
     // Through A_0 = numerator e^m; where both ends are infinite, the sequence is empty, and the factor 1.
     LSM_DEVICE static void end(Wkv4Params const& p, i64 sequence, i64 channel,
