@@ -12,8 +12,7 @@ namespace lsm {
 
 struct Chain {
     u32* tickets = nullptr;  // [rounds]: how many blocks have begun
-    u32* flags =
-        nullptr;  // [places]: the rounds that are done with it; null: blocks are on their own
+    u32* flags = nullptr;    // [places]: rounds done with it; null: blocks are on their own
     i64 rounds = 0, places = 0;
 
     Chain() = default;

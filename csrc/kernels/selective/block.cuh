@@ -152,14 +152,13 @@ struct Scratch {
     // The backward's sums over the states of earlier rounds, [B T][D], or [B][D][T] where channels lie first; null where
     // there is one round.
     float *y = nullptr, *ddt = nullptr, *ddu = nullptr;
-    void* walked =
-        nullptr;  // [records][D][S]: states between rounds of the forward; null where there is one
+    void* walked = nullptr;     // [records][D][S]: states between the forward's rounds, or null
     void* tokens = nullptr;     // [2][blocks of channels][B T][S]: shares of dB and dC
     float* channels = nullptr;  // [2][records][D]: of dD and the bias
     void* states = nullptr;     // [1 or 3][S][records][D]: of dA, and of channels' dB and dC
-    Chain chain;           // of the blocks of a sequence's segments, where it has more than one
-    void* ends = nullptr;  // [records][D][S]: the states that they leave
-    bool pieces = false;   // channels last: whether rows lie in aligned pieces of four
+    Chain chain;                // of the blocks of a sequence's segments, if it is cut
+    void* ends = nullptr;       // [records][D][S]: the states that they leave
+    bool pieces = false;        // channels last: whether rows lie in aligned pieces of four
 };
 
 // An element of a tile: number e of the thread's piece i, at a row (token) and channel of the block.
@@ -178,8 +177,8 @@ struct Block {
     SelectiveParams const& p;
     Scratch const& scratch;
     Segment segment;
+    unsigned record_;           // of the segment
     unsigned per_record, part;  // blocks of a segment, and which of them
-    unsigned record_;
     int sequence;
     i64 begin;  // tokens [begin, begin + length) of the segment
     int length;
