@@ -114,11 +114,13 @@ class Emulator(Impl):
         results: list[Tensors] = []
         for seed in self.seeds:
             emu.set_seed(seed)
+            emu.set_residents(1 + seed % 4)
             emu.set_architecture(self.architecture)
             try:
                 results.append(call())
             finally:
                 emu.set_architecture(80)
+                emu.set_residents(1)
             try:
                 assert_same_bits(results[-1], results[0])
             except AssertionError as error:

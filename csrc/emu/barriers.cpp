@@ -10,6 +10,7 @@ namespace {
 
 void complete(Barrier& b, Reduce reduce) {
     ++counters.block_barriers;
+    world.passed_barrier = true;
     int result = 0;
     int const waiting = static_cast<int>(b.waiting.size());
     switch (reduce) {

@@ -61,6 +61,7 @@ constexpr std::size_t kStackGuard =
     64 * 1024;  // wider than any one frame, so that none steps over it
 constexpr char kCanary = static_cast<char>(0xfb);
 constexpr u32 kPollingLimit = 200000;
+constexpr int kMostResidents = 32;
 
 void* main_stack_pointer;
 void (*kernel_body)(void*);
@@ -68,6 +69,8 @@ void* kernel_arguments;
 Schedule chosen_schedule = Schedule::by_seed;
 u64 chosen_seed = 0;
 int chosen_multiprocessors = 8;
+int chosen_residents = 1;
+std::vector<ResidentBlock> parked;  // of every place, but for the block whose turn it is
 std::string failed_report;
 std::mutex launch_mutex;
 
@@ -79,16 +82,13 @@ char* map(std::size_t bytes) {
 }
 
 // Shared memory ends within 1 KiB of an unmapped page, whatever its size; the slack holds a canary.
-char* shared_guard() {
-    static char* const guard = [] {
-        std::size_t const usable = (kMaxShared + 1024 + kPage - 1) / kPage * kPage;
-        std::size_t const fence = 1 << 20;
-        char* p = map(2 * fence + usable);
-        mprotect(p, fence, PROT_NONE);
-        mprotect(p + fence + usable, fence, PROT_NONE);
-        return p + fence + usable;
-    }();
-    return guard;
+char* map_shared() {
+    std::size_t const usable = (kMaxShared + 1024 + kPage - 1) / kPage * kPage;
+    std::size_t const fence = 1 << 20;
+    char* p = map(2 * fence + usable);
+    mprotect(p, fence, PROT_NONE);
+    mprotect(p + fence + usable, fence, PROT_NONE);
+    return p + fence + usable;
 }
 
 u32 round_up(u32 n, u32 to) {
@@ -103,10 +103,14 @@ void switch_to(Thread& next) {
     lsm_emu_switch(&previous->stack_pointer, next.stack_pointer);
 }
 
-[[noreturn]] void leave_to_main() {
-    void* abandoned;
+void pause_block() {
+    Thread* const t = world.current;
     world.current = nullptr;
-    lsm_emu_switch(&abandoned, main_stack_pointer);
+    lsm_emu_switch(&t->stack_pointer, main_stack_pointer);
+}
+
+[[noreturn]] void leave_to_main() {
+    pause_block();
     __builtin_unreachable();
 }
 
@@ -226,6 +230,29 @@ Thread& pick() {
     return world.threads[world.warps[w].first_thread + lane];
 }
 
+// Whether another block is to go on now. In order, blocks go from barrier to barrier in turns.
+bool turn_is_over() {
+    if (!world.has_neighbours) return false;
+    if (world.ready_warps == 0) return true;  // all that are not waiting are polling
+    switch (world.schedule) {
+        case Schedule::uniform:
+            return draw() >> 56 == 0;
+        case Schedule::run_ahead:
+            return draw() >> 51 == 0;
+        default:
+            return world.passed_barrier;
+    }
+}
+
+// To whoever is next, after the current thread has stopped.
+void go_on() {
+    if (turn_is_over()) {
+        pause_block();
+    } else {
+        switch_to(pick());
+    }
+}
+
 void stop_running(Thread const& t) {
     Warp& warp = world.warps[t.warp];
     warp.ready &= ~(1u << t.lane);
@@ -242,7 +269,7 @@ void finish_current() {
     if (warp.alive == 0 && warp.has_accesses) flush_accesses(warp);
     stop_running(t);
     if (--world.alive == 0) leave_to_main();
-    switch_to(pick());
+    go_on();
     __builtin_unreachable();
 }
 
@@ -265,8 +292,13 @@ void prepare_stack(Thread& t) {
     t.stack_pointer = top - 8;
 }
 
-void allocate_threads(u32 count) {
-    while (world.threads.size() < count) {
+// In the place whose turn it is.
+void allocate(u32 threads) {
+    if (world.shared_end == nullptr) world.shared_end = map_shared();
+    world.shared = world.shared_end - round_up(world.shared_bytes, 1024);
+    if (world.warps.size() < world.warp_count) world.warps.resize(world.warp_count);
+    world.warpgroups.resize((world.warp_count + 3) / 4);
+    while (world.threads.size() < threads) {
         auto const i = world.threads.size();
         world.threads.reserve(kMaxThreads);
         Thread& t = world.threads.emplace_back();
@@ -279,14 +311,10 @@ void allocate_threads(u32 count) {
 
 void begin_block(u64 block) {
     world.block = block;
-    auto const& grid = world.config.grid;
-    blockIdx.x = static_cast<u32>(block % grid.x);
-    blockIdx.y = static_cast<u32>(block / grid.x % grid.y);
-    blockIdx.z = static_cast<u32>(block / grid.x / grid.y);
-
+    allocate(world.thread_count);
     std::memset(world.shared, 0xff, world.shared_bytes);
     std::memset(world.shared + world.shared_bytes, kCanary,
-                static_cast<std::size_t>(shared_guard() - (world.shared + world.shared_bytes)));
+                static_cast<std::size_t>(world.shared_end - (world.shared + world.shared_bytes)));
 
     world.alive = world.thread_count;
     world.ready_warps = world.warp_count == 32 ? ~0u : (1u << world.warp_count) - 1;
@@ -325,8 +353,13 @@ void begin_block(u64 block) {
     if constexpr (kRace) race::begin_block();
 }
 
+// Until it ends or its turn is over.
 void run_block() {
-    world.current = nullptr;
+    auto const& grid = world.config.grid;
+    blockIdx.x = static_cast<u32>(world.block % grid.x);
+    blockIdx.y = static_cast<u32>(world.block / grid.x % grid.y);
+    blockIdx.z = static_cast<u32>(world.block / grid.x / grid.y);
+    world.passed_barrier = false;
     Thread& first = pick();
     world.current = &first;
     threadIdx = first.index;
@@ -334,15 +367,31 @@ void run_block() {
     world.current = nullptr;
 }
 
+// The running block changes places with the one parked at `place`.
+void give_turn(u32 place) {
+    if (place == world.resident) return;
+    ResidentBlock& running = world;
+    std::swap(parked[world.resident], running);
+    std::swap(parked[place], running);
+    world.resident = place;
+    if constexpr (kRace) race::give_turn(place);
+}
+
 void check_canary() {
     char const* p = world.shared + world.shared_bytes;
-    for (; p != shared_guard(); ++p) {
+    for (; p != world.shared_end; ++p) {
         if (*p != kCanary) {
             fail("out of bounds: something was written at shared memory + " +
                  std::to_string(p - world.shared) + ", past its " +
                  std::to_string(world.shared_bytes) + " bytes");
         }
     }
+}
+
+void end_block() {
+    check_canary();
+    check_block_exit();
+    if constexpr (kRace) race::end_block();
 }
 
 std::string show(dim3 d) {
@@ -368,11 +417,7 @@ void configure(Launch const& config) {
     world.config = config;
     world.thread_count = static_cast<u32>(threads);
     world.warp_count = (world.thread_count + 31) / 32;
-    allocate_threads(world.thread_count);
-    if (world.warps.size() < world.warp_count) world.warps.resize(world.warp_count);
-    world.warpgroups.resize((world.warp_count + 3) / 4);
     world.shared_bytes = static_cast<u32>(config.smem_bytes);
-    world.shared = shared_guard() - round_up(world.shared_bytes, 1024);
     blockDim = config.block;
     gridDim = config.grid;
 
@@ -427,6 +472,14 @@ void set_multiprocessors(int count) {
 int multiprocessors() {
     return chosen_multiprocessors;
 }
+void set_residents(int count) {
+    if (count < 1 || count > kMostResidents) {
+        throw std::invalid_argument("blocks side by side are 1 to " +
+                                    std::to_string(kMostResidents) + ", got " +
+                                    std::to_string(count));
+    }
+    chosen_residents = count;
+}
 std::string last_report() {
     return failed_report;
 }
@@ -446,20 +499,32 @@ void launch(Launch const& config, void (*body)(void*), void* arguments) {
     if (world.schedule != Schedule::in_order) {
         for (u64 i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
     }
-    for (u64 const block : order) {
-        begin_block(block);
-        run_block();
-        if (!world.failed) {
-            try {
-                check_canary();
-                check_block_exit();
-                if constexpr (kRace) race::end_block();
-            } catch (std::runtime_error const& e) {
-                world.failed = true;
-                world.report = e.what();
-            }
+    // Blocks begin in this order, each where one has ended.
+    std::vector<u32> taken(std::min<u64>(static_cast<u64>(chosen_residents), blocks));
+    std::iota(taken.begin(), taken.end(), 0u);
+    parked.resize(std::max(parked.size(), taken.size()));
+    auto next = order.begin();
+    for (u32 const place : taken) {
+        give_turn(place);
+        begin_block(*next++);
+    }
+    for (std::size_t turn = 0; !taken.empty();) {
+        world.has_neighbours = taken.size() > 1;
+        give_turn(taken[turn]);
+        try {
+            run_block();
+            if (!world.failed && world.alive == 0) end_block();
+        } catch (std::runtime_error const& e) {
+            world.failed = true;
+            world.report = e.what();
         }
         if (world.failed) throw_report();
+        bool const ended = world.alive == 0;
+        if (ended && next != order.end()) begin_block(*next++);
+        if (world.alive == 0) taken.erase(taken.begin() + static_cast<std::ptrdiff_t>(turn));
+        if (taken.empty()) break;
+        turn = world.schedule != Schedule::in_order ? random_below(static_cast<u32>(taken.size()))
+                                                    : (turn + (world.alive != 0)) % taken.size();
     }
     counters.blocks = blocks;
     end_counting(config);
@@ -485,7 +550,7 @@ void wait_here(char const* what, void const* site) {
     t.waiting = what;
     t.site = site;
     stop_running(t);
-    switch_to(pick());
+    go_on();
 }
 
 void wake(Thread& t) {
@@ -500,7 +565,7 @@ void yield() {
     t.site = LSM_EMU_SITE;
     stop_running(t);
     world.warps[t.warp].yielded |= 1u << t.lane;
-    switch_to(pick());
+    go_on();
 }
 
 u32 lane() {

@@ -30,7 +30,8 @@ void set_schedule(Schedule schedule);  // by_seed: 0 in order, odd uniform, even
 char const* schedule_name(Schedule schedule);
 void set_multiprocessors(int count);
 int multiprocessors();
-std::string last_report();  // of the last launch that failed, empty if none did
+void set_residents(int count);  // blocks that run side by side, at most
+std::string last_report();      // of the last launch that failed, empty if none did
 
 struct Launch {
     dim3 grid, block;

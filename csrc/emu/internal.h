@@ -159,22 +159,32 @@ struct Mbarrier {
         completed;  // race build: of the running phase, of the one before
 };
 
-struct World {
+// A block that has begun.
+struct ResidentBlock {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
     std::vector<Warpgroup> warpgroups;
     std::vector<Mbarrier> mbarriers;
 
+    u64 block = 0;  // linear index
+    u32 alive = 0, ready_warps = 0;
+    bool passed_barrier = false;  // since its turn began
+
+    char* shared = nullptr;
+    char* shared_end = nullptr;  // of the pages that it is in
+};
+
+// The block whose turn it is, and what all have in common.
+struct World : ResidentBlock {
     Launch config{};
-    u32 thread_count = 0, warp_count = 0, alive = 0;
-    u64 block = 0;  // linear index of the running block
+    u32 thread_count = 0, warp_count = 0;
+    u32 resident = 0;             // number of the block's place, its own while it runs
+    bool has_neighbours = false;  // whether other blocks have begun and not ended
     Thread* current = nullptr;
-    u32 ready_warps = 0;
     u64 progress =
         0;  // changes whenever something happened that a polling thread may be waiting for
 
-    char* shared = nullptr;
     u32 shared_bytes = 0;
 
     Schedule schedule = Schedule::by_seed;  // as resolved for this launch

@@ -70,6 +70,8 @@ PYBIND11_MODULE(LSM_EMU_MODULE, m) {
         "run_ahead.");
     m.def("set_multiprocessors", &emu::set_multiprocessors, py::arg("count"),
           "What multiprocessors() tells launchers.");
+    m.def("set_residents", &emu::set_residents, py::arg("count"),
+          "How many blocks of a launch run side by side, at most; 1 (default): one after another.");
     m.def("set_architecture", &emu::set_architecture, py::arg("number"),
           "What architecture() tells launchers: 80, or 90 for Hopper's kernels.");
     m.def(

@@ -67,15 +67,22 @@ struct Knowledge {
     std::shared_ptr<Foreign const> fenced;  // what the next atomic publishes
 };
 
-std::vector<Cell> shared_cells;
+// Of one of the blocks that run side by side.
+struct OfBlock {
+    std::vector<Cell> shared_cells = std::vector<Cell>(kMaxShared / kSharedGranule);
+    u32 generation = 0;
+    Knowledge known[kMaxThreads];
+    std::vector<std::string> reports;
+    std::set<std::tuple<int32_t, int32_t, int>> reported;
+};
+
+std::vector<std::unique_ptr<OfBlock>> places;
+OfBlock* own = nullptr;
 std::unordered_map<u64, std::unique_ptr<GlobalPage>> pages;
 u64 last_page_number = ~0ull;
 GlobalPage* last_page = nullptr;
 u32 block_generation = 0, launch_generation = 0;
-Knowledge known[kMaxThreads];
 std::unordered_map<void const*, std::shared_ptr<Foreign const>> published;
-std::vector<std::string> reports;
-std::set<std::tuple<int32_t, int32_t, int>> reported;
 
 int32_t encode(void const* site) {
     return static_cast<int32_t>(static_cast<char const*>(site) -
@@ -86,7 +93,7 @@ void const* decode(int32_t site) {
 }
 
 void raise(Clock& clock, Thread const& t) {
-    Knowledge const& k = known[t.id];
+    Knowledge const& k = own->known[t.id];
     if (k.base != nullptr) {
         for (u32 i = 0; i < world.thread_count; ++i)
             clock.epochs[i] = std::max(clock.epochs[i], k.base->epochs[i]);
@@ -104,7 +111,7 @@ std::shared_ptr<Clock> empty_clock() {
 }
 
 void adopt(Thread const& t, std::shared_ptr<Clock const> const& clock) {
-    Knowledge& k = known[t.id];
+    Knowledge& k = own->known[t.id];
     k.base = clock;
     u32 const first = t.id - t.lane, lanes = std::min(32u, world.thread_count - first);
     for (u32 l = 0; l < lanes; ++l) k.warp[l] = std::max(k.warp[l], clock->epochs[first + l]);
@@ -134,13 +141,13 @@ std::shared_ptr<Foreign const> merge(std::shared_ptr<Foreign const> const& a,
 template <class Threads>
 void share_foreign(Threads const& threads) {
     std::shared_ptr<Foreign const> all;
-    for (Thread const* t : threads) all = merge(all, known[t->id].foreign);
+    for (Thread const* t : threads) all = merge(all, own->known[t->id].foreign);
     if (all == nullptr) return;
-    for (Thread const* t : threads) known[t->id].foreign = all;
+    for (Thread const* t : threads) own->known[t->id].foreign = all;
 }
 
 bool ordered(Thread const& t, Record const& before) {
-    Knowledge const& k = known[t.id];
+    Knowledge const& k = own->known[t.id];
     if (before.block != static_cast<u32>(world.block)) {
         if (k.foreign == nullptr) return false;
         auto const it = k.foreign->find(before.block);
@@ -178,12 +185,14 @@ std::string who(Record const& r) {
 }
 
 void report(int kind, int32_t here, int32_t there, std::string const& text) {
-    if (!reported.insert({here, there, kind}).second || reports.size() >= kMostReports) return;
-    reports.push_back(text);
+    if (!own->reported.insert({here, there, kind}).second || own->reports.size() >= kMostReports)
+        return;
+    own->reports.push_back(text);
 }
 
 void report_race(Record const& mine, Record const& other, void const* address, bool shared) {
-    if (reports.size() >= kMostReports || reported.count({mine.site, other.site, 0}) != 0) return;
+    if (own->reports.size() >= kMostReports || own->reported.count({mine.site, other.site, 0}) != 0)
+        return;
     report(0, mine.site, other.site,
            std::string("race on ") + place(address, shared) + ": " + verb(mine.kind) + " by " +
                who(mine) + "\n    is not ordered after the " + verb(other.kind) + " by " +
@@ -191,10 +200,10 @@ void report_race(Record const& mine, Record const& other, void const* address, b
 }
 
 Cell& shared_cell(u64 at) {
-    Cell& cell = shared_cells[at / kSharedGranule];
-    if (cell.generation != block_generation) {
+    Cell& cell = own->shared_cells[at / kSharedGranule];
+    if (cell.generation != own->generation) {
         cell = Cell{};
-        cell.generation = block_generation;
+        cell.generation = own->generation;
     }
     return cell;
 }
@@ -236,13 +245,13 @@ void remember_read(Thread const& t, Cell& cell, Record const& mine) {
 void check_content(Record const& mine, Cell const& cell, void const* address) {
     bool const reads = mine.kind == Kind::read || mine.kind == Kind::atomic;
     if (cell.content == Content::in_flight) {
-        if (reported.count({mine.site, cell.write.site, 1}) != 0) return;
+        if (own->reported.count({mine.site, cell.write.site, 1}) != 0) return;
         report(1, mine.site, cell.write.site,
                std::string(verb(mine.kind)) + " of " + place(address, true) +
                    " while an asynchronous copy into it is in flight: by " + who(mine) +
                    "\n    the copy was issued by " + who(cell.write));
     } else if (cell.content == Content::uninitialised && reads) {
-        if (reported.count({mine.site, 0, 2}) != 0) return;
+        if (own->reported.count({mine.site, 0, 2}) != 0) return;
         report(2, mine.site, 0,
                "read of uninitialised " + place(address, true) + " by " + who(mine));
     }
@@ -283,7 +292,7 @@ void visit(Thread const& t, void const* address, u32 bytes, Record& mine) {
 
 Record record(Thread const& t, Kind kind, void const* site) {
     Record r;
-    r.epoch = known[t.id].now;
+    r.epoch = own->known[t.id].now;
     r.site = encode(site);
     r.block = static_cast<u32>(world.block);
     r.thread = static_cast<u16>(t.id);
@@ -296,7 +305,7 @@ Record record(Thread const& t, Kind kind, void const* site) {
 void begin_launch() {
     ++launch_generation;
     published.clear();
-    if (shared_cells.empty()) shared_cells.resize(kMaxShared / kSharedGranule);
+    give_turn(world.resident);
     // Pages of finished launches are kept for the next one on the same tensors, up to a limit.
     if (pages.size() > 1024) {
         pages.clear();
@@ -304,37 +313,42 @@ void begin_launch() {
     }
 }
 
+void give_turn(u32 place) {
+    while (places.size() <= place) places.push_back(std::make_unique<OfBlock>());
+    own = places[place].get();
+}
+
 void begin_block() {
-    ++block_generation;
-    for (u32 i = 0; i < world.thread_count; ++i) known[i] = Knowledge{};
-    reports.clear();
-    reported.clear();
+    own->generation = ++block_generation;
+    for (u32 i = 0; i < world.thread_count; ++i) own->known[i] = Knowledge{};
+    own->reports.clear();
+    own->reported.clear();
 }
 
 void end_block() {
-    if (reports.empty()) return;
-    std::string text = reports.front();
-    for (std::size_t i = 1; i < reports.size(); ++i) text += "\n" + reports[i];
+    if (own->reports.empty()) return;
+    std::string text = own->reports.front();
+    for (std::size_t i = 1; i < own->reports.size(); ++i) text += "\n" + own->reports[i];
     throw std::runtime_error(text);
 }
 
 void join(std::vector<Thread*> const& threads) {
     auto clock = empty_clock();
     if (threads.size() == world.thread_count) {
-        for (Thread const* t : threads) clock->epochs[t->id] = known[t->id].now;
+        for (Thread const* t : threads) clock->epochs[t->id] = own->known[t->id].now;
     } else {
         for (Thread const* t : threads) raise(*clock, *t);
     }
     for (Thread const* t : threads) {
         adopt(*t, clock);
-        ++known[t->id].now;
+        ++own->known[t->id].now;
     }
     share_foreign(threads);
 }
 
 void join_warp(Warp const& warp, u32 mask) {
     u32 newest[32] = {};
-    Knowledge* const lanes = known + warp.first_thread;
+    Knowledge* const lanes = own->known + warp.first_thread;
     bool same_base = true;
     int const first = __builtin_ctz(mask);
     for (u32 l = 0; l < 32; ++l) {
@@ -351,7 +365,7 @@ void join_warp(Warp const& warp, u32 mask) {
             if (mask >> l & 1) threads.push_back(&world.threads[warp.first_thread + l]);
         }
         for (Thread const* t : threads) raise(*clock, *t);
-        for (Thread const* t : threads) known[t->id].base = clock;
+        for (Thread const* t : threads) own->known[t->id].base = clock;
         share_foreign(threads);
     }
     for (u32 l = 0; l < 32; ++l) {
@@ -364,12 +378,12 @@ void join_warp(Warp const& warp, u32 mask) {
 void release(Thread const& t, std::shared_ptr<Clock>& clock) {
     if (clock == nullptr) clock = empty_clock();
     raise(*clock, t);
-    ++known[t.id].now;
+    ++own->known[t.id].now;
 }
 
 void acquire(Thread const& t, Clock const& clock) {
     auto both = std::make_shared<Clock>(clock);
-    Knowledge const& k = known[t.id];
+    Knowledge const& k = own->known[t.id];
     if (k.base != nullptr) {
         for (u32 i = 0; i < world.thread_count; ++i)
             both->epochs[i] = std::max(both->epochs[i], k.base->epochs[i]);
@@ -402,9 +416,9 @@ void async_proxy_read(Thread const& t, void const* address, u32 bytes, void cons
          at += kSharedGranule) {
         Record const& w = shared_cell(at).write;
         if (w.kind != Kind::write && w.kind != Kind::atomic) continue;
-        if (known[w.thread].fenced_for_proxy >= w.epoch) continue;
+        if (own->known[w.thread].fenced_for_proxy >= w.epoch) continue;
         Record const mine = record(t, Kind::read, site);
-        if (reported.count({mine.site, w.site, 3}) != 0) continue;
+        if (own->reported.count({mine.site, w.site, 3}) != 0) continue;
         report(3, mine.site, w.site,
                "read of " + place(world.shared + at, true) +
                    " by the asynchronous proxy (wgmma, TMA) for " + who(mine) +
@@ -413,7 +427,7 @@ void async_proxy_read(Thread const& t, void const* address, u32 bytes, void cons
 }
 
 void proxy_fence(Thread const& t) {
-    known[t.id].fenced_for_proxy = known[t.id].now++;
+    own->known[t.id].fenced_for_proxy = own->known[t.id].now++;
 }
 
 void async_issue(Thread const& t, void const* address, u32 bytes, void const* site) {
@@ -460,13 +474,13 @@ void global_fence(Thread const& t) {
     raise(*clock, t);
     auto mine = std::make_shared<Foreign>();
     (*mine)[static_cast<u32>(world.block)] = clock;
-    known[t.id].fenced = merge(mine, known[t.id].foreign);
-    ++known[t.id].now;
+    own->known[t.id].fenced = merge(mine, own->known[t.id].foreign);
+    ++own->known[t.id].now;
 }
 
 void global_atomic(Thread const& t, void const* address) {
     if (in_shared(address)) return;
-    Knowledge& k = known[t.id];
+    Knowledge& k = own->known[t.id];
     auto& here = published[address];
     k.foreign = merge(k.foreign, here);
     here = merge(here, k.fenced);

@@ -27,6 +27,7 @@ enum class Kind : u8 {
 };  // bulk: written by TMA, past the generic proxy
 
 void begin_launch();
+void give_turn(u32 place);  // to the block there
 void begin_block();
 void end_block();  // throws if the block raced
 

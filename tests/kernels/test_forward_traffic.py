@@ -1,6 +1,6 @@
 """What every forward of the scan engine and its kin moves, counted by the emulator, over every
-tensor once: what it asks for, and what of that passes the second-level cache. docs/kernels/scan.md
-has the table; nothing from memory is above 1.15."""
+tensor once: what it asks for, and what of that is memory's, behind the second-level cache.
+docs/kernels/scan.md has the table; no forward moves more than 1.15 to and from memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from emulators import emulator
 from torch import Tensor
 
 MOST = 1.15
-# An H200's 50 MiB over the threads that run at once, 512 on each of its 132 multiprocessors: what a
-# block may count on for what it reads again.
-CACHE_OF_A_THREAD = (50 << 20) // (132 * 512)
-# Blocks that share B and C run at once; the emulator runs one after another, a whole block apart.
-CACHE_OF_BLOCKS = 512 << 10
+# Some of an H200's 132 multiprocessors and their share of its 50 MiB: with as many blocks side by
+# side as have 512 threads on each.
+THREADS, CACHE = 512, (50 << 20) // 132
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("last", "first")  # channels
 DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "scan.md"
@@ -92,83 +90,85 @@ def conv(W: int, norm: int, dtype: torch.dtype, layout: str, T: int = 512) -> Ca
     return call("causal_conv1d_fwd", (x, weight, bias), rest, (x, x[:, : W - 1]))
 
 
-def slstm(save: bool, dtype: torch.dtype, layout: str, D: int = 64) -> Call:
-    x, R = torch.randn(1, 64, 4, 1, D).to(dtype), torch.randn(1, D, 4, D)
-    cells = (torch.zeros(1, 64, 4, 1, D),) if save else ()
-    results = (x[:, :, 0], torch.zeros(4, D), *cells)
+def slstm(save: bool, dtype: torch.dtype, layout: str, D: int = 64, B: int = 1) -> Call:
+    x, R = torch.randn(B, 64, 4, 1, D).to(dtype), torch.randn(1, D, 4, D)
+    cells = (torch.zeros(B, 64, 4, 1, D),) if save else ()
+    results = (x[:, :, 0], torch.zeros(B, 4, D), *cells)
     return call("slstm_fwd", (x, R), (None, None, save, True), results)
 
 
-EVERY = tuple(DTYPES)
-# Row of the table: how a call is made, of which layouts and dtypes.
-FORWARDS: dict[str, tuple[Callable[[torch.dtype, str], Call], tuple[str, ...], tuple[str, ...]]] = {
-    "selective scan, gate z": (partial(selective, 2048, 16, 1, "z"), LAYOUTS, EVERY),
-    "selective scan, gate z, with gradients": (
-        partial(selective, 2048, 16, 1, "zs"), LAYOUTS, EVERY,
-    ),
-    "selective scan": (partial(selective, 2048, 16, 1, ""), LAYOUTS, EVERY),
-    "selective scan, 320 channels": (partial(selective, 320, 16, 1, ""), LAYOUTS, EVERY),
-    "selective scan, 4 states": (partial(selective, 512, 4, 1, ""), LAYOUTS, EVERY),
-    "selective scan, 4 groups": (partial(selective, 512, 16, 4, ""), LAYOUTS, EVERY),
-    "selective scan, 64 states": (partial(selective, 256, 64, 1, ""), LAYOUTS, EVERY),
-    "selective scan, 140 states": (partial(selective, 64, 140, 1, "z"), LAYOUTS, EVERY),
-    "selective scan, B of channels": (partial(selective, 512, 16, 1, "B"), LAYOUTS, EVERY),
-    "selective scan, B and C of channels": (
-        partial(selective, 512, 16, 1, "BC"), LAYOUTS, EVERY,
-    ),
-    "selective scan, complex, gate z": (
-        partial(selective, 1024, 16, 1, "cz", T=128), LAYOUTS, ("fp32",),
-    ),
-    "selective scan, complex": (partial(selective, 2048, 16, 1, "c"), LAYOUTS, ("fp32",)),
-    "selective scan, complex, 8 states": (
-        partial(selective, 512, 8, 1, "c"), LAYOUTS, ("fp32",),
-    ),
-    "selective scan, T odd": (partial(selective, 256, 16, 1, "z", T=257), LAYOUTS, EVERY),
-    "scan": (partial(scan, "token"), ("last",), EVERY),
-    "scan, fp32 gate": (partial(scan, "fp32 gate"), ("last",), ("bf16", "fp16")),
-    "scan, logarithm of the gate (HGRN, minGRU, minLSTM)": (
-        partial(scan, "log"), ("last",), EVERY,
-    ),
-    "scan, complex (GateLoop)": (partial(scan, "complex"), ("last",), ("fp32",)),
-    "scan, constant gate (LRU)": (partial(scan, "constant"), ("last",), EVERY),
-    "scan, RG-LRU": (rg_lru, ("last",), EVERY),
-    "WKV4, AFT-simple": (partial(wkv4, False), ("last",), EVERY),
-    "WKV4 with gradients": (partial(wkv4, True), ("last",), EVERY),
-    "convolution, 4 taps": (partial(conv, 4, 0), LAYOUTS, EVERY),
-    "convolution, 8 taps": (partial(conv, 8, 0), LAYOUTS, EVERY),
-    "convolution, unit length": (partial(conv, 4, 128), ("last",), EVERY),
-    "convolution, T odd": (partial(conv, 4, 0, T=1001), LAYOUTS, EVERY),
-    "sLSTM": (partial(slstm, False), ("last",), ("fp32",)),
-    "sLSTM, weights from the cache": (partial(slstm, False, D=128), ("last",), ("fp32",)),
-    "sLSTM with gradients": (partial(slstm, True), ("last",), ("fp32",)),
-}  # fmt: skip
+EVERY, FP32 = tuple(DTYPES), ("fp32",)
 
 
-# Few rows on many multiprocessors.
+class Row(NamedTuple):
+    """Of the table: how a call is made, on how many multiprocessors, in what dtypes and layouts."""
+
+    call: Callable[[torch.dtype, str], Call]
+    multiprocessors: int = 1
+    dtypes: tuple[str, ...] = EVERY
+    layouts: tuple[str, ...] = ("last",)
+
+
+def of_selective(
+    D: int, how: str, S: int = 16, G: int = 1, T: int = 256, multiprocessors: int = 4
+) -> Row:
+    dtypes = FP32 if "c" in how else EVERY
+    return Row(partial(selective, D, S, G, how, T=T), multiprocessors, dtypes, LAYOUTS)
+
+
+WHOLE = {
+    "selective scan, gate z": of_selective(2048, "z"),
+    "selective scan, gate z, with gradients": of_selective(2048, "zs"),
+    "selective scan": of_selective(2048, ""),
+    "selective scan, 320 channels": of_selective(320, ""),
+    "selective scan, 4 states": of_selective(512, "", S=4),
+    "selective scan, 4 groups": of_selective(512, "", G=4),
+    "selective scan, 64 states": of_selective(256, "", S=64, multiprocessors=1),
+    "selective scan, 140 states": of_selective(64, "z", S=140, T=1024, multiprocessors=2),
+    "selective scan, B of channels": of_selective(512, "B"),
+    "selective scan, B and C of channels": of_selective(512, "BC"),
+    "selective scan, complex, gate z": of_selective(1024, "cz", T=128),
+    "selective scan, complex": of_selective(2048, "c"),
+    "selective scan, complex, 8 states": of_selective(512, "c", S=8),
+    "selective scan, T odd": of_selective(256, "z", T=257, multiprocessors=1),
+    "scan": Row(partial(scan, "token")),
+    "scan, fp32 gate": Row(partial(scan, "fp32 gate"), dtypes=("bf16", "fp16")),
+    "scan, logarithm of the gate (HGRN, minGRU, minLSTM)": Row(partial(scan, "log")),
+    "scan, complex (GateLoop)": Row(partial(scan, "complex"), dtypes=FP32),
+    "scan, constant gate (LRU)": Row(partial(scan, "constant")),
+    "scan, RG-LRU": Row(rg_lru),
+    "WKV4, AFT-simple": Row(partial(wkv4, False)),
+    "WKV4 with gradients": Row(partial(wkv4, True)),
+    "convolution, 4 taps": Row(partial(conv, 4, 0), layouts=LAYOUTS),
+    "convolution, 8 taps": Row(partial(conv, 8, 0), layouts=LAYOUTS),
+    "convolution, unit length": Row(partial(conv, 4, 128)),
+    "convolution, T odd": Row(partial(conv, 4, 0, T=1001), layouts=LAYOUTS),
+    "sLSTM": Row(partial(slstm, False), dtypes=FP32),
+    "sLSTM, weights from the cache": Row(partial(slstm, False, D=128, B=4), 2, FP32),
+    "sLSTM with gradients": Row(partial(slstm, True), dtypes=FP32),
+}
+# Too few blocks for the multiprocessors.
 CUT = {
-    "selective scan in segments, gate z": (
-        partial(selective, 256, 16, 1, "z", T=1024), LAYOUTS, EVERY,
+    "selective scan in segments, gate z": of_selective(256, "z", T=2048),
+    "selective scan in segments": of_selective(256, "", T=2048),
+    "selective scan in segments, 1024 channels": of_selective(1024, "", T=2048, multiprocessors=16),
+    "selective scan in segments, complex": of_selective(64, "c", T=2048, multiprocessors=2),
+    "selective scan in segments, complex, 256 channels": of_selective(256, "c", T=2048),
+    "selective scan in segments, complex, 1024 channels": of_selective(
+        1024, "c", T=1024, multiprocessors=16
     ),
-    "selective scan in segments": (partial(selective, 256, 16, 1, "", T=1024), LAYOUTS, EVERY),
-    "selective scan in segments, complex": (
-        partial(selective, 64, 16, 1, "c", T=1024), LAYOUTS, ("fp32",),
+    "selective scan in segments, 64 states": of_selective(
+        32, "z", S=64, T=2048, multiprocessors=2
     ),
-    "selective scan in segments, 64 states": (
-        partial(selective, 32, 64, 1, "z", T=1024), LAYOUTS, EVERY,
-    ),
-    "scan in segments": (partial(scan, "token", T=2048, D=64), ("last",), EVERY),
-    "scan in segments, logarithm of the gate": (
-        partial(scan, "log", T=2048, D=64), ("last",), EVERY,
-    ),
-    "scan in segments, complex": (partial(scan, "complex", T=2048, D=32), ("last",), ("fp32",)),
-    "scan in segments, constant gate": (
-        partial(scan, "constant", T=2048, D=64), ("last",), EVERY,
-    ),
-    "scan in segments, RG-LRU": (partial(rg_lru, T=2048, D=64), ("last",), EVERY),
-    "WKV4 in segments": (partial(wkv4, False, T=2048, D=64), ("last",), EVERY),
+    "scan in segments": Row(partial(scan, "token", T=2048, D=64), 4),
+    "scan in segments, logarithm of the gate": Row(partial(scan, "log", T=2048, D=64), 4),
+    "scan in segments, complex": Row(partial(scan, "complex", T=2048, D=32), 4, FP32),
+    "scan in segments, constant gate": Row(partial(scan, "constant", T=2048, D=64), 4),
+    "scan in segments, RG-LRU": Row(partial(rg_lru, T=2048, D=64), 4),
+    "WKV4 in segments": Row(partial(wkv4, False, T=2048, D=64), 4),
 }  # fmt: skip
-ROWS = FORWARDS | CUT
-# What they ask for again, they find in the cache.
+ROWS = WHOLE | CUT
+# What they ask for again they find in the cache, which holds only a part of the tensors.
 THROUGH_THE_CACHE = {
     "selective scan, 64 states",
     "selective scan, 140 states",
@@ -179,21 +179,20 @@ THROUGH_THE_CACHE = {
 
 def counted(name: str, dtype: str, layout: str) -> tuple[float, float]:
     """Bytes asked for, and those to and from memory, over the least."""
-    emu = emulator("_emu")
+    emu, row = emulator("_emu"), ROWS[name]
     emu.set_seed(0)
-    emu.set_multiprocessors(64 if name in CUT else 1)
-    make, *_ = ROWS[name]
-    run, least = make(DTYPES[dtype], layout)
-    cache = CACHE_OF_BLOCKS
-    if name in CUT:
-        run()
-        *_, launch = emu.counters()["launches"]
-        cache = CACHE_OF_A_THREAD * launch["block"][0]
-    emu.set_cache(cache)
+    emu.set_multiprocessors(row.multiprocessors)
+    run, least = row.call(DTYPES[dtype], layout)
+    run()
+    *_, launch = emu.counters()["launches"]
+    emu.set_residents(row.multiprocessors * (THREADS // launch["block"][0]))
+    emu.set_cache(row.multiprocessors * CACHE)
     emu.reset_counters()
     run()
     assert (len(emu.counters()["launches"]) > 1) == (name in CUT)
+    assert least > row.multiprocessors * CACHE or name not in THROUGH_THE_CACHE
     total = emu.counters()["total"]
+    emu.set_residents(1)
     emu.set_cache(None)
     found = (
         sum(total[f"{level}_{kind}_bytes"] for kind in ("read", "write")) / least
@@ -206,8 +205,7 @@ COLUMNS = [(dtype, layout) for dtype in ("bf16", "fp32") for layout in LAYOUTS]
 
 
 def has(name: str, dtype: str, layout: str) -> bool:
-    _, layouts, dtypes = ROWS[name]
-    return layout in layouts and dtype in dtypes
+    return layout in ROWS[name].layouts and dtype in ROWS[name].dtypes
 
 
 def row(name: str) -> str:

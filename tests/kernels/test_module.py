@@ -18,6 +18,7 @@ def emu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     module.set_multiprocessors(8)
     module.reset_counters()
     yield module
+    module.set_residents(1)
     module.set_cache(None)
     module.set_schedule("by_seed")
     module.set_seed(0)
@@ -55,6 +56,22 @@ def test_schedules(emu, schedule):
     emu.set_schedule(schedule)
     for got, want in zip(run_gla(emu), expected, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("schedule", ["in_order", "uniform", "run_ahead"])
+def test_blocks_side_by_side(emu, schedule):
+    expected = run_gla(emu, 200)
+    counted = emu.counters()["launches"]
+    emu.reset_counters()
+    emu.set_residents(3)
+    emu.set_schedule(schedule)
+    for got, want in zip(run_gla(emu, 200), expected, strict=True):
+        assert torch.equal(got, want)
+    for beside, before in zip(emu.counters()["launches"], counted, strict=True):
+        same = {name: before[name] for name in before if name not in ("seed", "schedule")}
+        assert beside | same == beside
+    with pytest.raises(ValueError, match="1 to 32, got 0"):
+        emu.set_residents(0)
 
 
 def test_unknown_schedule_is_named(emu):
