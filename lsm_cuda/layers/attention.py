@@ -15,7 +15,7 @@ from ..modules import RMSNorm, RotaryEmbedding
 from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
 from ..sparse.kv_cache import KVCache, Policy
-from .common import check_mask, layer_index, layer_state, split_heads
+from .common import check_hidden_states, check_mask, layer_index, layer_state, split_heads
 
 __all__ = ["Attention", "CausalAttention"]
 
@@ -90,6 +90,7 @@ class CausalAttention(nn.Module, ABC):
                 while autograd records.
         """
         name = type(self).__name__
+        check_hidden_states(hidden_states)
         T = hidden_states.shape[1]
         state = layer_state(self, self.layer_idx, past_key_values)
         past = None if state is None else state.attn_state

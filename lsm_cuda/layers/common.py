@@ -11,6 +11,7 @@ from ..cache import Cache, LayerState
 
 __all__ = [
     "as_rows",
+    "check_hidden_states",
     "check_mask",
     "layer_index",
     "layer_state",
@@ -44,8 +45,10 @@ def unpad(
         the input back, None, and ``cu_seqlens``.
 
     Raises:
-        ValueError: both given, or a mask that is not ``[B, S]``.
+        ValueError: both given, a mask that is not ``[B, S]``, or hidden states of another shape or
+            of integers.
     """
+    check_hidden_states(hidden_states)
     B, T = hidden_states.shape[:2]
     if cu_seqlens is not None:
         if attention_mask is not None:
@@ -65,6 +68,14 @@ def unpad(
     bounds = torch.zeros(B + 1, dtype=torch.int32, device=mask.device)
     bounds[1:] = mask.sum(1).cumsum(0)
     return hidden_states.flatten(0, 1).index_select(0, indices)[None], indices, bounds
+
+
+def check_hidden_states(hidden_states: Tensor, shape: str = "B, T, D") -> None:
+    """Raises ValueError unless they have as many dimensions and are no integers."""
+    if hidden_states.dim() != shape.count(",") + 1:
+        raise ValueError(f"hidden_states must have shape [{shape}], got {list(hidden_states.shape)}")
+    if not (hidden_states.is_floating_point() or hidden_states.is_complex()):
+        raise ValueError(f"hidden_states must be floating point, got {hidden_states.dtype}")
 
 
 def check_mask(attention_mask: Tensor, batch: int, time: int) -> None:

@@ -17,7 +17,7 @@ from ..ops.attn_mask import AttnMask
 from ..ops.sparse_attn import block_sparse_attn
 from ..sparse._pattern import merge
 from ..sparse.patterns import big_bird
-from .common import as_rows, check_mask, refuse_cache, split_heads
+from .common import as_rows, check_hidden_states, check_mask, refuse_cache, split_heads
 
 __all__ = [
     "BigBirdSelfAttention",
@@ -106,6 +106,7 @@ class LongformerSelfAttention(nn.Module):
             ``o [B, T, hidden_size]``, 0 at padding, None, None.
         """
         refuse_cache(self, past_key_values)
+        check_hidden_states(hidden_states)
         B, T, _ = hidden_states.shape
         if attention_mask is None:
             attention_mask = hidden_states.new_ones(B, T)

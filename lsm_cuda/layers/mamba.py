@@ -12,7 +12,7 @@ from ..modules import ShortConvolution
 from ..modules.hippo import log_steps, softplus_inverse
 from ..modules.precision import wide
 from ..ops import scan_order, selective_scan_fn, selective_state_update
-from .common import refuse_cache
+from .common import check_hidden_states, refuse_cache
 from .recurrent import Call, RecurrentLayer
 
 __all__ = ["SS2D", "BiMamba", "Mamba", "VSSBlock"]
@@ -243,6 +243,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, d_model]`` to the same."""
+        check_hidden_states(x, "B, H, W, d_model")
         B, H, W, _ = x.shape
         x, z = self.in_proj(x).chunk(2, -1)
         u = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)
@@ -284,5 +285,6 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, hidden_dim]`` to the same."""
+        check_hidden_states(x, "B, H, W, hidden_dim")
         y: Tensor = x + self.self_attention(self.ln_1(x))
         return y
