@@ -2,9 +2,8 @@
 // against part of a cache, chunk of keys by chunk of keys with a running softmax; and the merge of the parts.
 #pragma once
 
-#include "arena.h"
-#include "numbers.h"
 #include "sparse_attn_decode_kernels.h"
+#include "sparse_attn_room.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
@@ -218,7 +217,7 @@ class DecodeWalk {
         int64_t r = 0;
         for (; r + kRows <= rows_; r += kRows) score<kRows>(r, k, f.live);
         for (; r < rows_; ++r) score<1>(r, k, f.live);
-        bool const all_seen = adjust(f.keys, f.entries, f.live);
+        bool const all_seen = adjust(f);
         for (r = 0; r < rows_; ++r) soften(r, f.live);
         for (r = 0; all_seen && r + kRows <= rows_; r += kRows) add<kRows, true>(r, v, f.live);
         for (; r < rows_; ++r) add<1, false>(r, v, f.live);
@@ -249,26 +248,29 @@ class DecodeWalk {
     }
 
     // What is added to the products, and -inf for the keys that a query does not see. Whether all are seen.
-    bool adjust(int64_t const* keys, int64_t const* entries, int64_t live) {
+    bool adjust(Found const& f) {
         AttnMask const& m = p_.mask;
-        bool const bounded =
-            m.causal || m.left >= 0 || m.head_left != nullptr || m.right >= 0 || m.dilation != 1;
         bool const changed = p_.softcap != 0 || p_.lists.bias != nullptr ||
                              p_.alibi_slopes != nullptr || p_.ramp != nullptr;
-        if (!changed) {
-            if (!bounded) return true;
-            // The usual case: every query sees every key of the chunk.
-            bool const only_causal =
-                m.left < 0 && m.head_left == nullptr && m.right < 0 && m.dilation == 1;
-            int64_t const last = attn_position(m, keys[live - 1]);
-            if (only_causal && attn_sees(m, -1, first_position_ + task_.t0, last)) return true;
+        // The usual case: every query sees every key of the chunk.
+        if (!changed && m.dilation == 1 && m.head_left == nullptr) {
+            auto const seen = [&](int64_t t) {
+                return keys_seen(m, first_position_ + t, task_.h0, task_.keys, INFINITY);
+            };
+            Seen const first = seen(task_.t0), last = seen(task_.t1 - 1);
+            bool all = true;
+            for (int64_t n = 0; n < f.live; ++n) {
+                int64_t const key = f.keys[n];
+                all &= key < first.sink_end || (key >= last.begin && key < first.end);
+            }
+            if (all) return true;
         }
         for (int64_t r = 0; r < rows_; ++r) {
             int64_t const h = head(r), position = first_position_ + query(r);
             int64_t const left = m.head_left != nullptr ? m.head_left[h] : m.left;
             T* const scores = s_.scores + r * kChunk;
-            for (int64_t n = 0; n < live; ++n) {
-                int64_t const x = attn_position(m, keys[n]);
+            for (int64_t n = 0; n < f.live; ++n) {
+                int64_t const x = attn_position(m, f.keys[n]);
                 if (!attn_sees(m, left, position, x)) {
                     scores[n] = -INFINITY;
                     continue;
@@ -277,7 +279,7 @@ class DecodeWalk {
                 T const distance = T(position > x ? position - x : x - position);
                 if (p_.softcap != 0) s = T(p_.softcap) * std::tanh(s / T(p_.softcap));
                 if (p_.lists.bias != nullptr)
-                    s += static_cast<T const*>(p_.lists.bias)[task_.list_at + entries[n]];
+                    s += static_cast<T const*>(p_.lists.bias)[task_.list_at + f.entries[n]];
                 if (p_.alibi_slopes != nullptr)
                     s -= static_cast<T const*>(p_.alibi_slopes)[h] * distance;
                 if (p_.ramp != nullptr) {
