@@ -10,6 +10,7 @@ namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 
 inline constexpr int kLaneCount = int(kQueryLanes);
+inline constexpr double kLeastScale = 1e-20;  // so that a sink's logit can be divided by it
 
 // Rows of numbers in the accumulation type, a multiple of whole vectors long, zero-filled.
 template <class T, class In>

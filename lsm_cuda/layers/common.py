@@ -73,7 +73,9 @@ def unpad(
 def check_hidden_states(hidden_states: Tensor, shape: str = "B, T, D") -> None:
     """Raises ValueError unless they have as many dimensions and are no integers."""
     if hidden_states.dim() != shape.count(",") + 1:
-        raise ValueError(f"hidden_states must have shape [{shape}], got {list(hidden_states.shape)}")
+        raise ValueError(
+            f"hidden_states must have shape [{shape}], got {list(hidden_states.shape)}"
+        )
     if not (hidden_states.is_floating_point() or hidden_states.is_complex()):
         raise ValueError(f"hidden_states must be floating point, got {hidden_states.dtype}")
 
