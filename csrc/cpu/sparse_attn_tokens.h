@@ -95,9 +95,11 @@ class TokensTile : public TileRoom<T> {
         int const heads = int(task_.heads), most = kLaneCount / heads;
         for (begin_ = 0; begin_ < members_; begin_ = end_) {
             end_ = min_of(begin_ + most, members_);
-            count_ = (end_ - begin_) * heads;
-            partial_ = false;
-            for (int n = begin_; n < end_; ++n) partial_ = partial_ || hides(here_[n]);
+            count_ = 0, partial_ = false;
+            for (int n = begin_; n < end_; ++n) {
+                for (int h = 0; h < heads; ++h) lane_[count_++] = member_[n] * heads + h;
+                partial_ = partial_ || hides(here_[n]);
+            }
             f();
         }
     }
@@ -161,9 +163,7 @@ class TokensTile : public TileRoom<T> {
     int64_t size() const { return size_; }
     int count() const { return count_; }  // of those packed
     int vectors() const { return (count_ + W - 1) / W; }
-    int lane(int n) const {
-        return int(member_[begin_ + n / task_.heads] * task_.heads + n % task_.heads);
-    }
+    int lane(int n) const { return lane_[n]; }  // of those packed, in the tile
     bool partial() const { return partial_; }  // some of them does not see some key
 
   private:
@@ -191,7 +191,7 @@ class TokensTile : public TileRoom<T> {
     int members_, member_[kTileTokens];
     Seen here_[kTileTokens];
     // Of those the ones that are packed.
-    int begin_, end_, count_;
+    int begin_, end_, count_, lane_[kLaneCount];
     bool partial_;
 };
 
