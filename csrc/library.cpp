@@ -210,6 +210,7 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
     m.def(
         "wkv4_step(Tensor r, Tensor u, Tensor k, Tensor v, Tensor(a!) numerator, Tensor(b!) "
         "denominator, Tensor(c!) scale) -> Tensor");
+    m.def("bi_wkv_fwd(Tensor r, Tensor u, Tensor k, Tensor v) -> Tensor");  // both directions
 
     // What comes before the delta rules (params/delta_inputs.h), any of it: rows of unit length of q and k, [B,T,H,K] or
     // [B,H,K]; log decays of logits g [..,HV], or [..,HV,K] by_channel; strengths of logits beta [..]. A_log [HV] and

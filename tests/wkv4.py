@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from cases import DTYPES
@@ -73,3 +73,60 @@ def results(call: Callable, x: Inputs, scale: Tensor | None) -> Tensors:
         return o + nothing, sums(state) + nothing if y.output_final_state else None
 
     return differentiate(forward, x)
+
+
+# ---- Both directions ----
+
+
+def both_directions(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Vision-RWKV's attention by its definition, in fp64."""
+    w, u, k, v = (t.double() for t in (w, u, k, v))
+    T = k.shape[1]
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).abs().double()
+    logits = k[:, None] - ((distance - 1) / T)[..., None] * w
+    logits = torch.where(torch.eye(T).bool()[..., None], (u + k)[:, None], logits)
+    return torch.einsum("btsd,bsd->btd", logits.softmax(2), v)
+
+
+def recurrent_both(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same token after token in fp32, from either end, over the largest weight so far."""
+    w, u, k, v = (t.float() for t in (w, u, k, v))
+    B, T, D = k.shape
+
+    def merge(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        top = torch.maximum(a[2], b[2])
+        x, y = (torch.exp(s[2] - top) for s in (a, b))
+        return [x * a[0] + y * b[0], x * a[1] + y * b[1], top]
+
+    def sums(order: range) -> list[list[Tensor]]:
+        state = [k.new_zeros(B, D), k.new_zeros(B, D), k.new_full((B, D), -torch.inf)]
+        found: list[list[Tensor]] = [[]] * T
+        for t in order:
+            found[t] = state
+            token = [v[:, t], torch.ones_like(v[:, t]), k[:, t]]
+            state = merge([state[0], state[1], state[2] - w / T], token)
+        return found
+
+    own = [v, torch.ones_like(v), k + u]
+    past, future = sums(range(T)), sums(range(T - 1, -1, -1))
+    rows = [merge(merge(past[t], [x[:, t] for x in own]), future[t]) for t in range(T)]
+    return torch.stack([row[0] / row[1] for row in rows], 1)
+
+
+def draw_both(T: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys up to ±80; rates from none to what leaves nothing of the token before."""
+    generator = torch.Generator().manual_seed(T + D)
+    w = torch.rand(D, generator=generator) * 3 * T
+    w[::3], w[1::7] = 0, 100.0 * T
+    u = torch.randn(D, generator=generator)
+    k, v = torch.randn(2, 2, T, D, generator=generator)
+    return w, u, (30 * k).clamp(-80, 80).to(dtype), v.to(dtype)
+
+
+def assert_both(got: Tensor, x: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """As near as a recurrence in fp32, and the rounding of the result."""
+    want = both_directions(*x)
+    off = 2 * (recurrent_both(*x) - want).abs().max().item() + 1e-6
+    torch.testing.assert_close(
+        got.double(), want, atol=off, rtol=off + torch.finfo(x[2].dtype).eps
+    )

@@ -19,7 +19,10 @@ struct Plan {
     int64_t share;    // bytes of a sequence's gradients of channels
 };
 
-Plan make_plan(Wkv4Params const& p, bool backward) {
+enum class Kind { forward, backward, both };
+
+Plan make_plan(Wkv4Params const& p, Kind kind) {
+    bool const backward = kind == Kind::backward;
     Plan plan{};
     int64_t const work = p.B * p.T * p.D / kThreadGrain;
     plan.threads = std::clamp<int64_t>(work, 1, torch::stable::get_num_threads());
@@ -27,13 +30,14 @@ Plan make_plan(Wkv4Params const& p, bool backward) {
         std::max(ceil_div(plan.threads, std::max<int64_t>(1, p.N)), ceil_div(p.D, kBlock));
     plan.block = round_up(ceil_div(p.D, wanted), kUnit);
     plan.scratch =
-        round_up(cpu::best_wkv4_kernels(p.dtype).scratch_bytes(p, plan.block, backward), kAlign);
+        round_up(cpu::best_wkv4_kernels(p.dtype).scratch_bytes(p, plan.block, kind != Kind::forward),
+                 kAlign);
     plan.share = backward ? round_up(2 * p.D * (p.state_dtype == Dtype::f64 ? 8 : 4), kAlign) : 0;
     return plan;
 }
 
-int64_t workspace_bytes(Wkv4Params const& p, bool backward) {
-    Plan const plan = make_plan(p, backward);
+int64_t workspace_bytes(Wkv4Params const& p, Kind kind) {
+    Plan const plan = make_plan(p, kind);
     return plan.threads * plan.scratch + p.N * plan.share;
 }
 
@@ -71,19 +75,27 @@ void sum_channel_grads(Wkv4Params const& p, Plan const& plan, char const* shares
 }  // namespace
 
 int64_t wkv4_fwd_workspace(Wkv4Params const& p) {
-    return workspace_bytes(p, false);
+    return workspace_bytes(p, Kind::forward);
 }
 
 int64_t wkv4_bwd_workspace(Wkv4Params const& p) {
-    return workspace_bytes(p, true);
+    return workspace_bytes(p, Kind::backward);
+}
+
+int64_t bi_wkv_fwd_workspace(Wkv4Params const& p) {
+    return workspace_bytes(p, Kind::both);
 }
 
 void wkv4_fwd(Wkv4Params const& p, void* workspace, void*) {
-    over_tasks(p, make_plan(p, false), workspace, cpu::best_wkv4_kernels(p.dtype).forward);
+    over_tasks(p, make_plan(p, Kind::forward), workspace, cpu::best_wkv4_kernels(p.dtype).forward);
+}
+
+void bi_wkv_fwd(Wkv4Params const& p, void* workspace, void*) {
+    over_tasks(p, make_plan(p, Kind::both), workspace, cpu::best_wkv4_kernels(p.dtype).both);
 }
 
 void wkv4_bwd(Wkv4Params const& p, void* workspace, void*) {
-    Plan const plan = make_plan(p, true);
+    Plan const plan = make_plan(p, Kind::backward);
     over_tasks(p, plan, workspace, cpu::best_wkv4_kernels(p.dtype).backward);
     char const* const shares = static_cast<char*>(workspace) + plan.threads * plan.scratch;
     if (p.state_dtype == Dtype::f64) {

@@ -52,16 +52,16 @@ struct Wkv4 {
     using V = Vector<T>;
     static constexpr int W = kLanes<T>;
 
-    // Panels of a block: what channels have of their own, states, and in the backward those of a tile.
+    // Panels of a block: what channels have of their own, states, and for walks backwards those of a tile.
     struct Channel {
         V rate, bonus, rate_grad, bonus_grad;
         Sums<T> state, grad;
     };
 
-    static int64_t bytes(int64_t channels, bool backward) {
+    static int64_t bytes(int64_t channels, bool tiles) {
         int64_t const vectors = (channels + W - 1) / W;
         return vectors * int64_t(sizeof(Channel)) +
-               (backward ? kWkv4Tile * vectors * int64_t(sizeof(Sums<T>)) : 0);
+               (tiles ? kWkv4Tile * vectors * int64_t(sizeof(Sums<T>)) : 0);
     }
 
     Wkv4(Wkv4Params const& p, Wkv4Task const& task, void* scratch)
@@ -114,9 +114,9 @@ struct Wkv4 {
         });
     }
 
-    LSM_INLINE static void step(Channel& own, V k, V v) {
-        own.state.scale -= own.rate;
-        own.state = merge<T>(own.state, {v, splat<T>(1), k});
+    LSM_INLINE static void step(Sums<T>& state, V rate, V k, V v) {
+        state.scale -= rate;
+        state = merge<T>(state, {v, splat<T>(1), k});
     }
 
     // A token's average: that of what was before it, and the token itself.
@@ -130,6 +130,7 @@ struct Wkv4 {
         }
     };
 
+    template <bool kOutputs>
     void forward() const {
         load_initial();
         for (int64_t t = task.begin; t < task.end; ++t) {
@@ -137,7 +138,7 @@ struct Wkv4 {
             T* const saved =
                 p.states != nullptr && i % kWkv4Tile == 0 ? tile(i / kWkv4Tile) : nullptr;
             In const *const k_row = token(p.a, t), *const v_row = token(p.x, t);
-            In* const o_row = token(p.h, t);
+            In* const o_row = kOutputs ? token(p.h, t) : nullptr;
             channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
                 Channel& own = channel[v];
                 if (saved != nullptr) {
@@ -147,8 +148,9 @@ struct Wkv4 {
                 }
                 V const k = read<Real<T>>(k_row + c, count).re;
                 V const x = read<Real<T>>(v_row + c, count).re;
-                write(o_row + c, Real<T>{Average(own.state, k + own.bonus, x).o}, count);
-                step(own, k, x);
+                if constexpr (kOutputs)
+                    write(o_row + c, Real<T>{Average(own.state, k + own.bonus, x).o}, count);
+                step(own.state, own.rate, k, x);
             });
         }
         if (p.final_state == nullptr) return;
@@ -172,8 +174,7 @@ struct Wkv4 {
                                   : Sums<T>{row(numerator, c, count), row(denominator, c, count),
                                             -row(scale, c, count)};
         });
-        for (int64_t k = (task.end - task.begin + kWkv4Tile - 1) / kWkv4Tile; k-- > 0;)
-            tile_backward(k);
+        for (int64_t k = tiles(); k-- > 0;) tile_backward(k);
         store_initial_grads();
         T* const grads = static_cast<T*>(task.channel_grad);
         channels([&](int64_t c, int64_t count, int64_t v) {
@@ -182,22 +183,53 @@ struct Wkv4 {
         });
     }
 
-    void tile_backward(int64_t k) const {
-        int64_t const begin = task.begin + k * kWkv4Tile;
-        int64_t const tokens = min_of(kWkv4Tile, task.end - begin);
+    int64_t tiles() const { return (task.end - task.begin + kWkv4Tile - 1) / kWkv4Tile; }
+    int64_t tile_begin(int64_t k) const { return task.begin + k * kWkv4Tile; }
+    int64_t tile_tokens(int64_t k) const { return min_of(kWkv4Tile, task.end - tile_begin(k)); }
+
+    // The states before every token of a tile.
+    void make_past(int64_t k) const {
+        int64_t const begin = tile_begin(k);
         T const* const saved = tile(k);
         channels([&](int64_t c, int64_t count, int64_t v) {
             channel[v].state = {row(saved, c, count), row(saved + p.D, c, count),
                                 row(saved + 2 * p.D, c, count)};
         });
-        for (int64_t i = 0; i < tokens; ++i) {
+        for (int64_t i = 0; i < tile_tokens(k); ++i) {
             In const *const k_row = token(p.a, begin + i), *const v_row = token(p.x, begin + i);
             channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
                 before[i * vectors + v] = channel[v].state;
-                step(channel[v], read<Real<T>>(k_row + c, count).re,
+                step(channel[v].state, channel[v].rate, read<Real<T>>(k_row + c, count).re,
                      read<Real<T>>(v_row + c, count).re);
             });
         }
+    }
+
+    // What precedes a token, and what follows it, which `grad` adds up.
+    void both() const {
+        forward<false>();
+        channels([&](int64_t, int64_t, int64_t v) { channel[v].grad = nothing(); });
+        for (int64_t k = tiles(); k-- > 0;) {
+            make_past(k);
+            for (int64_t i = tile_tokens(k); i-- > 0;) {
+                int64_t const t = tile_begin(k) + i;
+                In const *const k_row = token(p.a, t), *const v_row = token(p.x, t);
+                In* const o_row = token(p.h, t);
+                channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
+                    Channel& own = channel[v];
+                    V const k_t = read<Real<T>>(k_row + c, count).re;
+                    V const x = read<Real<T>>(v_row + c, count).re;
+                    Sums<T> const others = merge<T>(before[i * vectors + v], own.grad);
+                    write(o_row + c, Real<T>{Average(others, k_t + own.bonus, x).o}, count);
+                    step(own.grad, own.rate, k_t, x);
+                });
+            }
+        }
+    }
+
+    void tile_backward(int64_t k) const {
+        make_past(k);
+        int64_t const begin = tile_begin(k), tokens = tile_tokens(k);
         for (int64_t i = tokens; i-- > 0;) {
             In const *const k_row = token(p.a, begin + i), *const v_row = token(p.x, begin + i);
             In const* const grad_row = token(p.grad_h, begin + i);
@@ -254,23 +286,29 @@ void with_wkv4(Wkv4Params const& p, Run const& run) {
     });
 }
 
-int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool backward) {
+int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool tiles) {
     int64_t bytes = 0;
-    with_wkv4(p, [&](auto type) { bytes = decltype(type)::type::bytes(channels, backward); });
+    with_wkv4(p, [&](auto type) { bytes = decltype(type)::type::bytes(channels, tiles); });
     return bytes;
 }
 
 void wkv4_forward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).forward(); });
+    with_wkv4(p, [&](auto type) {
+        typename decltype(type)::type(p, task, scratch).template forward<true>();
+    });
 }
 
 void wkv4_backward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
     with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).backward(); });
 }
 
+void wkv4_both(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
+    with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).both(); });
+}
+
 }  // namespace
 
-constinit Wkv4Kernels const wkv4_kernels{wkv4_scratch, wkv4_forward, wkv4_backward};
+constinit Wkv4Kernels const wkv4_kernels{wkv4_scratch, wkv4_forward, wkv4_backward, wkv4_both};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

@@ -215,6 +215,25 @@ Backward backward_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor c
                     states, grad_o, {grad_numerator, grad_denominator, final_scale});
 }
 
+// Both directions.
+Tensor both(Checks const& c, Arguments in) {
+    check_inputs(c, in, false);
+    if (int64_t const columns = missing_channels(in); columns != 0)
+        return cut_channels(both(c, pad_all(in, columns)), in.k.size(2));
+    Wkv4Params p = prepare(in, false);
+    DeviceScope const scope(in.k);
+    Tensor o = empty({p.B, p.T, p.D}, in.v.scalar_type(), in.k);
+    Tensor const states = empty({wkv4_tiles(p) * 3 * p.D}, state_type(in.k), in.k);
+    p.h = token_rows(o), p.states = const_cast<void*>(states.const_data_ptr());
+    Scratch const scratch(bi_wkv_fwd_workspace(p), in.k);
+    bi_wkv_fwd(p, scratch.data(), scope.stream());
+    return o;
+}
+
+Tensor both_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor const& v) {
+    return both(Checks("bi_wkv_fwd"), {r, u, k, v, {}, {}});
+}
+
 // A forward over one token that starts and ends in the same memory.
 Tensor one_step(Checks const& c, Arguments in) {
     check_inputs(c, in, true);
@@ -261,4 +280,5 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     m.impl("wkv4_fwd", TORCH_BOX(&lsm::forward_op));
     m.impl("wkv4_bwd", TORCH_BOX(&lsm::backward_op));
     m.impl("wkv4_step", TORCH_BOX(&lsm::step_op));
+    m.impl("bi_wkv_fwd", TORCH_BOX(&lsm::both_op));
 }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._common import (
     accumulation_dtype,
@@ -20,6 +21,7 @@ from ._common import (
     check_rank,
     check_shape,
     check_state,
+    functional,
     no_double_backward,
 )
 from .scan import scan
@@ -31,14 +33,14 @@ State = tuple[Tensor, Tensor, Tensor]
 _TILE = 32  # tokens between the states kept for the backward: kWkv4Tile
 
 
-def _check_devices(kind: str, k: Tensor, tensors) -> None:  # type: ignore[no-untyped-def]
+def _check_devices(op: str, k: Tensor, tensors) -> None:  # type: ignore[no-untyped-def]
     names = ("r", "u", "k", "v", "numerator", "denominator", "scale", "cu_seqlens")
-    check_device_like(f"wkv4_{kind}", "k", k, dict(zip(names, tensors, strict=False)))
+    check_device_like(op, "k", k, dict(zip(names, tensors, strict=False)))
 
 
 def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
     r, _, k, v, _, _, _, cu_seqlens, save_states, output_final_state = inputs
-    _check_devices("fwd", k, inputs[:8])
+    _check_devices("wkv4_fwd", k, inputs[:8])
     B, T, D = k.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tiles = (T + _TILE - 1) // _TILE
@@ -50,13 +52,13 @@ def _fwd_fake(*inputs):  # type: ignore[no-untyped-def]
 
 def _bwd_fake(*inputs):  # type: ignore[no-untyped-def]
     r, _, k, v, numerator, *_ = inputs
-    _check_devices("bwd", k, inputs[:8])
+    _check_devices("wkv4_bwd", k, inputs[:8])
     first = [r.new_empty((0,) if numerator is None else numerator.shape) for _ in range(2)]
     return (r.new_empty((2, k.shape[2])), k.new_empty(k.shape), v.new_empty(v.shape), *first)
 
 
 def _step_fake(*inputs):  # type: ignore[no-untyped-def]
-    _check_devices("step", inputs[2], inputs)
+    _check_devices("wkv4_step", inputs[2], inputs)
     return inputs[3].new_empty(inputs[3].shape)
 
 
@@ -86,6 +88,12 @@ def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError(no_double_backward("wkv4_bwd"))
 
 
+def _both_fake(*inputs):  # type: ignore[no-untyped-def]
+    _check_devices("bi_wkv_fwd", inputs[2], inputs)
+    return inputs[3].new_empty(inputs[3].shape)
+
+
+torch.library.register_fake("lsm::bi_wkv_fwd")(_both_fake)
 torch.library.register_fake("lsm::wkv4_fwd")(_fwd_fake)
 torch.library.register_fake("lsm::wkv4_bwd")(_bwd_fake)
 torch.library.register_fake("lsm::wkv4_step")(_step_fake)
@@ -264,6 +272,13 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = True) ->
     return (q.double().sigmoid() * o).to(v.dtype)
 
 
+def _is_differentiated(*tensors: Tensor) -> bool:
+    """Or transformed."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and (functional() or forward_ad._current_level >= 0)
+
+
 class _Sums(NamedTuple):
     """Numerator and denominator over e^scale."""
 
@@ -303,6 +318,12 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``o [B, T, D]`` in the dtype of v.
 
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit.
+
+    Note: two walks over k and v, one in each direction, of which the second writes o; where
+        gradients are asked for, a composition of scans, differentiable to any order.
+
     Source: Vision-RWKV, arXiv:2403.02308, eq. 2.
 
     Example:
@@ -312,10 +333,15 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.Size([1, 100, 64])
     """
     _check("bi_wkv", k, v, w=w, u=u)
-    wide, T = accumulation_dtype(k), k.shape[1]
+    dtype, T = torch.promote_types(k.dtype, v.dtype), k.shape[1]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     if T == 0:
         return v.clone()
-    rate, logit, x = w.to(wide) / T, k.to(wide), v.to(wide)
+    rate = w.to(wide) / T
+    if not _is_differentiated(w, u, k, v):
+        o: Tensor = torch.ops.lsm.bi_wkv_fwd(rate, u.to(wide), k.to(dtype), v.to(dtype))
+        return o.to(v.dtype)
+    logit, x = k.to(wide), v.to(wide)
     future = _Sums(*(s.flip(1) for s in _sums(logit.flip(1), x.flip(1), rate)))
     logit = logit + u.to(wide)
     own = torch.exp(logit - logit.detach())

@@ -62,6 +62,30 @@ def test_definition_under_every_schedule(case: tuple, multiprocessors: int) -> N
     assert_same_bits(plain, run(race, x, scale))
 
 
+@pytest.mark.parametrize(
+    ("T", "D", "dtype", "multiprocessors"),
+    [
+        (1, 3, torch.float32, 1), (65, 70, torch.bfloat16, 1), (100, 16, torch.float16, 1),
+        (700, 16, torch.float32, 64), (600, 8, torch.bfloat16, 64),  # in segments
+        (2300, 8, torch.float32, 64),
+    ],
+)  # fmt: skip
+def test_both_directions_under_every_schedule(
+    T: int, D: int, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    w, u, k, v = x = wkv4.draw_both(T, D, dtype)
+
+    def run(flavour: str, seeds: tuple[int, ...]) -> Tensor:
+        emulator(flavour)
+        ops = getattr(torch.ops, f"lsm{flavour}")
+        emu = Emulator(flavour, flavour, seeds, multiprocessors)
+        return emu.under_every_seed(lambda: {"o": ops.bi_wkv_fwd(w / T, u, k, v)})["o"]
+
+    got = run("_emu", (0, 1, 2))
+    wkv4.assert_both(got, x)
+    assert_same_bits({"o": got}, {"o": run("_emu_race", (1,))})
+
+
 def test_traffic_is_the_floor() -> None:
     """k v -> o; dy k v -> dk dv; and three numbers per channel and 32 tokens."""
     emu = emulator("_emu")

@@ -196,14 +196,24 @@ def test_aft_full_of_the_last_queries() -> None:
         ops.aft_full(q, k, v, rows[:1])
 
 
-def test_bi_wkv_is_its_definition() -> None:
-    w, u, k, v, _ = draw()
-    w, distance = w.exp(), (torch.arange(37)[:, None] - torch.arange(37)).abs().double()
-    logits = k[:, None] - ((distance - 1) / 37)[..., None] * w
-    own = torch.eye(37).bool()[..., None]
-    logits = torch.where(own, (u + k)[:, None], logits)
-    want = torch.einsum("btsd,bsd->btd", logits.softmax(2), v)
+@pytest.mark.parametrize("T", [1, 32, 37, 100])
+def test_bi_wkv_is_its_definition(T: int) -> None:
+    w, u, k, v, _ = draw(T=T)
+    w = w.exp() * T
+    want = wkv4.both_directions(w, u, k, v)
     close((ops.bi_wkv(w, u, k, v),), (want,))
+    close((ops.bi_wkv(w, u, k, v.requires_grad_()),), (want,))  # the composition
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("T", "D"), [(1, 3), (31, 8), (65, 70), (200, 17)])
+def test_bi_wkv_kernel(impl: Impl, dtype: torch.dtype, T: int, D: int) -> None:
+    x = wkv4.draw_both(T, D, dtype)
+    got = ops.bi_wkv(*(t.to(impl.device) for t in x))
+    wkv4.assert_both(got.cpu(), x)
+
+
+test_bi_wkv_kernel.only_impls = ("cpu", "cuda")
 
 
 def test_gradients_of_its_kin() -> None:

@@ -1,5 +1,7 @@
 // RWKV-4's running average as passes of the scan engine's stream (docs/kernels/scan.md; equations of the backward in
 // csrc/cpu/wkv4_tier.h). Logarithms are to base 2 in here, and in the states that the forward leaves for the backward.
+#include <algorithm>
+
 #include "kernels/scan/passes.cuh"
 #include "params/wkv4.h"
 
@@ -160,13 +162,14 @@ struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
                               fmaf(w.first, state[j].denominator, w.second));
             FadingSums::apply(state[j], aggregate(e, j));
         }
-        if (inside) Base::store_token(p.h, walk.segment.batch, token, channel, o);
+        if (inside && p.h.data != nullptr)
+            Base::store_token(p.h, walk.segment.batch, token, channel, o);
     }
     LSM_DEVICE static void poison(Wkv4Params const& p, i64 batch, i64 token, i64 channel) {
         float nan[kLane];
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) nan[j] = not_a_number<float>();
-        Base::store_token(p.h, batch, token, channel, nan);
+        if (p.h.data != nullptr) Base::store_token(p.h, batch, token, channel, nan);
     }
     LSM_DEVICE static void poison_ends(Wkv4Params const& p, i64 sequence, i64 channel, void*, i64) {
         float const nan = not_a_number<float>();
@@ -175,12 +178,154 @@ struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
     }
 };
 
+// ---- Backwards along the sequence, with the states before every token ----
+
+// Made again tile by tile, from those that a forward kept. k and v are inputs kFirst and kFirst + 1.
+template <class T, int kInputs, int kFirst>
+struct Wkv4Past : Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true> {
+    using Base = Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true>;
+    using Base::kLane;
+    using Base::kTokens;
+    using typename Base::Aggregate;
+    using typename Base::State;
+
+    State ahead[kLane];  // before the next tile, asked for early by the warp that walks it first
+
+    LSM_DEVICE static int direction(Wkv4Params const&) { return -1; }
+    LSM_DEVICE void begin(Wkv4Params const& p, Walk const& walk, i64 channel, bool inside) {
+        Base::load_channels(p, channel, inside);
+        look_ahead(p, walk, 0, channel, inside);
+    }
+    LSM_DEVICE void look_ahead(Wkv4Params const& p, Walk const& walk, i64 tile, i64 channel,
+                               bool inside) {
+        i64 const whole = (walk.length + kWkv4Tile - 1) / kWkv4Tile * kWkv4Tile;
+        i64 const first = whole - (tile + 1) * kWkv4Tile;  // of the tile, in the segment
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j) {
+            ahead[j] = FadingSums::nothing();
+            if (!inside || first < 0 || threadIdx.x / 32 != kWarps - 1) continue;
+            float const* const from = Base::saved(p, walk, walk.segment.t0 + first, channel + j);
+            ahead[j] = {load_global(from + 2 * p.D), load_global(from), load_global(from + p.D)};
+        }
+    }
+
+    // f(i, k, v, states before it, row) for the warp's positions, the earliest first; a tile's last row is that.
+    template <class P, class Self, class Outside, class F>
+    LSM_DEVICE void each_past(Self const& self, char const* stage, i64 tile, Outside const& outside,
+                              F const& f) {
+        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        i64 const channel = self.column + lane * kLane;
+        State state[kLane];
+        Aggregate mine[kLane];
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j) {
+            state[j] = ahead[j];
+            mine[j] = {0.f, state[j].scale, state[j].numerator, state[j].denominator};
+        }
+        look_ahead(self.p, self.walk, tile + 1, channel, channel < self.p.D);
+        float k[kLane], v[kLane];
+        auto const row = [&](int i) { return TileRow<P>{stage, warp * kTokens + i}; };
+        auto const read = [&](int i) {
+            row(i).template read<kFirst>(k), row(i).template read<kFirst + 1>(v);
+        };
+        auto const aggregate = [&](int j) {
+            return Aggregate{this->rate[j], kLog2e * k[j], v[j], 1.f};
+        };
+        LSM_UNROLL
+        for (int i = kTokens; i-- > 0;) {
+            if (outside(i)) continue;
+            read(i);
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) FadingSums::combine(mine[j], aggregate(j));
+        }
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j)
+            self.second_carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
+        __syncthreads();
+        for (int w = kWarps; --w > warp;) {
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j)
+                FadingSums::apply(state[j], self.second_carry()[(j * kWarps + w) * 32 + lane]);
+        }
+        LSM_UNROLL
+        for (int i = kTokens; i-- > 0;) {
+            if (outside(i)) continue;
+            read(i);
+            f(i, k, v, state, row(i));
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) FadingSums::apply(state[j], aggregate(j));
+        }
+    }
+};
+
+// What precedes a token, and what follows it, which the walk adds up.
+template <class T>
+struct BiWkvForward : Wkv4Past<T, 2, 0> {
+    using Base = Wkv4Past<T, 2, 0>;
+    using Base::kLane;
+    using Base::kTokens;
+    using typename Base::Aggregate;
+    using typename Base::State;
+
+    template <int I>
+    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
+        return I == 0 ? p.a : p.x;
+    }
+    LSM_DEVICE static void start(Wkv4Params const&, i64, i64, State (&)[kLane]) {}
+    LSM_DEVICE static void end(Wkv4Params const&, i64, i64, State const (&)[kLane]) {}
+
+    struct Element {
+        State past[kLane];  // with the token itself
+        float k[kLane], v[kLane];
+    };
+    template <class Self, class Outside>
+    LSM_DEVICE void recompute(Self const& self, char const* stage, i64 tile, Outside const& outside,
+                              Element (&element)[kTokens]) {
+        Base::template each_past<BiWkvForward>(
+            self, stage, tile, outside,
+            [&](int i, float const (&k)[kLane], float const (&v)[kLane],
+                State const (&past)[kLane], auto const&) {
+                LSM_UNROLL
+                for (int j = 0; j < kLane; ++j) {
+                    Element& e = element[i];
+                    e.k[j] = kLog2e * k[j], e.v[j] = v[j], e.past[j] = past[j];
+                    FadingSums::apply(e.past[j], {0.f, e.k[j] + this->bonus[j], v[j], 1.f});
+                }
+            });
+    }
+    template <class Row>
+    LSM_DEVICE void read(Row const&, Walk const&, i64, Element&) const {}
+
+    LSM_DEVICE Aggregate aggregate(Element const& e, int j) const {
+        return {this->rate[j], e.k[j], e.v[j], 1.f};
+    }
+    LSM_DEVICE void fold(Aggregate& sum, Element const& e, int j) const {
+        FadingSums::combine(sum, aggregate(e, j));
+    }
+    template <class Row>
+    LSM_DEVICE void step(Wkv4Params const& p, Walk const& walk, Row const&, i64, i64 token,
+                         i64 channel, bool inside, Element const& e, State (&future)[kLane]) const {
+        float o[kLane];
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j) {
+            State const& past = e.past[j];
+            Weights const w = weigh(past.scale, future[j].scale);
+            o[j] = __fdividef(fmaf(w.first, past.numerator, w.second * future[j].numerator),
+                              fmaf(w.first, past.denominator, w.second * future[j].denominator));
+            FadingSums::apply(future[j], aggregate(e, j));
+        }
+        if (inside) Base::store_token(p.h, walk.segment.batch, token, channel, o);
+    }
+    LSM_DEVICE static void poison(Wkv4Params const&, i64, i64, i64) {}
+    LSM_DEVICE static void poison_ends(Wkv4Params const&, i64, i64, void*, i64) {}
+};
+
 // ---- Backward ----
 
 // The walk is over the sums GA and GB; a tile's averages are made again first.
 template <class T>
-struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
-    using Base = Wkv4Pass<T, 3, kWkv4Tile / kWarps, true>;
+struct Wkv4Backward : Wkv4Past<T, 3, 1> {
+    using Base = Wkv4Past<T, 3, 1>;
     using Base::kLane;
     using Base::kTokens;
     using typename Base::Aggregate;
@@ -191,7 +336,6 @@ struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
     LSM_DEVICE static Rows rows(Wkv4Params const& p) {
         return I == 0 ? p.grad_h : I == 1 ? p.a : p.x;
     }
-    LSM_DEVICE static int direction(Wkv4Params const&) { return -1; }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
         if (p.grad_final_state == nullptr) return;
@@ -222,82 +366,35 @@ struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
         float scale[kLane], q[kLane], qo[kLane];
     };
     float sum_rate[kLane], sum_bonus[kLane];
-    State ahead[kLane];  // before the next tile, asked for early by the warp that walks it first
 
     LSM_DEVICE void begin(Wkv4Params const& p, Walk const& walk, i64 channel, bool inside) {
-        Base::load_channels(p, channel, inside);
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) sum_rate[j] = sum_bonus[j] = 0.f;
-        look_ahead(p, walk, 0, channel, inside);
-    }
-    LSM_DEVICE void look_ahead(Wkv4Params const& p, Walk const& walk, i64 tile, i64 channel,
-                               bool inside) {
-        i64 const whole = (walk.length + kWkv4Tile - 1) / kWkv4Tile * kWkv4Tile;
-        i64 const first = whole - (tile + 1) * kWkv4Tile;  // of the tile, in the segment
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) {
-            ahead[j] = FadingSums::nothing();
-            if (!inside || first < 0 || threadIdx.x / 32 != kWarps - 1) continue;
-            float const* const from = Base::saved(p, walk, walk.segment.t0 + first, channel + j);
-            ahead[j] = {load_global(from + 2 * p.D), load_global(from), load_global(from + p.D)};
-        }
+        Base::begin(p, walk, channel, inside);
     }
 
-    // A tile's last row is its earliest position.
     template <class Self, class Outside>
     LSM_DEVICE void recompute(Self const& self, char const* stage, i64 tile, Outside const& outside,
                               Element (&element)[kTokens]) {
-        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        i64 const channel = self.column + lane * kLane;
-        State state[kLane];
-        Aggregate mine[kLane];
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) {
-            state[j] = ahead[j];
-            mine[j] = {0.f, state[j].scale, state[j].numerator, state[j].denominator};
-        }
-        look_ahead(self.p, self.walk, tile + 1, channel, channel < self.p.D);
-        float k[kLane], v[kLane], dy[kLane];
-        auto const read = [&](int i) {
-            TileRow<Wkv4Backward> const row{stage, warp * kTokens + i};
-            row.template read<0>(dy), row.template read<1>(k), row.template read<2>(v);
-        };
-        auto const aggregate = [&](int j) {
-            return Aggregate{this->rate[j], kLog2e * k[j], v[j], 1.f};
-        };
-        LSM_UNROLL
-        for (int i = kTokens; i-- > 0;) {
-            if (outside(i)) continue;
-            read(i);
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) FadingSums::combine(mine[j], aggregate(j));
-        }
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j)
-            self.second_carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
-        __syncthreads();
-        for (int w = kWarps; --w > warp;) {
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j)
-                FadingSums::apply(state[j], self.second_carry()[(j * kWarps + w) * 32 + lane]);
-        }
-        LSM_UNROLL
-        for (int i = kTokens; i-- > 0;) {
-            if (outside(i)) continue;
-            read(i);
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) {
-                Weights const w = weigh(state[j].scale, fmaf(kLog2e, k[j], this->bonus[j]));
-                float const inverse =
-                    __fdividef(1.f, fmaf(w.first, state[j].denominator, w.second));
-                float const q = dy[j] * inverse;
-                element[i].past[j] = state[j];
-                element[i].scale[j] = w.scale;
-                element[i].q[j] = q;
-                element[i].qo[j] = q * fmaf(w.first, state[j].numerator, w.second * v[j]) * inverse;
-                FadingSums::apply(state[j], aggregate(j));
-            }
-        }
+        Base::template each_past<Wkv4Backward>(
+            self, stage, tile, outside,
+            [&](int i, float const (&k)[kLane], float const (&v)[kLane],
+                State const (&past)[kLane], auto const& row) {
+                float dy[kLane];
+                row.template read<0>(dy);
+                LSM_UNROLL
+                for (int j = 0; j < kLane; ++j) {
+                    Weights const w = weigh(past[j].scale, fmaf(kLog2e, k[j], this->bonus[j]));
+                    float const inverse =
+                        __fdividef(1.f, fmaf(w.first, past[j].denominator, w.second));
+                    float const q = dy[j] * inverse;
+                    element[i].past[j] = past[j];
+                    element[i].scale[j] = w.scale;
+                    element[i].q[j] = q;
+                    element[i].qo[j] =
+                        q * fmaf(w.first, past[j].numerator, w.second * v[j]) * inverse;
+                }
+            });
     }
     template <class Row>
     LSM_DEVICE void read(Row const&, Walk const&, i64, Element&) const {}
@@ -390,6 +487,26 @@ void wkv4_fwd(Wkv4Params const& p, void* workspace, void* stream) {
 
 void wkv4_bwd(Wkv4Params const& p, void* workspace, void* stream) {
     run_typed<Wkv4Backward>(p, workspace, stream);
+}
+
+namespace {
+
+// The first walk of both directions.
+Wkv4Params states_alone(Wkv4Params p) {
+    p.h = {};
+    return p;
+}
+
+}  // namespace
+
+int64_t bi_wkv_fwd_workspace(Wkv4Params const& p) {
+    return 256 + std::max(run_typed<Wkv4Forward>(p, nullptr, nullptr),
+                          run_typed<BiWkvForward>(p, nullptr, nullptr));
+}
+
+void bi_wkv_fwd(Wkv4Params const& p, void* workspace, void* stream) {
+    run_typed<Wkv4Forward>(states_alone(p), workspace, stream);
+    run_typed<BiWkvForward>(p, workspace, stream);
 }
 
 }  // namespace lsm
