@@ -341,6 +341,7 @@ def wkv4_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         yield f"wkv4 {str(dtype)[6:]} forward", 1, forward
         given = (r, u, k, v, *no_state, states, None, grad, None, None)
         yield f"wkv4 {str(dtype)[6:]} backward", 1, partial(ops.wkv4_bwd, *given)
+        yield f"bi_wkv {str(dtype)[6:]} forward", 1, partial(ops.bi_wkv_fwd, r, u, k, v)
 
 
 def selective_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -127,6 +127,4 @@ def assert_both(got: Tensor, x: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """As near as a recurrence in fp32, and the rounding of the result."""
     want = both_directions(*x)
     off = 2 * (recurrent_both(*x) - want).abs().max().item() + 1e-6
-    torch.testing.assert_close(
-        got.double(), want, atol=off, rtol=off + torch.finfo(x[2].dtype).eps
-    )
+    torch.testing.assert_close(got.double(), want, atol=off, rtol=off + torch.finfo(x[2].dtype).eps)

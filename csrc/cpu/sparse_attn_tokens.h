@@ -164,7 +164,7 @@ class TokensTile : public TileRoom<T> {
     int count() const { return count_; }  // of those packed
     int vectors() const { return (count_ + W - 1) / W; }
     int lane(int n) const { return lane_[n]; }  // of those packed, in the tile
-    bool partial() const { return partial_; }  // some of them does not see some key
+    bool partial() const { return partial_; }   // some of them does not see some key
 
   private:
     bool hides(Seen const& seen) const {

@@ -29,9 +29,9 @@ Plan make_plan(Wkv4Params const& p, Kind kind) {
     int64_t const wanted =
         std::max(ceil_div(plan.threads, std::max<int64_t>(1, p.N)), ceil_div(p.D, kBlock));
     plan.block = round_up(ceil_div(p.D, wanted), kUnit);
-    plan.scratch =
-        round_up(cpu::best_wkv4_kernels(p.dtype).scratch_bytes(p, plan.block, kind != Kind::forward),
-                 kAlign);
+    plan.scratch = round_up(
+        cpu::best_wkv4_kernels(p.dtype).scratch_bytes(p, plan.block, kind != Kind::forward),
+        kAlign);
     plan.share = backward ? round_up(2 * p.D * (p.state_dtype == Dtype::f64 ? 8 : 4), kAlign) : 0;
     return plan;
 }

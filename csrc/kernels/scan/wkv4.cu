@@ -283,36 +283,38 @@ struct BiWkvForward : Wkv4Past<T, 2, 0> {
                               Element (&element)[kTokens]) {
         Base::template each_past<BiWkvForward>(
             self, stage, tile, outside,
-            [&](int i, float const (&k)[kLane], float const (&v)[kLane],
-                State const (&past)[kLane], auto const&) {
+            [&](int i, float const(&k)[kLane], float const(&v)[kLane], State const(&past)[kLane],
+                auto const&) {
                 LSM_UNROLL
                 for (int j = 0; j < kLane; ++j) {
-                    Element& e = element[i];
-                    e.k[j] = kLog2e * k[j], e.v[j] = v[j], e.past[j] = past[j];
-                    FadingSums::apply(e.past[j], {0.f, e.k[j] + this->bonus[j], v[j], 1.f});
+                    float const logit = fmaf(kLog2e, k[j], this->bonus[j]);
+                    element[i].past[j] = past[j];
+                    FadingSums::apply(element[i].past[j], {0.f, logit, v[j], 1.f});
                 }
             });
     }
     template <class Row>
-    LSM_DEVICE void read(Row const&, Walk const&, i64, Element&) const {}
-
-    LSM_DEVICE Aggregate aggregate(Element const& e, int j) const {
-        return {this->rate[j], e.k[j], e.v[j], 1.f};
+    LSM_DEVICE void read(Row const& row, Walk const&, i64, Element& e) const {
+        row.template read<0>(e.k), row.template read<1>(e.v);
+    }
+    LSM_DEVICE Aggregate aggregate(float k, float v, int j) const {
+        return {this->rate[j], kLog2e * k, v, 1.f};
     }
     LSM_DEVICE void fold(Aggregate& sum, Element const& e, int j) const {
-        FadingSums::combine(sum, aggregate(e, j));
+        FadingSums::combine(sum, aggregate(e.k[j], e.v[j], j));
     }
     template <class Row>
-    LSM_DEVICE void step(Wkv4Params const& p, Walk const& walk, Row const&, i64, i64 token,
+    LSM_DEVICE void step(Wkv4Params const& p, Walk const& walk, Row const& row, i64, i64 token,
                          i64 channel, bool inside, Element const& e, State (&future)[kLane]) const {
-        float o[kLane];
+        float k[kLane], v[kLane], o[kLane];  // read again rather than kept
+        row.template read<0>(k), row.template read<1>(v);
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) {
             State const& past = e.past[j];
             Weights const w = weigh(past.scale, future[j].scale);
             o[j] = __fdividef(fmaf(w.first, past.numerator, w.second * future[j].numerator),
                               fmaf(w.first, past.denominator, w.second * future[j].denominator));
-            FadingSums::apply(future[j], aggregate(e, j));
+            FadingSums::apply(future[j], aggregate(k[j], v[j], j));
         }
         if (inside) Base::store_token(p.h, walk.segment.batch, token, channel, o);
     }
@@ -378,8 +380,8 @@ struct Wkv4Backward : Wkv4Past<T, 3, 1> {
                               Element (&element)[kTokens]) {
         Base::template each_past<Wkv4Backward>(
             self, stage, tile, outside,
-            [&](int i, float const (&k)[kLane], float const (&v)[kLane],
-                State const (&past)[kLane], auto const& row) {
+            [&](int i, float const(&k)[kLane], float const(&v)[kLane], State const(&past)[kLane],
+                auto const& row) {
                 float dy[kLane];
                 row.template read<0>(dy);
                 LSM_UNROLL
