@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _scan
-from ._common import accumulation_dtype, autocast, check_no_gradient
+from ._common import accumulation_dtype, autocast, check_no_gradient, in_dtype
 from .scan import scan, scan_step
 
 __all__ = ["lru", "lru_step", "rg_lru", "rg_lru_step"]
@@ -84,7 +84,7 @@ def lru_step(
 
 def _rate(x: Tensor, param: Tensor) -> Tensor:
     """−8 softplus(param), the log decay of a token whose gate is open."""
-    return -8.0 * F.softplus(param.to(accumulation_dtype(x)))
+    return F.softplus(in_dtype(param, accumulation_dtype(x))).mul_(-8.0)
 
 
 def rg_lru(
@@ -150,7 +150,10 @@ def rg_lru_step(
         >>> rg_lru_step(x, i, r, torch.randn(64), torch.zeros(2, 64)).shape
         torch.Size([2, 64])
     """
-    check_no_gradient("rg_lru_step", "rg_lru", x, input_gate, recurrence_gate, param, state)
+    if torch.is_grad_enabled():
+        check_no_gradient("rg_lru_step", "rg_lru", x, input_gate, recurrence_gate, param, state)
     x, input_gate, recurrence_gate = autocast(x, input_gate, recurrence_gate)
-    c = _rate(x, param)
-    return torch.ops.lsm.rg_lru_step(x, input_gate, recurrence_gate, c, state)  # type: ignore[no-any-return]
+    return _STEP(x, input_gate, recurrence_gate, _rate(x, param), state)  # type: ignore[no-any-return]
+
+
+_STEP = torch.ops.lsm.rg_lru_step.default  # looked up once: that is a part of a step's time
