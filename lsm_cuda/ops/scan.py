@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _scan
-from ._common import autocast_dtype, check_no_gradient
+from ._common import _autocasts, autocast_dtype, check_no_gradient
 
 __all__ = ["scan", "scan_step"]
 
@@ -111,15 +111,17 @@ def scan_step(
         >>> scan_step(torch.randn(2, 64), torch.rand(2, 64), state).shape
         torch.Size([2, 64])
     """
-    if isinstance(a, tuple) or a.dtype != x.dtype or a.dim() != x.dim() or _autocasts(x):
-        x, a, log = _gate(x, a, log)  # a step has little time for it
+    # Nearly always they go together as they are, and a step has little time to ask.
+    if (
+        _autocasts()
+        or isinstance(a, tuple)
+        or (a.dtype != x.dtype and (a.dtype != torch.float32 or x.is_complex()))
+        or a.dim() != x.dim()
+    ):
+        x, a, log = _gate(x, a, log)
     if torch.is_grad_enabled():
         check_no_gradient("scan_step", "scan", x, a, state)
     return _STEP(x, a, state, log)  # type: ignore[no-any-return]
 
 
 _STEP = torch.ops.lsm.scan_step.default  # looked up once: that is a part of a step's time
-
-
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
