@@ -218,6 +218,12 @@ inline bool on_fiber_stack(Thread const& t, void const* p) {
     return static_cast<u64>(t.stack_top - static_cast<char const*>(p)) < LSM_EMU_STACK_KIB * 1024u;
 }
 
+u32 random_below(u32 n);
+void redraw_priorities();
+Thread& pick();  // the next of the block; reports a deadlock if there is none
+// Whether another block is to go on now. In order, blocks go from barrier to barrier in turns.
+bool turn_is_over();
+
 // Stops the current thread until wake(); `what` names the operation in reports.
 void wait_here(char const* what, void const* site);
 void wake(Thread& thread);
