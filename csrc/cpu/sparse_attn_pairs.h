@@ -8,6 +8,14 @@
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 
+// Whether all products of a call can be of pairs; the backward contracts over values' columns too.
+template <class T>
+bool takes_pairs(SparseAttnParams const& p, bool backward) {
+    return kPairProducts && std::is_same_v<T, float> && p.dtype == Dtype::bf16 &&
+           p.K % kPairDepth == 0 && p.V % (backward ? kPairDepth : kLanes<T>) == 0 &&
+           has_pair_products();
+}
+
 // multiply_pairs for numbers of any type: pairs of bf16 lie in room for a number each.
 template <class T>
 void multiply_by_pairs(T* C, int64_t c_row, void const* A, int64_t a_bytes, T const* B,

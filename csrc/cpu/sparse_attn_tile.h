@@ -22,13 +22,11 @@ class AttnTile : public TileRoom<T> {
   public:
     using Room::W, Room::head;
     static constexpr int kVectors = kLaneCount / W;
-    static constexpr bool kPairs = kPairProducts && std::is_same_v<T, float>;
 
     AttnTile(SparseAttnParams const& p, SparseAttnTask const& task, bool backward)
         : Room(p, task),
           backward_(backward),
-          pairs_(kPairs && p.dtype == Dtype::bf16 && p.K % kPairDepth == 0 &&
-                 p.V % (backward ? kPairDepth : W) == 0 && has_pair_products()),
+          pairs_(takes_pairs<T>(p, backward)),
           packed_(pairs_ && !backward) {}
 
     void take(Arena<T>& arena) {

@@ -22,9 +22,7 @@ class TokensTile : public TileRoom<T> {
 
     TokensTile(SparseAttnParams const& p, SparseAttnTask const& task, bool backward)
         : Room(p, task),
-          pairs_(kPairProducts && std::is_same_v<T, float> && p.dtype == Dtype::bf16 &&
-                 p.K % kPairDepth == 0 && p.V % (backward ? kPairDepth : W) == 0 &&
-                 p.scale > kLeastScale && has_pair_products()),
+          pairs_(takes_pairs<T>(p, backward) && p.scale > kLeastScale),
           packed_(pairs_ && !backward) {}
 
     void take(Arena<T>& arena) {
