@@ -125,6 +125,7 @@ def test_wkv4_operator_is_well_formed() -> None:
     with torch.no_grad():
         one = (r, t["u"], t["k"][:, 0], t["v"][:, 0], *(s.clone() for s in inputs[4:]))
         torch.library.opcheck(torch.ops.lsm.wkv4_step, one)
+        torch.library.opcheck(torch.ops.lsm.bi_wkv_fwd, tuple(t.detach() for t in inputs[:4]))
 
 
 def test_wkv4_compiles_as_one_graph() -> None:

@@ -60,8 +60,14 @@ struct Wkv4Pass {
     static constexpr bool kRecomputes = kRecomputes_;
     static constexpr int kChannelSums = 0;
 
+    static constexpr int kFirst = kInputs - 2;  // k and v come last
+
     float rate[kLane], bonus[kLane];
 
+    template <int I>
+    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
+        return I < kFirst ? p.grad_h : I == kFirst ? p.a : p.x;
+    }
     LSM_DEVICE void load_channels(Wkv4Params const& p, i64 channel, bool inside) {
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) {
@@ -92,17 +98,14 @@ struct Wkv4Pass {
 
 // ---- Forward ----
 
-template <class T>
-struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
+// kOutputs: or states alone.
+template <class T, bool kOutputs>
+struct Wkv4Walk : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
     using Base = Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false>;
     using Base::kLane;
     using typename Base::Aggregate;
     using typename Base::State;
 
-    template <int I>
-    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
-        return I == 0 ? p.a : p.x;
-    }
     LSM_DEVICE static int direction(Wkv4Params const&) { return 1; }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
@@ -157,19 +160,20 @@ struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
                 store_global(to + p.D, state[j].denominator);
                 store_global(to + 2 * p.D, state[j].scale);
             }
-            Weights const w = weigh(state[j].scale, e.k[j] + this->bonus[j]);
-            o[j] = __fdividef(fmaf(w.first, state[j].numerator, w.second * e.v[j]),
-                              fmaf(w.first, state[j].denominator, w.second));
+            if constexpr (kOutputs) {
+                Weights const w = weigh(state[j].scale, e.k[j] + this->bonus[j]);
+                o[j] = __fdividef(fmaf(w.first, state[j].numerator, w.second * e.v[j]),
+                                  fmaf(w.first, state[j].denominator, w.second));
+            }
             FadingSums::apply(state[j], aggregate(e, j));
         }
-        if (inside && p.h.data != nullptr)
-            Base::store_token(p.h, walk.segment.batch, token, channel, o);
+        if (inside && kOutputs) Base::store_token(p.h, walk.segment.batch, token, channel, o);
     }
     LSM_DEVICE static void poison(Wkv4Params const& p, i64 batch, i64 token, i64 channel) {
         float nan[kLane];
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) nan[j] = not_a_number<float>();
-        if (p.h.data != nullptr) Base::store_token(p.h, batch, token, channel, nan);
+        Base::store_token(p.h, batch, token, channel, nan);
     }
     LSM_DEVICE static void poison_ends(Wkv4Params const& p, i64 sequence, i64 channel, void*, i64) {
         float const nan = not_a_number<float>();
@@ -178,12 +182,18 @@ struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
     }
 };
 
+template <class T>
+using Wkv4Forward = Wkv4Walk<T, true>;
+template <class T>
+using Wkv4States = Wkv4Walk<T, false>;
+
 // ---- Backwards along the sequence, with the states before every token ----
 
-// Made again tile by tile, from those that a forward kept. k and v are inputs kFirst and kFirst + 1.
-template <class T, int kInputs, int kFirst>
+// Made again tile by tile, from those that a forward kept.
+template <class T, int kInputs>
 struct Wkv4Past : Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true> {
     using Base = Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true>;
+    using Base::kFirst;
     using Base::kLane;
     using Base::kTokens;
     using typename Base::Aggregate;
@@ -260,17 +270,13 @@ struct Wkv4Past : Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true> {
 
 // What precedes a token, and what follows it, which the walk adds up.
 template <class T>
-struct BiWkvForward : Wkv4Past<T, 2, 0> {
-    using Base = Wkv4Past<T, 2, 0>;
+struct BiWkvForward : Wkv4Past<T, 2> {
+    using Base = Wkv4Past<T, 2>;
     using Base::kLane;
     using Base::kTokens;
     using typename Base::Aggregate;
     using typename Base::State;
 
-    template <int I>
-    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
-        return I == 0 ? p.a : p.x;
-    }
     LSM_DEVICE static void start(Wkv4Params const&, i64, i64, State (&)[kLane]) {}
     LSM_DEVICE static void end(Wkv4Params const&, i64, i64, State const (&)[kLane]) {}
 
@@ -326,18 +332,14 @@ struct BiWkvForward : Wkv4Past<T, 2, 0> {
 
 // The walk is over the sums GA and GB; a tile's averages are made again first.
 template <class T>
-struct Wkv4Backward : Wkv4Past<T, 3, 1> {
-    using Base = Wkv4Past<T, 3, 1>;
+struct Wkv4Backward : Wkv4Past<T, 3> {
+    using Base = Wkv4Past<T, 3>;
     using Base::kLane;
     using Base::kTokens;
     using typename Base::Aggregate;
     using typename Base::State;
     static constexpr int kChannelSums = 2;  // of the rate and the bonus
 
-    template <int I>
-    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
-        return I == 0 ? p.grad_h : I == 1 ? p.a : p.x;
-    }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
         if (p.grad_final_state == nullptr) return;
@@ -491,23 +493,13 @@ void wkv4_bwd(Wkv4Params const& p, void* workspace, void* stream) {
     run_typed<Wkv4Backward>(p, workspace, stream);
 }
 
-namespace {
-
-// The first walk of both directions.
-Wkv4Params states_alone(Wkv4Params p) {
-    p.h = {};
-    return p;
-}
-
-}  // namespace
-
 int64_t bi_wkv_fwd_workspace(Wkv4Params const& p) {
-    return 256 + std::max(run_typed<Wkv4Forward>(p, nullptr, nullptr),
+    return 256 + std::max(run_typed<Wkv4States>(p, nullptr, nullptr),
                           run_typed<BiWkvForward>(p, nullptr, nullptr));
 }
 
 void bi_wkv_fwd(Wkv4Params const& p, void* workspace, void* stream) {
-    run_typed<Wkv4Forward>(states_alone(p), workspace, stream);
+    run_typed<Wkv4States>(p, workspace, stream);
     run_typed<BiWkvForward>(p, workspace, stream);
 }
 
