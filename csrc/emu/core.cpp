@@ -283,6 +283,14 @@ void configure(Launch const& config) {
         throw std::runtime_error("emulator: " + std::to_string(config.smem_bytes) +
                                  " bytes of shared memory are more than a block can have");
     }
+    u64 const blocks = u64{config.grid.x} * config.grid.y * config.grid.z;
+    int const most = blocks_together(static_cast<u32>(threads));
+    if (config.together && blocks > static_cast<u64>(most)) {
+        throw std::runtime_error("emulator: a grid of " + show(config.grid) +
+                                 " blocks cannot be launched together, but " +
+                                 std::to_string(most) + " blocks of " + std::to_string(threads) +
+                                 " threads");
+    }
     world.config = config;
     world.thread_count = static_cast<u32>(threads);
     world.warp_count = (world.thread_count + 31) / 32;
@@ -349,6 +357,10 @@ void set_residents(int count) {
     }
     chosen_residents = count;
 }
+int blocks_together(u32 threads) {
+    int const blocks = chosen_multiprocessors * 512 / static_cast<int>(threads);
+    return std::min(blocks, kMostResidents);
+}
 std::string last_report() {
     return failed_report;
 }
@@ -369,7 +381,8 @@ void launch(Launch const& config, void (*body)(void*), void* arguments) {
         for (u64 i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
     }
     // Blocks begin in this order, each where one has ended.
-    std::vector<u32> taken(std::min<u64>(static_cast<u64>(chosen_residents), blocks));
+    u64 const places = config.together ? blocks : static_cast<u64>(chosen_residents);
+    std::vector<u32> taken(std::min(places, blocks));
     std::iota(taken.begin(), taken.end(), 0u);
     parked.resize(std::max(parked.size(), taken.size()));
     auto next = order.begin();

@@ -31,12 +31,15 @@ char const* schedule_name(Schedule schedule);
 void set_multiprocessors(int count);
 int multiprocessors();
 void set_residents(int count);  // blocks that run side by side, at most
-std::string last_report();      // of the last launch that failed, empty if none did
+// That can be launched together: as many as have 512 threads on each multiprocessor.
+int blocks_together(u32 threads);
+std::string last_report();  // of the last launch that failed, empty if none did
 
 struct Launch {
     dim3 grid, block;
     std::size_t smem_bytes;
     void const* kernel;
+    bool together = false;  // all blocks side by side, whatever set_residents says
 };
 
 // Runs body(arguments) once per thread of the grid; throws std::runtime_error with the report if

@@ -506,6 +506,20 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes,
         [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body);
 }
 
+template <class... P>
+void launch_together(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void*,
+                     P... params) {
+    auto body = [&] { kernel(params...); };
+    emu::launch(
+        {grid, block, smem_bytes, reinterpret_cast<void const*>(kernel), true},
+        [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body);
+}
+
+template <class... P>
+int blocks_together(void (*)(P...), dim3 block, std::size_t) {
+    return emu::blocks_together(block.x * block.y * block.z);
+}
+
 inline int multiprocessors() {
     return emu::multiprocessors();
 }

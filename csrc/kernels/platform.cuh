@@ -3,7 +3,7 @@
 // Kernels use CUDA's own spelling (threadIdx, __syncthreads, __shfl_xor_sync, ...) plus the names below. On the
 // device these are PTX; on the host they are the SIMT emulator's twins (emu/emu.h), so the same text runs on a CPU.
 // What a kernel keeps to so that this holds: dynamic shared memory through dyn_smem() only, launches through
-// launch() only, PTX only here or inside cute/arch ops (matrix.cuh).
+// launch() and launch_together() only, PTX only here or inside cute/arch ops (matrix.cuh).
 #pragma once
 
 #include <cstddef>
@@ -118,25 +118,57 @@ LSM_DEVICE void cp_async_wait() {
     }
 }
 
-template <class... P>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream,
-            P... params) {
-    if (smem_bytes > 48 * 1024) {
-        cudaError_t const status = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
-                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                        static_cast<int>(smem_bytes));
-        if (status != cudaSuccess) {
-            cudaGetLastError();  // not the next launch's error
-            throw std::runtime_error("this GPU has too little shared memory per block for " +
-                                     std::to_string(smem_bytes) + " bytes: " +
-                                     cudaGetErrorString(status) + "; use smaller heads");
-        }
-    }
-    kernel<<<grid, block, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
-    if (cudaError_t const status = cudaGetLastError(); status != cudaSuccess) {
+inline void check_launch(cudaError_t status) {
+    if (status != cudaSuccess) {
+        cudaGetLastError();  // not the next launch's error
         throw std::runtime_error(std::string("CUDA kernel launch failed: ") +
                                  cudaGetErrorString(status));
     }
+}
+
+inline void allow_shared_memory(void const* kernel, std::size_t bytes) {
+    if (bytes <= 48 * 1024) return;
+    cudaError_t const status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+        throw std::runtime_error("this GPU has too little shared memory per block for " +
+                                 std::to_string(bytes) + " bytes: " + cudaGetErrorString(status) +
+                                 "; use smaller heads");
+    }
+}
+
+template <class... P>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes, void* stream,
+            P... params) {
+    allow_shared_memory(reinterpret_cast<void const*>(kernel), smem_bytes);
+    kernel<<<grid, block, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
+    check_launch(cudaGetLastError());
+}
+
+// For blocks that wait for each other in both directions: none begins before all can run at once.
+template <class... P>
+void launch_together(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t smem_bytes,
+                     void* stream, P... params) {
+    void const* const entry = reinterpret_cast<void const*>(kernel);
+    allow_shared_memory(entry, smem_bytes);
+    void* pointers[] = {&params...};
+    check_launch(cudaLaunchCooperativeKernel(entry, grid, block, pointers, smem_bytes,
+                                             static_cast<cudaStream_t>(stream)));
+}
+
+// How many blocks that takes at most; 0 where the device cannot promise it.
+template <class... P>
+int blocks_together(void (*kernel)(P...), dim3 block, std::size_t smem_bytes) {
+    void const* const entry = reinterpret_cast<void const*>(kernel);
+    allow_shared_memory(entry, smem_bytes);
+    int device = 0, multiprocessors = 0, can = 0, each = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device);
+    check_launch(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &each, entry, static_cast<int>(block.x * block.y * block.z), smem_bytes));
+    return can ? each * multiprocessors : 0;
 }
 
 inline int multiprocessors() {

@@ -87,6 +87,24 @@ Case const grid_barrier("planted/all_blocks_meet_and_one_has_no_place", [] {
     }
 });
 
+Case const together("legal/blocks_launched_together_all_have_places", [] {
+    for (uint64_t seed : {0, 1, 2}) {
+        u32 arrived = 0;
+        std::string const report = report_of(
+            seed, [&] { launch_together(meet_all, dim3(9), dim3(1), 0, nullptr, &arrived); });
+        require(report.empty() && arrived == 9, report);
+    }
+});
+Case const too_many("planted/more_blocks_launched_together_than_have_places", [] {
+    u32 arrived = 0;
+    int const most = blocks_together(meet_all, dim3(512), 0);
+    std::string const report = report_of(0, [&] {
+        launch_together(meet_all, dim3(static_cast<u32>(most) + 1), dim3(512), 0, nullptr,
+                        &arrived);
+    });
+    require(report.find("cannot be launched together") != std::string::npos, report);
+});
+
 // Blocks in places of those that have ended: tickets make any number of places do.
 __global__ void sum_before(u32* ticket, u32* flags, u32* sums) {
     u32* const place = reinterpret_cast<u32*>(dyn_smem());
