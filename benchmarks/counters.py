@@ -341,7 +341,11 @@ def wkv4_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:
         yield f"wkv4 {str(dtype)[6:]} forward", 1, forward
         given = (r, u, k, v, *no_state, states, None, grad, None, None)
         yield f"wkv4 {str(dtype)[6:]} backward", 1, partial(ops.wkv4_bwd, *given)
-        yield f"bi_wkv {str(dtype)[6:]} forward", 1, partial(ops.bi_wkv_fwd, r, u, k, v)
+        # One block a column, and segments that wait for each other.
+        for kind, multiprocessors in (("whole", 1), ("cut", 16)):
+            name = f"bi_wkv {kind} {str(dtype)[6:]}"
+            yield f"{name} forward", multiprocessors, partial(ops.bi_wkv_fwd, r, u, k, v)
+            yield f"{name} backward", multiprocessors, partial(ops.bi_wkv_bwd, r, u, k, v, grad)
 
 
 def selective_calls() -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -211,6 +211,9 @@ STABLE_TORCH_LIBRARY(LSM_NAMESPACE, m) {
         "wkv4_step(Tensor r, Tensor u, Tensor k, Tensor v, Tensor(a!) numerator, Tensor(b!) "
         "denominator, Tensor(c!) scale) -> Tensor");
     m.def("bi_wkv_fwd(Tensor r, Tensor u, Tensor k, Tensor v) -> Tensor");  // both directions
+    m.def(
+        "bi_wkv_bwd(Tensor r, Tensor u, Tensor k, Tensor v, Tensor grad_o) -> (Tensor dchannels, "
+        "Tensor dk, Tensor dv)");
 
     // What comes before the delta rules (params/delta_inputs.h), any of it: rows of unit length of q and k, [B,T,H,K] or
     // [B,H,K]; log decays of logits g [..,HV], or [..,HV,K] by_channel; strengths of logits beta [..]. A_log [HV] and

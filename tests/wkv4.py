@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from cases import DTYPES
 from checks import differentiate
 from inputs import Inputs, Tensors, boundaries, state_dtype
 from torch import Tensor
+
+from lsm_cuda import reference
 
 # T, D, rows or the dtype of cu_seqlens, of keys, carried states
 Shape = tuple[int, int, int | str, float, bool]
@@ -79,52 +81,38 @@ def results(call: Callable, x: Inputs, scale: Tensor | None) -> Tensors:
 
 
 def both_directions(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Vision-RWKV's attention by its definition, in fp64."""
-    w, u, k, v = (t.double() for t in (w, u, k, v))
+    """Vision-RWKV's attention by its definition."""
     T = k.shape[1]
-    distance = (torch.arange(T)[:, None] - torch.arange(T)).abs().double()
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).abs().to(w.dtype)
     logits = k[:, None] - ((distance - 1) / T)[..., None] * w
     logits = torch.where(torch.eye(T).bool()[..., None], (u + k)[:, None], logits)
     return torch.einsum("btsd,bsd->btd", logits.softmax(2), v)
 
 
-def recurrent_both(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same token after token in fp32, from either end, over the largest weight so far."""
-    w, u, k, v = (t.float() for t in (w, u, k, v))
-    B, T, D = k.shape
-
-    def merge(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-        top = torch.maximum(a[2], b[2])
-        x, y = (torch.exp(s[2] - top) for s in (a, b))
-        return [x * a[0] + y * b[0], x * a[1] + y * b[1], top]
-
-    def sums(order: range) -> list[list[Tensor]]:
-        state = [k.new_zeros(B, D), k.new_zeros(B, D), k.new_full((B, D), -torch.inf)]
-        found: list[list[Tensor]] = [[]] * T
-        for t in order:
-            found[t] = state
-            token = [v[:, t], torch.ones_like(v[:, t]), k[:, t]]
-            state = merge([state[0], state[1], state[2] - w / T], token)
-        return found
-
-    own = [v, torch.ones_like(v), k + u]
-    past, future = sums(range(T)), sums(range(T - 1, -1, -1))
-    rows = [merge(merge(past[t], [x[:, t] for x in own]), future[t]) for t in range(T)]
-    return torch.stack([row[0] / row[1] for row in rows], 1)
-
-
-def draw_both(T: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_both(T: int, D: int, name: str) -> Inputs:
     """Keys up to ±80; rates from none to what leaves nothing of the token before."""
-    generator = torch.Generator().manual_seed(T + D)
-    w = torch.rand(D, generator=generator) * 3 * T
+    rng = torch.Generator().manual_seed(T + D)
+    dtype = DTYPES[name]
+    wide = state_dtype(dtype)
+    w = torch.rand(D, generator=rng) * 3 * T
     w[::3], w[1::7] = 0, 100.0 * T
-    u = torch.randn(D, generator=generator)
-    k, v = torch.randn(2, 2, T, D, generator=generator)
-    return w, u, (30 * k).clamp(-80, 80).to(dtype), v.to(dtype)
+    k, v, grad_o = torch.randn(3, 2, T, D, generator=rng)
+    tensors = {"k": (30 * k).clamp(-80, 80).to(dtype), "v": v.to(dtype)}
+    tensors |= {"w": w.to(wide), "u": torch.randn(D, generator=rng).to(wide)}
+    return Inputs(tensors, grad_o=grad_o.to(dtype))
 
 
-def assert_both(got: Tensor, x: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """As near as a recurrence in fp32, and the rounding of the result."""
-    want = both_directions(*x)
-    off = 2 * (recurrent_both(*x) - want).abs().max().item() + 1e-6
-    torch.testing.assert_close(got.double(), want, atol=off, rtol=off + torch.finfo(x[2].dtype).eps)
+def both_results(call: Callable, x: Inputs) -> Tensors:
+    """Of ``call(w, u, k, v)``, and the gradients."""
+
+    def forward(y: Inputs) -> tuple[Tensor, None]:
+        o = call(*(y.tensors[n] for n in "wukv"))
+        return o if o.numel() else o + sum(0 * t.sum() for t in y.tensors.values()), None
+
+    return differentiate(forward, x)
+
+
+def both_expected(x: Inputs) -> tuple[Tensors, Tensors]:
+    """In fp64 by the definition, and in fp32 by the recurrence."""
+    truth = both_results(both_directions, x.map(lambda t: t.double()))
+    return truth, both_results(reference.bi_wkv, x.map(lambda t: t.float()))

@@ -14,11 +14,9 @@ struct Wkv4Task {
 };
 
 struct Wkv4Kernels {
-    // `tiles`: what all but forward need.
-    int64_t (*scratch_bytes)(Wkv4Params const& p, int64_t channels, bool tiles);
+    int64_t (*scratch_bytes)(Wkv4Params const& p, int64_t channels, bool backward);
     void (*forward)(Wkv4Params const& p, Wkv4Task const& task, void* scratch);
     void (*backward)(Wkv4Params const& p, Wkv4Task const& task, void* scratch);
-    void (*both)(Wkv4Params const& p, Wkv4Task const& task, void* scratch);  // directions
 };
 
 LSM_CPU_TABLES(Wkv4Kernels, wkv4_kernels)

@@ -12,62 +12,35 @@
 // No exponent is positive: a weight that a token was given is never more than the denominator that it was given in.
 #pragma once
 
-#include "numbers.h"
+#include "fading_sums.h"
 #include "wkv4_kernels.h"
 
 namespace lsm::cpu {
 namespace LSM_CPU_TIER {
 namespace {
 
-// Sums of two kinds over e^scale.
-template <class T>
-struct Sums {
-    Vector<T> numerator, denominator, scale;
-};
+template <class T, class In>
+struct Wkv4 : ChannelBlock<T, In> {
+    using Base = ChannelBlock<T, In>;
+    using Base::channels, Base::nothing, Base::p, Base::row, Base::set_row, Base::task, Base::token,
+        Base::vectors, Base::W;
+    using typename Base::Average;
+    using typename Base::V;
 
-// Two logarithms, on the scale of the larger one. Equal ones, -inf too, weigh 1.
-template <class T>
-struct Weights {
-    Vector<T> scale, first, second;
-
-    LSM_INLINE Weights(Vector<T> a, Vector<T> b) {
-        Vector<T> const one = splat<T>(1), d = a - b;
-        Vector<T> const small = a == b ? one : exp(d < 0 ? d : -d);
-        scale = d >= 0 ? a : b;
-        first = d >= 0 ? one : small, second = d >= 0 ? small : one;
-    }
-};
-
-template <class T>
-LSM_INLINE Sums<T> merge(Sums<T> const& a, Sums<T> const& b) {
-    Weights<T> const w(a.scale, b.scale);
-    return {w.first * a.numerator + w.second * b.numerator,
-            w.first * a.denominator + w.second * b.denominator, w.scale};
-}
-
-template <class T_, class In_>
-struct Wkv4 {
-    using T = T_;
-    using In = In_;
-    using V = Vector<T>;
-    static constexpr int W = kLanes<T>;
-
-    // Panels of a block: what channels have of their own, states, and for walks backwards those of a tile.
+    // Panels of a block: what channels have of their own, states, and in the backward those of a tile.
     struct Channel {
         V rate, bonus, rate_grad, bonus_grad;
         Sums<T> state, grad;
     };
 
-    static int64_t bytes(int64_t channels, bool tiles) {
+    static int64_t bytes(int64_t channels, bool backward) {
         int64_t const vectors = (channels + W - 1) / W;
         return vectors * int64_t(sizeof(Channel)) +
-               (tiles ? kWkv4Tile * vectors * int64_t(sizeof(Sums<T>)) : 0);
+               (backward ? kWkv4Tile * vectors * int64_t(sizeof(Sums<T>)) : 0);
     }
 
     Wkv4(Wkv4Params const& p, Wkv4Task const& task, void* scratch)
-        : p(p),
-          task(task),
-          vectors((task.c_end - task.c_begin + W - 1) / W),
+        : Base(p, task),
           channel(static_cast<Channel*>(scratch)),
           before(reinterpret_cast<Sums<T>*>(channel + vectors)) {
         channels([&](int64_t c, int64_t count, int64_t v) {
@@ -76,22 +49,6 @@ struct Wkv4 {
         });
     }
 
-    // f(c, count, index of the vector in the block)
-    template <class F>
-    LSM_INLINE void channels(F const& f) const {
-        int64_t c = task.c_begin, v = 0;
-        for (; c + W <= task.c_end; c += W, ++v) f(c, int64_t(W), v);
-        if (c < task.c_end) f(c, task.c_end - c, v);
-    }
-    LSM_INLINE V row(void const* data, int64_t c, int64_t count) const {
-        return read<Real<T>>(static_cast<T const*>(data) + c, count).re;
-    }
-    LSM_INLINE void set_row(void* data, int64_t c, int64_t count, V x) const {
-        write(static_cast<T*>(data) + c, Real<T>{x}, count);
-    }
-    In* token(Rows const& r, int64_t t) const {
-        return static_cast<In*>(r.data) + task.batch * r.batch + t * r.time;
-    }
     // The sequence's row of a tensor [N, D].
     template <class Any>
     Any* of_sequence(Any* states) const {
@@ -99,8 +56,6 @@ struct Wkv4 {
         return states == nullptr ? nullptr : static_cast<Number*>(states) + task.sequence * p.D;
     }
     T* tile(int64_t k) const { return static_cast<T*>(p.states) + (task.tile + k) * 3 * p.D; }
-
-    static Sums<T> nothing() { return {V{}, V{}, V{} - T(__builtin_inf())}; }
 
     void load_initial() const {
         void const* const numerator = of_sequence(p.initial_state);
@@ -114,23 +69,6 @@ struct Wkv4 {
         });
     }
 
-    LSM_INLINE static void step(Sums<T>& state, V rate, V k, V v) {
-        state.scale -= rate;
-        state = merge<T>(state, {v, splat<T>(1), k});
-    }
-
-    // A token's average: that of what was before it, and the token itself.
-    struct Average {
-        V own, denominator, o, scale;
-        LSM_INLINE Average(Sums<T> const& past, V logit, V v) {
-            Weights<T> const w(past.scale, logit);
-            own = w.second, scale = w.scale;
-            denominator = w.first * past.denominator + own;
-            o = (w.first * past.numerator + own * v) / denominator;
-        }
-    };
-
-    template <bool kOutputs>
     void forward() const {
         load_initial();
         for (int64_t t = task.begin; t < task.end; ++t) {
@@ -138,7 +76,7 @@ struct Wkv4 {
             T* const saved =
                 p.states != nullptr && i % kWkv4Tile == 0 ? tile(i / kWkv4Tile) : nullptr;
             In const *const k_row = token(p.a, t), *const v_row = token(p.x, t);
-            In* const o_row = kOutputs ? token(p.h, t) : nullptr;
+            In* const o_row = token(p.h, t);
             channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
                 Channel& own = channel[v];
                 if (saved != nullptr) {
@@ -148,9 +86,8 @@ struct Wkv4 {
                 }
                 V const k = read<Real<T>>(k_row + c, count).re;
                 V const x = read<Real<T>>(v_row + c, count).re;
-                if constexpr (kOutputs)
-                    write(o_row + c, Real<T>{Average(own.state, k + own.bonus, x).o}, count);
-                step(own.state, own.rate, k, x);
+                write(o_row + c, Real<T>{Average(own.state, k + own.bonus, x).o}, count);
+                add<T>(own.state, own.rate, {x, splat<T>(1), k});
             });
         }
         if (p.final_state == nullptr) return;
@@ -174,7 +111,8 @@ struct Wkv4 {
                                   : Sums<T>{row(numerator, c, count), row(denominator, c, count),
                                             -row(scale, c, count)};
         });
-        for (int64_t k = tiles(); k-- > 0;) tile_backward(k);
+        for (int64_t k = (task.end - task.begin + kWkv4Tile - 1) / kWkv4Tile; k-- > 0;)
+            tile_backward(k);
         store_initial_grads();
         T* const grads = static_cast<T*>(task.channel_grad);
         channels([&](int64_t c, int64_t count, int64_t v) {
@@ -183,53 +121,23 @@ struct Wkv4 {
         });
     }
 
-    int64_t tiles() const { return (task.end - task.begin + kWkv4Tile - 1) / kWkv4Tile; }
-    int64_t tile_begin(int64_t k) const { return task.begin + k * kWkv4Tile; }
-    int64_t tile_tokens(int64_t k) const { return min_of(kWkv4Tile, task.end - tile_begin(k)); }
-
-    // The states before every token of a tile.
-    void make_past(int64_t k) const {
-        int64_t const begin = tile_begin(k);
+    void tile_backward(int64_t k) const {
+        int64_t const begin = task.begin + k * kWkv4Tile;
+        int64_t const tokens = min_of(kWkv4Tile, task.end - begin);
         T const* const saved = tile(k);
         channels([&](int64_t c, int64_t count, int64_t v) {
             channel[v].state = {row(saved, c, count), row(saved + p.D, c, count),
                                 row(saved + 2 * p.D, c, count)};
         });
-        for (int64_t i = 0; i < tile_tokens(k); ++i) {
+        for (int64_t i = 0; i < tokens; ++i) {
             In const *const k_row = token(p.a, begin + i), *const v_row = token(p.x, begin + i);
             channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
                 before[i * vectors + v] = channel[v].state;
-                step(channel[v].state, channel[v].rate, read<Real<T>>(k_row + c, count).re,
-                     read<Real<T>>(v_row + c, count).re);
+                add<T>(channel[v].state, channel[v].rate,
+                       {read<Real<T>>(v_row + c, count).re, splat<T>(1),
+                        read<Real<T>>(k_row + c, count).re});
             });
         }
-    }
-
-    // What precedes a token, and what follows it, which `grad` adds up.
-    void both() const {
-        forward<false>();
-        channels([&](int64_t, int64_t, int64_t v) { channel[v].grad = nothing(); });
-        for (int64_t k = tiles(); k-- > 0;) {
-            make_past(k);
-            for (int64_t i = tile_tokens(k); i-- > 0;) {
-                int64_t const t = tile_begin(k) + i;
-                In const *const k_row = token(p.a, t), *const v_row = token(p.x, t);
-                In* const o_row = token(p.h, t);
-                channels([&](int64_t c, int64_t count, int64_t v) __attribute__((always_inline)) {
-                    Channel& own = channel[v];
-                    V const k_t = read<Real<T>>(k_row + c, count).re;
-                    V const x = read<Real<T>>(v_row + c, count).re;
-                    Sums<T> const others = merge<T>(before[i * vectors + v], own.grad);
-                    write(o_row + c, Real<T>{Average(others, k_t + own.bonus, x).o}, count);
-                    step(own.grad, own.rate, k_t, x);
-                });
-            }
-        }
-    }
-
-    void tile_backward(int64_t k) const {
-        make_past(k);
-        int64_t const begin = tile_begin(k), tokens = tile_tokens(k);
         for (int64_t i = tokens; i-- > 0;) {
             In const *const k_row = token(p.a, begin + i), *const v_row = token(p.x, begin + i);
             In const* const grad_row = token(p.grad_h, begin + i);
@@ -272,9 +180,6 @@ struct Wkv4 {
         });
     }
 
-    Wkv4Params const& p;
-    Wkv4Task const& task;
-    int64_t vectors;
     Channel* channel;
     Sums<T>* before;  // [kWkv4Tile][vectors]
 };
@@ -286,29 +191,23 @@ void with_wkv4(Wkv4Params const& p, Run const& run) {
     });
 }
 
-int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool tiles) {
+int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool backward) {
     int64_t bytes = 0;
-    with_wkv4(p, [&](auto type) { bytes = decltype(type)::type::bytes(channels, tiles); });
+    with_wkv4(p, [&](auto type) { bytes = decltype(type)::type::bytes(channels, backward); });
     return bytes;
 }
 
 void wkv4_forward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_wkv4(p, [&](auto type) {
-        typename decltype(type)::type(p, task, scratch).template forward<true>();
-    });
+    with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).forward(); });
 }
 
 void wkv4_backward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
     with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).backward(); });
 }
 
-void wkv4_both(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).both(); });
-}
-
 }  // namespace
 
-constinit Wkv4Kernels const wkv4_kernels{wkv4_scratch, wkv4_forward, wkv4_backward, wkv4_both};
+constinit Wkv4Kernels const wkv4_kernels{wkv4_scratch, wkv4_forward, wkv4_backward};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

@@ -87,7 +87,7 @@ Arguments pad_all(Arguments const& in, int64_t columns) {
 // Puts every argument into the layout of the kernels; the tensors live in `in`.
 Wkv4Params prepare(Arguments& in, bool one_token) {
     in.k = kernel_layout(in.k), in.v = kernel_layout(in.v);
-    in.r = as_contiguous(in.r), in.u = as_contiguous(in.u);
+    in.r = kernel_layout(in.r), in.u = kernel_layout(in.u);
     for (auto* t : {&in.state.numerator, &in.state.denominator, &in.state.scale, &in.cu_seqlens})
         *t = contiguous_or_none(*t);
     Wkv4Params p{};
@@ -216,22 +216,49 @@ Backward backward_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor c
 }
 
 // Both directions.
-Tensor both(Checks const& c, Arguments in) {
+Tensor both_forward(Checks const& c, Arguments in) {
     check_inputs(c, in, false);
     if (int64_t const columns = missing_channels(in); columns != 0)
-        return cut_channels(both(c, pad_all(in, columns)), in.k.size(2));
+        return cut_channels(both_forward(c, pad_all(in, columns)), in.k.size(2));
     Wkv4Params p = prepare(in, false);
     DeviceScope const scope(in.k);
     Tensor o = empty({p.B, p.T, p.D}, in.v.scalar_type(), in.k);
-    Tensor const states = empty({wkv4_tiles(p) * 3 * p.D}, state_type(in.k), in.k);
-    p.h = token_rows(o), p.states = const_cast<void*>(states.const_data_ptr());
+    p.h = token_rows(o);
     Scratch const scratch(bi_wkv_fwd_workspace(p), in.k);
     bi_wkv_fwd(p, scratch.data(), scope.stream());
     return o;
 }
 
-Tensor both_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor const& v) {
-    return both(Checks("bi_wkv_fwd"), {r, u, k, v, {}, {}});
+Tensor both_forward_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor const& v) {
+    return both_forward(Checks("bi_wkv_fwd"), {r, u, k, v, {}, {}});
+}
+
+using BothGradients = std::tuple<Tensor, Tensor, Tensor>;
+
+BothGradients both_backward(Checks const& c, Arguments in, Tensor const& grad_o) {
+    check_inputs(c, in, false);
+    check_tokens(c, grad_o, "grad_o", in.k);
+    if (int64_t const columns = missing_channels(in); columns != 0) {
+        int64_t const D = in.k.size(2);
+        auto [channels, dk, dv] = both_backward(c, pad_all(in, columns), pad_last(grad_o, columns));
+        return {cut(channels, D), cut(dk, D), cut(dv, D)};
+    }
+    Wkv4Params p = prepare(in, false);
+    DeviceScope const scope(in.k);
+    Tensor const grad_rows = kernel_layout(grad_o);
+    auto const tokens = [&] { return empty({p.B, p.T, p.D}, in.k.scalar_type(), in.k); };
+    Tensor channels = empty({2, p.D}, state_type(in.k), in.k), dk = tokens(), dv = tokens();
+    p.grad_h = token_rows(grad_rows);
+    p.da = token_rows(dk), p.dx = token_rows(dv);
+    p.channel_grad = channels.mutable_data_ptr();
+    Scratch const scratch(bi_wkv_bwd_workspace(p), in.k);
+    bi_wkv_bwd(p, scratch.data(), scope.stream());
+    return {channels, dk, dv};
+}
+
+BothGradients both_backward_op(Tensor const& r, Tensor const& u, Tensor const& k, Tensor const& v,
+                               Tensor const& grad_o) {
+    return both_backward(Checks("bi_wkv_bwd"), {r, u, k, v, {}, {}}, grad_o);
 }
 
 // A forward over one token that starts and ends in the same memory.
@@ -280,5 +307,6 @@ STABLE_TORCH_LIBRARY_IMPL(LSM_NAMESPACE, LSM_DISPATCH_KEY, m) {
     m.impl("wkv4_fwd", TORCH_BOX(&lsm::forward_op));
     m.impl("wkv4_bwd", TORCH_BOX(&lsm::backward_op));
     m.impl("wkv4_step", TORCH_BOX(&lsm::step_op));
-    m.impl("bi_wkv_fwd", TORCH_BOX(&lsm::both_op));
+    m.impl("bi_wkv_fwd", TORCH_BOX(&lsm::both_forward_op));
+    m.impl("bi_wkv_bwd", TORCH_BOX(&lsm::both_backward_op));
 }

@@ -28,12 +28,6 @@ struct Wkv4Params : ScanParams {
     void* grad_initial_denominator = nullptr;
 };
 
-// Both directions (bi_wkv_fwd): A'_t is the same sum of what follows a token,
-//
-//     o_t = (A_{t-1} + e^{u + k_t} v_t + A'_{t+1}) / (B_{t-1} + e^{u + k_t} + B'_{t+1})
-//
-// without states at the ends; `states` is where one walk leaves what the other takes up.
-
 constexpr int64_t kWkv4Tile = 32;
 
 // Of all sequences; packed ones have room for one more each.
@@ -47,7 +41,15 @@ int64_t wkv4_fwd_workspace(Wkv4Params const& p);
 int64_t wkv4_bwd_workspace(Wkv4Params const& p);
 void wkv4_fwd(Wkv4Params const& p, void* workspace, void* stream);
 void wkv4_bwd(Wkv4Params const& p, void* workspace, void* stream);
+
+// Both directions (bi_wkv): A'_t is the same sum of what follows a token,
+//
+//     o_t = (A_{t-1} + e^{u + k_t} v_t + A'_{t+1}) / (B_{t-1} + e^{u + k_t} + B'_{t+1})
+//
+// without states at the ends.
 int64_t bi_wkv_fwd_workspace(Wkv4Params const& p);
+int64_t bi_wkv_bwd_workspace(Wkv4Params const& p);
 void bi_wkv_fwd(Wkv4Params const& p, void* workspace, void* stream);
+void bi_wkv_bwd(Wkv4Params const& p, void* workspace, void* stream);
 
 }  // namespace lsm

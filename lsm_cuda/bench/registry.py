@@ -273,7 +273,18 @@ ROWS = (
         inputs={"w": "D", "u": "D", "k": "B T D", "v": "B T D"},
         qkv=(),
         output="B T D",
-        state=("N D", "N D", "N D"),
+        state=("N D",) * 3,
+        engine="scan",
+    ),
+    Op(
+        name="bi_wkv",
+        chunk="bi_wkv",
+        step="",  # a token needs what follows it
+        reference="bi_wkv",
+        inputs={"w": "D", "u": "D", "k": "B T D", "v": "B T D"},
+        qkv=(),
+        output="B T D",
+        state=("N D",) * 6,  # from either side
         engine="scan",
     ),
     Op(

@@ -6,11 +6,8 @@ positive; csrc/params/wkv4.h has the recurrence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._common import (
     accumulation_dtype,
@@ -21,10 +18,8 @@ from ._common import (
     check_rank,
     check_shape,
     check_state,
-    functional,
     no_double_backward,
 )
-from .scan import scan
 
 __all__ = ["aft_full", "aft_simple", "bi_wkv", "wkv4", "wkv4_step"]
 
@@ -88,12 +83,36 @@ def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError(no_double_backward("wkv4_bwd"))
 
 
-def _both_fake(*inputs):  # type: ignore[no-untyped-def]
+def _both_fwd_fake(*inputs):  # type: ignore[no-untyped-def]
     _check_devices("bi_wkv_fwd", inputs[2], inputs)
     return inputs[3].new_empty(inputs[3].shape)
 
 
-torch.library.register_fake("lsm::bi_wkv_fwd")(_both_fake)
+def _both_bwd_fake(*inputs):  # type: ignore[no-untyped-def]
+    r, _, k, v, _ = inputs
+    _check_devices("bi_wkv_bwd", k, inputs[:4])
+    return r.new_empty((2, k.shape[2])), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _both_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _both_backward(ctx, grad_o):  # type: ignore[no-untyped-def]
+    channels, dk, dv = torch.ops.lsm.bi_wkv_bwd(*ctx.saved_tensors, grad_o)
+    return channels[0], channels[1], dk, dv
+
+
+def _refuse_both_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(no_double_backward("bi_wkv_bwd"))
+
+
+torch.library.register_fake("lsm::bi_wkv_fwd")(_both_fwd_fake)
+torch.library.register_fake("lsm::bi_wkv_bwd")(_both_bwd_fake)
+torch.library.register_autograd(
+    "lsm::bi_wkv_fwd", _both_backward, setup_context=_both_setup_context
+)
+torch.library.register_autograd("lsm::bi_wkv_bwd", _refuse_both_double_backward)
 torch.library.register_fake("lsm::wkv4_fwd")(_fwd_fake)
 torch.library.register_fake("lsm::wkv4_bwd")(_bwd_fake)
 torch.library.register_fake("lsm::wkv4_step")(_step_fake)
@@ -272,39 +291,6 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = True) ->
     return (q.double().sigmoid() * o).to(v.dtype)
 
 
-def _is_differentiated(*tensors: Tensor) -> bool:
-    """Or transformed."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    return not torch.compiler.is_compiling() and (functional() or forward_ad._current_level >= 0)
-
-
-class _Sums(NamedTuple):
-    """Numerator and denominator over e^scale."""
-
-    numerator: Tensor
-    denominator: Tensor
-    scale: Tensor
-
-
-def _sums(k: Tensor, v: Tensor, rate: Tensor) -> _Sums:
-    """What precedes every token, by two scans, on the scale of a running maximum of ``k_i - (t - i)
-    r`` found as a cumulative one of ``k_i + i r``; the result does not depend on it, so it has no
-    gradient."""
-    age = torch.arange(k.shape[1], device=k.device, dtype=torch.double)[:, None]
-    age = age * rate.detach().double()
-    x = (k.detach().double() + age).movedim(1, -1).contiguous()
-    after = x.cummax(-1).values.movedim(-1, 1) - age
-    before = torch.cat([after[:, :1] - torch.inf, after[:, :-1]], 1)
-    weight = torch.exp((k.detach().double() - after).to(rate.dtype) + (k - k.detach()))
-    # what is before the first token is nothing, at any decay
-    change = torch.where(before == -torch.inf, 0.0, before - rate.detach().double() - after)
-    gate = change.to(rate.dtype) + (rate.detach() - rate)  # the gradient of the rate, and only that
-    sums = (scan(x, gate, log=True)[0] for x in (weight * v, weight))
-    top, bottom = (torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1) for h in sums)
-    return _Sums(top, bottom, before.to(rate.dtype))
-
-
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     r"""Vision-RWKV's attention: :func:`wkv4` in both directions, distances relative to T.
 
@@ -319,10 +305,10 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ``o [B, T, D]`` in the dtype of v.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit.
+        RuntimeError: a shape, dtype or device that does not fit, or a gradient of a gradient.
 
-    Note: two walks over k and v, one in each direction, of which the second writes o; where
-        gradients are asked for, a composition of scans, differentiable to any order.
+    Note: k and v are read once, by blocks that tell each other what they have to either side; the
+        backward needs nothing else but the gradient of o.
 
     Source: Vision-RWKV, arXiv:2403.02308, eq. 2.
 
@@ -337,17 +323,6 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if T == 0:
         return v.clone()
-    rate = w.to(wide) / T
-    if not _is_differentiated(w, u, k, v):
-        o: Tensor = torch.ops.lsm.bi_wkv_fwd(rate, u.to(wide), k.to(dtype), v.to(dtype))
-        return o.to(v.dtype)
-    logit, x = k.to(wide), v.to(wide)
-    future = _Sums(*(s.flip(1) for s in _sums(logit.flip(1), x.flip(1), rate)))
-    logit = logit + u.to(wide)
-    own = torch.exp(logit - logit.detach())
-    parts = (_sums(k.to(wide), x, rate), future, _Sums(own * x, own, logit.detach()))
-    scale = torch.stack([part.scale for part in parts]).amax(0)
-    weights = [torch.exp(part.scale - scale) for part in parts]
-    top = sum(w * part.numerator for w, part in zip(weights, parts, strict=True))
-    bottom = sum(w * part.denominator for w, part in zip(weights, parts, strict=True))
-    return (top / bottom).to(v.dtype)  # type: ignore[union-attr]
+    check_no_forward_ad("bi_wkv", w=w, u=u, k=k, v=v)
+    o: Tensor = torch.ops.lsm.bi_wkv_fwd(w.to(wide) / T, u.to(wide), k.to(dtype), v.to(dtype))
+    return o.to(v.dtype)

@@ -44,6 +44,7 @@ from .delta import (
 )
 from .kv_cache import attention_decode, kv_cache_update
 from .scan import (
+    bi_wkv,
     causal_conv1d,
     rg_lru,
     scan,
@@ -57,6 +58,7 @@ __all__ = [
     "abc",
     "attention_decode",
     "based",
+    "bi_wkv",
     "bidirectional_linear_attention",
     "block_choice",
     "block_pool",

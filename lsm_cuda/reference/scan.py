@@ -145,6 +145,44 @@ def wkv4(
     return o, final  # type: ignore[return-value]
 
 
+def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    r"""Vision-RWKV's average over all tokens: weights ``e^{k_i - (|t-i|-1) w / T}`` of the others,
+    ``e^{u + k_t}`` of the token itself; by a recurrence from either end.
+
+    Args:
+        w, u (Tensor): ``[D]``.
+        k, v (Tensor): ``[B, T, D]``.
+
+    Returns:
+        ``o [B, T, D]``.
+
+    Source: Vision-RWKV, arXiv:2403.02308, eq. 2.
+    """
+
+    def merge(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over e^m, m the larger one's; no gradient, as nothing depends on it."""
+        m = torch.maximum(a[2], b[2]).detach()
+        x, y = (torch.exp(s[2] - m) for s in (a, b))
+        return [x * a[0] + y * b[0], x * a[1] + y * b[1], m]
+
+    T = k.shape[1]
+    token = [v, torch.ones_like(v), k]
+
+    def sums(order: Sequence[int]) -> dict[int, list[Tensor]]:
+        """What was met before each token."""
+        zeros = k.new_zeros(k.shape[0], k.shape[2])
+        state, found = [zeros, zeros, zeros - torch.inf], {}
+        for t in order:
+            found[t] = state
+            state = merge([*state[:2], state[2] - w / T], [x[:, t] for x in token])
+        return found
+
+    past, future = sums(range(T)), sums(range(T - 1, -1, -1))
+    own = [*token[:2], k + u]
+    rows = [merge(merge(past[t], [x[:, t] for x in own]), future[t]) for t in range(T)]
+    return torch.stack([a / b for a, b, _ in rows], 1) if rows else torch.empty_like(v)
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,

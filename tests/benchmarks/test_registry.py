@@ -15,11 +15,8 @@ from lsm_cuda.bench.peers import ours
 from lsm_cuda.bench.registry import OPS, ROWS, SETS, Shape, cells, sets
 
 BF16, F32 = torch.bfloat16, torch.float32
-# Two halves of what block_select does in one launch; Mamba-2's whole sequences in bf16 on CUDA;
-# what has no reference but its definition.
-ELSEWHERE = {
-    f"lsm::{op}" for op in ("block_scores", "block_topk", "ssd_fwd", "ssd_bwd", "bi_wkv_fwd")
-}
+# Two halves of what block_select does in one launch; Mamba-2's whole sequences in bf16 on CUDA.
+ELSEWHERE = {f"lsm::{op}" for op in ("block_scores", "block_topk", "ssd_fwd", "ssd_bwd")}
 
 
 class Calls(TorchDispatchMode):

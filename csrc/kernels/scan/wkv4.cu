@@ -1,22 +1,10 @@
 // RWKV-4's running average as passes of the scan engine's stream (docs/kernels/scan.md; equations of the backward in
 // csrc/cpu/wkv4_tier.h). Logarithms are to base 2 in here, and in the states that the forward leaves for the backward.
-#include <algorithm>
-
 #include "kernels/scan/passes.cuh"
+#include "kernels/scan/weights.cuh"
 #include "params/wkv4.h"
 
 namespace lsm::scan_kernel {
-
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
-// Two logarithms, on the scale of the larger one. Equal ones, -inf too, weigh 1.
-struct Weights {
-    float scale, first, second;
-};
-LSM_DEVICE Weights weigh(float a, float b) {
-    float const d = a - b, small = a == b ? 1.f : exp2_approx(-fabsf(d));
-    return d >= 0.f ? Weights{a, 1.f, small} : Weights{b, small, 1.f};
-}
 
 // Sums over e^scale, which fade on their way.
 struct FadingSums {
@@ -60,14 +48,8 @@ struct Wkv4Pass {
     static constexpr bool kRecomputes = kRecomputes_;
     static constexpr int kChannelSums = 0;
 
-    static constexpr int kFirst = kInputs - 2;  // k and v come last
-
     float rate[kLane], bonus[kLane];
 
-    template <int I>
-    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
-        return I < kFirst ? p.grad_h : I == kFirst ? p.a : p.x;
-    }
     LSM_DEVICE void load_channels(Wkv4Params const& p, i64 channel, bool inside) {
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) {
@@ -98,14 +80,17 @@ struct Wkv4Pass {
 
 // ---- Forward ----
 
-// kOutputs: or states alone.
-template <class T, bool kOutputs>
-struct Wkv4Walk : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
+template <class T>
+struct Wkv4Forward : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
     using Base = Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false>;
     using Base::kLane;
     using typename Base::Aggregate;
     using typename Base::State;
 
+    template <int I>
+    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
+        return I == 0 ? p.a : p.x;
+    }
     LSM_DEVICE static int direction(Wkv4Params const&) { return 1; }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
@@ -160,14 +145,12 @@ struct Wkv4Walk : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
                 store_global(to + p.D, state[j].denominator);
                 store_global(to + 2 * p.D, state[j].scale);
             }
-            if constexpr (kOutputs) {
-                Weights const w = weigh(state[j].scale, e.k[j] + this->bonus[j]);
-                o[j] = __fdividef(fmaf(w.first, state[j].numerator, w.second * e.v[j]),
-                                  fmaf(w.first, state[j].denominator, w.second));
-            }
+            Weights const w = weigh(state[j].scale, e.k[j] + this->bonus[j]);
+            o[j] = __fdividef(fmaf(w.first, state[j].numerator, w.second * e.v[j]),
+                              fmaf(w.first, state[j].denominator, w.second));
             FadingSums::apply(state[j], aggregate(e, j));
         }
-        if (inside && kOutputs) Base::store_token(p.h, walk.segment.batch, token, channel, o);
+        if (inside) Base::store_token(p.h, walk.segment.batch, token, channel, o);
     }
     LSM_DEVICE static void poison(Wkv4Params const& p, i64 batch, i64 token, i64 channel) {
         float nan[kLane];
@@ -182,164 +165,23 @@ struct Wkv4Walk : Wkv4Pass<T, 2, sizeof(T) == 2 ? 8 : 4, false> {
     }
 };
 
-template <class T>
-using Wkv4Forward = Wkv4Walk<T, true>;
-template <class T>
-using Wkv4States = Wkv4Walk<T, false>;
-
-// ---- Backwards along the sequence, with the states before every token ----
-
-// Made again tile by tile, from those that a forward kept.
-template <class T, int kInputs>
-struct Wkv4Past : Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true> {
-    using Base = Wkv4Pass<T, kInputs, kWkv4Tile / kWarps, true>;
-    using Base::kFirst;
-    using Base::kLane;
-    using Base::kTokens;
-    using typename Base::Aggregate;
-    using typename Base::State;
-
-    State ahead[kLane];  // before the next tile, asked for early by the warp that walks it first
-
-    LSM_DEVICE static int direction(Wkv4Params const&) { return -1; }
-    LSM_DEVICE void begin(Wkv4Params const& p, Walk const& walk, i64 channel, bool inside) {
-        Base::load_channels(p, channel, inside);
-        look_ahead(p, walk, 0, channel, inside);
-    }
-    LSM_DEVICE void look_ahead(Wkv4Params const& p, Walk const& walk, i64 tile, i64 channel,
-                               bool inside) {
-        i64 const whole = (walk.length + kWkv4Tile - 1) / kWkv4Tile * kWkv4Tile;
-        i64 const first = whole - (tile + 1) * kWkv4Tile;  // of the tile, in the segment
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) {
-            ahead[j] = FadingSums::nothing();
-            if (!inside || first < 0 || threadIdx.x / 32 != kWarps - 1) continue;
-            float const* const from = Base::saved(p, walk, walk.segment.t0 + first, channel + j);
-            ahead[j] = {load_global(from + 2 * p.D), load_global(from), load_global(from + p.D)};
-        }
-    }
-
-    // f(i, k, v, states before it, row) for the warp's positions, the earliest first; a tile's last row is that.
-    template <class P, class Self, class Outside, class F>
-    LSM_DEVICE void each_past(Self const& self, char const* stage, i64 tile, Outside const& outside,
-                              F const& f) {
-        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        i64 const channel = self.column + lane * kLane;
-        State state[kLane];
-        Aggregate mine[kLane];
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) {
-            state[j] = ahead[j];
-            mine[j] = {0.f, state[j].scale, state[j].numerator, state[j].denominator};
-        }
-        look_ahead(self.p, self.walk, tile + 1, channel, channel < self.p.D);
-        float k[kLane], v[kLane];
-        auto const row = [&](int i) { return TileRow<P>{stage, warp * kTokens + i}; };
-        auto const read = [&](int i) {
-            row(i).template read<kFirst>(k), row(i).template read<kFirst + 1>(v);
-        };
-        auto const aggregate = [&](int j) {
-            return Aggregate{this->rate[j], kLog2e * k[j], v[j], 1.f};
-        };
-        LSM_UNROLL
-        for (int i = kTokens; i-- > 0;) {
-            if (outside(i)) continue;
-            read(i);
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) FadingSums::combine(mine[j], aggregate(j));
-        }
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j)
-            self.second_carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
-        __syncthreads();
-        for (int w = kWarps; --w > warp;) {
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j)
-                FadingSums::apply(state[j], self.second_carry()[(j * kWarps + w) * 32 + lane]);
-        }
-        LSM_UNROLL
-        for (int i = kTokens; i-- > 0;) {
-            if (outside(i)) continue;
-            read(i);
-            f(i, k, v, state, row(i));
-            LSM_UNROLL
-            for (int j = 0; j < kLane; ++j) FadingSums::apply(state[j], aggregate(j));
-        }
-    }
-};
-
-// What precedes a token, and what follows it, which the walk adds up.
-template <class T>
-struct BiWkvForward : Wkv4Past<T, 2> {
-    using Base = Wkv4Past<T, 2>;
-    using Base::kLane;
-    using Base::kTokens;
-    using typename Base::Aggregate;
-    using typename Base::State;
-
-    LSM_DEVICE static void start(Wkv4Params const&, i64, i64, State (&)[kLane]) {}
-    LSM_DEVICE static void end(Wkv4Params const&, i64, i64, State const (&)[kLane]) {}
-
-    struct Element {
-        State past[kLane];  // with the token itself
-        float k[kLane], v[kLane];
-    };
-    template <class Self, class Outside>
-    LSM_DEVICE void recompute(Self const& self, char const* stage, i64 tile, Outside const& outside,
-                              Element (&element)[kTokens]) {
-        Base::template each_past<BiWkvForward>(
-            self, stage, tile, outside,
-            [&](int i, float const(&k)[kLane], float const(&v)[kLane], State const(&past)[kLane],
-                auto const&) {
-                LSM_UNROLL
-                for (int j = 0; j < kLane; ++j) {
-                    float const logit = fmaf(kLog2e, k[j], this->bonus[j]);
-                    element[i].past[j] = past[j];
-                    FadingSums::apply(element[i].past[j], {0.f, logit, v[j], 1.f});
-                }
-            });
-    }
-    template <class Row>
-    LSM_DEVICE void read(Row const& row, Walk const&, i64, Element& e) const {
-        row.template read<0>(e.k), row.template read<1>(e.v);
-    }
-    LSM_DEVICE Aggregate aggregate(float k, float v, int j) const {
-        return {this->rate[j], kLog2e * k, v, 1.f};
-    }
-    LSM_DEVICE void fold(Aggregate& sum, Element const& e, int j) const {
-        FadingSums::combine(sum, aggregate(e.k[j], e.v[j], j));
-    }
-    template <class Row>
-    LSM_DEVICE void step(Wkv4Params const& p, Walk const& walk, Row const& row, i64, i64 token,
-                         i64 channel, bool inside, Element const& e, State (&future)[kLane]) const {
-        float k[kLane], v[kLane], o[kLane];  // read again rather than kept
-        row.template read<0>(k), row.template read<1>(v);
-        LSM_UNROLL
-        for (int j = 0; j < kLane; ++j) {
-            State const& past = e.past[j];
-            Weights const w = weigh(past.scale, future[j].scale);
-            o[j] = __fdividef(fmaf(w.first, past.numerator, w.second * future[j].numerator),
-                              fmaf(w.first, past.denominator, w.second * future[j].denominator));
-            FadingSums::apply(future[j], aggregate(k[j], v[j], j));
-        }
-        if (inside) Base::store_token(p.h, walk.segment.batch, token, channel, o);
-    }
-    LSM_DEVICE static void poison(Wkv4Params const&, i64, i64, i64) {}
-    LSM_DEVICE static void poison_ends(Wkv4Params const&, i64, i64, void*, i64) {}
-};
-
 // ---- Backward ----
 
 // The walk is over the sums GA and GB; a tile's averages are made again first.
 template <class T>
-struct Wkv4Backward : Wkv4Past<T, 3> {
-    using Base = Wkv4Past<T, 3>;
+struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
+    using Base = Wkv4Pass<T, 3, kWkv4Tile / kWarps, true>;
     using Base::kLane;
     using Base::kTokens;
     using typename Base::Aggregate;
     using typename Base::State;
     static constexpr int kChannelSums = 2;  // of the rate and the bonus
 
+    template <int I>
+    LSM_DEVICE static Rows rows(Wkv4Params const& p) {
+        return I == 0 ? p.grad_h : I == 1 ? p.a : p.x;
+    }
+    LSM_DEVICE static int direction(Wkv4Params const&) { return -1; }
     LSM_DEVICE static void start(Wkv4Params const& p, i64 sequence, i64 channel,
                                  State (&state)[kLane]) {
         if (p.grad_final_state == nullptr) return;
@@ -370,35 +212,82 @@ struct Wkv4Backward : Wkv4Past<T, 3> {
         float scale[kLane], q[kLane], qo[kLane];
     };
     float sum_rate[kLane], sum_bonus[kLane];
+    State ahead[kLane];  // before the next tile, asked for early by the warp that walks it first
 
     LSM_DEVICE void begin(Wkv4Params const& p, Walk const& walk, i64 channel, bool inside) {
+        Base::load_channels(p, channel, inside);
         LSM_UNROLL
         for (int j = 0; j < kLane; ++j) sum_rate[j] = sum_bonus[j] = 0.f;
-        Base::begin(p, walk, channel, inside);
+        look_ahead(p, walk, 0, channel, inside);
+    }
+    LSM_DEVICE void look_ahead(Wkv4Params const& p, Walk const& walk, i64 tile, i64 channel,
+                               bool inside) {
+        i64 const whole = (walk.length + kWkv4Tile - 1) / kWkv4Tile * kWkv4Tile;
+        i64 const first = whole - (tile + 1) * kWkv4Tile;  // of the tile, in the segment
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j) {
+            ahead[j] = FadingSums::nothing();
+            if (!inside || first < 0 || threadIdx.x / 32 != kWarps - 1) continue;
+            float const* const from = Base::saved(p, walk, walk.segment.t0 + first, channel + j);
+            ahead[j] = {load_global(from + 2 * p.D), load_global(from), load_global(from + p.D)};
+        }
     }
 
+    // A tile's last row is its earliest position.
     template <class Self, class Outside>
     LSM_DEVICE void recompute(Self const& self, char const* stage, i64 tile, Outside const& outside,
                               Element (&element)[kTokens]) {
-        Base::template each_past<Wkv4Backward>(
-            self, stage, tile, outside,
-            [&](int i, float const(&k)[kLane], float const(&v)[kLane], State const(&past)[kLane],
-                auto const& row) {
-                float dy[kLane];
-                row.template read<0>(dy);
-                LSM_UNROLL
-                for (int j = 0; j < kLane; ++j) {
-                    Weights const w = weigh(past[j].scale, fmaf(kLog2e, k[j], this->bonus[j]));
-                    float const inverse =
-                        __fdividef(1.f, fmaf(w.first, past[j].denominator, w.second));
-                    float const q = dy[j] * inverse;
-                    element[i].past[j] = past[j];
-                    element[i].scale[j] = w.scale;
-                    element[i].q[j] = q;
-                    element[i].qo[j] =
-                        q * fmaf(w.first, past[j].numerator, w.second * v[j]) * inverse;
-                }
-            });
+        int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        i64 const channel = self.column + lane * kLane;
+        State state[kLane];
+        Aggregate mine[kLane];
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j) {
+            state[j] = ahead[j];
+            mine[j] = {0.f, state[j].scale, state[j].numerator, state[j].denominator};
+        }
+        look_ahead(self.p, self.walk, tile + 1, channel, channel < self.p.D);
+        float k[kLane], v[kLane], dy[kLane];
+        auto const read = [&](int i) {
+            TileRow<Wkv4Backward> const row{stage, warp * kTokens + i};
+            row.template read<0>(dy), row.template read<1>(k), row.template read<2>(v);
+        };
+        auto const aggregate = [&](int j) {
+            return Aggregate{this->rate[j], kLog2e * k[j], v[j], 1.f};
+        };
+        LSM_UNROLL
+        for (int i = kTokens; i-- > 0;) {
+            if (outside(i)) continue;
+            read(i);
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) FadingSums::combine(mine[j], aggregate(j));
+        }
+        LSM_UNROLL
+        for (int j = 0; j < kLane; ++j)
+            self.second_carry()[(j * kWarps + warp) * 32 + lane] = mine[j];
+        __syncthreads();
+        for (int w = kWarps; --w > warp;) {
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j)
+                FadingSums::apply(state[j], self.second_carry()[(j * kWarps + w) * 32 + lane]);
+        }
+        LSM_UNROLL
+        for (int i = kTokens; i-- > 0;) {
+            if (outside(i)) continue;
+            read(i);
+            LSM_UNROLL
+            for (int j = 0; j < kLane; ++j) {
+                Weights const w = weigh(state[j].scale, fmaf(kLog2e, k[j], this->bonus[j]));
+                float const inverse =
+                    __fdividef(1.f, fmaf(w.first, state[j].denominator, w.second));
+                float const q = dy[j] * inverse;
+                element[i].past[j] = state[j];
+                element[i].scale[j] = w.scale;
+                element[i].q[j] = q;
+                element[i].qo[j] = q * fmaf(w.first, state[j].numerator, w.second * v[j]) * inverse;
+                FadingSums::apply(state[j], aggregate(j));
+            }
+        }
     }
     template <class Row>
     LSM_DEVICE void read(Row const&, Walk const&, i64, Element&) const {}
@@ -491,16 +380,6 @@ void wkv4_fwd(Wkv4Params const& p, void* workspace, void* stream) {
 
 void wkv4_bwd(Wkv4Params const& p, void* workspace, void* stream) {
     run_typed<Wkv4Backward>(p, workspace, stream);
-}
-
-int64_t bi_wkv_fwd_workspace(Wkv4Params const& p) {
-    return 256 + std::max(run_typed<Wkv4States>(p, nullptr, nullptr),
-                          run_typed<BiWkvForward>(p, nullptr, nullptr));
-}
-
-void bi_wkv_fwd(Wkv4Params const& p, void* workspace, void* stream) {
-    run_typed<Wkv4States>(p, workspace, stream);
-    run_typed<BiWkvForward>(p, workspace, stream);
 }
 
 }  // namespace lsm
