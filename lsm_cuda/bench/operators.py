@@ -131,6 +131,7 @@ class Op:
     matrix: str = ""  # dims of what each token is multiplied by, of the engine slstm
     per_element: tuple[int, int] = (0, 0)  # FLOPs of an element of the first input, and backward
     result: Callable[[Any], Tensor] = first  # the output, of what ``chunk`` returns
+    packs: bool = True  # whether it takes cu_seqlens
     cached = False  # whether a step reads T tokens
     trained = True
 

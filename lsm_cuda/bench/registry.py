@@ -286,6 +286,7 @@ ROWS = (
         output="B T D",
         state=("N D",) * 6,  # from either side
         engine="scan",
+        packs=False,
     ),
     Op(
         name="selective_scan",
@@ -602,5 +603,12 @@ def cells(op: Op, device: str) -> list[tuple[Shape, tuple[str, ...]]]:
 def sets(op: Op, device: str) -> list[Set]:
     """Those that are for an operator, with the modes that it has."""
     found = (s for s in SETS[op.engine, device] if not s.only or op.name in s.only)
-    own = (replace(s, modes=tuple(m for m in s.modes if m in op.modes)) for s in found)
-    return [s for s in own if s.modes]
+    own = (
+        replace(
+            s,
+            modes=tuple(m for m in s.modes if m in op.modes),
+            shapes=tuple(shape for shape in s.shapes if op.packs or not shape.packed),
+        )
+        for s in found
+    )
+    return [s for s in own if s.modes and s.shapes]
