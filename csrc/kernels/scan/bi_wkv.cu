@@ -58,15 +58,13 @@ LSM_DEVICE void append(S& sum, S const& next, float rate) {
     sum.bottom = fmaf(w.first, sum.bottom, w.second * next.bottom);
 }
 
-template <class S>
-LSM_DEVICE void copy_sum(S* to, S const& sum) {
+LSM_DEVICE void store_sum(Sum* to, Sum const& sum) {
     store_global(to, sum);
 }
-template <class S>
-LSM_DEVICE S load_sum(S const* from) {
+LSM_DEVICE Sum load_sum(Sum const* from) {
     return load_global(from);
 }
-LSM_DEVICE void copy_sum(SlopedSum* to, SlopedSum const& sum) {
+LSM_DEVICE void store_sum(SlopedSum* to, SlopedSum const& sum) {
     float2* const pairs = reinterpret_cast<float2*>(to);
     store_global(pairs, {sum.tokens, sum.scale});
     store_global(pairs + 1, {sum.top, sum.bottom});
@@ -84,8 +82,9 @@ struct Chains {
     i64 length;  // of a segment, in tokens
     int count;
     unsigned segments, columns;
-    bool at_once;  // blocks wait for each other
-    int ready;  // else: passes whose sums have all been left; the launch leaves those of the next, and ends there
+    bool
+        at_once;  // blocks wait for each other; else the launch leaves the sums of pass `ready`, and ends there
+    int ready;        // passes whose sums have all been left before
     u32* arrived[2];  // [count], of a pass: how many segments have left its sums
     void* left[2];    // [count][segments][side][channel of the column]
 };
@@ -410,7 +409,7 @@ struct PassOver {
         each([&](int j) {
             S sum = side ? future[j] : past[j];
             append(sum, carry(side, j, block.warp), block.rate[j]);
-            copy_sum(left(chain, block.segment, side) + j, sum);
+            store_sum(left(chain, block.segment, side) + j, sum);
         });
         __syncwarp();
         if (block.lane != 0) return;
@@ -510,9 +509,9 @@ struct PassOver {
         surround(past, future);
         each([&](int j) { from_left[j] = from_right[j] = nothing<S>(); });
         if (chains.segments > 1) {
-            bool const ends = chains.ready == P::kNumber;
-            if (ends || chains.at_once) leave(chain, past, future);
-            if (ends) return false;
+            bool const leaves = chains.at_once || chains.ready == P::kNumber;
+            if (leaves) leave(chain, past, future);
+            if (leaves && !chains.at_once) return false;
             link(chain, from_left, from_right);
         }
         each([&](int j) {
@@ -596,7 +595,6 @@ int64_t run_both(Wkv4Params const& p, void* workspace, void* stream) {
     };
     auto const alone = [](auto... x) { launch(x...); };
     chains.at_once = is_cut && chains.segments <= together;
-    chains.ready = is_cut && !chains.at_once ? 0 : Op::kPasses;
     if (!is_cut) {
         go(alone, std::min(count, std::max<i64>(together, 1)));
     } else if (chains.at_once) {
