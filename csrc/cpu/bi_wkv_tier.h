@@ -44,8 +44,8 @@ struct KeptToken {
 template <class T, class In>
 struct BothWays : ChannelBlock<T, In> {
     using Base = ChannelBlock<T, In>;
-    using Base::channels, Base::p, Base::row, Base::set_row, Base::task, Base::token, Base::vectors,
-        Base::W;
+    using Base::channels, Base::p, Base::row, Base::set_row, Base::store_channel_grads, Base::task,
+        Base::token, Base::vectors, Base::W;
     using typename Base::Average;
     using typename Base::V;
 
@@ -164,44 +164,18 @@ struct BothWays : ChannelBlock<T, In> {
         void* const states = kept + (task.end - task.begin) * vectors;
         walk<Averages<true>>(states);
         walk<Gradients>(states);
-        T* const grads = static_cast<T*>(task.channel_grad);
-        channels([&](int64_t c, int64_t count, int64_t v) {
-            set_row(grads, c, count, channel[v].rate_grad);
-            set_row(grads + p.D, c, count, channel[v].bonus_grad);
-        });
+        store_channel_grads(channel);
     }
 
     Channel* channel;
     KeptToken<T>* kept;
 };
 
-template <class Run>
-void with_both_ways(Wkv4Params const& p, Run const& run) {
-    with_types(p.dtype, [&](auto zero, auto element) {
-        run(std::type_identity<BothWays<decltype(zero), decltype(element)>>{});
-    });
-}
-
-int64_t bi_wkv_scratch(Wkv4Params const& p, int64_t channels, bool backward) {
-    int64_t bytes = 0;
-    with_both_ways(p,
-                   [&](auto type) { bytes = decltype(type)::type::bytes(p, channels, backward); });
-    return bytes;
-}
-
-void bi_wkv_forward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_both_ways(p,
-                   [&](auto type) { typename decltype(type)::type(p, task, scratch).forward(); });
-}
-
-void bi_wkv_backward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_both_ways(p,
-                   [&](auto type) { typename decltype(type)::type(p, task, scratch).backward(); });
-}
-
 }  // namespace
 
-constinit Wkv4Kernels const bi_wkv_kernels{bi_wkv_scratch, bi_wkv_forward, bi_wkv_backward};
+constinit Wkv4Kernels const bi_wkv_kernels{KernelsOf<BothWays>::scratch_bytes,
+                                           KernelsOf<BothWays>::forward,
+                                           KernelsOf<BothWays>::backward};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

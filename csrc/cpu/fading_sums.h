@@ -80,9 +80,44 @@ struct ChannelBlock {
         }
     };
 
+    // Of the rate and the bonus, which every block's channels have.
+    template <class Channel>
+    void store_channel_grads(Channel const* channel) const {
+        T* const grads = static_cast<T*>(task.channel_grad);
+        channels([&](int64_t c, int64_t count, int64_t v) {
+            set_row(grads, c, count, channel[v].rate_grad);
+            set_row(grads + p.D, c, count, channel[v].bonus_grad);
+        });
+    }
+
     Wkv4Params const& p;
     Wkv4Task const& task;
     int64_t vectors;
+};
+
+// The kernels of Block<T, In>, for whatever types a call has.
+template <template <class, class> class Block>
+struct KernelsOf {
+    template <class Run>
+    static void with_block(Wkv4Params const& p, Run const& run) {
+        with_types(p.dtype, [&](auto zero, auto element) {
+            run(std::type_identity<Block<decltype(zero), decltype(element)>>{});
+        });
+    }
+    static int64_t scratch_bytes(Wkv4Params const& p, int64_t channels, bool backward) {
+        int64_t bytes = 0;
+        with_block(p,
+                   [&](auto type) { bytes = decltype(type)::type::bytes(p, channels, backward); });
+        return bytes;
+    }
+    static void forward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
+        with_block(p,
+                   [&](auto type) { typename decltype(type)::type(p, task, scratch).forward(); });
+    }
+    static void backward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
+        with_block(p,
+                   [&](auto type) { typename decltype(type)::type(p, task, scratch).backward(); });
+    }
 };
 
 }  // namespace LSM_CPU_TIER

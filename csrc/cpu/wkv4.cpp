@@ -11,9 +11,8 @@ using cpu::Wkv4Kernels, cpu::Wkv4Task;
 
 constexpr int64_t kBlock =
     256;  // channels of a task at most: a tile's states stay in the second cache
-constexpr int64_t kUnit = 16;  // blocks are multiples of it
-constexpr int64_t kMostScratch = int64_t(4)
-                                 << 20;  // bytes of a thread, where blocks can be smaller
+constexpr int64_t kUnit = 16;              // blocks are multiples of it
+constexpr int64_t kMostScratch = 4 << 20;  // bytes of a thread, where blocks can be smaller
 constexpr int64_t kThreadGrain = int64_t(1) << 14;  // elements worth waking a thread for
 
 struct Plan {

@@ -22,8 +22,8 @@ namespace {
 template <class T, class In>
 struct Wkv4 : ChannelBlock<T, In> {
     using Base = ChannelBlock<T, In>;
-    using Base::channels, Base::nothing, Base::p, Base::row, Base::set_row, Base::task, Base::token,
-        Base::vectors, Base::W;
+    using Base::channels, Base::nothing, Base::p, Base::row, Base::set_row,
+        Base::store_channel_grads, Base::task, Base::token, Base::vectors, Base::W;
     using typename Base::Average;
     using typename Base::V;
 
@@ -33,7 +33,7 @@ struct Wkv4 : ChannelBlock<T, In> {
         Sums<T> state, grad;
     };
 
-    static int64_t bytes(int64_t channels, bool backward) {
+    static int64_t bytes(Wkv4Params const&, int64_t channels, bool backward) {
         int64_t const vectors = (channels + W - 1) / W;
         return vectors * int64_t(sizeof(Channel)) +
                (backward ? kWkv4Tile * vectors * int64_t(sizeof(Sums<T>)) : 0);
@@ -114,11 +114,7 @@ struct Wkv4 : ChannelBlock<T, In> {
         for (int64_t k = (task.end - task.begin + kWkv4Tile - 1) / kWkv4Tile; k-- > 0;)
             tile_backward(k);
         store_initial_grads();
-        T* const grads = static_cast<T*>(task.channel_grad);
-        channels([&](int64_t c, int64_t count, int64_t v) {
-            set_row(grads, c, count, channel[v].rate_grad);
-            set_row(grads + p.D, c, count, channel[v].bonus_grad);
-        });
+        store_channel_grads(channel);
     }
 
     void tile_backward(int64_t k) const {
@@ -184,30 +180,10 @@ struct Wkv4 : ChannelBlock<T, In> {
     Sums<T>* before;  // [kWkv4Tile][vectors]
 };
 
-template <class Run>
-void with_wkv4(Wkv4Params const& p, Run const& run) {
-    with_types(p.dtype, [&](auto zero, auto element) {
-        run(std::type_identity<Wkv4<decltype(zero), decltype(element)>>{});
-    });
-}
-
-int64_t wkv4_scratch(Wkv4Params const& p, int64_t channels, bool backward) {
-    int64_t bytes = 0;
-    with_wkv4(p, [&](auto type) { bytes = decltype(type)::type::bytes(channels, backward); });
-    return bytes;
-}
-
-void wkv4_forward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).forward(); });
-}
-
-void wkv4_backward(Wkv4Params const& p, Wkv4Task const& task, void* scratch) {
-    with_wkv4(p, [&](auto type) { typename decltype(type)::type(p, task, scratch).backward(); });
-}
-
 }  // namespace
 
-constinit Wkv4Kernels const wkv4_kernels{wkv4_scratch, wkv4_forward, wkv4_backward};
+constinit Wkv4Kernels const wkv4_kernels{KernelsOf<Wkv4>::scratch_bytes, KernelsOf<Wkv4>::forward,
+                                         KernelsOf<Wkv4>::backward};
 
 }  // namespace LSM_CPU_TIER
 }  // namespace lsm::cpu

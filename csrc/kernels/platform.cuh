@@ -157,25 +157,24 @@ void launch_together(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t sm
                                              static_cast<cudaStream_t>(stream)));
 }
 
-// How many blocks that takes at most; 0 where the device cannot promise it.
-template <class... P>
-int blocks_together(void (*kernel)(P...), dim3 block, std::size_t smem_bytes) {
-    void const* const entry = reinterpret_cast<void const*>(kernel);
-    allow_shared_memory(entry, smem_bytes);
-    int device = 0, multiprocessors = 0, can = 0, each = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device);
-    check_launch(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &each, entry, static_cast<int>(block.x * block.y * block.z), smem_bytes));
-    return can ? each * multiprocessors : 0;
-}
-
 inline int multiprocessors() {
     int device = 0, count = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     return count;
+}
+
+// How many blocks that takes at most; 0 where the device cannot promise it.
+template <class... P>
+int blocks_together(void (*kernel)(P...), dim3 block, std::size_t smem_bytes) {
+    void const* const entry = reinterpret_cast<void const*>(kernel);
+    allow_shared_memory(entry, smem_bytes);
+    int device = 0, can = 0, each = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device);
+    check_launch(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &each, entry, static_cast<int>(block.x * block.y * block.z), smem_bytes));
+    return can ? each * multiprocessors() : 0;
 }
 
 #endif  // __CUDACC__

@@ -65,7 +65,7 @@ def test_definition_under_every_schedule(case: tuple, multiprocessors: int) -> N
 @pytest.mark.parametrize(
     ("T", "D", "dtype", "multiprocessors"),
     [
-        (1, 3, "f32", 1), (65, 70, "bf16", 1), (37, 16, "f16", 1),
+        (1, 3, "f32", 1), (65, 70, "bf16", 1), (37, 16, "f16", 1), (0, 8, "f32", 1),
         # in segments that wait for each other, in both passes; columns in turns
         (150, 136, "f32", 4), (300, 200, "bf16", 6), (260, 8, "f16", 16),
         # more of them than can run at once
@@ -82,12 +82,12 @@ def test_both_directions_under_every_schedule(
         ops = getattr(torch.ops, f"lsm{flavour}")
         w, u, k, v = (x.tensors[n] for n in "wukv")
         u = torch.cat([u, u])[D:]  # at any address
-        given = (w / T, u, k, v)
+        given = (w / max(T, 1), u, k, v)
 
         def call() -> Tensors:
             o = ops.bi_wkv_fwd(*given)
             channels, dk, dv = ops.bi_wkv_bwd(*given, x.grad_o)
-            return {"o": o, "dk": dk, "dv": dv, "dw": channels[0] / T, "du": channels[1]}
+            return {"o": o, "dk": dk, "dv": dv, "dw": channels[0] / max(T, 1), "du": channels[1]}
 
         return Emulator(flavour, flavour, seeds, multiprocessors).under_every_seed(call)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/platform.cuh"
+#include "params/chunk.h"
 
 namespace lsm {
 
@@ -127,6 +128,19 @@ struct Lane<Complex> {
 template <class T>
 LSM_DEVICE void load_lane(T const* p, typename Lane<T>::V (&x)[Lane<T>::kChannels]) {
     Lane<T>::unpack(load_global(reinterpret_cast<typename Lane<T>::Raw const*>(p)), x);
+}
+
+// f(type_identity<T>) with T what a real operator's tensors are of.
+template <class F>
+int64_t with_element(Dtype dtype, F const& f) {
+    switch (dtype) {
+        case Dtype::bf16:
+            return f(std::type_identity<bf16>{});
+        case Dtype::f16:
+            return f(std::type_identity<half>{});
+        default:
+            return f(std::type_identity<float>{});
+    }
 }
 
 }  // namespace lsm

@@ -349,14 +349,9 @@ struct Wkv4Backward : Wkv4Pass<T, 3, kWkv4Tile / kWarps, true> {
 
 template <template <class> class Pass>
 int64_t run_typed(Wkv4Params const& p, void* workspace, void* stream) {
-    switch (p.dtype) {
-        case Dtype::bf16:
-            return run_pass<Pass<bf16>>(p, workspace, stream);
-        case Dtype::f16:
-            return run_pass<Pass<half>>(p, workspace, stream);
-        default:
-            return run_pass<Pass<float>>(p, workspace, stream);
-    }
+    return with_element(p.dtype, [&](auto type) {
+        return run_pass<Pass<typename decltype(type)::type>>(p, workspace, stream);
+    });
 }
 
 }  // namespace lsm::scan_kernel
